@@ -1,0 +1,5 @@
+"""`ifprune chat`: being written."""
+
+
+def chat() -> None:
+    """Chat."""

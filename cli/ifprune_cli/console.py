@@ -1,0 +1,127 @@
+"""What commands print: results on stdout; progress, notes and figures on stderr.
+
+On a terminal progress is a live bar with rate and ETA; piped, it is a plain line now and then.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ifprune_mlx import Stats
+
+_PLAIN_INTERVAL = 5.0
+
+
+def note(text: str) -> None:
+    """A line for the person at the terminal, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def result_json(value: Mapping[str, Any]) -> None:
+    """One JSON object on one line, the last thing on stdout."""
+    print(json.dumps(value, ensure_ascii=False), flush=True)
+
+
+@contextmanager
+def progress(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress display; yields a function that takes (done, total).
+
+    Nothing is shown for work that ends within half a second.
+    """
+    shown = _Bar(label, unit) if sys.stderr.isatty() else _Lines(label, unit)
+    try:
+        yield shown.update
+    finally:
+        shown.close()
+
+
+class _Bar:
+    def __init__(self, label: str, unit: str) -> None:
+        self._label, self._unit = label, unit
+        self._start = time.monotonic()
+        self._progress: Any = None
+
+    def update(self, done: int, total: int) -> None:
+        if self._progress is None:
+            if time.monotonic() - self._start < 0.5:
+                return
+            self._begin(total)
+        elapsed = max(time.monotonic() - self._start, 1e-6)
+        self._progress.update(self._task, completed=done, total=total, rate=f"{_count(done / elapsed)} {self._unit}/s")
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def _begin(self, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}% {task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._task = self._progress.add_task(self._label, total=total, rate="")
+        self._progress.start()
+
+
+class _Lines:
+    def __init__(self, label: str, unit: str) -> None:
+        self._label, self._unit = label, unit
+        self._start = self._last = time.monotonic()
+
+    def update(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._last < _PLAIN_INTERVAL or not done:
+            return
+        self._last = now
+        rate = done / (now - self._start)
+        left = (total - done) / rate if rate else 0
+        note(f"{self._label}: {100 * done / max(total, 1):.0f} % ({_count(rate)} {self._unit}/s, {left:.0f} s left)")
+
+    def close(self) -> None:
+        """Plain lines need no closing."""
+
+
+def _count(value: float) -> str:
+    for factor, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.1f}{suffix}"
+    return f"{value:.0f}"
+
+
+def parameters(count: int) -> str:
+    """A parameter count in the field's usual form: 111M, 3.02B."""
+    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
+
+
+def speed_line(stats: Stats) -> str:
+    """One line on one answer: who selected what, and where the time went."""
+    active = f"{parameters(stats.active_parameters)}/{parameters(stats.total_parameters)} active"
+    what = stats.selector if stats.selection is None else f"{stats.selector} {stats.density:.2f}"
+    overlap = "" if stats.overlap is None else f" | overlap {100 * stats.overlap:.0f} %"
+    times = " ".join(
+        f"{name} {_seconds(value)}"
+        for name, value in (
+            ("select", stats.select_s),
+            ("switch", stats.switch_s),
+            ("prefill", stats.prefill_s),
+            ("decode", stats.decode_s),
+        )
+    )
+    speed = f"{stats.completion_tokens} tokens, {stats.tokens_per_s:.1f} tok/s"
+    return f"[{what} | {active}{overlap} | {times} | {speed} | peak {stats.peak_memory / 1e9:.2f} GB]"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f}s" if value >= 1 else f"{1000 * value:.0f}ms"

@@ -1,0 +1,130 @@
+"""`ifprune convert`: a dense checkpoint goes in, an IFP checkpoint comes out."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from .console import note, parameters, progress, result_json
+from .options import DtypeName, TrustOption
+
+SHIPPED = "shipped"
+
+
+class ModeName(str, Enum):
+    """Quantization modes, in mlx-lm's names."""
+
+    affine = "affine"
+    mxfp4 = "mxfp4"
+    nvfp4 = "nvfp4"
+    mxfp8 = "mxfp8"
+
+
+def with_calibrate_value(arguments: Sequence[str]) -> list[str]:
+    """Give a bare `--calibrate` its value; typer has no options whose value may be left out."""
+    result: list[str] = []
+    for index, argument in enumerate(arguments):
+        result.append(argument)
+        following = arguments[index + 1] if index + 1 < len(arguments) else "-"
+        if argument == "--calibrate" and following.startswith("-"):
+            result.append(SHIPPED)
+    return result
+
+
+def convert(
+    model: Annotated[
+        Path, typer.Option("--model", "--hf-path", metavar="SOURCE", help="A GGUF file, or a folder of safetensors.")
+    ],
+    mlx_path: Annotated[Path, typer.Option("--mlx-path", metavar="FOLDER", help="Where to write.")] = Path("mlx_model"),
+    quantize: Annotated[bool, typer.Option("--quantize", "-q", help="Quantize the weights.")] = False,
+    q_bits: Annotated[Optional[int], typer.Option("--q-bits", help="Bits per weight.  [default: 4; mxfp8: 8]")] = None,
+    q_group_size: Annotated[
+        Optional[int], typer.Option("--q-group-size", help="Weights per scale.  [default: 64; mxfp: 32, nvfp4: 16]")
+    ] = None,
+    q_mode: Annotated[ModeName, typer.Option("--q-mode", help="How weights are packed.")] = ModeName.affine,
+    dtype: Annotated[
+        Optional[DtypeName],
+        typer.Option("--dtype", help="Float type of what is not quantized.  [default: the source's; GGUF: float16]"),
+    ] = None,
+    density: Annotated[
+        Optional[float], typer.Option("--density", help="The checkpoint's default density.  [default: 0.7]")
+    ] = None,
+    predictor: Annotated[
+        Optional[Path], typer.Option("--predictor", metavar="FOLDER", help="A trained sparsity predictor to put in.")
+    ] = None,
+    calibrate: Annotated[
+        Optional[str],
+        typer.Option(
+            "--calibrate",
+            metavar="[FILE]",
+            help="Measure the prior on chats (JSON lines of messages); without FILE, on the small set that ships. "
+            "Without this option the prior comes from the weights alone.",
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
+    trust_remote_code: TrustOption = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Convert a dense checkpoint into an IFP checkpoint, layer by layer."""
+    import mlx.core as mx
+
+    from ifprune_convert.calibrate import read_examples, shipped_examples
+    from ifprune_convert.pipeline import DEFAULT_DENSITY, Options, quantization_of
+    from ifprune_convert.pipeline import convert as run
+    from ifprune_convert.readers import open_source
+    from ifprune_mlx import IfpruneError
+
+    if not quantize and (q_bits is not None or q_group_size is not None or q_mode is not ModeName.affine):
+        raise IfpruneError("--q-bits, --q-group-size and --q-mode need --quantize (-q) as well")
+    examples = None
+    if calibrate is not None:
+        examples = shipped_examples() if calibrate == SHIPPED else read_examples(Path(calibrate))
+    options = Options(
+        quantization=quantization_of(q_mode.value, q_group_size, q_bits) if quantize else None,
+        dtype=None if dtype is None else getattr(mx, dtype.value),
+        density=DEFAULT_DENSITY if density is None else density,
+        predictor=predictor,
+        calibration=examples,
+        overwrite=overwrite,
+    )
+    source = open_source(model, trust_remote_code=trust_remote_code)
+    with progress("convert", "weights") as weights, progress("calibrate", "tokens") as tokens:
+        conversion = run(
+            source,
+            mlx_path,
+            options,
+            lambda stage, done, total: (tokens if stage == "calibrate" else weights)(done, total),
+        )
+    checkpoint = conversion.checkpoint
+    quantization = checkpoint.layout.down
+    if json:
+        result_json(
+            {
+                "path": str(checkpoint.path),
+                "bytes": sum(entry["size"] for entry in checkpoint.manifest["files"].values()),
+                "seconds": conversion.seconds,
+                "peak_rss": _peak_rss(),
+                "ffns": len(checkpoint.layout.ffns),
+                "parameters": checkpoint.parameters,
+                "quantization": None if quantization is None else quantization.to_dict(),
+            }
+        )
+        return
+    print(checkpoint.path)
+    note(
+        f"{parameters(checkpoint.parameters)} parameters, {len(checkpoint.layout.ffns)} FFNs, "
+        f"{checkpoint.weight_bytes / 1e6:.0f} MB, in {conversion.seconds:.1f} s; "
+        f"try: ifprune chat --model {checkpoint.path}"
+    )
+
+
+def _peak_rss() -> int:
+    """Peak resident memory of this process in bytes (macOS counts bytes, Linux kilobytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,129 @@
+"""`ifprune generate`: one prompt, one answer."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from .console import note, progress, result_json, speed_line
+from .loading import load_model
+from .options import (
+    ActiveParamsOption,
+    Budget,
+    DenseOption,
+    DensityOption,
+    DtypeOption,
+    KvBitsOption,
+    KvGroupSizeOption,
+    MaxKvSizeOption,
+    MemoryOption,
+    MinPOption,
+    ModelOption,
+    PrefillStepOption,
+    Sampling,
+    SeedOption,
+    SelectionOption,
+    SelectorOption,
+    SystemPromptOption,
+    TempOption,
+    TopKOption,
+    TopPOption,
+    TrustOption,
+)
+
+
+def generate(
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The instruction; - reads it from stdin.")],
+    model: ModelOption = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-m", help="Most tokens to generate.")] = 256,
+    system_prompt: SystemPromptOption = None,
+    ignore_chat_template: Annotated[
+        bool, typer.Option("--ignore-chat-template", help="Take the prompt as it is.")
+    ] = False,
+    selector: SelectorOption = None,
+    selection: SelectionOption = None,
+    dense: DenseOption = False,
+    density: DensityOption = None,
+    active_params: ActiveParamsOption = None,
+    memory: MemoryOption = None,
+    temp: TempOption = 0.0,
+    top_p: TopPOption = 1.0,
+    min_p: MinPOption = 0.0,
+    top_k: TopKOption = 0,
+    seed: SeedOption = 0,
+    max_kv_size: MaxKvSizeOption = None,
+    kv_bits: KvBitsOption = None,
+    kv_group_size: KvGroupSizeOption = 64,
+    prefill_step_size: PrefillStepOption = 2048,
+    dtype: DtypeOption = None,
+    trust_remote_code: TrustOption = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming text.")] = False,
+) -> None:
+    """Answer one prompt on the neurons that it selects."""
+    text = read_prompt(prompt)
+    from ifprune_mlx import Selection, stream_generate
+
+    chosen = None if selection is None else Selection.load(selection)
+    budget = Budget(density, active_params, memory).arguments()
+    options = Sampling(temp, top_p, min_p, top_k, seed, kv_bits, kv_group_size, prefill_step_size).arguments()
+    loaded, tokenizer = load_model(model, dtype, trust_remote_code)
+    said, response = "", None
+    with progress("prefill", "tokens") as update:
+        responses = stream_generate(
+            loaded,
+            tokenizer,
+            text if ignore_chat_template else as_messages(text, system_prompt),
+            max_tokens=max_tokens,
+            selector=None if selector is None else selector.value,
+            selection=chosen,
+            dense=dense,
+            instruction=text,
+            seed=seed,
+            max_kv_size=max_kv_size,
+            progress=update,
+            **budget,
+            **options,
+        )
+        for response in responses:
+            said += response.text
+            if not json:
+                sys.stdout.write(response.text)
+                sys.stdout.flush()
+    if response is None or response.stats is None:
+        return
+    if json:
+        result_json({"text": said, **asdict(response.stats)})
+    else:
+        print()
+        note(speed_line(response.stats))
+
+
+def read_prompt(prompt: str) -> str:
+    """The prompt, from stdin if it is `-`.
+
+    Raises:
+        PromptError: if stdin is not UTF-8 text, or the prompt is empty.
+    """
+    from ifprune_mlx import PromptError
+
+    if prompt == "-":
+        try:
+            prompt = sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as exc:
+            raise PromptError(f"stdin, byte {exc.start}: not UTF-8 text; convert it, for example with iconv") from None
+    if not prompt.strip():
+        raise PromptError("the prompt is empty; write something to answer")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:  # bytes of the command line that were not UTF-8
+        raise PromptError("--prompt is not UTF-8 text; convert it, or pass it through stdin with --prompt -") from None
+    return prompt
+
+
+def as_messages(text: str, system_prompt: str | None) -> list[dict[str, Any]]:
+    """One user message, after the system prompt if there is one."""
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    return [*system, {"role": "user", "content": text}]

@@ -1,0 +1,71 @@
+"""`ifprune info`: what an IFP checkpoint holds, read from its headers alone."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .console import parameters, progress, result_json
+from .loading import open_checkpoint
+from .options import ModelOption
+
+_DENSITIES = (0.27, 0.5, 0.7, 1.0)
+
+
+def info(
+    model: ModelOption = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Check the sha256 of every file.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show a checkpoint's shape, size, selectors, and what each density activates."""
+    from ifprune_mlx import CheckpointError
+    from ifprune_mlx.budget import resolve_keep
+
+    checkpoint = open_checkpoint(model)
+    if verify:
+        damaged: list[str] = []
+        with progress("verify", "files") as update:
+            damaged = checkpoint.verify(update)
+        if damaged:
+            raise CheckpointError(
+                f"{checkpoint.path}: {', '.join(damaged)}: sha256 is not the manifest's; copy or convert the checkpoint again"
+            )
+    selectors = (["learned"] if checkpoint.has_predictor else []) + ["activation", "static", "random"]
+    fits = [{"residency": "ram", "density": density, "resident": checkpoint.weight_bytes} for density in _DENSITIES]
+    layout = checkpoint.layout
+    if json:
+        result_json(
+            {
+                "format_version": checkpoint.manifest["format_version"],
+                "model_type": checkpoint.config["model_type"],
+                "parameters": checkpoint.parameters,
+                "ffn_parameters": checkpoint.ffn_parameters,
+                "density": layout.density,
+                "selectors": selectors,
+                "tasks": [],
+                "fits": fits,
+            }
+        )
+        return
+    widths = sorted({spec.d_ffn for spec in layout.ffns})
+    packed = (
+        "float" if layout.down is None else "{mode}, {bits} bit, groups of {group_size}".format(**layout.down.to_dict())
+    )
+    rows = [
+        ("checkpoint", str(checkpoint.path)),
+        ("made from", f"{checkpoint.manifest['source']} (licence: {checkpoint.manifest['licence'] or 'not stated'})"),
+        ("model type", str(checkpoint.config["model_type"])),
+        ("parameters", f"{parameters(checkpoint.parameters)}, {parameters(checkpoint.ffn_parameters)} of them in FFNs"),
+        ("FFNs", f"{len(layout.ffns)}, neurons each: {', '.join(map(str, widths))}"),
+        ("weights", f"{checkpoint.weight_bytes / 1e6:.0f} MB, {packed}; prior from {checkpoint.prior_method}"),
+        ("selectors", f"{', '.join(selectors)} (default: {selectors[0]})"),
+        ("density", f"{layout.density:g} by default"),
+    ]
+    for name, value in rows:
+        print(f"{name:<11} {value}")
+    for density in _DENSITIES:
+        active = checkpoint.active_parameters(resolve_keep(checkpoint, density=density))
+        print(f"  at {density:<4g}   {parameters(active)} active parameters")
+    if verify:
+        print("verified    every file has the manifest's sha256")

@@ -1,0 +1,44 @@
+"""Loads the model that a command was given, or the embedded default, with progress."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .console import note, progress
+from .options import DtypeName
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    from ifprune_mlx import Checkpoint, Model
+
+
+def checkpoint_path(model: str | None) -> str | Path:
+    """The given model, or the embedded default, which is fetched and converted if this is its first use."""
+    if model is not None:
+        return model
+    from ifprune_convert.embedded import ensure_embedded
+
+    with progress("convert", "weights") as update:
+        return ensure_embedded(note, lambda stage, done, total: update(done, total))
+
+
+def open_checkpoint(model: str | None) -> Checkpoint:
+    """Open the given checkpoint, or the embedded default, without loading weights."""
+    from ifprune_mlx import Checkpoint
+    from ifprune_mlx.hub import resolve
+
+    return Checkpoint.open(resolve(checkpoint_path(model)))
+
+
+def load_model(model: str | None, dtype: DtypeName | None, trust_remote_code: bool) -> tuple[Model, TokenizerWrapper]:
+    """Load the given checkpoint, or the embedded default."""
+    path = checkpoint_path(model)
+    import mlx.core as mx
+
+    from ifprune_mlx import load
+
+    cast = None if dtype is None else getattr(mx, dtype.value)
+    with progress("load", "FFNs") as update:
+        return load(path, dtype=cast, trust_remote_code=trust_remote_code, progress=update)

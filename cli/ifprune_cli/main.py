@@ -1,0 +1,109 @@
+"""Entry point of `ifprune`: the commands, and what becomes of their errors.
+
+Heavy imports happen inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from . import chat, convert, demo, generate, info, select
+
+app = typer.Typer(
+    name="ifprune",
+    help="Instruction-Following Pruning on MLX: a model reads the instruction and runs on the neurons it needs.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+) -> None:
+    """Instruction-Following Pruning on MLX: a model reads the instruction and runs on the neurons it needs."""
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(installed("ifprune-mlx"))
+        raise typer.Exit
+
+
+app.command("chat")(chat.chat)
+app.command("generate")(generate.generate)
+app.command("convert")(convert.convert)
+app.command("select")(select.select)
+app.command("info")(info.info)
+app.command("demo")(demo.demo)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; the process exits with 0, 1 (it failed), 2 (wrong usage) or 130 (Ctrl-C)."""
+    sys.exit(run(sys.argv[1:] if arguments is None else list(arguments)))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command line and return its exit code. Errors become one line on stderr."""
+    _quiet_libraries()
+    try:
+        result = app(args=convert.with_calibrate_value(arguments), prog_name="ifprune", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away; point stdout elsewhere so that the interpreter does not complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as exc:
+        message = _usage_message(exc)
+        if message is not None:
+            print(f"ifprune: {message}", file=sys.stderr)
+            return 2
+        message = _failure_message(exc)
+        if message is None:
+            raise
+        print(f"ifprune: error: {message}", file=sys.stderr)
+        return 1
+    return result if isinstance(result, int) else 0
+
+
+def _usage_message(exc: Exception) -> str | None:
+    """One line for typer's usage errors, which typer would print as three or as a box."""
+    format_message = getattr(exc, "format_message", None)
+    if format_message is None:
+        return None
+    context = getattr(exc, "ctx", None)
+    command = context.command_path if context is not None else "ifprune"
+    return f"{' '.join(str(format_message()).split())} (see `{command} --help`)"
+
+
+def _failure_message(exc: Exception) -> str | None:
+    """One line for what can go wrong without being a bug; None for a bug."""
+    if isinstance(exc, MemoryError):
+        return "out of memory; close other programs, or convert the model with -q"
+    if isinstance(exc, OSError):
+        where = f"{exc.filename}: " if exc.filename else ""
+        return f"{where}{exc.strerror or exc}"
+    from ifprune_mlx.errors import IfpruneError
+
+    if isinstance(exc, IfpruneError):
+        return " ".join(str(exc).split())
+    if isinstance(exc, RuntimeError) and "alloc" in str(exc).lower():
+        return f"out of memory ({str(exc).splitlines()[0]}); close other programs, or convert the model with -q"
+    return None
+
+
+def _quiet_libraries() -> None:
+    """Keep other libraries' chatter out of our output."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""Options that several commands share, once; named as in mlx-lm where they mean the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+
+class SelectorName(str, Enum):
+    """The selectors that can be asked for by name."""
+
+    learned = "learned"
+    activation = "activation"
+    static = "static"
+    random = "random"
+
+
+class DtypeName(str, Enum):
+    """Float types, in mlx-lm's names."""
+
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+class PolicyName(str, Enum):
+    """When a conversation selects anew."""
+
+    first = "first"
+    turn = "turn"
+    auto = "auto"
+
+
+class OnSwitchName(str, Enum):
+    """What becomes of the history when the selection changes."""
+
+    reprefill = "reprefill"
+    keep = "keep"
+
+
+# typer reads these at run time, so they are spelled for Python 3.10.
+ModelOption = Annotated[
+    Optional[str],
+    typer.Option(
+        "--model",
+        metavar="FOLDER|HUB_ID",
+        help="An IFP checkpoint; left out, the embedded SmolLM2-135M-Instruct (fetched and converted at first use).",
+    ),
+]
+DtypeOption = Annotated[
+    Optional[DtypeName], typer.Option("--dtype", help="Float type to cast the weights to.  [default: the checkpoint's]")
+]
+SelectorOption = Annotated[
+    Optional[SelectorName],
+    typer.Option("--selector", help="What chooses the neurons.  [default: the checkpoint's]"),
+]
+SelectionOption = Annotated[
+    Optional[Path], typer.Option("--selection", metavar="FILE", help="Use a saved selection; no selector runs.")
+]
+DenseOption = Annotated[bool, typer.Option("--dense", help="Use all neurons.")]
+DensityOption = Annotated[
+    Optional[float],
+    typer.Option("--density", metavar="X", help="Share of each FFN's neurons to keep, above 0 and at most 1."),
+]
+ActiveParamsOption = Annotated[
+    Optional[str],
+    typer.Option("--active-params", metavar="N", help="Largest number of active parameters, such as 3B or 110M."),
+]
+MemoryOption = Annotated[
+    Optional[str], typer.Option("--memory", metavar="BYTES", help="Most memory for weights, such as 6GB.")
+]
+SystemPromptOption = Annotated[
+    Optional[str], typer.Option("--system-prompt", help="System prompt, put before the first message.")
+]
+TempOption = Annotated[float, typer.Option("--temp", help="Sampling temperature; 0 takes the likeliest token.")]
+TopPOption = Annotated[float, typer.Option("--top-p", help="Nucleus sampling: probability mass; 1 is off.")]
+MinPOption = Annotated[float, typer.Option("--min-p", help="Min-p sampling threshold; 0 is off.")]
+TopKOption = Annotated[int, typer.Option("--top-k", help="Sample among this many tokens; 0 is off.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of sampling and of the random selector.")]
+MaxKvSizeOption = Annotated[
+    Optional[int], typer.Option("--max-kv-size", min=1, help="Limit of the KV cache, for models that allow one.")
+]
+KvBitsOption = Annotated[Optional[int], typer.Option("--kv-bits", help="Quantize the KV cache to 4 or 8 bits.")]
+KvGroupSizeOption = Annotated[int, typer.Option("--kv-group-size", help="Group size of KV cache quantization.")]
+PrefillStepOption = Annotated[int, typer.Option("--prefill-step-size", min=1, help="Prompt tokens read at a time.")]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let the tokenizer run code that comes with the checkpoint.")
+]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The three ways to say how much to keep, as given."""
+
+    density: float | None
+    active_params: str | None
+    memory: str | None
+
+    def arguments(self) -> dict[str, Any]:
+        """As `ifprune_mlx` takes them.
+
+        Raises:
+            BudgetError: if a quantity cannot be read.
+        """
+        from ifprune_mlx.budget import parse_quantity
+
+        active, memory = self.active_params, self.memory
+        return {
+            "density": self.density,
+            "active_parameters": None if active is None else parse_quantity(active, "--active-params"),
+            "memory": None if memory is None else parse_quantity(memory, "--memory"),
+        }
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """mlx-lm's sampling options, as given."""
+
+    temp: float
+    top_p: float
+    min_p: float
+    top_k: int
+    seed: int
+    kv_bits: int | None
+    kv_group_size: int
+    prefill_step_size: int
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments for generation; seeds MLX's generator.
+
+        Raises:
+            IfpruneError: if an option is out of range.
+        """
+        import mlx.core as mx
+        from mlx_lm.sample_utils import make_sampler
+
+        from ifprune_mlx.errors import IfpruneError
+
+        if not (self.temp >= 0 and 0 < self.top_p <= 1 and 0 <= self.min_p <= 1 and self.top_k >= 0):
+            raise IfpruneError(
+                "sampling options out of range: --temp >= 0, 0 < --top-p <= 1, 0 <= --min-p <= 1, --top-k >= 0"
+            )
+        if self.kv_bits not in (None, 2, 3, 4, 6, 8) or self.kv_group_size not in (32, 64, 128):
+            raise IfpruneError(
+                "KV cache quantization takes --kv-bits 2, 3, 4, 6 or 8 and --kv-group-size 32, 64 or 128"
+            )
+        mx.random.seed(self.seed)
+        options: dict[str, Any] = {
+            "sampler": make_sampler(self.temp, top_p=self.top_p, min_p=self.min_p, top_k=self.top_k),
+            "prefill_step_size": self.prefill_step_size,
+        }
+        if self.kv_bits is not None:
+            options |= {"kv_bits": self.kv_bits, "kv_group_size": self.kv_group_size, "quantized_kv_start": 0}
+        return options

@@ -1,0 +1,1 @@
+"""Turns dense checkpoints into IFP checkpoints. The runtime, `ifprune_mlx`, never imports this package."""

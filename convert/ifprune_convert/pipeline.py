@@ -1,0 +1,281 @@
+"""Converts a dense checkpoint into an IFP checkpoint, one FFN at a time, atomically.
+
+Everything is written to a hidden folder beside the output and renamed at the end, after the result has been opened as a
+user would open it. Peak memory is that of the largest single tensor or FFN, not of the model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+from mlx_lm.utils import _get_classes
+
+from ifprune_mlx.checkpoint import SECTION, Checkpoint, Layout, Quantization, neurons_file, write_manifest
+from ifprune_mlx.errors import IfpruneError, PredictorError, SourceError
+from ifprune_mlx.families import FFNSpec, find_ffns
+from ifprune_mlx.files import new_folder, read_safetensors_header
+from ifprune_mlx.model import load_checkpoint
+from ifprune_mlx.predictor import Head, SparsityPredictor
+from ifprune_mlx.selection import Scores, keep_count
+
+from . import layout
+from .calibrate import Example, calibrate
+from .source import Source
+
+Report = Callable[[str, int, int], None]
+"""Called with (stage, done, total): stage `convert` counts bytes of the source, `calibrate` counts tokens."""
+
+QUANTIZATION_MODES = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}
+DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
+# At this share of the FFN the training-free selector stays fluent on SmolLM2 (docs/log.md).
+DEFAULT_DENSITY = 0.7
+_SHARD_BYTES = 256_000_000
+_FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to convert.
+
+    Attributes:
+        quantization: for FFN rows and, as mlx-lm does it, for every other layer that can be; None keeps floats.
+        dtype: float type to cast to; None keeps the source's, but quantized GGUF tensors become float16.
+        density: the checkpoint's default density.
+        predictor: folder of a trained sparsity predictor to put in.
+        calibration: chats to measure the prior on; None takes it from the weights, unless `prior` is given.
+        prior: ready importance per FFN, float32 `[d_ffn]` each.
+        overwrite: replace an existing output folder.
+    """
+
+    quantization: Quantization | None = None
+    dtype: mx.Dtype | None = None
+    density: float = DEFAULT_DENSITY
+    predictor: Path | None = None
+    calibration: list[Example] | None = None
+    prior: list[Scores] | None = None
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What came out."""
+
+    checkpoint: Checkpoint
+    seconds: float
+
+
+def quantization_of(mode: str, group_size: int | None, bits: int | None) -> Quantization:
+    """Parameters of a quantization mode, mlx-lm's defaults where None.
+
+    Raises:
+        SourceError: if the mode does not know this group size or number of bits.
+    """
+    if mode not in QUANTIZATION_MODES:
+        raise SourceError(f"quantization mode {mode!r} is unknown; choose one of {', '.join(QUANTIZATION_MODES)}")
+    default_group, default_bits = QUANTIZATION_MODES[mode]
+    chosen = Quantization(group_size or default_group, bits or default_bits, mode)
+    if mode == "affine":
+        fits = chosen.group_size in (32, 64, 128) and chosen.bits in (2, 3, 4, 5, 6, 8)
+        allowed = "groups of 32, 64 or 128 and 2, 3, 4, 5, 6 or 8 bits"
+    else:
+        fits = (chosen.group_size, chosen.bits) == (default_group, default_bits)
+        allowed = f"groups of {default_group} and {default_bits} bits"
+    if not fits:
+        raise SourceError(
+            f"{mode} quantization has {allowed}; got groups of {chosen.group_size} and {chosen.bits} bits"
+        )
+    return chosen
+
+
+def convert(source: Source, out: Path, options: Options, report: Report | None = None) -> Conversion:
+    """Write the IFP checkpoint `out`.
+
+    Raises:
+        IfpruneError: naming what cannot be used or written; `out` is then as it was.
+    """
+    start = time.perf_counter()
+    report = report or (lambda *_: None)
+    keep_count(options.density, 64)
+    skeleton = _skeleton(source)
+    specs = find_ffns(skeleton, str(source.config["model_type"]))
+    _check_quantization(specs, options.quantization)
+    if options.predictor is not None:
+        _check_predictor(options.predictor, specs)
+    if options.prior is not None and [len(p) for p in options.prior] != [spec.d_ffn for spec in specs]:
+        raise SourceError(f"{source.path}: the ready prior was measured on a model of another shape")
+    with new_folder(out, overwrite=options.overwrite, error=SourceError) as folder:
+        writer = _Writer(source, folder, options, report)
+        priors = [writer.write_ffn(index, spec, len(specs)) for index, spec in enumerate(specs)]
+        writer.write_rest(skeleton)
+        _write_config(folder, source, options, specs)
+        source.write_tokenizer(folder)
+        if options.predictor is not None:
+            _copy_predictor(options.predictor, folder / "predictor")
+        method = "weights" if options.prior is None else "calibrated"
+        weights_prior = [prior for prior, _ in priors]
+        down_norms = [norms for _, norms in priors]
+        _write_priors(folder, options.prior or weights_prior, down_norms, method)
+        described = str(source.path.name)
+        write_manifest(folder, source=described, licence=source.licence)
+        if options.calibration is not None:
+            model = load_checkpoint(Checkpoint.open(folder))
+            measured = calibrate(
+                model, folder, options.calibration, lambda done, total: report("calibrate", done, total)
+            )
+            model.close()
+            _write_priors(folder, measured, down_norms, "calibrated")
+            write_manifest(folder, source=described, licence=source.licence)
+        Checkpoint.open(folder)
+    return Conversion(Checkpoint.open(out), time.perf_counter() - start)
+
+
+class _Writer:
+    """Moves tensors from the source into the new folder and keeps count."""
+
+    def __init__(self, source: Source, folder: Path, options: Options, report: Report) -> None:
+        self._source = source
+        self._folder = folder
+        self._options = options
+        self._report = report
+        self._remaining = dict(source.shapes)
+        self._total = sum(math.prod(shape) for shape in self._remaining.values())
+        self._done = 0
+
+    def write_ffn(self, index: int, spec: FFNSpec, count: int) -> tuple[Scores, Scores]:
+        """Write one neurons file.
+
+        Returns:
+            The prior from the weights and the norms of the down rows, float32 `[d_ffn]` each.
+        """
+        quantization = self._options.quantization
+        gate, up = (self._take(f"{spec.path}.{leaf}.weight") for leaf in (spec.gate, spec.up))
+        tensors = layout.packed("gate_up", layout.gate_up_rows(gate, up), quantization)
+        mx.eval(tensors)
+        down = layout.down_rows(self._take(f"{spec.path}.{spec.down}.weight"))
+        norms = layout.row_norms(down)
+        prior = layout.weight_prior(gate, up, norms)
+        del gate, up
+        tensors |= layout.packed("down", down, quantization)
+        del down
+        if spec.bias:
+            biases = [self._take(f"{spec.path}.{leaf}.bias") for leaf in (spec.gate, spec.up)]
+            tensors["gate_up.bias"] = layout.gate_up_rows(*biases)
+        if spec.down_bias:
+            tensors["down.bias"] = self._take(f"{spec.path}.{spec.down}.bias")
+        mx.save_safetensors(str(self._folder / neurons_file(index, count)), tensors, {"format": "mlx"})
+        del tensors
+        mx.clear_cache()
+        return prior, norms
+
+    def write_rest(self, skeleton: nn.Module) -> None:
+        """Write everything but the sliced FFNs, in shards, quantized where mlx-lm would."""
+        modules = dict(skeleton.named_modules())
+        shards: list[Path] = []
+        shard: dict[str, mx.array] = {}
+        for name in list(self._remaining):
+            array = self._take(name)
+            stem, _, leaf = name.rpartition(".")
+            quantization = self._options.quantization
+            module = modules.get(stem)
+            if (
+                quantization is not None
+                and leaf == "weight"
+                and hasattr(module, "to_quantized")
+                and array.shape[-1] % quantization.group_size == 0
+            ):
+                shard |= layout.packed(stem, array, quantization)
+            else:
+                shard[name] = array
+            del array
+            mx.eval(shard)
+            if sum(tensor.nbytes for tensor in shard.values()) >= _SHARD_BYTES:
+                shards.append(self._write_shard(len(shards), shard))
+                shard = {}
+        if shard:
+            shards.append(self._write_shard(len(shards), shard))
+        for index, file in enumerate(shards):
+            file.rename(self._folder / f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors")
+
+    def _write_shard(self, index: int, shard: dict[str, mx.array]) -> Path:
+        file = self._folder / f"shard-{index}.safetensors"
+        mx.save_safetensors(str(file), shard, {"format": "mlx"})
+        mx.clear_cache()
+        return file
+
+    def _take(self, name: str) -> mx.array:
+        array = self._source.take(name)
+        shape = self._remaining.pop(name)
+        dtype = self._options.dtype
+        if dtype is None and self._source.path.suffix == ".gguf" and array.dtype == mx.float32:
+            dtype = mx.float16
+        if dtype is not None and array.dtype in _FLOATS:
+            array = array.astype(dtype)
+        mx.eval(array)
+        self._done += math.prod(shape)
+        self._report("convert", self._done, self._total)
+        return array
+
+
+def _skeleton(source: Source) -> nn.Module:
+    """The family's model, its parameters never evaluated, so that it costs no memory."""
+    try:
+        model_class, arguments = _get_classes(source.config)
+        return model_class(arguments.from_dict(source.config))
+    except (ValueError, TypeError, KeyError, AttributeError) as exc:
+        reason = " ".join(str(exc).split())[:200]
+        raise SourceError(f"{source.path}: mlx-lm cannot build this model ({reason}); check its config.json") from None
+
+
+def _check_quantization(specs: list[FFNSpec], quantization: Quantization | None) -> None:
+    for spec in specs:
+        if quantization is not None and spec.d_model % quantization.group_size:
+            raise SourceError(
+                f"{spec.path}: rows of {spec.d_model} weights do not divide into groups of {quantization.group_size}; "
+                "choose another --q-group-size"
+            )
+
+
+def _check_predictor(folder: Path, specs: list[FFNSpec]) -> None:
+    if not folder.is_dir():
+        raise PredictorError(f"{folder}: no such predictor folder")
+    SparsityPredictor.load(folder).check_widths([spec.d_ffn for spec in specs])
+
+
+def _copy_predictor(folder: Path, target: Path) -> None:
+    target.mkdir()
+    kept = {".json", ".safetensors", ".jinja", ".model", ".txt"}
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.suffix in kept:
+            shutil.copyfile(file, target / file.name)
+            if file.suffix == ".safetensors":
+                read_safetensors_header(target / file.name, PredictorError)
+    Head.load(target / "head.safetensors")
+
+
+def _write_config(folder: Path, source: Source, options: Options, specs: list[FFNSpec]) -> None:
+    config: dict[str, Any] = dict(source.config)
+    quantization = options.quantization
+    if quantization is not None:
+        config["quantization"] = quantization.to_dict()
+    selector = "learned" if options.predictor is not None else "activation"
+    section = Layout(tuple(specs), options.density, selector, quantization, quantization)
+    config[SECTION] = section.to_dict()
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_priors(folder: Path, prior: list[Scores], down_norms: list[Scores], method: str) -> None:
+    tensors = {f"prior.{index}": mx.array(values) for index, values in enumerate(prior)}
+    tensors |= {f"down_norm.{index}": mx.array(values) for index, values in enumerate(down_norms)}
+    for name, values in tensors.items():
+        if not bool(mx.all(mx.isfinite(values))):
+            raise IfpruneError(f"{name}: the weights contain NaN or infinity; the source is damaged")
+    mx.save_safetensors(str(folder / "priors.safetensors"), tensors, {"method": method})

@@ -1,0 +1,328 @@
+"""Reads a Hugging Face or mlx-lm folder: config.json, *.safetensors in one file or many, tokenizer files.
+
+Everything is checked at opening, from headers alone: shards present and whole, tensors exactly those that mlx-lm's
+own model class wants. Knows no model family; names and layouts are that class's `sanitize`'s. Knows nothing of FFNs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+from mlx.utils import tree_flatten
+from mlx_lm.utils import _get_classes, load_config
+
+from ifprune_mlx.errors import SourceError
+from ifprune_mlx.files import read_safetensors_header
+
+_INDEX = "model.safetensors.index.json"
+_FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+# A folder can be tokenized if it has one of these; the others only refine it.
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_TOKENIZER_FILES = (
+    *_VOCABULARIES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "merges.txt",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+_MAX_LICENCE_LINE = 80
+
+
+class SafetensorsSource:
+    """A folder of unquantized safetensors, under mlx-lm's parameter names; see `Source` for the contract."""
+
+    def __init__(self, path: Path, *, trust_remote_code: bool = False) -> None:
+        """Check the folder and map its tensors, without reading any.
+
+        Raises:
+            SourceError: if config.json, a shard, the index, a tensor or the tokenizer is missing, damaged, or of a
+                kind that cannot be converted.
+        """
+        self.path = path
+        self.config = _read_config(path)
+        _refuse_unsupported(path, self.config, trust_remote_code)
+        if not any((path / name).is_file() for name in _VOCABULARIES):
+            raise SourceError(f"{path}: has no tokenizer; download {', '.join(_VOCABULARIES[:2])} (or vocab.json) too")
+        shards = _find_shards(path)
+        _check_shards(path, shards)
+        self.licence = _read_licence(path)
+        self._arrays = _load_lazily(path, self.config, shards)
+        self._shapes = {name: tuple(array.shape) for name, array in self._arrays.items()}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor, by mlx-lm's parameter name; also of those already taken."""
+        return dict(self._shapes)
+
+    def take(self, name: str) -> mx.array:
+        """The tensor of that name, evaluated, in its stored type: float32, float16 or bfloat16.
+
+        Raises:
+            KeyError: if there is no such tensor, or it was taken before.
+            SourceError: if the file can no longer be read.
+        """
+        # A view into a larger tensor (a fused matrix that `sanitize` split) would keep all of it in memory.
+        array = mx.contiguous(self._arrays.pop(name))
+        try:
+            mx.eval(array)
+        except RuntimeError as exc:
+            raise SourceError(f"{self.path}: tensor {name} cannot be read ({_first_line(exc)})") from None
+        return array
+
+    def write_tokenizer(self, folder: Path) -> None:
+        """Copy the tokenizer files, chat template and generation config into `folder`.
+
+        Raises:
+            SourceError: if one of them cannot be read, or is JSON in name only.
+        """
+        for name in _TOKENIZER_FILES:
+            file = self.path / name
+            if not file.is_file():
+                continue
+            try:
+                content = file.read_bytes()
+                if file.suffix == ".json":
+                    json.loads(content)
+            except OSError as exc:
+                raise SourceError(f"{file}: cannot be read ({exc.strerror or exc})") from None
+            except (ValueError, RecursionError):
+                raise SourceError(f"{file}: is not valid JSON; copy or download it again") from None
+            (folder / name).write_bytes(content)
+
+
+def build_skeleton(path: Path, config: dict[str, Any], tensor_count: int) -> Module:
+    """mlx-lm's model for a config, its parameters never evaluated.
+
+    Args:
+        path: the source, for error messages.
+        config: what `ModelArgs.from_dict` reads.
+        tensor_count: the number of tensors in the source; a layer has at least one, which bounds the layers that a
+            damaged config can ask for.
+
+    Raises:
+        SourceError: if mlx-lm does not know the `model_type`, or cannot build a model from this config.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or not re.fullmatch(r"[\w-]+", model_type):
+        raise SourceError(f"{path}: the config names no model_type; download the model's own config.json again")
+    layers = config.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > tensor_count:
+        raise SourceError(
+            f"{path}: the config asks for {layers} layers, but there are only {tensor_count} tensors; "
+            "download the model again"
+        )
+    try:
+        model_class, args_class = _get_classes(config)
+    except (ValueError, AttributeError):
+        raise SourceError(
+            f"{path}: mlx-lm {version('mlx-lm')} has no model_type {model_type!r}; "
+            "update mlx-lm, or convert a model of a family that it supports"
+        ) from None
+    try:
+        model = model_class(args_class.from_dict(config))
+    except Exception as exc:  # a wrong config can fail anywhere inside the model class
+        raise SourceError(
+            f"{path}: mlx-lm cannot build a {model_type} model from the config ({_reason(exc)}); "
+            "compare it with the model's own config.json"
+        ) from None
+    assert isinstance(model, Module)
+    return model
+
+
+def parameter_shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter of a model (an `nn.Module`), by name; evaluates none."""
+    parameters: Any = tree_flatten(model.parameters())
+    return {name: tuple(array.shape) for name, array in parameters}
+
+
+def check_shapes(path: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
+    """Compare the tensors that a model needs with those that a source has.
+
+    Raises:
+        SourceError: naming what is missing, what does not belong there, or what has the wrong shape.
+    """
+    if missing := sorted(expected.keys() - found.keys()):
+        raise SourceError(f"{path}: lacks {_listing(missing)}, which its config asks for; download the model again")
+    if extra := sorted(found.keys() - expected.keys()):
+        raise SourceError(
+            f"{path}: has {_listing(extra)}, which mlx-lm's model does not know; "
+            "the config may belong to another model, or mlx-lm may need an update"
+        )
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise SourceError(
+                f"{path}: tensor {name} has shape {list(found[name])}, but the config asks for {list(shape)}; "
+                "the config may belong to another model"
+            )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / "config.json"
+    try:
+        # mlx-lm's own reader: it decodes the floats that transformers tags, and takes eos ids from generation_config.
+        config = load_config(path)
+    except OSError as exc:
+        raise SourceError(f"{file}: cannot be read ({exc.strerror or exc})") from None
+    except (ValueError, RecursionError):
+        raise SourceError(f"{file}: is not valid JSON; download it again") from None
+    except (AttributeError, TypeError):  # generation_config.json or config.json holds a list or a bare value
+        raise SourceError(f"{file}: it or generation_config.json is not a JSON object; download both again") from None
+    if not isinstance(config, dict):
+        raise SourceError(f"{file}: is not a JSON object; download it again")
+    return config
+
+
+def _refuse_unsupported(path: Path, config: dict[str, Any], trust_remote_code: bool) -> None:
+    if config.get("ifpruning") is not None:
+        raise SourceError(f"{path}: is an IFP checkpoint already; convert the dense model that it was made from")
+    text_config = config.get("text_config")
+    nested = text_config if isinstance(text_config, dict) else {}
+    quantized = any(part.get(key) for part in (config, nested) for key in ("quantization", "quantization_config"))
+    if quantized or (path / "hf_quant_config.json").exists():
+        raise SourceError(
+            f"{path}: is quantized, which this version does not read; "
+            "convert from the unquantized checkpoint, and quantize then"
+        )
+    if (model_file := config.get("model_file")) is not None:
+        unread = "code from a checkpoint is not supported yet" if trust_remote_code else "such code is never run"
+        raise SourceError(
+            f"{path}: its model is defined by its own code ({model_file}), and {unread}; "
+            "convert a model of a family that mlx-lm supports"
+        )
+
+
+def _find_shards(path: Path) -> dict[str, set[str] | None]:
+    """The weight files by name, each with the tensors that the index places there, or None without an index."""
+    shards: dict[str, set[str] | None] = {}
+    index = path / _INDEX
+    if index.is_file():
+        try:
+            weight_map: Any = json.loads(index.read_bytes())["weight_map"]
+            for tensor, name in weight_map.items():
+                placed = shards.setdefault(name, set())
+                assert placed is not None
+                placed.add(tensor)
+            odd = not shards or any(Path(name).name != name or not name.endswith(".safetensors") for name in shards)
+        except OSError as exc:
+            raise SourceError(f"{index}: cannot be read ({exc.strerror or exc})") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            odd = True
+        if odd:
+            raise SourceError(f"{index}: is not an index of safetensors files; download it again")
+        missing = sorted(name for name in shards if not (path / name).is_file())
+    else:
+        names = sorted(file.name for file in path.glob("*.safetensors") if not file.name.startswith("."))
+        # As mlx-lm and transformers: `consolidated`, `adapters` and the like beside `model*` are not the model.
+        names = [name for name in names if name.startswith("model")] or names
+        missing = sorted(name for name in names if not (path / name).is_file())
+        numbered = [match for name in names if (match := re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})\.safetensors", name))]
+        for match in numbered:
+            stem, total = match[1], match[3]
+            wanted = (f"{stem}{number:05d}-of-{total}.safetensors" for number in range(1, int(total) + 1))
+            missing += [name for name in wanted if name not in names and name not in missing]
+        if len(names) > 1 and len(numbered) != len(names):
+            raise SourceError(
+                f"{path}: has several weight files and no {_INDEX} to say which belong together "
+                f"({_listing(names)}); download the index, or remove what is not the model"
+            )
+        shards = dict.fromkeys(names)
+    if missing:
+        raise SourceError(f"{path}: lacks {_listing(missing)}; download the missing weight files")
+    return shards
+
+
+def _check_shards(path: Path, shards: dict[str, set[str] | None]) -> None:
+    """Check every shard's header and length, and that each tensor lies just where it should."""
+    home: dict[str, str] = {}
+    for shard, placed in shards.items():
+        header = read_safetensors_header(path / shard, SourceError)
+        if placed is not None and (absent := sorted(placed - header.tensors.keys())):
+            raise SourceError(f"{path / shard}: lacks {_listing(absent)}, which {_INDEX} places there; download both")
+        for tensor in header.tensors:
+            if tensor in home:
+                raise SourceError(
+                    f"{path}: tensor {tensor} is in both {home[tensor]} and {shard}; remove the stale one"
+                )
+            home[tensor] = shard
+
+
+def _load_lazily(path: Path, config: dict[str, Any], shards: Iterable[str]) -> dict[str, mx.array]:
+    """All tensors as lazy arrays under mlx-lm's names, checked against mlx-lm's model."""
+    weights: dict[str, mx.array] = {}
+    for shard in shards:
+        try:
+            loaded = mx.load(str(path / shard))
+        except (RuntimeError, ValueError) as exc:
+            raise SourceError(f"{path / shard}: cannot be loaded ({_first_line(exc)}); download it again") from None
+        assert isinstance(loaded, dict)
+        weights.update(loaded)
+    model = build_skeleton(path, config, len(weights))
+    sanitize: Callable[[dict[str, mx.array]], dict[str, mx.array]] | None = getattr(model, "sanitize", None)
+    if sanitize is not None:
+        try:
+            weights = sanitize(weights)
+        except Exception as exc:  # it indexes and reshapes what a complete model would have
+            raise SourceError(
+                f"{path}: mlx-lm cannot arrange the tensors of this {config['model_type']} model ({_reason(exc)}); "
+                "one may be missing or of a wrong shape: download the model again"
+            ) from None
+    check_shapes(path, parameter_shapes(model), {name: tuple(array.shape) for name, array in weights.items()})
+    for name, array in weights.items():
+        if array.dtype not in _FLOATS:
+            raise SourceError(
+                f"{path}: tensor {name} has type {str(array.dtype).removeprefix('mlx.core.')}; "
+                "convert from a checkpoint in float32, float16 or bfloat16"
+            )
+    return weights
+
+
+def _read_licence(path: Path) -> str | None:
+    """The licence in README.md's front matter, else the first line of LICENSE where it is short, else None."""
+    readme = _read_text(path / "README.md")
+    if readme.startswith("---"):
+        front = readme[3:].split("\n---", 1)[0]
+        found = {
+            key: value
+            for key in ("license", "license_name")
+            if (match := re.search(rf"^{key}:[ \t]*(?:\n[ \t]*-[ \t]*)?(.+)$", front, re.MULTILINE))
+            and (value := match[1].strip().strip("\"'"))
+        }
+        # The hub's way to name a licence that is not on its list.
+        if found.get("license") == "other" and "license_name" in found:
+            return found["license_name"]
+        if "license" in found:
+            return found["license"]
+    lines = [line.strip() for line in _read_text(path / "LICENSE").splitlines() if line.strip()]
+    return lines[0] if lines and len(lines[0]) <= _MAX_LICENCE_LINE else None
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _listing(names: list[str]) -> str:
+    """The first few of many names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _first_line(exc: BaseException) -> str:
+    return str(exc).splitlines()[0] if str(exc) else type(exc).__name__
+
+
+def _reason(exc: BaseException) -> str:
+    """An exception from inside mlx-lm in one line; its type says what a bare key or number does not."""
+    return f"{type(exc).__name__}: {_first_line(exc)}"

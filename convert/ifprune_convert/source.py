@@ -1,0 +1,35 @@
+"""What the converter reads from: any dense checkpoint, under mlx-lm's parameter names.
+
+Knows the shape of the contract only; each reader in `readers/` fulfils it for one file format.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import mlx.core as mx
+
+
+class Source(Protocol):
+    """A dense checkpoint that hands out one tensor at a time."""
+
+    path: Path
+    """The file or folder that was opened."""
+    config: dict[str, Any]
+    """What mlx-lm's `ModelArgs.from_dict` reads, `model_type` included."""
+    licence: str | None
+    """The licence that the source names, if it names one."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor, by mlx-lm's parameter name (after the model class's own `sanitize`)."""
+        ...
+
+    def take(self, name: str) -> mx.array:
+        """The tensor of that name, evaluated, in a float type. The source keeps no reference: each may be taken once."""
+        ...
+
+    def write_tokenizer(self, folder: Path) -> None:
+        """Write tokenizer files, chat template and generation config into `folder`, as mlx-lm reads them."""
+        ...

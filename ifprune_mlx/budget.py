@@ -1,0 +1,70 @@
+"""From what a user can afford to *k* per FFN: a density, a number of active parameters, or bytes of memory.
+
+Pure arithmetic on a checkpoint's shapes.
+"""
+
+from __future__ import annotations
+
+import re
+
+from .checkpoint import Checkpoint
+from .errors import BudgetError
+from .selection import keep_count, keep_multiple
+
+_FACTORS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
+
+
+def parse_quantity(text: str, what: str) -> int:
+    """A number with an optional suffix: `3B`, `250M`, `6GB`, `1.5e9`.
+
+    Raises:
+        BudgetError: if it is not a positive number.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([KMBGT]?)B?\s*", text, re.IGNORECASE)
+    value = int(float(match.group(1)) * _FACTORS[match.group(2).upper()]) if match else 0
+    if value <= 0:
+        raise BudgetError(f"{what} {text!r} is not a positive quantity; write it like 3B, 250M or 6GB")
+    return value
+
+
+def resolve_keep(
+    checkpoint: Checkpoint,
+    *,
+    density: float | None = None,
+    active_parameters: int | None = None,
+    memory: int | None = None,
+) -> tuple[int, ...]:
+    """*k* for every FFN under the given budget; the checkpoint's own density where none is given.
+
+    Args:
+        density: kept / all neurons of each layer.
+        active_parameters: the most parameters that may take part in a token; the largest density below it is taken.
+        memory: bytes that the weights may take. In `ram` residency all neurons stay in memory whatever the density, so
+            this is a check and picks no density.
+
+    Raises:
+        BudgetError: if two budgets contradict each other or nothing fits.
+    """
+    if density is not None and active_parameters is not None:
+        raise BudgetError("give a density or a number of active parameters, not both")
+    if memory is not None and memory < checkpoint.weight_bytes:
+        raise BudgetError(
+            f"memory budget {memory / 1e9:.3g} GB: this checkpoint keeps {checkpoint.weight_bytes / 1e9:.3g} GB of weights in "
+            "memory at any density; raise the budget, or convert the model with -q"
+        )
+    ffns = checkpoint.layout.ffns
+    if active_parameters is None:
+        wanted = checkpoint.layout.density if density is None else density
+        return tuple(keep_count(wanted, spec.d_ffn) for spec in ffns)
+    if active_parameters >= checkpoint.parameters:
+        return tuple(spec.d_ffn for spec in ffns)
+    fixed = checkpoint.parameters - checkpoint.ffn_parameters
+    share = (active_parameters - fixed) / checkpoint.ffn_parameters
+    keep = tuple(int(share * spec.d_ffn) // keep_multiple(spec.d_ffn) * keep_multiple(spec.d_ffn) for spec in ffns)
+    if min(keep) < 1:
+        least = checkpoint.active_parameters(tuple(min(keep_multiple(spec.d_ffn), spec.d_ffn) for spec in ffns))
+        raise BudgetError(
+            f"{active_parameters:,} active parameters are too few: everything but the FFNs takes {fixed:,}; "
+            f"give at least {least:,}"
+        )
+    return keep

@@ -1,0 +1,364 @@
+"""The IFP checkpoint on disk, format 1: schema, opening with checks, the manifest (DESIGN.md section 5).
+
+Knows files, headers and shapes; reads no weights. The neurons of FFN `i` are in `neurons-<i>-of-<n>.safetensors`:
+`gate_up.*` as `[d_ffn, 2, row]` and `down.*` as `[d_ffn, row]`, one row per neuron.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from datetime import datetime, timezone
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError, IfpruneError
+from .families import FFNSpec
+from .files import SafetensorsHeader, read_safetensors_header, sha256_file
+from .selection import keep_count
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+SECTION = "ifpruning"
+SELECTOR_NAMES = ("learned", "activation", "static", "random")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Parameters of `mx.quantize` for one kind of rows."""
+
+    group_size: int
+    bits: int
+    mode: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in `config.json`, in mlx-lm's words."""
+        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+
+    @property
+    def has_biases(self) -> bool:
+        """Whether groups carry a bias beside their scale."""
+        return self.mode == "affine"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The `ifpruning` section of `config.json`.
+
+    Attributes:
+        ffns: the sliced FFNs, in layer order.
+        density: what selections keep unless the user says otherwise.
+        selector: the default selector's name.
+        gate_up, down: quantization of the two kinds of rows, or None for float rows.
+    """
+
+    ffns: tuple[FFNSpec, ...]
+    density: float
+    selector: str
+    gate_up: Quantization | None = None
+    down: Quantization | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The section as JSON."""
+        quantization = None
+        if self.gate_up is not None and self.down is not None:
+            quantization = {"gate_up": self.gate_up.to_dict(), "down": self.down.to_dict()}
+        return {
+            "format_version": FORMAT_VERSION,
+            "ffns": [spec.to_dict() for spec in self.ffns],
+            "density": self.density,
+            "selector": self.selector,
+            "quantization": quantization,
+        }
+
+    @classmethod
+    def from_dict(cls, section: Any, where: Path) -> Layout:
+        """Parse and check the section.
+
+        Raises:
+            CheckpointError: on another format version, unknown or missing keys, or values of the wrong kind.
+        """
+        if not isinstance(section, dict):
+            raise CheckpointError(f"{where}: has no {SECTION} section; convert the model with `ifprune convert`")
+        if section.get("format_version") != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{where}: format version {section.get('format_version')!r}, this release reads {FORMAT_VERSION}; "
+                "update ifprune-mlx, or convert the source again"
+            )
+        known = {"format_version", "ffns", "density", "selector", "quantization"}
+        _exact_keys(section, known, f"{where}, section {SECTION}")
+        ffn_keys = {field.name for field in fields(FFNSpec)}
+        specs = []
+        try:
+            for entry in section["ffns"]:
+                _exact_keys(entry, ffn_keys, f"{where}, section {SECTION}, ffns")
+                specs.append(FFNSpec(**entry))
+            if not specs or any(min(spec.d_ffn, spec.d_model) < 1 for spec in specs):
+                raise CheckpointError(f"{where}: section {SECTION} lists no usable FFN; convert the source again")
+            density = float(section["density"])
+            keep_count(density, 64)
+            if section["selector"] not in SELECTOR_NAMES:
+                raise CheckpointError(f"{where}: unknown default selector {section['selector']!r}")
+            quantization = section["quantization"]
+            gate_up = down = None
+            if quantization is not None:
+                _exact_keys(quantization, {"gate_up", "down"}, f"{where}, section {SECTION}, quantization")
+                gate_up, down = (Quantization(**quantization[kind]) for kind in ("gate_up", "down"))
+        except IfpruneError:
+            raise
+        except (TypeError, ValueError, AttributeError) as exc:
+            raise CheckpointError(
+                f"{where}: section {SECTION} is malformed ({exc}); convert the source again"
+            ) from None
+        return cls(tuple(specs), density, section["selector"], gate_up, down)
+
+
+def _exact_keys(section: Mapping[str, Any], known: set[str], where: str) -> None:
+    unknown, missing = sorted(set(section) - known), sorted(known - set(section))
+    if unknown:
+        raise CheckpointError(
+            f"{where}: unknown key {unknown[0]!r}; it was made by another release, update ifprune-mlx"
+        )
+    if missing:
+        raise CheckpointError(f"{where}: key {missing[0]!r} is missing; convert the source again")
+
+
+def neurons_file(index: int, count: int) -> str:
+    """Name of the file that holds the neurons of FFN `index` of `count`."""
+    return f"neurons-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened IFP checkpoint: every file is there, has the manifest's size and a sound header.
+
+    Attributes:
+        path: its folder.
+        config: `config.json` as it stands, mlx-lm's keys included.
+        layout: the parsed `ifpruning` section.
+        manifest: `manifest.json` as it stands.
+        headers: the header of every top-level safetensors file, by file name.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    layout: Layout
+    manifest: dict[str, Any]
+    headers: dict[str, SafetensorsHeader]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Checkpoint:
+        """Open a checkpoint folder and check everything that can be checked without reading weights.
+
+        Raises:
+            CheckpointError: naming the file and what to do.
+        """
+        path = Path(path).expanduser()
+        if not path.is_dir():
+            what = "is a file" if path.is_file() else "no such folder"
+            raise CheckpointError(f"{path}: {what}; give the folder of an IFP checkpoint (see `ifprune convert`)")
+        config_file = path / "config.json"
+        if not config_file.is_file():
+            raise CheckpointError(f"{path}: has no config.json; give the folder of an IFP checkpoint")
+        config = read_json_object(config_file)
+        layout = Layout.from_dict(config.get(SECTION), config_file)
+        if not (path / MANIFEST).is_file():
+            raise CheckpointError(
+                f"{path}: has no {MANIFEST}, so its conversion did not finish; convert the source again"
+            )
+        manifest = read_json_object(path / MANIFEST)
+        files = _checked_manifest(path, manifest)
+        headers = {
+            name: read_safetensors_header(path / name, CheckpointError)
+            for name in files
+            if name.endswith(".safetensors") and "/" not in name
+        }
+        checkpoint = cls(path, config, layout, manifest, headers)
+        checkpoint._check_shapes()
+        return checkpoint
+
+    @cached_property
+    def id(self) -> str:
+        """Content id (16 hexadecimal digits): equal files, equal id."""
+        files = {name: entry["sha256"] for name, entry in self.manifest["files"].items()}
+        return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def has_predictor(self) -> bool:
+        """Whether a trained sparsity predictor is inside."""
+        return (self.path / "predictor" / "head.safetensors").is_file()
+
+    @property
+    def priors_file(self) -> Path:
+        """Importance of every neuron (`prior.N`) and norm of its down row (`down_norm.N`), float32 `[d_ffn]` each."""
+        return self.path / "priors.safetensors"
+
+    def neurons_file(self, index: int) -> Path:
+        """The file with the neurons of FFN `index`."""
+        return self.path / neurons_file(index, len(self.layout.ffns))
+
+    @cached_property
+    def ffn_parameters(self) -> int:
+        """Parameters of all sliced FFNs, all neurons."""
+        return sum(spec.parameters for spec in self.layout.ffns)
+
+    @cached_property
+    def parameters(self) -> int:
+        """Parameters of the whole dense model, however they are packed."""
+        return self.ffn_parameters + self._other_parameters
+
+    @cached_property
+    def _other_parameters(self) -> int:
+        quantization = self.config.get("quantization") or {}
+        total = 0
+        for header in self._model_headers():
+            for name, info in header.tensors.items():
+                stem, _, leaf = name.rpartition(".")
+                if f"{stem}.scales" not in header.tensors or leaf == "bias":
+                    total += math.prod(info.shape)
+                elif leaf == "weight":  # packed into uint32
+                    bits = quantization.get(stem, quantization)["bits"]
+                    total += math.prod(info.shape) * 32 // bits
+        return total
+
+    def active_parameters(self, keep: tuple[int, ...] | None) -> int:
+        """Parameters that take part in a token, for *k* per FFN (None: all)."""
+        if keep is None:
+            return self.parameters
+        ffns = self.layout.ffns
+        dropped = sum((spec.d_ffn - k) * spec.neuron_parameters for spec, k in zip(ffns, keep, strict=True))
+        return self.parameters - dropped
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights on disk, which is what `ram` residency keeps in memory."""
+        names = [name for name in self.headers if name != self.priors_file.name]
+        return sum(info.end - info.start for name in names for info in self.headers[name].tensors.values())
+
+    @property
+    def prior_method(self) -> str:
+        """Where the prior comes from: `weights`, or `calibrated` on chats."""
+        return self.headers[self.priors_file.name].metadata.get("method", "weights")
+
+    def verify(self, progress: Callable[[int, int], None] | None = None) -> list[str]:
+        """Names of the files whose sha256 is not the manifest's; reads every byte.
+
+        Args:
+            progress: called with (files checked, files).
+        """
+        files = self.manifest["files"]
+        damaged = []
+        for index, (name, entry) in enumerate(files.items(), 1):
+            if sha256_file(self.path / name) != entry["sha256"]:
+                damaged.append(name)
+            if progress is not None:
+                progress(index, len(files))
+        return damaged
+
+    def _model_headers(self) -> list[SafetensorsHeader]:
+        return [header for name, header in self.headers.items() if name.startswith("model-")]
+
+    def _check_shapes(self) -> None:
+        for index, spec in enumerate(self.layout.ffns):
+            file = self.neurons_file(index)
+            self._check_file(file, neuron_shapes(spec, self.layout))
+        widths = [spec.d_ffn for spec in self.layout.ffns]
+        priors = {f"{kind}.{i}": (width,) for kind in ("prior", "down_norm") for i, width in enumerate(widths)}
+        self._check_file(self.priors_file, priors)
+        if not self._model_headers():
+            raise CheckpointError(f"{self.path}: no model-*.safetensors in the manifest; convert the source again")
+
+    def _check_file(self, file: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        header = self.headers.get(file.name)
+        if header is None:
+            raise CheckpointError(f"{file}: not listed in {MANIFEST}; convert the source again")
+        for name, shape in shapes.items():
+            info = header.tensors.get(name)
+            if info is None:
+                raise CheckpointError(f"{file}: tensor {name} is missing; convert the source again")
+            if info.shape != shape:
+                raise CheckpointError(
+                    f"{file}: tensor {name} has shape {list(info.shape)}, config.json asks for {list(shape)}; "
+                    "the two belong to different models, convert the source again"
+                )
+
+
+def neuron_shapes(spec: FFNSpec, layout: Layout) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in one neurons file."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    rows = (("gate_up", (spec.d_ffn, 2), layout.gate_up), ("down", (spec.d_ffn,), layout.down))
+    for name, leading, quantization in rows:
+        if quantization is None:
+            shapes[f"{name}.weight"] = (*leading, spec.d_model)
+            continue
+        groups = spec.d_model // quantization.group_size
+        shapes[f"{name}.weight"] = (*leading, spec.d_model * quantization.bits // 32)
+        shapes[f"{name}.scales"] = (*leading, groups)
+        if quantization.has_biases:
+            shapes[f"{name}.biases"] = (*leading, groups)
+    if spec.bias:
+        shapes["gate_up.bias"] = (spec.d_ffn, 2)
+    if spec.down_bias:
+        shapes["down.bias"] = (spec.d_model,)
+    return shapes
+
+
+def read_json_object(file: Path, error: type[IfpruneError] = CheckpointError) -> dict[str, Any]:
+    """A JSON file that must hold an object.
+
+    Raises:
+        IfpruneError: (the given subclass) naming the file.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise error(f"{file}: cannot be read ({exc.strerror or exc})") from None
+    except (ValueError, RecursionError):
+        raise error(f"{file}: not valid JSON; the file is damaged, get it again") from None
+    if not isinstance(value, dict):
+        raise error(f"{file}: must hold a JSON object; the file is damaged, get it again")
+    return value
+
+
+def _checked_manifest(path: Path, manifest: dict[str, Any]) -> list[str]:
+    """The manifest's file names, each of them present with the size that it states."""
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not files:
+        raise CheckpointError(f"{path / MANIFEST}: lists no files; convert the source again")
+    for name, entry in files.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError(f"{path / MANIFEST}: the file name {name!r} leaves the checkpoint; do not use it")
+        if not isinstance(entry, dict) or not isinstance(entry.get("size"), int) or "sha256" not in entry:
+            raise CheckpointError(f"{path / MANIFEST}: the entry for {name} is malformed; convert the source again")
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing, though {MANIFEST} lists it; copy or convert the checkpoint again")
+        size = file.stat().st_size
+        if size != entry["size"]:
+            raise CheckpointError(
+                f"{file}: {size} bytes, {MANIFEST} says {entry['size']}; copy or convert the checkpoint again"
+            )
+    return list(files)
+
+
+def write_manifest(folder: Path, *, source: str, licence: str | None) -> None:
+    """Write `manifest.json`: size and sha256 of every file in `folder`, versions, source and licence."""
+    files = {
+        str(file.relative_to(folder)): {"size": file.stat().st_size, "sha256": sha256_file(file)}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != MANIFEST
+    }
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {name: version(name) for name in ("ifprune-mlx", "mlx", "mlx-lm")},
+        "source": source,
+        "licence": licence,
+        "files": files,
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,39 @@
+"""The one family of errors that a user's input can cause.
+
+Every message is one line that says what is wrong, where, and what to do. The command line prints it as it
+is and exits with 1; a Python caller catches `IfpruneError`.
+"""
+
+from __future__ import annotations
+
+
+class IfpruneError(Exception):
+    """Something the user gave cannot be used; the message says what, where, and what to do next."""
+
+
+class CheckpointError(IfpruneError):
+    """An IFP checkpoint is damaged, incomplete, or of a format that this version does not read."""
+
+
+class SourceError(IfpruneError):
+    """A dense checkpoint cannot be converted."""
+
+
+class SelectionError(IfpruneError):
+    """A selection is malformed, or belongs to a model of another shape."""
+
+
+class PredictorError(IfpruneError):
+    """A sparsity predictor is malformed, belongs to another model, or gave scores that are not numbers."""
+
+
+class BudgetError(IfpruneError):
+    """A density, parameter or memory budget that no selection of this model can meet."""
+
+
+class PromptError(IfpruneError):
+    """A prompt that cannot be answered: empty, or longer than the model's context."""
+
+
+class ChatFileError(IfpruneError):
+    """A saved chat that cannot be read back."""

@@ -1,0 +1,105 @@
+"""The leaves that stand in for an FFN's gate, up and down projections (DESIGN.md section 3, ideas 1, 2, 4, 5).
+
+Only these leaves change; activation, norms and attention stay mlx-lm's. All three projections are neuron-major,
+`[d_ffn, d_model]`: gate and up multiply by the transpose, down as it is. `MaskedDown` is the plain reference that
+every sliced path is tested against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+from mlx import nn
+
+from .checkpoint import Quantization
+from .families import FFNSpec
+from .slots import FFNSlots
+
+Observer = Callable[[mx.array], None]
+"""Sees the hidden activations `[..., k]` of an FFN, in slot order, each time it runs."""
+
+
+class SlicedProjection(nn.Module):
+    """One projection over the active slots.
+
+    Args:
+        slots: the FFN's neurons; shared by its three leaves, and no parameter of the module tree.
+        kind: `gate`, `up` or `down`.
+        quantization: how the rows are packed, or None for float rows.
+    """
+
+    def __init__(self, slots: FFNSlots, kind: str, quantization: Quantization | None) -> None:
+        super().__init__()
+        self.slots = slots
+        self.kind = kind
+        self.quantization = quantization
+        self.observer: Observer | None = None
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Gate and up: `[..., d_model]` -> `[..., k]`; down: `[..., k]` -> `[..., d_model]`."""
+        if self.observer is not None:
+            self.observer(x)
+        slots, kind, packed = self.slots, self.kind, self.quantization
+        weight = slots.active(f"{kind}.weight")
+        assert weight is not None
+        inwards = kind != "down"
+        bias = slots.active(f"{kind}.bias") if inwards else slots.down_bias
+        if packed is None:
+            y = x @ (weight.T if inwards else weight)
+        else:
+            scales = slots.active(f"{kind}.scales")
+            assert scales is not None
+            y = mx.quantized_matmul(
+                x,
+                weight,
+                scales,
+                slots.active(f"{kind}.biases"),
+                transpose=inwards,
+                group_size=packed.group_size,
+                bits=packed.bits,
+                mode=packed.mode,
+            )
+        return y if bias is None else y + bias
+
+
+class MaskedDown(nn.Module):
+    """A down projection whose input is multiplied by a mask: the dense reference of a sliced FFN.
+
+    Args:
+        down: any module that maps `[..., d_ffn]` to `[..., d_model]`.
+        mask: float `[d_ffn]`, 1 for kept neurons and 0 for the rest (soft in training).
+    """
+
+    def __init__(self, down: nn.Module, mask: mx.array) -> None:
+        super().__init__()
+        self.down = down
+        self._mask = mask
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """`[..., d_ffn]` -> `[..., d_model]`."""
+        y: mx.array = self.down(x * self._mask.astype(x.dtype))
+        return y
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """The module at a dotted path, such as `model.layers.0.mlp`."""
+    module = model
+    for part in path.split("."):
+        module = module[int(part)] if isinstance(module, list) else module[part]
+    return module
+
+
+def replace_leaves(
+    model: nn.Module, spec: FFNSpec, slots: FFNSlots, gate_up: Quantization | None, down: Quantization | None
+) -> SlicedProjection:
+    """Put sliced leaves over `slots` into one FFN of an mlx-lm model.
+
+    Returns:
+        The new down leaf, whose observer sees the FFN's hidden activations.
+    """
+    ffn = module_at(model, spec.path)
+    ffn[spec.gate] = SlicedProjection(slots, "gate", gate_up)
+    ffn[spec.up] = SlicedProjection(slots, "up", gate_up)
+    ffn[spec.down] = leaf = SlicedProjection(slots, "down", down)
+    return leaf

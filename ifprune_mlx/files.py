@@ -1,0 +1,223 @@
+"""Files on disk: atomic writing, and the safetensors header, read before any tensor is.
+
+Knows nothing of models. Tensors themselves are read and written by `mx.load` and `mx.save_safetensors`; this
+module only makes sure that what they are given is whole, and that what is left behind is old or new, never half.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import IfpruneError
+
+# The bytes of one element, by the name that the safetensors format gives its type.
+_DTYPE_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
+}  # fmt: skip
+_MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One entry of a safetensors header: element type, shape, and its byte range in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class SafetensorsHeader:
+    """What a safetensors file says it holds."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+
+
+def read_safetensors_header(path: Path, error: type[IfpruneError] = IfpruneError) -> SafetensorsHeader:
+    """Read and check a safetensors header without touching tensor data.
+
+    Checks that the header is JSON, that every tensor's byte range fits its shape and type, and that the file is
+    exactly as long as the ranges say, so a truncated file is found before a tensor is read from it.
+
+    Raises:
+        IfpruneError: (or the given subclass) naming the file and the defect.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+                raise error(f"{path}: not a safetensors file, or cut off within its header; copy or download it again")
+            raw: Any = json.loads(file.read(length))
+    except OSError as exc:
+        raise error(f"{path}: cannot be read ({exc.strerror or exc})") from None
+    except (ValueError, RecursionError):
+        raise error(f"{path}: the safetensors header is not valid JSON; copy or download the file again") from None
+    base = 8 + length
+    tensors: dict[str, TensorInfo] = {}
+    try:
+        metadata = {str(key): str(value) for key, value in (raw.pop("__metadata__", None) or {}).items()}
+        for name, entry in raw.items():
+            start, end = (int(offset) for offset in entry["data_offsets"])
+            tensors[name] = TensorInfo(entry["dtype"], tuple(int(n) for n in entry["shape"]), base + start, base + end)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise error(f"{path}: the safetensors header is malformed; copy or download the file again") from None
+    for name, info in tensors.items():
+        if info.dtype not in _DTYPE_BYTES:
+            raise error(f"{path}: tensor {name} has the unsupported type {info.dtype}")
+        if info.end - info.start != math.prod(info.shape) * _DTYPE_BYTES[info.dtype] or info.start < base:
+            raise error(f"{path}: tensor {name} has a byte range that does not fit its shape; the file is damaged")
+    expected = max((info.end for info in tensors.values()), default=base)
+    if size != expected:
+        word = "cut short" if size < expected else "longer than its header says"
+        raise error(f"{path}: {word} ({size} bytes, {expected} expected); copy or download it again")
+    return SafetensorsHeader(tensors, metadata)
+
+
+def sha256_file(path: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_atomic(path: Path, write: Callable[[Path], None], error: type[IfpruneError] = IfpruneError) -> None:
+    """Let `write` fill a temporary file beside `path`, then rename it there.
+
+    The temporary name keeps the suffix of `path`, since `mx.save_safetensors` appends its own where it is missing.
+
+    Raises:
+        IfpruneError: (or the given subclass) if the folder cannot be written or the disk is full; `path` is
+            then as it was.
+    """
+    temporary: Path | None = None
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644 & ~_umask())
+        temporary.replace(path)
+        temporary = None
+    except (OSError, RuntimeError) as exc:  # MLX reports a failed write as RuntimeError
+        if isinstance(exc, RuntimeError) and not _is_write_failure(exc):
+            raise
+        raise error(f"{path}: cannot be written ({_reason(exc)})") from None
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path, *, overwrite: bool, error: type[IfpruneError] = IfpruneError) -> Iterator[Path]:
+    """Yield a hidden sibling folder to fill; on success it is renamed to `path`, on failure it is removed.
+
+    A process that is killed leaves only the hidden sibling, which no loader takes for a checkpoint (it has no
+    manifest) and which the next call for the same `path` sweeps away.
+
+    Raises:
+        IfpruneError: (or the given subclass) if `path` exists and `overwrite` is false, or nothing can be written.
+    """
+    path = path.absolute()
+    if (path.exists() or path.is_symlink()) and not overwrite:
+        raise error(f"{path}: already exists; choose another folder, or pass --overwrite to replace it")
+    prefix = f".{path.name}.partial-"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for stale in path.parent.glob(f"{glob_escape(prefix)}*"):
+            if not _owner_alive(stale):
+                shutil.rmtree(stale, ignore_errors=True)
+        partial = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=path.parent))
+    except OSError as exc:
+        raise error(f"{path}: cannot be written ({_reason(exc)})") from None
+    try:
+        yield partial
+        partial.chmod(0o755 & ~_umask())
+        _swap_in(partial, path)
+    except (OSError, RuntimeError) as exc:
+        if isinstance(exc, RuntimeError) and not _is_write_failure(exc):
+            raise
+        raise error(f"{path}: cannot be written ({_reason(exc)}); nothing was changed") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def glob_escape(text: str) -> str:
+    """`text` with the characters that `Path.glob` treats specially taken literally."""
+    return "".join(f"[{char}]" if char in "*?[" else char for char in text)
+
+
+def _swap_in(partial: Path, path: Path) -> None:
+    """Rename `partial` to `path`; what was there is exchanged in one step where the system can, and then removed."""
+    if not path.exists():
+        partial.rename(path)
+        return
+    if _exchange(partial, path):
+        return  # `partial` now names the old folder, which the caller removes
+    aside = path.with_name(f"{partial.name}-old")
+    path.rename(aside)
+    try:
+        partial.rename(path)
+    except BaseException:
+        aside.rename(path)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two folders atomically (`renameat2` on Linux, `renamex_np` on macOS); False where it cannot be done."""
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if sys.platform == "darwin":
+            return bool(libc.renamex_np(os.fsencode(one), os.fsencode(other), 2) == 0)
+        return bool(libc.renameat2(-100, os.fsencode(one), -100, os.fsencode(other), 2) == 0)
+    except (AttributeError, OSError):
+        return False
+
+
+def _owner_alive(partial: Path) -> bool:
+    """Whether the process that made a partial folder (its id is in the name) still runs."""
+    try:
+        os.kill(int(partial.name.rsplit(".partial-", 1)[1].split("-")[0]), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def _is_write_failure(exc: RuntimeError) -> bool:
+    text = str(exc).lower()
+    return any(word in text for word in ("write", "open", "save_safetensors", "no space"))
+
+
+def _reason(exc: BaseException) -> str:
+    if isinstance(exc, OSError) and exc.strerror:
+        return exc.strerror
+    return str(exc).splitlines()[0] if str(exc) else type(exc).__name__

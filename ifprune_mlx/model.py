@@ -1,0 +1,259 @@
+"""Loads an IFP checkpoint as an mlx-lm model whose FFNs can be switched between selections and dense.
+
+The module is mlx-lm's own class with its projection leaves replaced. Knows how to switch; not what to select.
+One model has one owner: it is not safe to use from two threads at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx import nn
+from mlx.utils import tree_map
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import _get_classes, load_model, load_tokenizer
+
+from .budget import resolve_keep
+from .checkpoint import Checkpoint, Layout
+from .errors import CheckpointError, SelectionError
+from .ffn import SlicedProjection, replace_leaves
+from .hub import resolve
+from .predictor import SparsityPredictor
+from .selection import Scores, Selection
+from .slots import FFNSlots, plan_switch
+from .store import read_rows
+
+Progress = Callable[[int, int], None]
+"""Called with (done, total) as long work advances."""
+
+
+@dataclass(frozen=True)
+class Switch:
+    """What making a selection active took.
+
+    Attributes:
+        seconds: wall time.
+        neurons: neurons that became active and were not.
+        bytes: bytes of weights written.
+        overlap: share of the new selection that was active before; None if the model was dense.
+    """
+
+    seconds: float
+    neurons: int
+    bytes: int
+    overlap: float | None
+
+
+class Model:
+    """A loaded IFP checkpoint.
+
+    It is callable like an mlx-lm model and has its `layers` and caches, so mlx-lm's own functions take it, or
+    `model.module`, as they take theirs.
+
+    Attributes:
+        checkpoint: what it was loaded from.
+        module: the mlx-lm model, with sliced leaves.
+        selection: the active selection; None while the model is dense.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, module: nn.Module, slots: list[FFNSlots], down: list[SlicedProjection]):
+        self.checkpoint = checkpoint
+        self.module = module
+        self.selection: Selection | None = None
+        self.down_leaves = down
+        self._slots = slots
+
+    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+        """As the mlx-lm model: tokens int `[B, L]` (and `cache=`) -> logits `[B, L, vocabulary]`."""
+        logits: mx.array = self.module(*args, **kwargs)
+        return logits
+
+    @property
+    def layers(self) -> Any:
+        """The decoder layers, as mlx-lm's caches want them."""
+        return self.module.layers
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """`config.json` as it stands."""
+        return self.checkpoint.config
+
+    @property
+    def context_length(self) -> int | None:
+        """The most tokens that the model was made for, if its config says so."""
+        text = self.config.get("text_config", {})
+        length = self.config.get("max_position_embeddings", text.get("max_position_embeddings"))
+        return int(length) if length else None
+
+    @property
+    def total_parameters(self) -> int:
+        """Parameters of the dense model."""
+        return self.checkpoint.parameters
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that take part in a token now."""
+        return self.checkpoint.active_parameters(self.selection.keep if self.selection else None)
+
+    @cached_property
+    def prior(self) -> list[Scores]:
+        """Input-independent importance, per FFN float32 `[d_ffn]`, in the source's neuron order."""
+        return self._priors("prior")
+
+    @cached_property
+    def down_norms(self) -> list[Scores]:
+        """Norm of every neuron's down row, per FFN float32 `[d_ffn]`."""
+        return self._priors("down_norm")
+
+    @cached_property
+    def predictor(self) -> SparsityPredictor | None:
+        """The checkpoint's sparsity predictor, loaded at first use; None if it has none."""
+        if not self.checkpoint.has_predictor:
+            return None
+        predictor = SparsityPredictor.load(self.checkpoint.path / "predictor")
+        predictor.check_widths([spec.d_ffn for spec in self.checkpoint.layout.ffns])
+        return predictor
+
+    def keep(
+        self, density: float | None = None, active_parameters: int | None = None, memory: int | None = None
+    ) -> tuple[int, ...]:
+        """*k* per FFN under a budget; see `ifprune_mlx.budget.resolve_keep`."""
+        return resolve_keep(self.checkpoint, density=density, active_parameters=active_parameters, memory=memory)
+
+    def check(self, selection: Selection) -> None:
+        """Raise SelectionError unless `selection` fits this model's FFNs."""
+        widths = tuple(spec.d_ffn for spec in self.checkpoint.layout.ffns)
+        if selection.widths != widths:
+            raise SelectionError(
+                f"the selection has {len(selection.widths)} FFNs of widths {sorted(set(selection.widths))}, the model has "
+                f"{len(widths)} of {sorted(set(widths))}; it was made for another model"
+            )
+
+    def switch(self, selection: Selection | None) -> Switch:
+        """Make a selection active, or all neurons (None). Moves only the neurons that differ.
+
+        Raises:
+            SelectionError: if the selection belongs to a model of another shape.
+        """
+        start = time.perf_counter()
+        if selection is None:
+            for slots in self._slots:
+                slots.activate_all()
+            self.selection = None
+            return Switch(time.perf_counter() - start, 0, 0, None)
+        self.check(selection)
+        overlap = selection.overlap(self.selection) if self.selection else None
+        neurons = moved = 0
+        # Layer by layer, so that a scatter that has to copy holds one copy of one layer's array at most.
+        for slots, ids in zip(self._slots, selection.ids, strict=True):
+            plan = plan_switch(slots.order, ids)
+            neurons += len(plan.entering)
+            moved += slots.apply(plan)
+        self.selection = selection
+        return Switch(time.perf_counter() - start, neurons, moved, overlap)
+
+    def close(self) -> None:
+        """Give the weights back; the model cannot be used afterwards."""
+        for slots in self._slots:
+            slots.rows.clear()
+        self._slots = []
+        self.down_leaves = []
+        self.module = nn.Module()
+        self.__dict__.pop("predictor", None)
+        mx.clear_cache()
+
+    def _priors(self, kind: str) -> list[Scores]:
+        arrays = mx.load(str(self.checkpoint.priors_file))
+        assert isinstance(arrays, dict)
+        return [np.array(arrays[f"{kind}.{index}"]) for index in range(len(self.checkpoint.layout.ffns))]
+
+
+def load(
+    path_or_repo: str | Path,
+    *,
+    dtype: mx.Dtype | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> tuple[Model, TokenizerWrapper]:
+    """Load an IFP checkpoint and its tokenizer, as `mlx_lm.load` does a plain one. The model starts dense.
+
+    Args:
+        path_or_repo: folder, or hub id.
+        dtype: float type to cast the weights to; None keeps the checkpoint's.
+        trust_remote_code: let the tokenizer run code that comes with the checkpoint.
+        progress: called with (FFNs loaded, FFNs).
+
+    Raises:
+        CheckpointError: if the checkpoint is damaged or not one, naming the file and what to do.
+    """
+    checkpoint = Checkpoint.open(resolve(path_or_repo, revision))
+    tokenizer = _load_tokenizer(checkpoint, trust_remote_code)
+    return load_checkpoint(checkpoint, dtype=dtype, progress=progress), tokenizer
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint, *, dtype: mx.Dtype | None = None, progress: Progress | None = None
+) -> Model:
+    """Load an opened checkpoint's model, without its tokenizer. See `load`."""
+    slots: list[FFNSlots] = []
+    ffns = checkpoint.layout.ffns
+    for index in range(len(ffns)):
+        slots.append(FFNSlots(*read_rows(checkpoint, index, dtype)))
+        if progress is not None:
+            progress(index + 1, len(ffns))
+    leaves: list[SlicedProjection] = []
+    module = _load_module(checkpoint, slots, leaves)
+    if dtype is not None:
+        floats = (mx.float32, mx.float16, mx.bfloat16)
+        module.update(tree_map(lambda a: a.astype(dtype) if a.dtype in floats else a, module.parameters()))
+        mx.eval(module.parameters())
+    return Model(checkpoint, module, slots, leaves)
+
+
+def _load_module(checkpoint: Checkpoint, slots: Sequence[FFNSlots], leaves: list[SlicedProjection]) -> nn.Module:
+    layout: Layout = checkpoint.layout
+
+    def classes(config: dict[str, Any]) -> tuple[type[nn.Module], type]:
+        base, arguments = _get_classes(config)
+
+        class Sliced(base):  # type: ignore[misc, valid-type]
+            """The family's own class; its projections are replaced before any weight is loaded."""
+
+            def __init__(self, args: Any) -> None:
+                super().__init__(args)
+                for spec, ffn_slots in zip(layout.ffns, slots, strict=True):
+                    leaves.append(replace_leaves(self, spec, ffn_slots, layout.gate_up, layout.down))
+
+        return Sliced, arguments
+
+    try:
+        module, _ = load_model(checkpoint.path, get_model_classes=classes)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, OSError) as exc:
+        reason = " ".join(str(exc).split())[:300] or type(exc).__name__
+        raise CheckpointError(
+            f"{checkpoint.path}: mlx-lm cannot build the model ({reason}); its files do not belong together, "
+            "convert the source again"
+        ) from None
+    return module
+
+
+def _load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool) -> TokenizerWrapper:
+    try:
+        return load_tokenizer(
+            checkpoint.path,
+            {"trust_remote_code": trust_remote_code},
+            eos_token_ids=checkpoint.config.get("eos_token_id"),
+        )
+    except Exception as exc:  # transformers raises whatever its parsers do
+        reason = " ".join(str(exc).split())[:300]
+        raise CheckpointError(
+            f"{checkpoint.path}: the tokenizer cannot be loaded ({reason}); convert the source again"
+        ) from None

@@ -1,0 +1,246 @@
+"""The sparsity predictor (paper section 3.1): a small LM reads the instruction, a two-layer head scores every neuron.
+
+    instruction -> chat template -> backbone -> pooled hidden state [d] -> head1 [r, d] -> head2 [neurons, r] -> scores
+
+A predictor folder is an mlx-lm model folder (the backbone and its tokenizer) with `head.safetensors` beside. Knows
+nothing of the model that it selects for but the widths of its FFNs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx import nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import load_model, load_tokenizer
+
+from .errors import PredictorError
+from .files import read_safetensors_header, write_atomic
+from .selection import Scores
+
+_FORMAT = 1
+_METADATA = "ifprune_predictor"
+POOLINGS = ("last", "mean", "both")
+_ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
+    "none": lambda x: x,
+    "relu": nn.relu,
+    "gelu": nn.gelu,
+    "silu": nn.silu,
+}
+
+
+@dataclass(frozen=True)
+class Head:
+    """The two-layer head.
+
+    Attributes:
+        first, first_bias: `[r, d]` and `[r]` or None, where d is the backbone's width (twice that for pooling `both`).
+        second, second_bias: `[neurons, r]` and `[neurons]` or None; neurons of all FFNs, one FFN after the other.
+        widths: `d_ffn` of every FFN.
+        pooling: `last` token's hidden state (the paper's), `mean` over tokens, or `both` (last, then mean).
+        activation: between the layers; the authors' released code has none.
+    """
+
+    first: mx.array
+    first_bias: mx.array | None
+    second: mx.array
+    second_bias: mx.array | None
+    widths: tuple[int, ...]
+    pooling: str = "last"
+    activation: str = "none"
+
+    def __post_init__(self) -> None:
+        neurons, rank = sum(self.widths), self.first.shape[0]
+        if self.pooling not in POOLINGS or self.activation not in _ACTIVATIONS:
+            raise PredictorError(
+                f"unknown pooling {self.pooling!r} or activation {self.activation!r}; update ifprune-mlx"
+            )
+        if self.first.ndim != 2 or self.second.shape != (neurons, rank):
+            raise PredictorError(
+                f"head1 is {list(self.first.shape)} and head2 {list(self.second.shape)}, but {len(self.widths)} FFNs "
+                f"with {neurons} neurons need head2 [{neurons}, {rank}]"
+            )
+        for bias, size in ((self.first_bias, rank), (self.second_bias, neurons)):
+            if bias is not None and bias.shape != (size,):
+                raise PredictorError(f"a head bias has shape {list(bias.shape)}, expected [{size}]")
+
+    def __call__(self, hidden: mx.array) -> mx.array:
+        """Hidden states of all tokens `[tokens, d]` -> scores of all neurons, float32 `[neurons]`."""
+        hidden = hidden.astype(mx.float32)
+        last, mean = hidden[-1], hidden.mean(axis=0)
+        pooled = {"last": last, "mean": mean, "both": mx.concatenate([last, mean])}[self.pooling]
+        inner = self.first.astype(mx.float32) @ pooled
+        if self.first_bias is not None:
+            inner = inner + self.first_bias
+        scores = self.second.astype(mx.float32) @ _ACTIVATIONS[self.activation](inner)
+        return scores if self.second_bias is None else scores + self.second_bias
+
+    def save(self, path: Path) -> None:
+        """Write `head.safetensors`, its settings as metadata."""
+        named = {
+            "head1.weight": self.first,
+            "head1.bias": self.first_bias,
+            "head2.weight": self.second,
+            "head2.bias": self.second_bias,
+        }
+        tensors = {name: array for name, array in named.items() if array is not None}
+        settings = {
+            "format_version": _FORMAT,
+            "widths": list(self.widths),
+            "pooling": self.pooling,
+            "activation": self.activation,
+        }
+        metadata = {_METADATA: json.dumps(settings)}
+        write_atomic(path, lambda file: mx.save_safetensors(str(file), tensors, metadata), PredictorError)
+
+    @classmethod
+    def load(cls, path: Path) -> Head:
+        """Read what `save` wrote.
+
+        Raises:
+            PredictorError: naming the file.
+        """
+        header = read_safetensors_header(path, PredictorError)
+        known = {"head1.weight", "head1.bias", "head2.weight", "head2.bias"}
+        unknown = sorted(set(header.tensors) - known)
+        if unknown or not {"head1.weight", "head2.weight"} <= set(header.tensors):
+            raise PredictorError(f"{path}: must hold head1.weight and head2.weight and their biases only")
+        try:
+            settings = json.loads(header.metadata[_METADATA])
+            version = settings["format_version"]
+            widths = tuple(int(width) for width in settings["widths"])
+            pooling, activation = str(settings["pooling"]), str(settings["activation"])
+        except (KeyError, TypeError, ValueError) as exc:
+            raise PredictorError(
+                f"{path}: has no predictor settings in its metadata ({exc!r}); export it again"
+            ) from None
+        if version != _FORMAT:
+            raise PredictorError(
+                f"{path}: predictor format {version!r}, this release reads {_FORMAT}; update ifprune-mlx"
+            )
+        arrays = mx.load(str(path))
+        assert isinstance(arrays, dict)
+        try:
+            return cls(
+                arrays["head1.weight"],
+                arrays.get("head1.bias"),
+                arrays["head2.weight"],
+                arrays.get("head2.bias"),
+                widths,
+                pooling,
+                activation,
+            )
+        except PredictorError as exc:
+            raise PredictorError(f"{path}: {exc}; the predictor's files do not belong together") from None
+
+
+class SparsityPredictor:
+    """Backbone, tokenizer and head."""
+
+    def __init__(
+        self, backbone: nn.Module, tokenizer: TokenizerWrapper, head: Head, context_length: int | None
+    ) -> None:
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        self.head = head
+        self._context_length = context_length
+
+    @classmethod
+    def load(cls, folder: str | Path) -> SparsityPredictor:
+        """Load a predictor folder.
+
+        Raises:
+            PredictorError: naming the file, if something is missing or does not fit.
+        """
+        folder = Path(folder)
+        for name in ("config.json", "head.safetensors"):
+            if not (folder / name).is_file():
+                raise PredictorError(
+                    f"{folder}: has no {name}; a predictor is an mlx-lm model folder with head.safetensors"
+                )
+        head = Head.load(folder / "head.safetensors")
+        for file in sorted(folder.glob("model*.safetensors")):
+            read_safetensors_header(file, PredictorError)
+        try:
+            backbone, config = load_model(folder)
+            tokenizer = load_tokenizer(folder, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id"))
+        except Exception as exc:  # mlx-lm and transformers raise whatever their parsers do
+            reason = " ".join(str(exc).split())[:300]
+            raise PredictorError(
+                f"{folder}: the backbone cannot be loaded ({reason}); export the predictor again"
+            ) from None
+        context = config.get("max_position_embeddings")
+        predictor = cls(backbone, tokenizer, head, int(context) if context else None)
+        predictor._check_backbone(folder)
+        return predictor
+
+    def check_widths(self, widths: Sequence[int]) -> None:
+        """Raise PredictorError unless the head scores FFNs of these widths."""
+        if self.head.widths != tuple(widths):
+            ours, theirs = self.head.widths, tuple(widths)
+            raise PredictorError(
+                f"the predictor scores {len(ours)} FFNs ({sum(ours)} neurons), the model has {len(theirs)} "
+                f"({sum(theirs)} neurons); it was trained for another model"
+            )
+
+    def tokens(self, text: str) -> list[int]:
+        """The instruction as the backbone reads it: in its chat template, if it has one.
+
+        An instruction longer than the backbone's context keeps its head and its tail.
+        """
+        if self.tokenizer.has_chat_template:
+            messages = [{"role": "user", "content": text}]
+            ids = list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+        else:
+            ids = list(self.tokenizer.encode(text))
+        limit = self._context_length
+        if limit is not None and len(ids) > limit:
+            ids = ids[: limit // 2] + ids[-(limit - limit // 2) :]
+        return ids
+
+    def scores(self, text: str) -> list[Scores]:
+        """Score every neuron for an instruction.
+
+        Returns:
+            Per FFN, float32 `[d_ffn]`, in the source's neuron order.
+
+        Raises:
+            PredictorError: if the instruction has no tokens or a score is not a number.
+        """
+        ids = self.tokens(text)
+        if not ids:
+            raise PredictorError("the instruction is empty; the predictor needs at least one token")
+        hidden = _hidden_states(self.backbone, mx.array([ids]))[0]
+        flat = np.array(self.head(hidden))
+        if not np.all(np.isfinite(flat)):
+            raise PredictorError(
+                "the predictor's scores contain NaN or infinity; its weights are damaged, convert again"
+            )
+        bounds = np.cumsum(self.head.widths)[:-1]
+        return list(np.split(flat, bounds))
+
+    def _check_backbone(self, folder: Path) -> None:
+        hidden = _hidden_states(self.backbone, mx.array([[0]]))
+        width = hidden.shape[-1] * (2 if self.head.pooling == "both" else 1)
+        if self.head.first.shape[1] != width:
+            raise PredictorError(
+                f"{folder}: head1 reads {self.head.first.shape[1]} values, the backbone gives {width}; "
+                "the predictor's files do not belong together"
+            )
+
+
+def _hidden_states(backbone: nn.Module, tokens: mx.array) -> mx.array:
+    """Final hidden states `[B, L, d]` for tokens `[B, L]`: what the family's inner model returns before the vocabulary."""
+    inner: Any = backbone
+    while not isinstance(inner.get("embed_tokens"), nn.Module):
+        inner = inner.get("model") or inner.get("language_model")
+        if inner is None:
+            raise PredictorError("the backbone's family does not expose its hidden states; use a llama or qwen kind")
+    hidden: mx.array = inner(tokens)
+    return hidden

@@ -1,0 +1,197 @@
+"""Selectors: what maps an instruction to a selection, behind one protocol (DESIGN.md section 6).
+
+learned      the paper's sparsity predictor; one pass of a small LM
+activation   no training: a dense prefill shows what the prompt uses; fused with the prior (GRIFFIN, GLASS)
+static       the prior alone; the same for every instruction
+random       a control: arbitrary neurons, the same ones for the same instruction and seed
+fixed        a selection made earlier
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from .errors import CheckpointError, IfpruneError
+from .history import DENSE, History
+from .importance import fuse_ranks, recorded
+from .model import Model
+from .predictor import SparsityPredictor
+from .selection import Selection, top_k
+
+_PREFILL_STEP = 512
+# Of ranks from 0.25 to 0.75 the even mix had the lowest NLL on SmolLM2 (docs/log.md).
+_PROMPT_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """What a selector may look at.
+
+    Attributes:
+        text: the instruction in words: the user's message.
+        tokens: what the model will have read before it answers, as its own token ids.
+        history: what it has read of `tokens` already and will go on from; None for nothing.
+        progress: called with (tokens read, tokens) between chunks; may raise to stop.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    history: History | None = None
+    progress: Callable[[int, int], None] | None = None
+
+
+@dataclass(frozen=True)
+class Selected:
+    """A selector's answer.
+
+    Attributes:
+        selection: the kept neurons.
+        history: the KV cache of a dense prefill that the selector had to do anyway and decoding may go on from.
+    """
+
+    selection: Selection
+    history: History | None = None
+
+
+class Selector(Protocol):
+    """Maps an instruction to a selection."""
+
+    name: str
+
+    def select(self, instruction: Instruction, keep: Sequence[int]) -> Selected:
+        """Choose `keep[l]` neurons of every FFN."""
+        ...
+
+
+class LearnedSelector:
+    """The trained sparsity predictor (paper, section 3)."""
+
+    name = "learned"
+
+    def __init__(self, predictor: SparsityPredictor) -> None:
+        self._predictor = predictor
+
+    def select(self, instruction: Instruction, keep: Sequence[int]) -> Selected:
+        """Score with the predictor, keep the best."""
+        return Selected(top_k(self._predictor.scores(instruction.text), keep, self.name))
+
+
+class StaticSelector:
+    """The prior alone: the honest baseline, and the fallback."""
+
+    name = "static"
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+
+    def select(self, instruction: Instruction, keep: Sequence[int]) -> Selected:
+        """The most important neurons, whatever the instruction."""
+        return Selected(top_k(self._model.prior, keep, self.name))
+
+
+class ActivationSelector:
+    """Training-free: which neurons does the prompt itself use, in a dense prefill, fused by rank with the prior.
+
+    The prefill's KV cache is kept, as GRIFFIN does (arXiv 2404.01365): the prompt is read densely, and only the answer is
+    computed on the selection. It therefore saves decoding time and no prefill time.
+    """
+
+    name = "activation"
+
+    def __init__(self, model: Model, prompt_share: float = _PROMPT_SHARE) -> None:
+        self._model = model
+        self._prompt_share = prompt_share
+
+    def select(self, instruction: Instruction, keep: Sequence[int]) -> Selected:
+        """Prefill all but the last token densely, rank neurons by what they did. Leaves the model dense."""
+        model = self._model
+        model.switch(None)
+        history = instruction.history or History.empty(model)
+        unread = list(instruction.tokens[len(history.tokens) :])
+        total = len(unread)
+        with recorded(model.down_leaves) as recorder:
+            # A prompt of one token leaves nothing to read ahead; it is then read for its activations only.
+            ahead = unread[:-1]
+            if not ahead:
+                model(mx.array([unread]))
+                mx.eval(recorder.state())
+            for start in range(0, len(ahead), _PREFILL_STEP):
+                if instruction.progress is not None:
+                    instruction.progress(start, total)
+                chunk = ahead[start : start + _PREFILL_STEP]
+                model(mx.array([chunk]), cache=history.kv)
+                mx.eval([cache.state for cache in history.kv], recorder.state())
+                history.append(chunk, DENSE)
+            seen = recorder.importance(model.down_norms)
+        scores = fuse_ranks(seen, model.prior, self._prompt_share)
+        return Selected(top_k(scores, keep, self.name), history)
+
+
+class RandomSelector:
+    """Arbitrary neurons: the floor that every other selector must beat."""
+
+    name = "random"
+
+    def __init__(self, model: Model, seed: int = 0) -> None:
+        self._widths = [spec.d_ffn for spec in model.checkpoint.layout.ffns]
+        self._seed = seed
+
+    def select(self, instruction: Instruction, keep: Sequence[int]) -> Selected:
+        """Draw without replacement, from a generator seeded by the seed and the instruction."""
+        digest = hashlib.sha256(f"{self._seed}:{instruction.text}".encode()).digest()
+        generator = np.random.default_rng(int.from_bytes(digest[:8], "little"))
+        ids = [
+            np.sort(generator.choice(width, size=k, replace=False)).astype(np.int32)
+            for width, k in zip(self._widths, keep, strict=True)
+        ]
+        return Selected(Selection(tuple(ids), tuple(self._widths), self.name))
+
+
+class FixedSelector:
+    """A selection made earlier: no predictor run at all. The budget is the selection's own."""
+
+    name = "fixed"
+
+    def __init__(self, model: Model, selection: Selection) -> None:
+        model.check(selection)
+        self._selection = selection
+
+    def select(self, instruction: Instruction, keep: Sequence[int]) -> Selected:
+        """Always the same selection."""
+        return Selected(self._selection)
+
+
+def default_selector(model: Model) -> str:
+    """`learned` where the checkpoint has a predictor, else what its config names."""
+    return "learned" if model.checkpoint.has_predictor else model.checkpoint.layout.selector
+
+
+def make_selector(model: Model, name: str | None = None, *, seed: int = 0) -> Selector:
+    """A selector by name; None takes the checkpoint's default.
+
+    Raises:
+        IfpruneError: if the name is unknown.
+        CheckpointError: for `learned` without a predictor in the checkpoint.
+    """
+    name = default_selector(model) if name is None else name
+    if name == "learned":
+        predictor = model.predictor
+        if predictor is None:
+            raise CheckpointError(
+                f"{model.checkpoint.path}: has no trained predictor; use --selector activation, "
+                "or convert with --predictor DIR"
+            )
+        return LearnedSelector(predictor)
+    if name == "activation":
+        return ActivationSelector(model)
+    if name == "static":
+        return StaticSelector(model)
+    if name == "random":
+        return RandomSelector(model, seed)
+    raise IfpruneError(f"unknown selector {name!r}; choose learned, activation, static or random")

@@ -1,0 +1,291 @@
+"""A conversation: turns, when to select anew, and what happens to the history then (DESIGN.md section 7).
+
+Policies: `first` (the paper: the first human message decides, and the selection stays), `turn` (every message selects),
+`auto` (every message selects, but a selection that overlaps the live one enough changes nothing), `task` (fixed).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from .checkpoint import read_json_object
+from .errors import ChatFileError, IfpruneError, PromptError, SelectionError
+from .files import write_atomic
+from .generation import REPREFILL, GenerationResponse, Request, Stats, answer, render_messages
+from .history import History
+from .model import Model, Progress
+from .selection import Selection
+from .selectors import FixedSelector, Selector, make_selector
+
+POLICIES = ("first", "turn", "auto", "task")
+_FILE_FORMAT = 1
+# Selections of unrelated prompts overlap by 0.83 at density 0.7 on SmolLM2, those of one domain by 0.88 (docs/log.md).
+SWITCH_BELOW = 0.9
+
+
+class Session:
+    """One chat with one model.
+
+    Args:
+        model, tokenizer: from `ifprune_mlx.load`.
+        policy: `first`, `turn`, `auto` or `task`.
+        selector: a name or an object; None takes the checkpoint's default.
+        selection: a fixed selection; required for policy `task`, and implies it.
+        dense: begin with all neurons active.
+        density, active_parameters, memory: the budget; see `ifprune_mlx.budget.resolve_keep`.
+        on_switch: after a switch, `reprefill` recomputes the history (exact), `keep` goes on from it (fast).
+        switch_below: the overlap under which policy `auto` switches.
+        system_prompt: put before the first message.
+        max_kv_size: as in mlx-lm.
+        options: passed to mlx-lm's generation: `sampler`, `logits_processors`, `kv_bits`, `prefill_step_size`, ...
+
+    Raises:
+        IfpruneError: on an unknown policy or selector, or a budget that cannot be met.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: TokenizerWrapper,
+        *,
+        policy: str = "first",
+        selector: str | Selector | None = None,
+        selection: Selection | None = None,
+        dense: bool = False,
+        density: float | None = None,
+        active_parameters: int | None = None,
+        memory: int | None = None,
+        on_switch: str = REPREFILL,
+        switch_below: float = SWITCH_BELOW,
+        system_prompt: str | None = None,
+        max_kv_size: int | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        if policy not in POLICIES:
+            raise IfpruneError(f"unknown policy {policy!r}; choose one of {', '.join(POLICIES)}")
+        if policy == "task" and selection is None:
+            raise IfpruneError("policy 'task' needs a fixed selection; give one, or choose another policy")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.policy = "task" if selection is not None else policy
+        self.on_switch = on_switch
+        self.switch_below = switch_below
+        self.system_prompt = system_prompt
+        self.dense = dense
+        self.messages: list[dict[str, str]] = []
+        self.stats: Stats | None = None
+        self.options = options
+        self._max_kv_size = max_kv_size
+        self._keep = model.keep(density, active_parameters, memory)
+        if selection is not None:
+            self._selector: Selector = FixedSelector(model, selection)
+        elif selector is None or isinstance(selector, str):
+            self._selector = make_selector(model, selector, seed=seed)
+        else:
+            self._selector = selector
+        self._selection: Selection | None = None
+        self._instruction: str | None = None
+        self._cancelled = False
+        self._history = History.empty(model, max_kv_size)
+
+    @property
+    def selection(self) -> Selection | None:
+        """What the conversation has selected; None before its first answer."""
+        return self._selection
+
+    @property
+    def history(self) -> History:
+        """Tokens read, their KV cache and its provenance."""
+        return self._history
+
+    def stream(
+        self, text: str, *, max_tokens: int = 256, progress: Progress | None = None
+    ) -> Iterator[GenerationResponse]:
+        """Answer one user message, token by token.
+
+        The message and the answer join `messages` when the answer ends, is cancelled, or its consumer stops; a message that
+        cannot be answered (an error) leaves the conversation as it was.
+
+        Raises:
+            PromptError: if the message is empty or the conversation no longer fits the context.
+        """
+        self._cancelled = False
+        if not text.strip():
+            raise PromptError("the message is empty; write something to answer")
+        user = {"role": "user", "content": text}
+        request = self._request(text, [*self._system(), *self.messages, user])
+        said = ""
+        answered = False
+        try:
+            responses = answer(
+                self.model,
+                self.tokenizer,
+                self._history,
+                request,
+                max_tokens,
+                cancel=lambda: self._cancelled,
+                progress=progress,
+                **self.options,
+            )
+            for response in responses:
+                said += response.text
+                answered = True
+                if response.stats is not None:
+                    self.stats = response.stats
+                yield response
+        finally:
+            if answered:
+                self.messages += [user, {"role": "assistant", "content": said}]
+                if not self.dense:
+                    self._selection = self.model.selection
+                    self._instruction = request.instruction
+
+    def ask(self, text: str, **kwargs: Any) -> str:
+        """The whole answer to one message; takes what `stream` takes."""
+        return "".join(response.text for response in self.stream(text, **kwargs))
+
+    def cancel(self) -> None:
+        """End the answer under way after the token in work; what was said stays in the conversation."""
+        self._cancelled = True
+
+    def reset(self) -> None:
+        """Forget the conversation; the next message selects anew."""
+        self.messages = []
+        self._history = History.empty(self.model, self._max_kv_size)
+        self._instruction = None
+        self.stats = None
+        if self.policy != "task":
+            self._selection = None
+
+    def reselect(self, instruction: str | None = None) -> None:
+        """Select anew at the next message: by it, or by the given instruction."""
+        if self.policy == "task":
+            raise IfpruneError("the selection is fixed in this conversation; start one without --selection to select")
+        self._selection = None
+        self._instruction = instruction
+
+    def use(self, selection: Selection) -> None:
+        """Go on with a given selection (policy `first`: it stays; otherwise until the next message selects)."""
+        self.model.check(selection)
+        self._selection = selection
+        self.dense = False
+
+    def set_budget(
+        self, density: float | None = None, active_parameters: int | None = None, memory: int | None = None
+    ) -> None:
+        """Change the budget; the neurons are chosen anew at the next message, by the instruction that chose them before."""
+        if self.policy == "task":
+            raise IfpruneError("the selection is fixed in this conversation, and its density with it")
+        self._keep = self.model.keep(density, active_parameters, memory)
+        self._selection = None
+        if self.policy != "first":
+            self._instruction = None
+
+    @property
+    def keep(self) -> tuple[int, ...]:
+        """*k* per FFN that the next selection will have."""
+        return self._keep
+
+    def save(self, path: str | Path) -> None:
+        """Write the conversation as JSON: messages, settings and the selection. The KV cache is computed again on load.
+
+        Raises:
+            ChatFileError: if the file cannot be written.
+        """
+        selection = self._selection
+        state = {
+            "format": _FILE_FORMAT,
+            "checkpoint": self.model.checkpoint.id,
+            "system_prompt": self.system_prompt,
+            "policy": self.policy,
+            "dense": self.dense,
+            "instruction": self._instruction,
+            "selection": None if selection is None else _pack(selection),
+            "messages": self.messages,
+        }
+        text = json.dumps(state, ensure_ascii=False, indent=1) + "\n"
+        write_atomic(Path(path), lambda file: file.write_text(text, encoding="utf-8") and None, ChatFileError)
+
+    def load(self, path: str | Path) -> None:
+        """Go on with a saved conversation; this one is forgotten. A file that cannot be read changes nothing.
+
+        Raises:
+            ChatFileError: if it is missing, damaged, or belongs to another checkpoint.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise ChatFileError(f"{path}: no such saved chat")
+        state = read_json_object(path, ChatFileError)
+        if state.get("format") != _FILE_FORMAT:
+            raise ChatFileError(f"{path}: not a saved chat of format {_FILE_FORMAT}; save it again with this release")
+        if state.get("checkpoint") != self.model.checkpoint.id:
+            raise ChatFileError(f"{path}: was saved with another model; load that one to go on")
+        try:
+            messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in state["messages"]]
+            if any(m["role"] not in ("user", "assistant") for m in messages):
+                raise ValueError("unknown role")
+            policy, dense, system = state["policy"], bool(state["dense"]), state["system_prompt"]
+            if policy not in POLICIES or not isinstance(system, str | None):
+                raise ValueError("unknown policy or system prompt")
+            selection = None if state["selection"] is None else _unpack(state["selection"])
+            if selection is not None:
+                self.model.check(selection)
+            if policy == "task" and selection is None:
+                raise ValueError("a task without its selection")
+            instruction = None if state["instruction"] is None else str(state["instruction"])
+        except (KeyError, TypeError, ValueError, AttributeError, binascii.Error, SelectionError) as exc:
+            raise ChatFileError(f"{path}: the saved chat is damaged ({exc!r}); nothing was loaded") from None
+        self.reset()
+        self.messages, self.system_prompt, self.dense = messages, system, dense
+        self._selection, self._instruction = selection, instruction
+        if policy == "task" and selection is not None:
+            self._selector = FixedSelector(self.model, selection)
+        elif self.policy == "task":
+            self._selector = make_selector(self.model)
+        self.policy = policy
+
+    def _system(self) -> list[dict[str, str]]:
+        return [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
+
+    def _request(self, text: str, messages: list[dict[str, str]]) -> Request:
+        tokens = render_messages(self.tokenizer, messages)
+        selecting = not self.dense and (self._selection is None or self.policy in ("turn", "auto"))
+        # Without a selection but with an instruction, a budget change or `reselect` said what to select by.
+        instruction = text if self._selection is not None or self._instruction is None else self._instruction
+        if not selecting:
+            selection = None if self.dense else self._selection
+            kept = self._instruction if self._instruction is not None else text
+            return Request(tokens, kept, None, selection, self._keep, self.on_switch)
+        threshold = self.switch_below if self.policy == "auto" and self._selection is not None else None
+        return Request(tokens, instruction, self._selector, None, self._keep, self.on_switch, threshold)
+
+
+def _pack(selection: Selection) -> dict[str, Any]:
+    """A selection as JSON: per FFN a bit mask in base64."""
+    masks = []
+    for ids, width in zip(selection.ids, selection.widths, strict=True):
+        mask = np.zeros(width, dtype=bool)
+        mask[ids] = True
+        masks.append(base64.b64encode(np.packbits(mask).tobytes()).decode())
+    return {"selector": selection.selector, "widths": list(selection.widths), "hash": selection.hash, "masks": masks}
+
+
+def _unpack(packed: dict[str, Any]) -> Selection:
+    widths = tuple(int(width) for width in packed["widths"])
+    ids = []
+    for text, width in zip(packed["masks"], widths, strict=True):
+        bits = np.unpackbits(np.frombuffer(base64.b64decode(text, validate=True), dtype=np.uint8), count=width)
+        ids.append(np.flatnonzero(bits).astype(np.int32))
+    selection = Selection(tuple(ids), widths, str(packed["selector"]))
+    if selection.hash != packed["hash"]:
+        raise ValueError("the selection does not match its hash")
+    return selection
