@@ -5,6 +5,7 @@ Pure arithmetic on a checkpoint's shapes.
 
 from __future__ import annotations
 
+import math
 import re
 
 from .checkpoint import Checkpoint
@@ -21,10 +22,10 @@ def parse_quantity(text: str, what: str) -> int:
         BudgetError: if it is not a positive number.
     """
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([KMBGT]?)B?\s*", text, re.IGNORECASE)
-    value = int(float(match.group(1)) * _FACTORS[match.group(2).upper()]) if match else 0
-    if value <= 0:
+    value = float(match.group(1)) * _FACTORS[match.group(2).upper()] if match else 0.0
+    if not 1 <= value < math.inf:
         raise BudgetError(f"{what} {text!r} is not a positive quantity; write it like 3B, 250M or 6GB")
-    return value
+    return int(value)
 
 
 def resolve_keep(
@@ -49,8 +50,8 @@ def resolve_keep(
         raise BudgetError("give a density or a number of active parameters, not both")
     if memory is not None and memory < checkpoint.weight_bytes:
         raise BudgetError(
-            f"memory budget {memory / 1e9:.3g} GB: this checkpoint keeps {checkpoint.weight_bytes / 1e9:.3g} GB of weights in "
-            "memory at any density; raise the budget, or convert the model with -q"
+            f"memory budget {memory / 1e9:.3g} GB: this checkpoint keeps {checkpoint.weight_bytes / 1e9:.3g} GB of "
+            "weights in memory at any density; raise the budget, or convert the model with -q"
         )
     ffns = checkpoint.layout.ffns
     if active_parameters is None:
@@ -58,9 +59,13 @@ def resolve_keep(
         return tuple(keep_count(wanted, spec.d_ffn) for spec in ffns)
     if active_parameters >= checkpoint.parameters:
         return tuple(spec.d_ffn for spec in ffns)
-    fixed = checkpoint.parameters - checkpoint.ffn_parameters
-    share = (active_parameters - fixed) / checkpoint.ffn_parameters
-    keep = tuple(int(share * spec.d_ffn) // keep_multiple(spec.d_ffn) * keep_multiple(spec.d_ffn) for spec in ffns)
+    neurons = sum(spec.d_ffn * spec.neuron_parameters for spec in ffns)
+    fixed = checkpoint.parameters - neurons  # a down bias belongs to no neuron and stays
+    multiples = [keep_multiple(spec.d_ffn) for spec in ffns]
+    keep = tuple(
+        (active_parameters - fixed) * spec.d_ffn // neurons // multiple * multiple
+        for spec, multiple in zip(ffns, multiples, strict=True)
+    )
     if min(keep) < 1:
         least = checkpoint.active_parameters(tuple(min(keep_multiple(spec.d_ffn), spec.d_ffn) for spec in ffns))
         raise BudgetError(

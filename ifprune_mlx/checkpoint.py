@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError, IfpruneError
+from .errors import BudgetError, CheckpointError, IfpruneError
 from .families import FFNSpec
 from .files import SafetensorsHeader, read_safetensors_header, sha256_file
 from .selection import keep_count
@@ -25,6 +25,7 @@ from .selection import keep_count
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SECTION = "ifpruning"
+_MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
 SELECTOR_NAMES = ("learned", "activation", "static", "random")
 
 
@@ -35,6 +36,11 @@ class Quantization:
     group_size: int
     bits: int
     mode: str
+
+    def __post_init__(self) -> None:
+        numbers = (self.group_size, self.bits)
+        if not all(isinstance(n, int) and n > 0 for n in numbers) or self.mode not in _MODES:
+            raise ValueError(f"quantization {self.to_dict()} is unknown")
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in `config.json`, in mlx-lm's words."""
@@ -103,13 +109,15 @@ class Layout:
             density = float(section["density"])
             keep_count(density, 64)
             if section["selector"] not in SELECTOR_NAMES:
-                raise CheckpointError(f"{where}: unknown default selector {section['selector']!r}")
+                raise CheckpointError(f"{where}: unknown default selector {section['selector']!r}; update ifprune-mlx")
             quantization = section["quantization"]
             gate_up = down = None
             if quantization is not None:
                 _exact_keys(quantization, {"gate_up", "down"}, f"{where}, section {SECTION}, quantization")
                 gate_up, down = (Quantization(**quantization[kind]) for kind in ("gate_up", "down"))
-        except IfpruneError:
+        except BudgetError as exc:
+            raise CheckpointError(f"{where}: {exc}") from None
+        except CheckpointError:
             raise
         except (TypeError, ValueError, AttributeError) as exc:
             raise CheckpointError(

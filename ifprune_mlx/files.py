@@ -28,6 +28,7 @@ _DTYPE_BYTES = {
     "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
 _MAX_HEADER_BYTES = 100_000_000
+_ADVICE = "check permissions and free space, or write elsewhere"
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def write_atomic(path: Path, write: Callable[[Path], None], error: type[IfpruneE
     except (OSError, RuntimeError) as exc:  # MLX reports a failed write as RuntimeError
         if isinstance(exc, RuntimeError) and not _is_write_failure(exc):
             raise
-        raise error(f"{path}: cannot be written ({_reason(exc)})") from None
+        raise error(f"{path}: cannot be written ({_reason(exc)}); {_ADVICE}") from None
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -149,17 +150,18 @@ def new_folder(path: Path, *, overwrite: bool, error: type[IfpruneError] = Ifpru
                 shutil.rmtree(stale, ignore_errors=True)
         partial = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=path.parent))
     except OSError as exc:
-        raise error(f"{path}: cannot be written ({_reason(exc)})") from None
+        raise error(f"{path}: cannot be written ({_reason(exc)}); {_ADVICE}") from None
     try:
         yield partial
         partial.chmod(0o755 & ~_umask())
-        _swap_in(partial, path)
+        if not _swap_in(partial, path, overwrite):
+            raise error(f"{path}: was made by another process meanwhile; choose another folder, or pass --overwrite")
     except (OSError, RuntimeError) as exc:
         if isinstance(exc, RuntimeError) and not _is_write_failure(exc):
             raise
-        raise error(f"{path}: cannot be written ({_reason(exc)}); nothing was changed") from None
+        raise error(f"{path}: cannot be written ({_reason(exc)}), nothing was changed; {_ADVICE}") from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
 
 
 def glob_escape(text: str) -> str:
@@ -167,13 +169,22 @@ def glob_escape(text: str) -> str:
     return "".join(f"[{char}]" if char in "*?[" else char for char in text)
 
 
-def _swap_in(partial: Path, path: Path) -> None:
-    """Rename `partial` to `path`; what was there is exchanged in one step where the system can, and then removed."""
-    if not path.exists():
-        partial.rename(path)
-        return
+def _swap_in(partial: Path, path: Path, overwrite: bool) -> bool:
+    """Rename `partial` to `path`; what was there is exchanged in one step where the system can, and then removed.
+
+    Returns:
+        False, with nothing done, if something is there that must not be overwritten.
+    """
+    try:
+        partial.rename(path)  # fails where there is anything but an empty folder
+        return True
+    except OSError:
+        if not (path.exists() or path.is_symlink()):
+            raise
+    if not overwrite:
+        return False
     if _exchange(partial, path):
-        return  # `partial` now names the old folder, which the caller removes
+        return True  # `partial` now names what was there, which the caller removes
     aside = path.with_name(f"{partial.name}-old")
     path.rename(aside)
     try:
@@ -181,7 +192,16 @@ def _swap_in(partial: Path, path: Path) -> None:
     except BaseException:
         aside.rename(path)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    _remove(aside)
+    return True
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, or a link to one, as far as it can be."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _exchange(one: Path, other: Path) -> bool:

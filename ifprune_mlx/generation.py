@@ -75,10 +75,11 @@ class Request:
         tokens: everything that the model must have read before it answers.
         instruction: what the selector reads.
         selector: chooses the selection; None goes on with `selection`.
-        selection: used where there is no selector; None is the dense model.
+        selection: used where there is no selector, None being the dense model; beside a selector, what `switch_below`
+            compares with.
         keep: *k* per FFN for the selector.
         on_switch: `reprefill` recomputes history that another selection computed, `keep` goes on from it.
-        switch_below: keep the live selection unless the new one overlaps it by less than this; None always switches.
+        switch_below: keep `selection` unless the new one overlaps it by less than this; None always switches.
     """
 
     tokens: list[int]
@@ -203,6 +204,11 @@ def answer(
         model.switch(live)
         yield _cancelled(model, request, time.perf_counter() - start)
         return
+    except IfpruneError:
+        raise
+    except BaseException:
+        history.clear(model)  # a selector's own prefill may have died between two layers
+        raise
     selected = time.perf_counter()
     switch = model.switch(selection)
     overlap = selection.overlap(live) if selection is not None and live is not None else None
@@ -215,7 +221,11 @@ def answer(
     def on_prefill(done: int, total: int) -> None:
         # Entries for `done` tokens are complete in every layer when mlx-lm calls this.
         history.append(request.tokens[len(history.tokens) : read + done], owner)
-        checked(done, total)
+        if done < total:
+            checked(done, total)
+        elif progress is not None:
+            # mlx-lm has read the first answer token too by now; cancelling waits until that one is in `history`.
+            progress(done, total)
 
     decode_start = prefill_start = time.perf_counter()
     count = 0
@@ -250,6 +260,11 @@ def answer(
     except _Cancelled:
         stats = _stats(model, request, timing, "cancelled", count, reused, overlap)
         yield _empty_response(stats)
+    except GeneratorExit:
+        raise
+    except BaseException:
+        history.clear(model)  # the model call may have died between two layers, whose caches are then out of step
+        raise
     finally:
         stream.close()
 
@@ -285,8 +300,7 @@ def _select(model: Model, history: History, request: Request, progress: Progress
     """The selection to compute the answer with; a selector's own dense prefill goes into `history`."""
     if request.selector is None:
         return request.selection
-    live = model.selection
-    base = None
+    base = History.empty(model, history.max_kv_size)
     if request.on_switch == KEEP:
         _rewind(model, history, request.tokens, set(), KEEP)
         base = history
@@ -294,11 +308,8 @@ def _select(model: Model, history: History, request: Request, progress: Progress
     selected = request.selector.select(instruction, request.keep)
     if selected.history is not None:
         history.kv, history.tokens, history.spans = selected.history.kv, selected.history.tokens, selected.history.spans
-    if (
-        live is not None
-        and request.switch_below is not None
-        and selected.selection.overlap(live) >= request.switch_below
-    ):
+    live, threshold = request.selection, request.switch_below
+    if live is not None and threshold is not None and selected.selection.overlap(live) >= threshold:
         return live
     return selected.selection
 
@@ -320,8 +331,7 @@ def _rewind(model: Model, history: History, tokens: list[int], owners: set[str],
     if on_switch == REPREFILL:
         usable = min(usable, history.owned_prefix(owners))
     if not history.trim_to(usable):
-        fresh = History.empty(model)
-        history.kv, history.tokens, history.spans = fresh.kv, fresh.tokens, fresh.spans
+        history.clear(model)
     return len(history.tokens)
 
 

@@ -42,16 +42,22 @@ class History:
         kv: mlx-lm caches, one per layer.
         tokens: the tokens whose entries `kv` holds.
         spans: who computed them, in order; their lengths sum to `len(tokens)`.
+        max_kv_size: the bound that `kv` was made with, as in mlx-lm.
     """
 
     kv: list[Any]
     tokens: list[int] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
+    max_kv_size: int | None = None
 
     @classmethod
     def empty(cls, model: Model, max_kv_size: int | None = None) -> History:
         """A history that has read nothing."""
-        return cls(make_prompt_cache(model.module, max_kv_size))
+        return cls(make_prompt_cache(model.module, max_kv_size), max_kv_size=max_kv_size)
+
+    def clear(self, model: Model) -> None:
+        """Forget everything, also what `kv` may hold beyond `tokens` after a failed call."""
+        self.kv, self.tokens, self.spans = make_prompt_cache(model.module, self.max_kv_size), [], []
 
     def append(self, tokens: list[int], owner: str) -> None:
         """Note that `kv` now also holds `tokens`, computed by `owner`."""
@@ -103,12 +109,15 @@ class History:
 
     def save(self, path: str | Path, model: Model) -> None:
         """Write cache, tokens and provenance to a safetensors file (mlx-lm's prompt cache format, plus metadata)."""
+        path = Path(path)
+        if path.suffix != ".safetensors":
+            raise ChatFileError(f"{path}: a prompt cache file ends in .safetensors")
         metadata = {
             "ifprune_checkpoint": model.checkpoint.id,
             "ifprune_tokens": json.dumps(self.tokens),
             "ifprune_spans": json.dumps([[span.tokens, span.owner] for span in self.spans]),
         }
-        write_atomic(Path(path), lambda file: save_prompt_cache(str(file), self.kv, metadata), ChatFileError)
+        write_atomic(path, lambda file: save_prompt_cache(str(file), self.kv, metadata), ChatFileError)
 
     @classmethod
     def load(cls, path: str | Path, model: Model) -> History:
@@ -129,6 +138,8 @@ class History:
             raise ChatFileError(f"{path}: not a prompt cache of ifprune ({exc!r}); make it again") from None
         if checkpoint != model.checkpoint.id:
             raise ChatFileError(f"{path}: was computed by another checkpoint; make it again with this one")
-        if sum(span.tokens for span in spans) != len(tokens) or len(kv) != len(model.layers):
+        # Some kinds of caches do not say how much they have read.
+        counts = {getattr(cache, "offset", len(tokens)) for cache in kv} | {sum(span.tokens for span in spans)}
+        if counts != {len(tokens)} or len(kv) != len(model.layers):
             raise ChatFileError(f"{path}: its tokens and its cache do not match; make it again")
         return cls(kv, tokens, spans)

@@ -61,6 +61,8 @@ class Model:
         checkpoint: what it was loaded from.
         module: the mlx-lm model, with sliced leaves.
         selection: the active selection; None while the model is dense.
+        slots: the neurons of every FFN in memory.
+        down_leaves: the down projection of every FFN, whose observer sees its hidden activations.
     """
 
     def __init__(self, checkpoint: Checkpoint, module: nn.Module, slots: list[FFNSlots], down: list[SlicedProjection]):
@@ -68,7 +70,7 @@ class Model:
         self.module = module
         self.selection: Selection | None = None
         self.down_leaves = down
-        self._slots = slots
+        self.slots = slots
 
     def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
         """As the mlx-lm model: tokens int `[B, L]` (and `cache=`) -> logits `[B, L, vocabulary]`."""
@@ -144,7 +146,7 @@ class Model:
         """
         start = time.perf_counter()
         if selection is None:
-            for slots in self._slots:
+            for slots in self.slots:
                 slots.activate_all()
             self.selection = None
             return Switch(time.perf_counter() - start, 0, 0, None)
@@ -152,7 +154,7 @@ class Model:
         overlap = selection.overlap(self.selection) if self.selection else None
         neurons = moved = 0
         # Layer by layer, so that a scatter that has to copy holds one copy of one layer's array at most.
-        for slots, ids in zip(self._slots, selection.ids, strict=True):
+        for slots, ids in zip(self.slots, selection.ids, strict=True):
             plan = plan_switch(slots.order, ids)
             neurons += len(plan.entering)
             moved += slots.apply(plan)
@@ -161,9 +163,9 @@ class Model:
 
     def close(self) -> None:
         """Give the weights back; the model cannot be used afterwards."""
-        for slots in self._slots:
+        for slots in self.slots:
             slots.rows.clear()
-        self._slots = []
+        self.slots = []
         self.down_leaves = []
         self.module = nn.Module()
         self.__dict__.pop("predictor", None)

@@ -56,7 +56,7 @@ class Head:
     activation: str = "none"
 
     def __post_init__(self) -> None:
-        neurons, rank = sum(self.widths), self.first.shape[0]
+        neurons, rank = sum(self.widths), self.first.shape[0] if self.first.ndim else 0
         if self.pooling not in POOLINGS or self.activation not in _ACTIVATIONS:
             raise PredictorError(
                 f"unknown pooling {self.pooling!r} or activation {self.activation!r}; update ifprune-mlx"
@@ -144,12 +144,18 @@ class SparsityPredictor:
     """Backbone, tokenizer and head."""
 
     def __init__(
-        self, backbone: nn.Module, tokenizer: TokenizerWrapper, head: Head, context_length: int | None
+        self,
+        backbone: nn.Module,
+        tokenizer: TokenizerWrapper,
+        head: Head,
+        context_length: int | None,
+        folder: Path | None = None,
     ) -> None:
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.head = head
         self._context_length = context_length
+        self._where = "" if folder is None else f"{folder}: "
 
     @classmethod
     def load(cls, folder: str | Path) -> SparsityPredictor:
@@ -176,7 +182,7 @@ class SparsityPredictor:
                 f"{folder}: the backbone cannot be loaded ({reason}); export the predictor again"
             ) from None
         context = config.get("max_position_embeddings")
-        predictor = cls(backbone, tokenizer, head, int(context) if context else None)
+        predictor = cls(backbone, tokenizer, head, int(context) if context else None, folder)
         predictor._check_backbone(folder)
         return predictor
 
@@ -185,8 +191,9 @@ class SparsityPredictor:
         if self.head.widths != tuple(widths):
             ours, theirs = self.head.widths, tuple(widths)
             raise PredictorError(
-                f"the predictor scores {len(ours)} FFNs ({sum(ours)} neurons), the model has {len(theirs)} "
-                f"({sum(theirs)} neurons); it was trained for another model"
+                f"{self._where}the predictor scores {len(ours)} FFNs ({sum(ours)} neurons), the model has "
+                f"{len(theirs)} ({sum(theirs)} neurons); it was trained for another model, convert with --predictor DIR "
+                "of this one's"
             )
 
     def tokens(self, text: str) -> list[int]:
@@ -220,7 +227,7 @@ class SparsityPredictor:
         flat = np.array(self.head(hidden))
         if not np.all(np.isfinite(flat)):
             raise PredictorError(
-                "the predictor's scores contain NaN or infinity; its weights are damaged, convert again"
+                f"{self._where}the predictor's scores contain NaN or infinity; its weights are damaged, convert again"
             )
         bounds = np.cumsum(self.head.widths)[:-1]
         return list(np.split(flat, bounds))

@@ -43,6 +43,8 @@ class Selection:
     selector: str
 
     def __post_init__(self) -> None:
+        if not self.ids:
+            raise SelectionError("selection has no layers")
         if len(self.ids) != len(self.widths):
             raise SelectionError(f"selection has {len(self.ids)} layers of ids but {len(self.widths)} widths")
         for layer, (ids, width) in enumerate(zip(self.ids, self.widths, strict=True)):
@@ -125,7 +127,7 @@ class Selection:
         except (KeyError, ValueError) as exc:
             raise SelectionError(f"{path}: malformed metadata ({exc}); make the file again") from None
         except SelectionError as exc:
-            raise SelectionError(f"{path}: {exc}") from None
+            raise SelectionError(f"{path}: {exc}; make the file again") from None
         if selection.hash != metadata.get("hash"):
             raise SelectionError(f"{path}: its ids do not match its hash; the file is damaged, make it again")
         return selection

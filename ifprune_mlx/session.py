@@ -7,7 +7,6 @@ Policies: `first` (the paper: the first human message decides, and the selection
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,8 +111,8 @@ class Session:
     ) -> Iterator[GenerationResponse]:
         """Answer one user message, token by token.
 
-        The message and the answer join `messages` when the answer ends, is cancelled, or its consumer stops; a message that
-        cannot be answered (an error) leaves the conversation as it was.
+        The message and the answer join `messages` when the answer ends, is cancelled, or its consumer stops; a message
+        that is cancelled before the first token, or cannot be answered (an error), leaves the conversation as it was.
 
         Raises:
             PromptError: if the message is empty or the conversation no longer fits the context.
@@ -138,10 +137,16 @@ class Session:
             )
             for response in responses:
                 said += response.text
-                answered = True
+                # Cancelled before the first token, the model may still have what an earlier conversation made active.
+                answered = response.generation_tokens > 0
                 if response.stats is not None:
                     self.stats = response.stats
                 yield response
+        except GeneratorExit:
+            raise
+        except BaseException:
+            answered = False
+            raise
         finally:
             if answered:
                 self.messages += [user, {"role": "assistant", "content": said}]
@@ -242,7 +247,7 @@ class Session:
             if policy == "task" and selection is None:
                 raise ValueError("a task without its selection")
             instruction = None if state["instruction"] is None else str(state["instruction"])
-        except (KeyError, TypeError, ValueError, AttributeError, binascii.Error, SelectionError) as exc:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, MemoryError, SelectionError) as exc:
             raise ChatFileError(f"{path}: the saved chat is damaged ({exc!r}); nothing was loaded") from None
         self.reset()
         self.messages, self.system_prompt, self.dense = messages, system, dense
@@ -265,8 +270,8 @@ class Session:
             selection = None if self.dense else self._selection
             kept = self._instruction if self._instruction is not None else text
             return Request(tokens, kept, None, selection, self._keep, self.on_switch)
-        threshold = self.switch_below if self.policy == "auto" and self._selection is not None else None
-        return Request(tokens, instruction, self._selector, None, self._keep, self.on_switch, threshold)
+        threshold = self.switch_below if self.policy == "auto" else None
+        return Request(tokens, instruction, self._selector, self._selection, self._keep, self.on_switch, threshold)
 
 
 def _pack(selection: Selection) -> dict[str, Any]:

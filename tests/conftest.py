@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ifprune_convert.embedded import ensure_embedded, embedded_gguf
+from ifprune_convert.embedded import embedded_gguf, ensure_embedded
 from ifprune_mlx import Model, load
 from tests.tiny import write_checkpoint
 

@@ -1,5 +1,248 @@
-"""`ifprune chat`: being written."""
+"""`ifprune chat`: a conversation on a terminal, or line by line from a pipe.
+
+Turns, selections and KV caches are `Session`'s; commands are in chat_commands.py, reading lines in chat_input.py.
+stdout carries the answers and nothing else.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from .console import note, progress, speed_line
+from .generate import check_exclusive
+from .loading import check_selection, load_model
+from .options import (
+    ActiveParamsOption,
+    Budget,
+    DenseOption,
+    DensityOption,
+    DtypeOption,
+    KvBitsOption,
+    KvGroupSizeOption,
+    MaxKvSizeOption,
+    MemoryOption,
+    MinPOption,
+    ModelOption,
+    OnSwitchName,
+    PolicyName,
+    PrefillStepOption,
+    Sampling,
+    SeedOption,
+    SelectionOption,
+    SelectorOption,
+    SystemPromptOption,
+    TempOption,
+    TopKOption,
+    TopPOption,
+    TrustOption,
+)
+
+if TYPE_CHECKING:
+    from ifprune_mlx import Session
+
+    from .chat_commands import Commands
+    from .chat_input import LineEditor
+
+_ENDINGS = {"cancelled": " stopped", "length": " cut off by --max-tokens"}
+# What a model writes is text; escape sequences in it must not reach the terminal.
+_CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 
 
-def chat() -> None:
-    """Chat."""
+def chat(
+    model: ModelOption = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-m", help="Most tokens of each answer.")] = 512,
+    system_prompt: SystemPromptOption = None,
+    selector: SelectorOption = None,
+    selection: SelectionOption = None,
+    dense: DenseOption = False,
+    density: DensityOption = None,
+    active_params: ActiveParamsOption = None,
+    memory: MemoryOption = None,
+    policy: Annotated[
+        Optional[PolicyName],
+        typer.Option(
+            "--policy",
+            help="Select by the first message, anew at every turn, or anew where the topic changes.  [default: first]",
+        ),
+    ] = None,
+    on_switch: Annotated[
+        OnSwitchName,
+        typer.Option("--on-switch", help="After a switch, recompute the history (exact) or keep it (fast)."),
+    ] = OnSwitchName.reprefill,
+    temp: TempOption = 0.0,
+    top_p: TopPOption = 1.0,
+    min_p: MinPOption = 0.0,
+    top_k: TopKOption = 0,
+    seed: SeedOption = 0,
+    max_kv_size: MaxKvSizeOption = None,
+    kv_bits: KvBitsOption = None,
+    kv_group_size: KvGroupSizeOption = 64,
+    prefill_step_size: PrefillStepOption = 512,  # Ctrl-C and the progress bar wait for a step's end
+    dtype: DtypeOption = None,
+    trust_remote_code: TrustOption = False,
+    load: Annotated[Optional[Path], typer.Option("--load", metavar="FILE", help="Go on with a saved chat.")] = None,
+) -> int:
+    """Chat with a model that selects its neurons by what is said. /help lists what can be done in it."""
+    from ifprune_mlx import ChatFileError, PromptError, Selection, Session
+    from ifprune_mlx.selectors import default_selector
+
+    if max_tokens == 0 or max_tokens < -1:
+        raise PromptError(f"max tokens is {max_tokens}; give a number above 0, or -1 for no limit")
+    if load is not None and not load.is_file():
+        raise ChatFileError(f"{load}: no such saved chat")
+    check_exclusive(
+        {"--selection": selection, "--selector": selector},
+        {"--selection": selection, "--policy": policy},
+        {"--selection": selection, "--density": density, "--active-params": active_params},
+    )
+    chosen = None if selection is None else Selection.load(selection)
+    budget = Budget(density, active_params, memory).arguments()
+    options = Sampling(temp, top_p, min_p, top_k, seed, kv_bits, kv_group_size, prefill_step_size).arguments()
+    loaded, tokenizer = load_model(model, dtype, trust_remote_code)
+    if selection is not None and chosen is not None:
+        check_selection(loaded, chosen, selection)
+    session = Session(
+        loaded,
+        tokenizer,
+        policy="first" if policy is None else policy.value,
+        selector=None if selector is None else selector.value,
+        selection=chosen,
+        dense=dense,
+        on_switch=on_switch.value,
+        system_prompt=system_prompt,
+        max_kv_size=max_kv_size,
+        seed=seed,
+        **budget,
+        **options,
+    )
+    from .chat_commands import Commands
+
+    commands = Commands(session, default_selector(loaded) if selector is None else selector.value)
+    if load is not None:
+        session.load(load)
+        # What was asked for on the command line goes before what was saved.
+        if any(value is not None for value in budget.values()):
+            session.set_budget(**budget)
+            session.dense = False
+        if chosen is not None:
+            session.use(chosen)
+        if policy is not None and session.policy != "task":
+            session.policy = policy.value
+        session.system_prompt = system_prompt or session.system_prompt
+        session.dense = dense or session.dense
+    from .chat_input import LineEditor, piped
+
+    if not sys.stdin.isatty():
+        return _Conversation(session, commands, max_tokens).run(piped(sys.stdin.buffer))
+    from ifprune_convert.embedded import cache_folder
+
+    name = "SmolLM2-135M-Instruct" if model is None else Path(model).resolve().name
+    note(f"{name}: {commands.describe()}\n/help for commands, Ctrl-D to leave")
+    if load is not None:
+        commands.show_turns(load)
+    editor = LineEditor(commands.names, commands.with_file, cache_folder() / "chat_history")
+    _Conversation(session, commands, max_tokens, editor).run(editor)
+    return 0
+
+
+class _Conversation:
+    """The loop: takes messages, answers them or runs them as commands, and survives what goes wrong with one."""
+
+    def __init__(self, session: Session, commands: Commands, max_tokens: int, editor: LineEditor | None = None) -> None:
+        self._session = session
+        self._commands = commands
+        self._max_tokens = max_tokens
+        self._editor = editor
+        self._answering = False
+        self._interrupts = 0
+
+    def run(self, messages: Iterable[str]) -> int:
+        """Take messages until they end or one says /quit; the exit code: 1 if anything went wrong on the way."""
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 still shows the rest of an answer
+        from ifprune_mlx import IfpruneError
+
+        failed = False
+        before = signal.signal(signal.SIGINT, self._interrupted)
+        try:
+            for text in messages:
+                try:
+                    if not self._take(text):
+                        break
+                except (IfpruneError, RuntimeError, ValueError, MemoryError) as exc:
+                    # MLX reports a lack of memory, and options that a cache cannot have, in the last three: the
+                    # conversation is worth more than a traceback.
+                    failed = True
+                    note(f"ifprune: error: {self._explained(exc)}")
+        finally:
+            signal.signal(signal.SIGINT, before)
+        return int(failed)
+
+    def _take(self, text: str) -> bool:
+        """Answer one message or carry out one command; False if the chat is to end."""
+        text.encode("utf-8")
+        if text.startswith("/") and not text.startswith("//"):
+            return self._commands.run(text)
+        self._answer(text[1:] if text.startswith("/") else text)
+        return True
+
+    def _explained(self, exc: Exception) -> str:
+        """One line on what went wrong with a message, and what to do."""
+        from ifprune_mlx import IfpruneError, PromptError
+
+        if isinstance(exc, UnicodeEncodeError):
+            return "the message is not UTF-8 text; check the terminal's encoding"
+        line = " ".join(str(exc).split()) or type(exc).__name__
+        if isinstance(exc, PromptError) and self._session.messages:
+            return f"{line} (/reset forgets the conversation)"
+        return line if isinstance(exc, IfpruneError) else f"no answer ({line})"
+
+    def _answer(self, text: str) -> None:
+        """Stream one answer, then its figures."""
+        said = False
+        stats = None
+        self._interrupts, self._answering = 0, True
+        try:
+            with progress("prefill", "tokens") as update:
+                for response in self._session.stream(text, max_tokens=self._max_tokens, progress=update):
+                    said = said or bool(response.text)
+                    sys.stdout.write(response.text.translate(_CONTROLS) if sys.stdout.isatty() else response.text)
+                    sys.stdout.flush()
+                    stats = response.stats
+        finally:
+            self._answering = False
+            if said or stats is not None:
+                print(flush=True)
+            if self._interrupts and self._editor is not None:
+                self._editor.discard()
+        if stats is not None:
+            if stats.completion_tokens:
+                self._figures(f"{speed_line(stats)}{_ENDINGS.get(stats.finish_reason, '')}")
+            else:
+                self._figures("[stopped before the answer began; the message is forgotten]")
+
+    def _figures(self, line: str) -> None:
+        dim = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+        note(f"\x1b[2m{line}\x1b[0m" if dim else line)
+
+    def _interrupted(self, signum: int, frame: FrameType | None) -> None:
+        """Ctrl-C. It only asks to stop: an exception within a model call would leave the layers' caches out of step."""
+        if not self._answering:
+            if self._editor is None:
+                raise KeyboardInterrupt
+            return  # at the prompt the line editor takes it; a command is over in a moment
+        self._interrupts += 1
+        self._session.cancel()
+        if self._interrupts == 2:
+            note("\nstopping after the step in work; Ctrl-C again leaves the chat at once")
+        if self._interrupts > 2:
+            raise KeyboardInterrupt

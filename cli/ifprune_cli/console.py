@@ -49,15 +49,20 @@ class _Bar:
 
     def update(self, done: int, total: int) -> None:
         if self._progress is None:
-            if time.monotonic() - self._start < 0.5:
+            if time.monotonic() - self._start < 0.5 or done >= total:
                 return
             self._begin(total)
         elapsed = max(time.monotonic() - self._start, 1e-6)
         self._progress.update(self._task, completed=done, total=total, rate=f"{_count(done / elapsed)} {self._unit}/s")
+        if done >= total:
+            # The answer follows a prefill: nothing may be drawn any more. Other work begins another bar.
+            self.close()
 
     def close(self) -> None:
         if self._progress is not None:
             self._progress.stop()
+        self._progress = None
+        self._start = time.monotonic()
 
     def _begin(self, total: int) -> None:
         from rich.console import Console
@@ -70,6 +75,7 @@ class _Bar:
             TimeRemainingColumn(),
             console=Console(stderr=True),
             transient=True,
+            redirect_stdout=False,  # an answer would go through the bar's console, to stderr
         )
         self._task = self._progress.add_task(self._label, total=total, rate="")
         self._progress.start()

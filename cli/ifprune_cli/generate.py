@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .console import note, progress, result_json, speed_line
-from .loading import load_model
+from .loading import check_selection, load_model
 from .options import (
     ActiveParamsOption,
     Budget,
@@ -64,12 +64,18 @@ def generate(
 ) -> None:
     """Answer one prompt on the neurons that it selects."""
     text = read_prompt(prompt)
+    check_exclusive(
+        {"--dense": dense, "--selection": selection, "--selector": selector},
+        {"--dense": dense, "--selection": selection, "--density": density, "--active-params": active_params},
+    )
     from ifprune_mlx import Selection, stream_generate
 
     chosen = None if selection is None else Selection.load(selection)
     budget = Budget(density, active_params, memory).arguments()
     options = Sampling(temp, top_p, min_p, top_k, seed, kv_bits, kv_group_size, prefill_step_size).arguments()
     loaded, tokenizer = load_model(model, dtype, trust_remote_code)
+    if selection is not None and chosen is not None:
+        check_selection(loaded, chosen, selection)
     said, response = "", None
     with progress("prefill", "tokens") as update:
         responses = stream_generate(
@@ -99,6 +105,16 @@ def generate(
     else:
         print()
         note(speed_line(response.stats))
+
+
+def check_exclusive(*groups: dict[str, Any]) -> None:
+    """Raise IfpruneError if two options of a group are given, of which one would be ignored."""
+    from ifprune_mlx import IfpruneError
+
+    for group in groups:
+        given = [name for name, value in group.items() if value not in (None, False)]
+        if len(given) > 1:
+            raise IfpruneError(f"{' and '.join(given)} exclude each other; give one of them")
 
 
 def read_prompt(prompt: str) -> str:

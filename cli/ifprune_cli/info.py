@@ -29,7 +29,8 @@ def info(
             damaged = checkpoint.verify(update)
         if damaged:
             raise CheckpointError(
-                f"{checkpoint.path}: {', '.join(damaged)}: sha256 is not the manifest's; copy or convert the checkpoint again"
+                f"{checkpoint.path}: {', '.join(damaged)}: sha256 is not the manifest's; "
+                "copy or convert the checkpoint again"
             )
     selectors = (["learned"] if checkpoint.has_predictor else []) + ["activation", "static", "random"]
     fits = [{"residency": "ram", "density": density, "resident": checkpoint.weight_bytes} for density in _DENSITIES]

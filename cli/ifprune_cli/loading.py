@@ -11,7 +11,7 @@ from .options import DtypeName
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-    from ifprune_mlx import Checkpoint, Model
+    from ifprune_mlx import Checkpoint, Model, Selection
 
 
 def checkpoint_path(model: str | None) -> str | Path:
@@ -30,6 +30,16 @@ def open_checkpoint(model: str | None) -> Checkpoint:
     from ifprune_mlx.hub import resolve
 
     return Checkpoint.open(resolve(checkpoint_path(model)))
+
+
+def check_selection(model: Model, selection: Selection, file: Path) -> None:
+    """Raise SelectionError, naming the file, unless a saved selection fits the model."""
+    from ifprune_mlx import SelectionError
+
+    try:
+        model.check(selection)
+    except SelectionError as exc:
+        raise SelectionError(f"{file}: {exc}; make one for this model with `ifprune select --save-to`") from None
 
 
 def load_model(model: str | None, dtype: DtypeName | None, trust_remote_code: bool) -> tuple[Model, TokenizerWrapper]:

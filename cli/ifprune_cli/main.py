@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import typer
 
-from . import chat, convert, demo, generate, info, select
+from . import bench, chat, convert, demo, generate, info, select
 
 app = typer.Typer(
     name="ifprune",
@@ -41,6 +41,7 @@ app.command("convert")(convert.convert)
 app.command("select")(select.select)
 app.command("info")(info.info)
 app.command("demo")(demo.demo)
+app.command("bench")(bench.bench)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -70,6 +71,8 @@ def run(arguments: Sequence[str]) -> int:
             raise
         print(f"ifprune: error: {message}", file=sys.stderr)
         return 1
+    if result == 130:  # typer makes this of Ctrl-C inside a command
+        print("interrupted", file=sys.stderr)
     return result if isinstance(result, int) else 0
 
 

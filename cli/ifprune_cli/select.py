@@ -10,7 +10,7 @@ import typer
 
 from .console import note, result_json
 from .generate import as_messages, read_prompt
-from .loading import load_model
+from .loading import check_selection, load_model
 from .options import (
     ActiveParamsOption,
     Budget,
@@ -53,9 +53,11 @@ def select(
 
     if save_to is not None and save_to.suffix != ".safetensors":
         raise SelectionError(f"{save_to}: a selection file ends in .safetensors")
-    others = {str(file): Selection.load(file) for file in compare or []}
+    others = {file: Selection.load(file) for file in compare or []}
     budget = Budget(density, active_params, memory).arguments()
     loaded, tokenizer = load_model(model, dtype, trust_remote_code)
+    for file, other in others.items():
+        check_selection(loaded, other, file)
     tokens = render_messages(tokenizer, as_messages(text, system_prompt))
     check_prompt(loaded, tokens)
     keep = loaded.keep(**budget)
@@ -65,7 +67,7 @@ def select(
     seconds = time.perf_counter() - start
     static = top_k(loaded.prior, keep, "static")
     overlaps = {"static": selection.overlap(static)}
-    overlaps |= {name: selection.overlap(other) for name, other in others.items()}
+    overlaps |= {str(file): selection.overlap(other) for file, other in others.items()}
     if save_to is not None:
         selection.save(save_to)
     if json:

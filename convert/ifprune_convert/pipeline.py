@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import mlx.core as mx
+import numpy as np
 from mlx import nn
-from mlx_lm.utils import _get_classes
+from mlx_lm.utils import load_tokenizer
 
-from ifprune_mlx.checkpoint import SECTION, Checkpoint, Layout, Quantization, neurons_file, write_manifest
+from ifprune_mlx.checkpoint import MANIFEST, SECTION, Checkpoint, Layout, Quantization, neurons_file, write_manifest
 from ifprune_mlx.errors import IfpruneError, PredictorError, SourceError
 from ifprune_mlx.families import FFNSpec, find_ffns
 from ifprune_mlx.files import new_folder, read_safetensors_header
@@ -29,6 +30,7 @@ from ifprune_mlx.selection import Scores, keep_count
 
 from . import layout
 from .calibrate import Example, calibrate
+from .skeleton import build_skeleton
 from .source import Source
 
 Report = Callable[[str, int, int], None]
@@ -105,7 +107,8 @@ def convert(source: Source, out: Path, options: Options, report: Report | None =
     start = time.perf_counter()
     report = report or (lambda *_: None)
     keep_count(options.density, 64)
-    skeleton = _skeleton(source)
+    _check_output(out, options.overwrite)
+    skeleton = build_skeleton(source.path, source.config, len(source.shapes))
     specs = find_ffns(skeleton, str(source.config["model_type"]))
     _check_quantization(specs, options.quantization)
     if options.predictor is not None:
@@ -113,11 +116,12 @@ def convert(source: Source, out: Path, options: Options, report: Report | None =
     if options.prior is not None and [len(p) for p in options.prior] != [spec.d_ffn for spec in specs]:
         raise SourceError(f"{source.path}: the ready prior was measured on a model of another shape")
     with new_folder(out, overwrite=options.overwrite, error=SourceError) as folder:
+        # Quick, and can fail: before the long work.
+        _write_config(folder, source, options, specs)
+        _write_tokenizer(folder, source)
         writer = _Writer(source, folder, options, report)
         priors = [writer.write_ffn(index, spec, len(specs)) for index, spec in enumerate(specs)]
         writer.write_rest(skeleton)
-        _write_config(folder, source, options, specs)
-        source.write_tokenizer(folder)
         if options.predictor is not None:
             _copy_predictor(options.predictor, folder / "predictor")
         method = "weights" if options.prior is None else "calibrated"
@@ -164,6 +168,8 @@ class _Writer:
         norms = layout.row_norms(down)
         prior = layout.weight_prior(gate, up, norms)
         del gate, up
+        if not np.isfinite(prior).all():
+            self._refuse_weights(spec)
         tensors |= layout.packed("down", down, quantization)
         del down
         if spec.bias:
@@ -211,6 +217,17 @@ class _Writer:
         mx.clear_cache()
         return file
 
+    def _refuse_weights(self, spec: FFNSpec) -> NoReturn:
+        dtype = self._options.dtype
+        reason = (
+            ""
+            if dtype is None
+            else f" as {str(dtype).removeprefix('mlx.core.')}, choose another --dtype if not in the source"
+        )
+        raise SourceError(
+            f"{self._source.path}: the weights of {spec.path} contain NaN or infinity{reason}; get them again"
+        )
+
     def _take(self, name: str) -> mx.array:
         array = self._source.take(name)
         shape = self._remaining.pop(name)
@@ -225,14 +242,16 @@ class _Writer:
         return array
 
 
-def _skeleton(source: Source) -> nn.Module:
-    """The family's model, its parameters never evaluated, so that it costs no memory."""
-    try:
-        model_class, arguments = _get_classes(source.config)
-        return model_class(arguments.from_dict(source.config))
-    except (ValueError, TypeError, KeyError, AttributeError) as exc:
-        reason = " ".join(str(exc).split())[:200]
-        raise SourceError(f"{source.path}: mlx-lm cannot build this model ({reason}); check its config.json") from None
+def _check_output(out: Path, overwrite: bool) -> None:
+    """Refuse to replace what a conversion did not make: the source itself, or somebody's work."""
+    if not overwrite or not out.exists():
+        return
+    made_here = (out / MANIFEST).is_file() or any(out.glob("neurons-*.safetensors"))
+    if not out.is_dir() or (not made_here and any(out.iterdir())):
+        raise SourceError(
+            f"{out}: is not an IFP checkpoint, so --overwrite does not replace it; "
+            "choose another folder, or remove this one first"
+        )
 
 
 def _check_quantization(specs: list[FFNSpec], quantization: Quantization | None) -> None:
@@ -246,7 +265,7 @@ def _check_quantization(specs: list[FFNSpec], quantization: Quantization | None)
 
 def _check_predictor(folder: Path, specs: list[FFNSpec]) -> None:
     if not folder.is_dir():
-        raise PredictorError(f"{folder}: no such predictor folder")
+        raise PredictorError(f"{folder}: no such predictor folder; give the folder of a trained sparsity predictor")
     SparsityPredictor.load(folder).check_widths([spec.d_ffn for spec in specs])
 
 
@@ -272,10 +291,21 @@ def _write_config(folder: Path, source: Source, options: Options, specs: list[FF
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
+def _write_tokenizer(folder: Path, source: Source) -> None:
+    source.write_tokenizer(folder)
+    try:
+        load_tokenizer(folder, {"trust_remote_code": False})
+    except Exception as exc:  # transformers raises whatever its parsers do
+        reason = " ".join(str(exc).split())[:200]
+        raise SourceError(
+            f"{source.path}: its tokenizer cannot be loaded ({reason}); download the tokenizer files again"
+        ) from None
+
+
 def _write_priors(folder: Path, prior: list[Scores], down_norms: list[Scores], method: str) -> None:
     tensors = {f"prior.{index}": mx.array(values) for index, values in enumerate(prior)}
     tensors |= {f"down_norm.{index}": mx.array(values) for index, values in enumerate(down_norms)}
     for name, values in tensors.items():
         if not bool(mx.all(mx.isfinite(values))):
-            raise IfpruneError(f"{name}: the weights contain NaN or infinity; the source is damaged")
+            raise IfpruneError(f"{name}: the measured prior contains NaN or infinity; the source may be damaged")
     mx.save_safetensors(str(folder / "priors.safetensors"), tensors, {"method": method})

@@ -27,7 +27,7 @@ class Source(Protocol):
         ...
 
     def take(self, name: str) -> mx.array:
-        """The tensor of that name, evaluated, in a float type. The source keeps no reference: each may be taken once."""
+        """The tensor of that name, evaluated, in a float type. The source keeps no reference: take each once."""
         ...
 
     def write_tokenizer(self, folder: Path) -> None:

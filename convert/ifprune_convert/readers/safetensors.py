@@ -9,15 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.nn.layers.base import Module
-from mlx.utils import tree_flatten
-from mlx_lm.utils import _get_classes, load_config
+from mlx_lm.utils import load_config
 
+from ifprune_convert.skeleton import build_skeleton, check_shapes, parameter_shapes
+from ifprune_convert.wording import first_line, listing, reason
 from ifprune_mlx.errors import SourceError
 from ifprune_mlx.files import read_safetensors_header
 
@@ -76,7 +75,7 @@ class SafetensorsSource:
         try:
             mx.eval(array)
         except RuntimeError as exc:
-            raise SourceError(f"{self.path}: tensor {name} cannot be read ({_first_line(exc)})") from None
+            raise SourceError(f"{self.path}: tensor {name} cannot be read ({first_line(exc)})") from None
         return array
 
     def write_tokenizer(self, folder: Path) -> None:
@@ -98,72 +97,6 @@ class SafetensorsSource:
             except (ValueError, RecursionError):
                 raise SourceError(f"{file}: is not valid JSON; copy or download it again") from None
             (folder / name).write_bytes(content)
-
-
-def build_skeleton(path: Path, config: dict[str, Any], tensor_count: int) -> Module:
-    """mlx-lm's model for a config, its parameters never evaluated.
-
-    Args:
-        path: the source, for error messages.
-        config: what `ModelArgs.from_dict` reads.
-        tensor_count: the number of tensors in the source; a layer has at least one, which bounds the layers that a
-            damaged config can ask for.
-
-    Raises:
-        SourceError: if mlx-lm does not know the `model_type`, or cannot build a model from this config.
-    """
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str) or not re.fullmatch(r"[\w-]+", model_type):
-        raise SourceError(f"{path}: the config names no model_type; download the model's own config.json again")
-    layers = config.get("num_hidden_layers")
-    if isinstance(layers, int) and layers > tensor_count:
-        raise SourceError(
-            f"{path}: the config asks for {layers} layers, but there are only {tensor_count} tensors; "
-            "download the model again"
-        )
-    try:
-        model_class, args_class = _get_classes(config)
-    except (ValueError, AttributeError):
-        raise SourceError(
-            f"{path}: mlx-lm {version('mlx-lm')} has no model_type {model_type!r}; "
-            "update mlx-lm, or convert a model of a family that it supports"
-        ) from None
-    try:
-        model = model_class(args_class.from_dict(config))
-    except Exception as exc:  # a wrong config can fail anywhere inside the model class
-        raise SourceError(
-            f"{path}: mlx-lm cannot build a {model_type} model from the config ({_reason(exc)}); "
-            "compare it with the model's own config.json"
-        ) from None
-    assert isinstance(model, Module)
-    return model
-
-
-def parameter_shapes(model: Any) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter of a model (an `nn.Module`), by name; evaluates none."""
-    parameters: Any = tree_flatten(model.parameters())
-    return {name: tuple(array.shape) for name, array in parameters}
-
-
-def check_shapes(path: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
-    """Compare the tensors that a model needs with those that a source has.
-
-    Raises:
-        SourceError: naming what is missing, what does not belong there, or what has the wrong shape.
-    """
-    if missing := sorted(expected.keys() - found.keys()):
-        raise SourceError(f"{path}: lacks {_listing(missing)}, which its config asks for; download the model again")
-    if extra := sorted(found.keys() - expected.keys()):
-        raise SourceError(
-            f"{path}: has {_listing(extra)}, which mlx-lm's model does not know; "
-            "the config may belong to another model, or mlx-lm may need an update"
-        )
-    for name, shape in expected.items():
-        if found[name] != shape:
-            raise SourceError(
-                f"{path}: tensor {name} has shape {list(found[name])}, but the config asks for {list(shape)}; "
-                "the config may belong to another model"
-            )
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -233,11 +166,11 @@ def _find_shards(path: Path) -> dict[str, set[str] | None]:
         if len(names) > 1 and len(numbered) != len(names):
             raise SourceError(
                 f"{path}: has several weight files and no {_INDEX} to say which belong together "
-                f"({_listing(names)}); download the index, or remove what is not the model"
+                f"({listing(names)}); download the index, or remove what is not the model"
             )
         shards = dict.fromkeys(names)
     if missing:
-        raise SourceError(f"{path}: lacks {_listing(missing)}; download the missing weight files")
+        raise SourceError(f"{path}: lacks {listing(missing)}; download the missing weight files")
     return shards
 
 
@@ -247,7 +180,7 @@ def _check_shards(path: Path, shards: dict[str, set[str] | None]) -> None:
     for shard, placed in shards.items():
         header = read_safetensors_header(path / shard, SourceError)
         if placed is not None and (absent := sorted(placed - header.tensors.keys())):
-            raise SourceError(f"{path / shard}: lacks {_listing(absent)}, which {_INDEX} places there; download both")
+            raise SourceError(f"{path / shard}: lacks {listing(absent)}, which {_INDEX} places there; download both")
         for tensor in header.tensors:
             if tensor in home:
                 raise SourceError(
@@ -263,7 +196,7 @@ def _load_lazily(path: Path, config: dict[str, Any], shards: Iterable[str]) -> d
         try:
             loaded = mx.load(str(path / shard))
         except (RuntimeError, ValueError) as exc:
-            raise SourceError(f"{path / shard}: cannot be loaded ({_first_line(exc)}); download it again") from None
+            raise SourceError(f"{path / shard}: cannot be loaded ({first_line(exc)}); download it again") from None
         assert isinstance(loaded, dict)
         weights.update(loaded)
     model = build_skeleton(path, config, len(weights))
@@ -273,7 +206,7 @@ def _load_lazily(path: Path, config: dict[str, Any], shards: Iterable[str]) -> d
             weights = sanitize(weights)
         except Exception as exc:  # it indexes and reshapes what a complete model would have
             raise SourceError(
-                f"{path}: mlx-lm cannot arrange the tensors of this {config['model_type']} model ({_reason(exc)}); "
+                f"{path}: mlx-lm cannot arrange the tensors of this {config['model_type']} model ({reason(exc)}); "
                 "one may be missing or of a wrong shape: download the model again"
             ) from None
     check_shapes(path, parameter_shapes(model), {name: tuple(array.shape) for name, array in weights.items()})
@@ -311,18 +244,3 @@ def _read_text(file: Path) -> str:
         return file.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
-
-
-def _listing(names: list[str]) -> str:
-    """The first few of many names, and how many more there are."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
-
-
-def _first_line(exc: BaseException) -> str:
-    return str(exc).splitlines()[0] if str(exc) else type(exc).__name__
-
-
-def _reason(exc: BaseException) -> str:
-    """An exception from inside mlx-lm in one line; its type says what a bare key or number does not."""
-    return f"{type(exc).__name__}: {_first_line(exc)}"

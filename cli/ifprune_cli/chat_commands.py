@@ -1,0 +1,254 @@
+"""The /commands of `ifprune chat`: each reads one argument, acts on the session, and says what it did on stderr.
+
+Knows nothing of how lines are read or answers are shown.
+"""
+
+from __future__ import annotations
+
+import difflib
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ifprune_mlx import ChatFileError, IfpruneError, Selection, Session
+from ifprune_mlx.checkpoint import read_json_object
+
+from .console import note, parameters
+
+_TURNS_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class _Command:
+    run: Callable[[str], None]
+    arguments: str
+    help: str
+
+
+class Commands:
+    """The commands of one chat.
+
+    Attributes:
+        names: every command, as it is typed.
+        with_file: those that take a file name.
+    """
+
+    with_file = ("/select", "/save", "/load")
+
+    def __init__(self, session: Session, selector: str) -> None:
+        self._session = session
+        self._selector = selector
+        self._table = {
+            "/help": _Command(self._help, "", "show this list"),
+            "/reset": _Command(self._reset, "", "forget the conversation; the next message selects anew"),
+            "/select": _Command(
+                self._select, "[TEXT|FILE]", "select anew: by the next message, by TEXT, or use a saved .safetensors"
+            ),
+            "/density": _Command(self._density, "[X]", "keep this share of each FFN's neurons; alone: show it"),
+            "/dense": _Command(self._dense, "[on|off]", "use all neurons, or those selected; alone: the other one"),
+            "/stats": _Command(self._stats, "", "show the last answer's figures, the selection and the context"),
+            "/system": _Command(self._system, "[TEXT|none]", "set or remove the system prompt; alone: show it"),
+            "/save": _Command(self._save, "FILE", "save the conversation and its selection"),
+            "/load": _Command(self._load, "FILE", "go on with a saved conversation"),
+            "/quit": _Command(self._help, "", "leave; also /exit and Ctrl-D"),
+        }
+        self.names = (*self._table, "/exit")
+
+    def run(self, line: str) -> bool:
+        """Run one line that begins with a slash.
+
+        Returns:
+            False if the chat is to end.
+
+        Raises:
+            IfpruneError: if the command is unknown or cannot be carried out; the session is then as it was.
+        """
+        name, _, argument = line.strip().partition(" ")
+        name, argument = name.lower(), argument.strip()
+        if name in ("/quit", "/exit"):
+            return False
+        if name not in self._table:
+            close = difflib.get_close_matches(name, self.names, 1)
+            meant = f"; did you mean {close[0]}?" if close else ""
+            raise IfpruneError(f"unknown command {_short(name, 40)}{meant} (/help lists them; // sends a slash)")
+        command = self._table[name]
+        if argument and not command.arguments:
+            raise IfpruneError(f"{name} takes no argument")
+        if not argument and command.arguments and not command.arguments.startswith("["):
+            raise IfpruneError(f"{name} needs an argument: {name} {command.arguments}")
+        try:
+            command.run(argument)
+        except OSError as exc:  # a file name that the system refuses even to look up
+            raise ChatFileError(f"{_short(argument, 40)}: {exc.strerror or exc}") from None
+        return True
+
+    def describe(self) -> str:
+        """Who selects how much, in one line."""
+        session, model = self._session, self._session.model
+        if session.dense:
+            return f"dense, all {parameters(model.total_parameters)} parameters"
+        if session.selection is not None:
+            keep, who = session.selection.keep, session.selection.selector
+        else:
+            keep, who = session.keep, self._selector
+        return f"{who} selector, {self._share(keep)}, policy {session.policy}"
+
+    def _help(self, argument: str) -> None:
+        for name, command in self._table.items():
+            note(f"  {f'{name} {command.arguments}':<20} {command.help}")
+        note(f"  {'//text':<20} send /text")
+        note("Ctrl-C stops an answer. Esc Enter, or a \\ at the end of the line, begins a new line.")
+
+    def _reset(self, argument: str) -> None:
+        self._session.reset()
+        note("forgot the conversation")
+
+    def _select(self, argument: str) -> None:
+        session = self._session
+        if not argument.endswith(".safetensors"):
+            session.reselect(argument or None)
+            session.dense = False
+            note(f"selects anew at the next message, by {'this text' if argument else 'it'}")
+            return
+        if session.policy == "turn":
+            raise IfpruneError("policy turn selects anew at every message; to use a file, start with --policy first")
+        session.use(Selection.load(_path(argument)))
+        note(f"uses {self._selection_line()}")
+
+    def _density(self, argument: str) -> None:
+        session = self._session
+        if not argument:
+            live = session.selection
+            note(self._share(session.keep))
+            if live is not None and live.keep != session.keep:
+                note(f"the selection in use: {self._share(live.keep)}")
+            return
+        try:
+            density = float(argument)
+        except ValueError:
+            raise IfpruneError(f"density {_short(argument, 20)!r} is not a number; write it like 0.5") from None
+        session.set_budget(density=density)
+        session.dense = False
+        note(f"{self._share(session.keep)}; the next message selects")
+
+    def _dense(self, argument: str) -> None:
+        if argument not in ("", "on", "off"):
+            raise IfpruneError("/dense takes on, off, or nothing to change over")
+        session = self._session
+        session.dense = argument == "on" or (not argument and not session.dense)
+        note(self.describe())
+
+    def _stats(self, argument: str) -> None:
+        session = self._session
+        for name, value in [*self._answer_rows(), *self._session_rows()]:
+            note(f"  {name:<11} {value}")
+        if session.stats is None:
+            note("no answer yet")
+
+    def _answer_rows(self) -> list[tuple[str, str]]:
+        stats = self._session.stats
+        if stats is None:
+            return []
+        speed = f"{stats.completion_tokens} tokens at {stats.tokens_per_s:.1f} tokens/s ({stats.finish_reason})"
+        read = f"{stats.prompt_tokens - stats.reused_tokens} of {stats.prompt_tokens} prompt tokens read anew"
+        times = ", ".join(
+            f"{name} {seconds:.3f} s"
+            for name, seconds in (
+                ("select", stats.select_s),
+                ("switch", stats.switch_s),
+                ("prefill", stats.prefill_s),
+                ("decode", stats.decode_s),
+            )
+        )
+        active = f"{parameters(stats.active_parameters)} of {parameters(stats.total_parameters)} active"
+        rows = [("answer", f"{speed}; {read}"), ("time", times), ("parameters", active)]
+        if stats.overlap is not None:
+            rows.append(("overlap", f"{100 * stats.overlap:.0f} % of its neurons were active before"))
+        return [*rows, ("memory", f"peak {stats.peak_memory / 1e9:.2f} GB")]
+
+    def _session_rows(self) -> list[tuple[str, str]]:
+        session = self._session
+        history, limit = session.history, session.model.context_length
+        spans = ", ".join(f"{span.tokens} tokens {span.owner[:8]}" for span in history.spans)
+        return [
+            ("selection", self._selection_line()),
+            ("policy", f"{session.policy}, {session.on_switch} on a switch"),
+            ("context", f"{len(history.tokens)} tokens" + (f" of {limit}" if limit else "")),
+            ("KV cache", spans or "empty"),
+        ]
+
+    def _selection_line(self) -> str:
+        session = self._session
+        selection = session.selection
+        if session.dense:
+            return "none: dense"
+        if selection is None:
+            return "at the next message"
+        return f"{selection.hash}, {selection.selector}, density {selection.density:.2f}"
+
+    def _system(self, argument: str) -> None:
+        session = self._session
+        if argument:
+            session.system_prompt = None if argument == "none" else argument
+        note(f"system prompt: {session.system_prompt}" if session.system_prompt else "no system prompt")
+
+    def _save(self, argument: str) -> None:
+        path = _path(argument)
+        if path.exists() and not _is_saved_chat(path):
+            raise ChatFileError(f"{path}: exists and is not a saved chat; choose another name")
+        self._session.save(path)
+        note(f"saved {_turns(len(self._session.messages) // 2)} to {path}")
+
+    def _load(self, argument: str) -> None:
+        path = _path(argument)
+        self._session.load(path)
+        self.show_turns(path)
+
+    def show_turns(self, path: Path) -> None:
+        """The turns that were loaded from `path`, a line each."""
+        messages = self._session.messages
+        count, shown = len(messages) // 2, messages[-2 * _TURNS_SHOWN :]
+        width = shutil.get_terminal_size().columns
+        note(f"loaded {_turns(count)} from {path}; {self.describe()}")
+        if len(shown) < len(messages):
+            note(f"  ... {_turns((len(messages) - len(shown)) // 2)} earlier")
+        for message in shown:
+            note(_short(f"{'> ' if message['role'] == 'user' else '  '}{message['content']}", width - 1))
+
+    def _share(self, keep: tuple[int, ...]) -> str:
+        """A *k* per FFN as density and parameters."""
+        checkpoint = self._session.model.checkpoint
+        density = sum(keep) / sum(spec.d_ffn for spec in checkpoint.layout.ffns)
+        active = parameters(checkpoint.active_parameters(keep))
+        return f"density {density:.2f}, {active} of {parameters(checkpoint.parameters)} parameters active"
+
+
+def _path(argument: str) -> Path:
+    """A file name as a person types it: with ~, perhaps in quotes."""
+    for quote in ("'", '"'):
+        if len(argument) >= 2 and argument.startswith(quote) and argument.endswith(quote):
+            argument = argument[1:-1]
+    try:
+        return Path(argument).expanduser()
+    except RuntimeError:
+        raise ChatFileError(f"{_short(argument, 40)}: no such user's home folder") from None
+
+
+def _is_saved_chat(path: Path) -> bool:
+    try:
+        return path.is_file() and "messages" in read_json_object(path, ChatFileError)
+    except ChatFileError:
+        return False
+
+
+def _turns(count: int) -> str:
+    return f"{count} turn{'' if count == 1 else 's'}"
+
+
+def _short(text: str, width: int) -> str:
+    """One line of at most `width` characters."""
+    indent = text[: len(text) - len(text.lstrip())]
+    line = indent + " ".join(text.split())
+    printable = "".join(char if char.isprintable() else "?" for char in line)
+    return printable if len(printable) <= width else printable[: max(width - 3, 1)] + "..."

@@ -1,0 +1,156 @@
+"""Where the messages of `ifprune chat` come from: a line editor on a terminal, or lines of a pipe.
+
+Yields text; does not know what a command or a message means, nor that there is a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.application.current import get_app
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+from prompt_toolkit.document import Document
+from prompt_toolkit.history import FileHistory
+from prompt_toolkit.input.typeahead import clear_typeahead
+from prompt_toolkit.key_binding import KeyBindings
+from prompt_toolkit.key_binding.key_processor import KeyPressEvent
+from prompt_toolkit.output import create_output
+from prompt_toolkit.shortcuts import CompleteStyle
+
+from ifprune_mlx.errors import PromptError
+
+from .console import note
+
+_HISTORY_BYTES = 1_000_000
+
+
+def piped(stream: BinaryIO) -> Iterator[str]:
+    """Every line that is not blank, as one message, as soon as it arrives.
+
+    Raises:
+        PromptError: at a line that is not UTF-8.
+    """
+    for number, raw in enumerate(stream, 1):
+        try:
+            line = raw.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as exc:
+            raise PromptError(
+                f"stdin, line {number}, byte {exc.start + 1}: not UTF-8 text; convert it, for example with iconv"
+            ) from None
+        if line.strip():
+            yield line
+
+
+class LineEditor:
+    """What a person enters, until Ctrl-D. Enter sends; a pasted text with several lines is one message.
+
+    Args:
+        commands: completed at the beginning of the line.
+        with_file: those of them that take a file name, which is completed too.
+        history: file of earlier lines; where it cannot be read or written, they are kept in memory.
+    """
+
+    def __init__(self, commands: Sequence[str], with_file: Sequence[str], history: Path) -> None:
+        self._prompt: PromptSession[str] = PromptSession(
+            [("bold", "> ")],
+            multiline=True,
+            prompt_continuation=[("", "  ")],
+            history=_History(history),
+            key_bindings=_keys(),
+            completer=_CommandCompleter(commands, with_file),
+            complete_while_typing=False,
+            # A menu would reserve eight empty lines under the prompt.
+            complete_style=CompleteStyle.READLINE_LIKE,
+            enable_suspend=True,
+            output=create_output(always_prefer_tty=True),
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        while True:
+            try:
+                text = self._prompt.prompt()
+            except KeyboardInterrupt:
+                if not self._prompt.default_buffer.text:
+                    note("Ctrl-D or /quit leaves the chat")
+                continue
+            except EOFError:
+                return
+            if text.strip():
+                yield text.rstrip()
+
+    def discard(self) -> None:
+        """Forget what was typed ahead: lines pasted during an answer, say, each of which would be answered."""
+        clear_typeahead(self._prompt.input)
+
+
+def _keys() -> KeyBindings:
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def _enter(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        if buffer.document.current_char == "" and buffer.document.char_before_cursor == "\\":
+            buffer.delete_before_cursor()
+            buffer.newline(copy_margin=False)
+        else:
+            buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    def _newline(event: KeyPressEvent) -> None:
+        event.current_buffer.newline(copy_margin=False)
+
+    @keys.add("c-d")
+    def _end(event: KeyPressEvent) -> None:
+        if event.current_buffer.text:
+            event.current_buffer.delete()
+        else:
+            get_app().exit(exception=EOFError)
+
+    return keys
+
+
+class _CommandCompleter(Completer):
+    """Completes /commands, and file names after those that take one."""
+
+    def __init__(self, commands: Sequence[str], with_file: Sequence[str]) -> None:
+        self._commands = commands
+        self._with_file = with_file
+        self._paths = PathCompleter(expanduser=True)
+
+    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
+        text = document.text_before_cursor
+        command, space, rest = text.partition(" ")
+        if not text.startswith("/"):
+            return
+        if not space:
+            yield from (Completion(f"{name} ", -len(text)) for name in self._commands if name.startswith(text))
+        elif command in self._with_file:
+            yield from self._paths.get_completions(Document(rest.lstrip()), complete_event)
+
+
+class _History(FileHistory):
+    """prompt_toolkit's history file, private, of bounded size, and dispensable."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(mode=0o600)
+            if path.stat().st_size > _HISTORY_BYTES:
+                recent = path.read_bytes()[-_HISTORY_BYTES // 2 :]
+                # Every entry begins with a comment line; lines of messages begin with a plus.
+                path.write_bytes(recent[max(recent.find(b"\n# "), 0) :])
+
+    def load_history_strings(self) -> Iterable[str]:
+        try:
+            return list(super().load_history_strings())
+        except OSError:
+            return []
+
+    def store_string(self, string: str) -> None:
+        with suppress(OSError, UnicodeEncodeError):
+            super().store_string(string)

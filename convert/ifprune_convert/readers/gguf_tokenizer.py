@@ -1,0 +1,170 @@
+"""The tokenizer that lies in a GGUF file's metadata, rebuilt as Hugging Face files.
+
+Knows byte-level BPE with the pre-tokenizers in the table below; every other kind is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from ifprune_mlx.errors import SourceError
+
+from .gguf_header import AGAIN, ORIGINAL, Metadata
+
+_CONTROL, _USER_DEFINED = 3, 4
+_GPT2_SPLIT = pre_tokenizers.ByteLevel(add_prefix_space=False)
+_LLAMA3 = "llama-bpe"
+# Digits stay single in Qwen's tokens and come in threes in Llama's; the rest of the expression is the same.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}"
+    r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _split_words(digits: str) -> pre_tokenizers.PreTokenizer:
+    words = pre_tokenizers.Split(Regex(_WORDS.format(digits=digits)), behavior="isolated")
+    return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+# How text is cut into words before byte pairs are merged, by `tokenizer.ggml.pre`.
+_PRE_TOKENIZERS: dict[str, pre_tokenizers.PreTokenizer] = {
+    "default": _GPT2_SPLIT,
+    "gpt-2": _GPT2_SPLIT,
+    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _GPT2_SPLIT]),
+    "qwen2": _split_words(""),
+    _LLAMA3: _split_words("{1,3}"),
+}
+
+
+def write_tokenizer(metadata: Metadata, config: dict[str, Any], folder: Path) -> None:
+    """Write tokenizer.json, tokenizer_config.json and generation_config.json.
+
+    Raises:
+        SourceError: if the vocabulary, merges or special tokens in the metadata contradict each other.
+    """
+    tokenizer, special = _build_tokenizer(metadata, config["vocab_size"])
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config["max_position_embeddings"],
+        "clean_up_tokenization_spaces": False,
+        "add_bos_token": _adds_bos(metadata),
+        "add_eos_token": _adds_eos(metadata),
+    }
+    settings |= {f"{role}_token": tokenizer.id_to_token(token) for role, token in special.items()}
+    if (template := metadata.optional("tokenizer.chat_template", str)) is not None:
+        settings["chat_template"] = template
+    _write_json(folder / "tokenizer_config.json", settings)
+    generation = {f"{role}_token_id": special[role] for role in ("bos", "pad") if role in special}
+    if "eos_token_id" in config:
+        generation["eos_token_id"] = config["eos_token_id"]
+    _write_json(folder / "generation_config.json", generation)
+
+
+def check_tokenizer_kind(metadata: Metadata) -> None:
+    """Refuse at opening, and not after all tensors are converted, a tokenizer that cannot be rebuilt."""
+    kind = metadata.values.get("tokenizer.ggml.model")
+    if kind is None:
+        raise SourceError(f"{metadata.path}: has no tokenizer; {ORIGINAL}")
+    before = metadata.values.get("tokenizer.ggml.pre")
+    if kind != "gpt2" or not isinstance(before, str) or before not in _PRE_TOKENIZERS:
+        name = f"{kind!r} with pre-tokenizer {before!r}" if kind == "gpt2" else repr(kind)
+        raise SourceError(f"{metadata.path}: this GGUF's tokenizer kind ({name}) is not supported yet; {ORIGINAL}")
+    for key, item in (("tokens", str), ("merges", str), ("token_type", int)):
+        value = metadata.required(f"tokenizer.ggml.{key}", list)
+        if not all(isinstance(entry, item) for entry in value):
+            raise SourceError(
+                f"{metadata.path}: metadata tokenizer.ggml.{key} is not a list of {item.__name__}; {AGAIN}"
+            )
+
+
+def special_ids(metadata: Metadata, vocab_size: int) -> dict[str, int]:
+    """The ids of the bos, eos, unk and pad tokens, those of them that the file names."""
+    keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    found = {role: _token_id(metadata, f"{key}_token_id", vocab_size) for role, key in keys.items()}
+    return {role: token for role, token in found.items() if token is not None}
+
+
+def end_ids(metadata: Metadata, special: dict[str, int], vocab_size: int) -> list[int]:
+    """The ids that end an answer: end of sequence, of turn and of message."""
+    ends = [special.get("eos"), *(_token_id(metadata, f"{key}_token_id", vocab_size) for key in ("eot", "eom"))]
+    return list(dict.fromkeys(token for token in ends if token is not None))
+
+
+def _token_id(metadata: Metadata, key: str, vocab_size: int) -> int | None:
+    token = metadata.optional(f"tokenizer.ggml.{key}", int)
+    tokens = len(metadata.values["tokenizer.ggml.tokens"])
+    if token is not None and not 0 <= token < min(tokens, vocab_size):
+        raise SourceError(
+            f"{metadata.path}: metadata tokenizer.ggml.{key} is {token}, but there is no such token; {AGAIN}"
+        )
+    return None if token is None else int(token)
+
+
+def _adds_bos(metadata: Metadata) -> bool:
+    """Whether text starts with the bos token; llama.cpp's default where the file does not say."""
+    adds = metadata.optional("tokenizer.ggml.add_bos_token", bool)
+    return metadata.values["tokenizer.ggml.pre"] == _LLAMA3 if adds is None else bool(adds)
+
+
+def _adds_eos(metadata: Metadata) -> bool:
+    return bool(metadata.optional("tokenizer.ggml.add_eos_token", bool))
+
+
+def _build_tokenizer(metadata: Metadata, vocab_size: int) -> tuple[Tokenizer, dict[str, int]]:
+    """The byte-level BPE tokenizer that the metadata describes, and the ids of its special tokens."""
+    path, values = metadata.path, metadata.values
+    before = values["tokenizer.ggml.pre"]
+    tokens: list[str] = values["tokenizer.ggml.tokens"]
+    types: list[int] = values["tokenizer.ggml.token_type"]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    if not len(vocabulary) == len(tokens) == len(types) <= vocab_size:
+        raise SourceError(
+            f"{path}: the vocabulary has {len(tokens)} tokens, {len(vocabulary)} of them different, {len(types)} types "
+            f"and {vocab_size} embeddings; {AGAIN}"
+        )
+    # A token may begin with the separator, but is never empty.
+    merges = [
+        (merge[:cut], merge[cut + 1 :]) for merge in values["tokenizer.ggml.merges"] if (cut := merge.find(" ", 1)) > 0
+    ]
+    special = special_ids(metadata, vocab_size)
+    try:
+        if len(merges) != len(values["tokenizer.ggml.merges"]):
+            raise ValueError("a merge that is not two tokens")
+        tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=before == _LLAMA3))
+    except Exception as exc:  # tokenizers raises bare Exceptions
+        raise SourceError(f"{path}: the vocabulary and merges do not fit together ({exc}); {AGAIN}") from None
+    if before == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = _PRE_TOKENIZERS[before]
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = _post_processor(metadata, tokens, special)
+    added = [
+        AddedToken(token, special=kind == _CONTROL, normalized=False)
+        for token, kind in zip(tokens, types, strict=True)
+        if kind in (_CONTROL, _USER_DEFINED)
+    ]
+    tokenizer.add_tokens(added)
+    return tokenizer, special
+
+
+def _post_processor(metadata: Metadata, tokens: list[str], special: dict[str, int]) -> processors.PostProcessor:
+    """Puts bos before and eos after a text, where the file says so."""
+    plain = processors.ByteLevel(trim_offsets=False)
+    bos = tokens[special["bos"]] if _adds_bos(metadata) and "bos" in special else None
+    eos = tokens[special["eos"]] if _adds_eos(metadata) and "eos" in special else None
+    if bos is None and eos is None:
+        return plain
+    single = [token for token in (bos, "$A", eos) if token is not None]
+    pair = single + [token if token != "$A" else "$B" for token in single]
+    used = {token: special[role] for role, token in (("bos", bos), ("eos", eos)) if token is not None}
+    template = processors.TemplateProcessing(single=single, pair=pair, special_tokens=list(used.items()))
+    return processors.Sequence([plain, template])
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

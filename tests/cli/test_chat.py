@@ -1,0 +1,399 @@
+"""`ifprune chat` as a real process: through pipes, and on a pseudo-terminal for the line editor and Ctrl-C."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ifprune_cli.chat_input import _History
+from ifprune_mlx import Model, Selection, Session
+from tests.cli.process import environment, run, start
+from tests.tiny import write_checkpoint
+
+LONG = ["-m", "100000"]
+# A terminal is asked to bracket what is pasted while there is a prompt.
+PROMPT, PROMPT_LEFT = rb"\x1b\[\?2004h", rb"\x1b\[\?2004l"
+# Makes the pseudo-terminal on stdin the process's own, so that Ctrl-C on it becomes a signal.
+ON_TERMINAL = (
+    "import fcntl, runpy, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    "runpy.run_module('ifprune_cli.main', run_name='__main__', alter_sys=True)"
+)
+
+
+class Piped:
+    """Runs chats through pipes, with files in one folder."""
+
+    def __init__(self, checkpoint: Path, folder: Path) -> None:
+        self.checkpoint = checkpoint
+        self.folder = folder
+
+    def __call__(self, *lines: str | bytes, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+        """Send lines, without a newline after the last, and wait for the end."""
+        stdin = b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines)
+        return run("chat", "--model", self.checkpoint, "-m", "6", *options, cache=self.folder / "cache", stdin=stdin)
+
+    def saved(self, name: str) -> dict[str, Any]:
+        """A chat that was saved in the folder."""
+        state = json.loads((self.folder / name).read_text(encoding="utf-8"))
+        assert isinstance(state, dict)
+        return state
+
+
+@pytest.fixture
+def piped(tiny_checkpoint: Path, tmp_path: Path) -> Piped:
+    return Piped(tiny_checkpoint, tmp_path)
+
+
+def notes(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """Lines of stderr but the speed figures."""
+    assert "Traceback" not in done.stderr
+    return [line for line in done.stderr.splitlines() if not line.startswith("[")]
+
+
+def errors(done: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line for line in notes(done) if line.startswith("ifprune: error: ")]
+
+
+def test_stdout_carries_the_answers_and_nothing_else(piped: Piped, tiny: tuple[Model, Any]) -> None:
+    done = piped("hello", "", "  ", "/stats", "/help", "go on\r")
+    session = Session(*tiny)
+    answers = [session.ask(text, max_tokens=6) for text in ("hello", "go on")]
+    assert done.stdout == "".join(f"{answer}\n" for answer in answers)
+    assert done.returncode == 0
+    figures = [line for line in done.stderr.splitlines() if line.startswith("[")]
+    assert len(figures) == 2
+    assert all("6 tokens" in line and line.endswith("] cut off by --max-tokens") for line in figures)
+
+
+def test_end_of_input_and_quit_end_the_chat(piped: Piped) -> None:
+    assert piped("").returncode == 0
+    done = piped("/quit", "never")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_commands_say_what_they_did(piped: Piped) -> None:
+    done = piped(
+        "hello", "/density", "/density 0.25", "again", "/dense", "dense now", "/DENSE off", "/system be brief",
+        "/system", "/system none", "/select another topic", "go", f"/save {piped.folder / 'a.json'}", "/stats",
+        "/reset", "/stats",
+    )  # fmt: skip
+    assert done.returncode == 0
+    said = "\n".join(notes(done))
+    for words in (
+        "density 0.69, 0.1M of 0.1M parameters active",
+        "density 0.25, 0.1M of 0.1M parameters active; the next message selects",
+        "dense, all 0.1M parameters",
+        "activation selector, density 0.25",
+        "system prompt: be brief",
+        "no system prompt",
+        "selects anew at the next message, by this text",
+        "saved 4 turns",
+        "forgot the conversation",
+        "no answer yet",
+    ):
+        assert words in said
+    hash_ = piped.saved("a.json")["selection"]["hash"]
+    assert f"selection   {hash_}, activation, density 0.25" in said
+    assert re.search(rf"KV cache    \d+ tokens dense, \d+ tokens {hash_[:8]}", said)
+    assert re.search(r"context     \d+ tokens of 512", said)
+    assert "KV cache    empty" in said
+    assert piped.saved("a.json")["instruction"] == "another topic"
+
+
+def test_bad_input_is_one_line_and_the_chat_goes_on(piped: Piped) -> None:
+    (piped.folder / "notes.txt").write_text("mine")
+    cases = {
+        "/lod x": "unknown command /lod; did you mean /load? (/help",
+        "/usr/bin/env?": "// sends a slash",
+        "/": "unknown command /",
+        "/help me": "/help takes no argument",
+        "/save": "/save needs an argument: /save FILE",
+        "/density half": "'half' is not a number",
+        "/density 2": "density 2 is not usable",
+        "/density nan": "density nan is not usable",
+        "/dense maybe": "/dense takes on, off",
+        "/select /nowhere.safetensors": "/nowhere.safetensors: no such selection file",
+        "/load /nowhere": "/nowhere: no such saved chat",
+        "/load ~nobody-of-this-name/x": "no such user's home folder",
+        f"/load {'x' * 300}": "File name too long",
+        f"/save {piped.folder / 'notes.txt'}": "exists and is not a saved chat",
+        f"/save {piped.folder}": "exists and is not a saved chat",
+        f"/save {piped.folder / 'no' / 'folder'}": "cannot be written",
+        "x" * 600: "the model's context holds 512",
+    }
+    done = piped(*cases, "still there?")
+    assert done.returncode == 1
+    assert len(errors(done)) == len(cases) == len(notes(done))
+    for line, words in zip(errors(done), cases.values(), strict=True):
+        assert words in line
+    assert done.stdout
+    assert (piped.folder / "notes.txt").read_text() == "mine"
+
+
+def test_a_full_context_hints_at_reset(piped: Piped) -> None:
+    done = piped("hello", "x" * 600, "/reset", "hello")
+    assert done.returncode == 1
+    assert errors(done)[0].endswith("(/reset forgets the conversation)")
+    first, second = done.stdout[: len(done.stdout) // 2], done.stdout[len(done.stdout) // 2 :]
+    assert first == second
+
+
+def test_two_slashes_send_one(piped: Piped) -> None:
+    done = piped("//quit is a word", f"/save {piped.folder / 'a.json'}")
+    assert done.returncode == 0
+    assert piped.saved("a.json")["messages"][0] == {"role": "user", "content": "/quit is a word"}
+
+
+@pytest.mark.parametrize("bad", [b"caf\xe9", b"\xff\xfe"])
+def test_stdin_that_is_not_utf8_ends_the_chat(piped: Piped, bad: bytes) -> None:
+    done = piped("hello", bad, "never")
+    assert done.returncode == 1
+    assert len(notes(done)) == 1
+    assert errors(done)[0].startswith("ifprune: error: stdin, line 2, byte ")
+    assert "not UTF-8" in errors(done)[0]
+    assert done.stdout
+
+
+def test_a_saved_chat_goes_on(piped: Piped) -> None:
+    a, b, c = (piped.folder / f"{name}.json" for name in "abc")
+    unbroken = piped("one", "two", f"/save {a}", f'/save "{b}"', "three", f"/save {c}")
+    assert unbroken.returncode == 0
+    assert a.read_bytes() == b.read_bytes()
+    done = piped(f"/load {a}", f"/save {b}", "three", f"/save {c}.again")
+    assert done.returncode == 0
+    assert a.read_bytes() == b.read_bytes()
+    assert "loaded 2 turns" in done.stderr
+    assert "> one" in notes(done)
+    # The KV cache is computed anew, by the same selection, and says the same.
+    assert piped.saved("c.json.again")["selection"]["hash"] == piped.saved("a.json")["selection"]["hash"]
+    assert len(piped.saved("c.json.again")["messages"]) == 6
+
+
+def test_load_option_and_what_goes_before_it(piped: Piped) -> None:
+    a, b = piped.folder / "a.json", piped.folder / "b.json"
+    piped("/system be brief", "one", f"/save {a}")
+    done = piped(f"/save {b}", options=("--load", str(a)))
+    assert (done.returncode, a.read_bytes()) == (0, b.read_bytes())
+    changed = ("--load", str(a), "--policy", "turn", "--density", "0.5", "--system-prompt", "be long")
+    done = piped("two", f"/save {b}", options=changed)
+    assert done.returncode == 0
+    state = piped.saved("b.json")
+    assert (state["policy"], state["system_prompt"], len(state["messages"])) == ("turn", "be long", 4)
+    assert "[activation 0.50 |" in done.stderr
+    done = piped("two", options=("--load", str(piped.folder / "nowhere.json")))
+    assert (done.returncode, len(errors(done)), done.stdout) == (1, 1, "")
+
+
+def test_a_damaged_saved_chat_changes_nothing(piped: Piped) -> None:
+    a, b, damaged = (piped.folder / name for name in ("a.json", "b.json", "damaged.json"))
+    piped("one", f"/save {a}")
+    state = piped.saved("a.json")
+    lines = []
+    for number, change in enumerate(
+        (
+            {"format": 9},
+            {"messages": 5},
+            {"policy": "task", "selection": None},
+            {"checkpoint": "other"},
+            {"selection": {}},
+        )
+    ):
+        file = piped.folder / f"damaged{number}.json"
+        file.write_text(json.dumps(state | change))
+        lines.append(f"/load {file}")
+    damaged.write_bytes(a.read_bytes()[:-40])
+    done = piped(f"/load {a}", *lines, f"/load {damaged}", f"/save {b}")
+    assert done.returncode == 1
+    assert len(errors(done)) == 6
+    assert a.read_bytes() == b.read_bytes()
+
+
+def test_saved_selections(piped: Piped) -> None:
+    file, a = piped.folder / "fixed.safetensors", piped.folder / "a.json"
+    made = run(
+        "select", "--prompt", "maths", "--model", piped.checkpoint, "--save-to", file, cache=piped.folder / "cache"
+    )
+    assert made.returncode == 0
+    wanted = Selection.load(file).hash
+    done = piped("one", f"/select {file}", "two", f"/save {a}")
+    assert done.returncode == 0
+    assert piped.saved("a.json")["selection"]["hash"] == wanted
+    done = piped("one", "/reset", "two", "/select", "/density 0.5", f"/save {a}", options=("--selection", str(file)))
+    assert len(errors(done)) == 2
+    assert (piped.saved("a.json")["policy"], piped.saved("a.json")["selection"]["hash"]) == ("task", wanted)
+    done = piped(f"/select {file}", options=("--policy", "turn"))
+    assert "start with --policy first" in errors(done)[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [(("-m", "0"), 1), (("--density", "0"), 1), (("--policy", "never"), 2), (("--selector", "learned"), 1)],
+)
+def test_bad_options(piped: Piped, options: tuple[str, ...], code: int) -> None:
+    done = piped("hello", options=options)
+    assert (done.returncode, done.stdout, len(notes(done))) == (code, "", 1)
+
+
+def test_an_impossible_cache_is_one_line(piped: Piped) -> None:
+    done = piped("hello", options=("--kv-bits", "4"))  # heads of 16 do not divide into groups of 64
+    assert (done.returncode, done.stdout, len(errors(done))) == (1, "", 1)
+
+
+@pytest.fixture(scope="module")
+def roomy_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model whose context outlasts an answer that is stopped late."""
+    return write_checkpoint(tmp_path_factory.mktemp("roomy") / "checkpoint", max_position_embeddings=1_000_000)
+
+
+def test_signals_through_pipes(roomy_checkpoint: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "a.json"
+    with start(["chat", "--model", roomy_checkpoint, *LONG], tmp_path) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b"hello\n")
+        process.stdin.flush()
+        first = os.read(process.stdout.fileno(), 1)  # not through the buffer, which `communicate` passes by
+        process.send_signal(signal.SIGINT)
+        process.stdin.write(f"/save {saved}\n".encode())
+        process.stdin.flush()
+        wait_for(saved.exists)
+        process.send_signal(signal.SIGINT)  # nothing is being answered now
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.decode().endswith("interrupted\n")
+    assert "] stopped\n" in err.decode()
+    messages = json.loads(saved.read_text())["messages"]
+    assert f"{messages[1]['content']}\n" == (first + out).decode()
+
+
+def wait_for(happened: Any) -> None:
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+class Terminal:
+    """A chat on a pseudo-terminal."""
+
+    def __init__(self, checkpoint: Path, cache: Path, *options: str) -> None:
+        self._master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 200, 0, 0))
+        self._seen = b""
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", ON_TERMINAL, "chat", "--model", str(checkpoint), *options],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            env=environment(cache, TERM="xterm", PROMPT_TOOLKIT_NO_CPR="1"),
+            start_new_session=True,
+        )
+        os.close(slave)
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        os.close(self._master)
+
+    def send(self, keys: str) -> None:
+        """Press keys."""
+        os.write(self._master, keys.encode())
+
+    def expect(self, pattern: bytes) -> None:
+        """Wait until the pattern shows, and take what was shown up to its end."""
+        deadline = time.monotonic() + 60
+        while (match := re.search(pattern, self._seen, re.DOTALL)) is None:
+            ready, _, _ = select.select([self._master], [], [], max(deadline - time.monotonic(), 0))
+            assert ready, f"{pattern!r} never came; seen: {self._seen[-2000:]!r}"
+            self._seen += os.read(self._master, 65536)
+        assert b"Traceback" not in self._seen
+        self._seen = self._seen[match.end() :]
+
+    def stop_an_answer(self, keys: str) -> None:
+        """Enter a message at the prompt, and press Ctrl-C once its answer has begun."""
+        self.expect(PROMPT)
+        self.send(f"{keys}\r")
+        self.expect(PROMPT_LEFT + b".{200}")
+        self.send("\x03")
+        self.expect(rb"\] stopped")
+
+    def leave(self, keys: str = "\x04") -> int:
+        """Ctrl-D, and the exit code."""
+        self.expect(PROMPT)
+        self.send(keys)
+        return self._process.wait(timeout=60)
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(roomy_checkpoint: Path, tmp_path: Path) -> None:
+    with Terminal(roomy_checkpoint, tmp_path / "cache", *LONG) as terminal:
+        terminal.expect(b"/help for commands")
+        terminal.stop_an_answer("hello")
+        terminal.stop_an_answer("hello again")
+        terminal.expect(PROMPT)
+        terminal.send("\x03")
+        terminal.expect(b"Ctrl-D or /quit leaves the chat")
+        terminal.expect(PROMPT)
+        terminal.send("unwanted\x03")
+        terminal.expect(PROMPT)
+        terminal.send(f"/save {tmp_path / 'a.json'}\r")
+        terminal.expect(b"saved 2 turns")
+        assert terminal.leave() == 0
+    messages = json.loads((tmp_path / "a.json").read_text())["messages"]
+    assert [message["role"] for message in messages] == ["user", "assistant"] * 2
+    assert [message["content"] for message in messages[::2]] == ["hello", "hello again"]
+    assert all(message["content"] for message in messages)
+
+
+def test_line_editor(roomy_checkpoint: Path, tmp_path: Path) -> None:
+    with Terminal(roomy_checkpoint, tmp_path / "cache", *LONG) as terminal:
+        terminal.stop_an_answer("\x1b[200~first line\nsecond line\x1b[201~")
+        terminal.stop_an_answer("a \\\rb\x1b\rc")
+        terminal.stop_an_answer("\x1b[A" * 4)  # up the three lines of the message before, to the one before it
+        terminal.expect(PROMPT)
+        terminal.send(f"/sa\t{tmp_path / 'a.json'}\r")
+        terminal.expect(b"saved 3 turns")
+        assert terminal.leave() == 0
+    users = [m["content"] for m in json.loads((tmp_path / "a.json").read_text())["messages"] if m["role"] == "user"]
+    assert users == ["first line\nsecond line", "a \nb\nc", "first line\nsecond line"]
+    assert "+second line" in (tmp_path / "cache" / "chat_history").read_text()
+
+
+def test_a_broken_history_file_stops_nothing(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "chat_history").mkdir()
+    with Terminal(tiny_checkpoint, tmp_path, "-m", "4") as terminal:
+        terminal.expect(PROMPT)
+        terminal.send("hello\r")
+        terminal.expect(b"4 tokens")
+        assert terminal.leave("/exit\r") == 0
+
+
+def test_history_is_bounded_and_private(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "chat_history"
+    history = _History(file)
+    history.store_string("one\ntwo")
+    assert file.stat().st_mode & 0o077 == 0
+    assert list(_History(file).load_history_strings()) == ["one\ntwo"]
+    with file.open("a") as out:
+        out.writelines(f"\n# then\n+{'x' * 1000} {number}\n" for number in range(1000))
+    shorter = list(_History(file).load_history_strings())
+    assert file.stat().st_size < 1_000_000
+    assert 300 < len(shorter) < 600
+    assert shorter[0].endswith(" 999")
+    assert all(line.startswith("xxx") for line in shorter)

@@ -1,0 +1,149 @@
+"""`ifprune select`, `info` and `demo` on the tiny checkpoint; and every command's `--help`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from typer.testing import CliRunner
+
+from ifprune_cli.demo import PROMPTS
+from ifprune_cli.main import app
+from ifprune_mlx import Checkpoint, Selection
+from tests.cli.process import run, run_here
+from tests.cli.test_generate import KEYS as GENERATE_KEYS
+from tests.cli.test_generate import answer, succeed
+
+COMMANDS = sorted(command.name for command in app.registered_commands if command.name)
+
+
+# select
+
+
+def test_select_json_and_file(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    file, other = tmp_path / "s.safetensors", tmp_path / "other.safetensors"
+    base = ("select", "--model", tiny_checkpoint, "--density", "0.5", "--json", "--prompt")
+    succeed(*base, "write a poem", "--save-to", other)
+    done = succeed(*base, "2 + 2", "--save-to", file, "--compare", other, "--compare", file.with_name(other.name))
+    assert done.stdout.count("\n") == 1
+    value = answer(done)
+    assert value.keys() >= {"selection", "selector", "density", "k", "overlap_with", "select_s"}
+    assert (value["selector"], value["density"], value["k"]) == ("activation", 0.5, [64, 64])
+    assert value["select_s"] > 0
+    assert value["overlap_with"].keys() == {"static", str(other)}
+    saved, against = Selection.load(file), Selection.load(other)
+    assert saved.hash == value["selection"]
+    assert value["overlap_with"][str(other)] == saved.overlap(against)
+    # The file as scripts read it.
+    arrays, metadata = mx.load(str(file), return_metadata=True)  # type: ignore[misc]
+    assert {name: (array.dtype, array.shape) for name, array in arrays.items()} == {
+        f"layers.{index}": (mx.int32, (64,)) for index in range(2)
+    }
+    assert (metadata["density"], metadata["selector"]) == ("0.5", "activation")
+    assert metadata["hash"] == value["selection"]
+    # Nothing but the file was written.
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["other.safetensors", "s.safetensors"]
+
+
+def test_select_plain_output_is_the_hash(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "s.safetensors"
+    done = succeed("select", "--model", tiny_checkpoint, "--prompt", "x", "--selector", "static", "--save-to", file)
+    assert done.stdout == f"{Selection.load(file).hash}\n"
+    assert "overlap with static: 100.0 %" in done.stderr
+    assert f"ifprune generate --selection {file}" in done.stderr
+
+
+# info
+
+
+def test_info_json(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    done = succeed("info", "--model", tiny_checkpoint, "--json")
+    assert done.stdout.count("\n") == 1
+    value = answer(done)
+    keys = {"format_version", "model_type", "parameters", "ffn_parameters", "density", "selectors", "tasks", "fits"}
+    assert value.keys() >= keys
+    checkpoint = Checkpoint.open(tiny_checkpoint)
+    assert (value["format_version"], value["model_type"], value["density"]) == (1, "llama", 0.7)
+    assert value["parameters"] == checkpoint.parameters
+    assert value["ffn_parameters"] == 2 * 3 * 64 * 128
+    assert value["selectors"] == ["activation", "static", "random"]
+    assert value["tasks"] == []
+    assert value["fits"]
+    for fit in value["fits"]:
+        assert fit["residency"] in ("ram", "ssd")
+        assert 0 < fit["density"] <= 1
+        assert fit["resident"] > 0
+
+
+def test_info_verify(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
+    done = succeed("info", "--model", copy, "--verify")
+    assert "every file has the manifest's sha256" in done.stdout
+    assert "activation, static, random" in done.stdout
+    file = copy / "neurons-00001-of-00002.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    damaged = run_here("info", "--model", copy, "--verify")
+    assert (damaged.returncode, damaged.stdout) == (1, "")
+    assert file.name in damaged.stderr
+    # Only --verify reads every byte.
+    succeed("info", "--model", copy)
+
+
+# demo
+
+
+def test_demo_answers_three_instructions(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    done = succeed("demo", "--model", tiny_checkpoint, "--max-tokens", "4", "--json")
+    answers = json.loads(done.stdout.splitlines()[-1])["answers"]
+    assert [(item["domain"], item["prompt"]) for item in answers] == list(PROMPTS)
+    for item in answers:
+        assert item.keys() >= GENERATE_KEYS
+    assert answers[0]["overlap"] is None
+    assert all(0 < item["overlap"] <= 1 for item in answers[1:])
+
+
+def test_demo_in_plain_words(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    done = succeed("demo", "--model", tiny_checkpoint, "--max-tokens", "4")
+    for domain, prompt in PROMPTS:
+        assert f"{domain}> {prompt}" in done.stdout
+    figures = [line for line in done.stderr.splitlines() if line.startswith("[")]
+    assert len(figures) == len(PROMPTS)
+    assert "overlap" in figures[1]
+
+
+# help
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command(command: str) -> None:
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    assert f"ifprune {command}" in result.output or f"root {command}" in result.output
+    assert "--help" in result.output
+
+
+def test_help_is_instant_and_imports_nothing_heavy(tmp_path: Path) -> None:
+    best = 9.9
+    for _ in range(3):
+        start = time.perf_counter()
+        done = run("--help", cache=tmp_path)
+        best = min(best, time.perf_counter() - start)
+        assert done.returncode == 0
+    assert all(f" {command} " in done.stdout for command in COMMANDS)
+    assert best < 1.0  # well under half a second on a machine that does nothing else
+    imported = run("--help", cache=tmp_path, options=("-X", "importtime")).stderr
+    modules = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in imported.splitlines()}
+    assert "typer" in modules
+    assert not modules & {"mlx", "mlx_lm", "transformers", "numpy", "tokenizers", "huggingface_hub", "rich"}
+
+
+def test_version(tmp_path: Path) -> None:
+    from importlib.metadata import version
+
+    assert succeed("--version").stdout == f"{version('ifprune-mlx')}\n"

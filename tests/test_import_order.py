@@ -1,0 +1,109 @@
+"""Imports follow the data flow, one way (DESIGN.md section 4), and nothing that is shipped unpickles."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = {
+    "ifprune_mlx": ROOT / "ifprune_mlx",
+    "ifprune_convert": ROOT / "convert" / "ifprune_convert",
+    "ifprune_cli": ROOT / "cli" / "ifprune_cli",
+}
+# The modules of `ifprune_mlx`, each of which may import only those before it. A new module takes its place here.
+ORDER = (
+    "errors",
+    "files",
+    "selection",
+    "families",
+    "checkpoint",
+    "budget",
+    "store",
+    "slots",
+    "ffn",
+    "importance",
+    "hub",
+    "predictor",
+    "model",
+    "history",
+    "selectors",
+    "generation",
+    "session",
+    "bench",
+)
+FILES = sorted((name, file) for name, folder in PACKAGES.items() for file in folder.rglob("*.py"))
+# Of the packages themselves; everything that may import them is below them.
+MAY_IMPORT = {
+    "ifprune_mlx": {"ifprune_mlx"},
+    "ifprune_convert": {"ifprune_mlx", "ifprune_convert"},
+    "ifprune_cli": {"ifprune_mlx", "ifprune_convert", "ifprune_cli"},
+}
+
+
+def imported(package: str, file: Path, tree: ast.AST) -> Iterator[str]:
+    """Dotted names of all modules that a file imports, inside functions too; relative ones made absolute."""
+    parts = (package, *file.relative_to(PACKAGES[package]).with_suffix("").parts)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(parts[: len(parts) - node.level]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            # `from . import layout` imports a module, `from .layout import packed` a name from one.
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def modules(package: str, file: Path) -> list[str]:
+    return list(imported(package, file, ast.parse(file.read_text(encoding="utf-8"))))
+
+
+def test_the_order_names_every_module() -> None:
+    found = {file.stem for file in PACKAGES["ifprune_mlx"].glob("*.py")} - {"__init__"}
+    assert found == set(ORDER)
+    assert len(ORDER) == len(set(ORDER))
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_a_module_of_the_library_imports_only_what_comes_before_it(name: str) -> None:
+    file = PACKAGES["ifprune_mlx"] / f"{name}.py"
+    ours = {module.split(".")[1] for module in modules("ifprune_mlx", file) if module.startswith("ifprune_mlx.")}
+    allowed = set(ORDER[: ORDER.index(name)])
+    assert ours - allowed == set()
+
+
+@pytest.mark.parametrize(("package", "file"), FILES, ids=[str(file.relative_to(ROOT)) for _, file in FILES])
+def test_packages_import_only_those_below_them(package: str, file: Path) -> None:
+    ours = {module.split(".")[0] for module in modules(package, file)} & set(PACKAGES)
+    assert ours <= MAY_IMPORT[package]
+
+
+@pytest.mark.parametrize(("package", "file"), FILES, ids=[str(file.relative_to(ROOT)) for _, file in FILES])
+def test_nothing_unpickles_and_no_module_is_a_drawer(package: str, file: Path) -> None:
+    assert file.stem not in ("utils", "util", "helpers", "common", "misc")
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    roots = {module.split(".")[0] for module in imported(package, file, tree)}
+    assert not roots & {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "torch"}
+    calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert not calls & {"torch.load", "eval", "exec", "__import__"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+            assert isinstance(node.value, ast.Constant)
+            assert node.value.value is False
+
+
+def test_the_rules_see_what_they_forbid(tmp_path: Path) -> None:
+    # Guards the parser above: a mistake there would make every rule pass.
+    code = "import pickle\nfrom . import session\nfrom .session import Session\nfrom ifprune_cli import main\n"
+    nested = "def f():\n    from ..history import History\n"
+    file, deeper = PACKAGES["ifprune_mlx"] / "errors.py", PACKAGES["ifprune_mlx"] / "train" / "loop.py"
+    assert list(imported("ifprune_mlx", file, ast.parse(code))) == [
+        "pickle",
+        "ifprune_mlx.session",
+        "ifprune_mlx.session.Session",
+        "ifprune_cli.main",
+    ]
+    assert list(imported("ifprune_mlx", deeper, ast.parse(nested))) == ["ifprune_mlx.history.History"]
