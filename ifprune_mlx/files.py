@@ -100,7 +100,7 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_atomic(path: Path, write: Callable[[Path], None], error: type[IfpruneError] = IfpruneError) -> None:
+def write_atomic(path: Path, write: Callable[[Path], object], error: type[IfpruneError] = IfpruneError) -> None:
     """Let `write` fill a temporary file beside `path`, then rename it there.
 
     The temporary name keeps the suffix of `path`, since `mx.save_safetensors` appends its own where it is missing.

@@ -7,7 +7,7 @@ mixes KV entries of two selections unless it is told to.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,11 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .errors import IfpruneError, PromptError
 from .history import DENSE, History
-from .model import Model, Progress, Switch
+from .model import Model, Progress
+from .prompts import Prompt, check_prompt, encode_prompt, instruction_of
 from .selection import Selection
 from .selectors import FixedSelector, Instruction, Selector, make_selector
 
-Messages = Sequence[dict[str, Any]]
-Prompt = str | Sequence[int] | Messages
 REPREFILL, KEEP = "reprefill", "keep"
 
 
@@ -144,8 +143,8 @@ def stream_generate(
         cancel: asked between tokens and prefill chunks; True ends the answer with what is there.
         progress: called with (prompt tokens read, prompt tokens).
         max_kv_size: as in mlx-lm, for models without caches of their own.
-        kwargs: `sampler`, `logits_processors`, `kv_bits`, `kv_group_size`, `quantized_kv_start`, `prefill_step_size`, ...,
-            as in `mlx_lm.stream_generate`.
+        kwargs: `sampler`, `logits_processors`, `kv_bits`, `kv_group_size`, `quantized_kv_start`,
+            `prefill_step_size`, ..., as in `mlx_lm.stream_generate`.
 
     Yields:
         mlx-lm's responses; the last one has `finish_reason` and `stats`.
@@ -167,7 +166,7 @@ def stream_generate(
         )
     request = Request(
         tokens=history.tokens + tokens,
-        instruction=instruction if instruction is not None else _instruction(tokenizer, prompt),
+        instruction=instruction if instruction is not None else instruction_of(tokenizer, prompt),
         selector=chosen,
         selection=selection,
         keep=model.keep(density, active_parameters, memory),
@@ -185,96 +184,139 @@ def answer(
     *,
     cancel: Callable[[], bool] | None = None,
     progress: Progress | None = None,
-    **kwargs: Any,
+    **options: Any,
 ) -> Iterator[GenerationResponse]:
     """Compute one request and bring `history` up to date with it. See `stream_generate` for arguments and errors."""
     _check(model, request, max_tokens)
+    run = _Run(model, history, request, cancel, progress)
+    try:
+        try:
+            run.select_and_switch()
+            yield from run.decode(tokenizer, max_tokens, options)
+        except _Cancelled:
+            yield run.cancelled()
+    except (IfpruneError, GeneratorExit):
+        raise
+    except BaseException:
+        history.clear(model)  # a model call may have died between two layers, whose caches are then out of step
+        raise
 
-    def checked(done: int, total: int) -> None:
-        if progress is not None:
-            progress(done, total)
-        if cancel is not None and cancel():
+
+class _Run:
+    """One answer under way: what was selected, what has been read, and how long it took."""
+
+    def __init__(
+        self,
+        model: Model,
+        history: History,
+        request: Request,
+        cancel: Callable[[], bool] | None,
+        progress: Progress | None,
+    ) -> None:
+        self.model, self.history, self.request = model, history, request
+        self._cancel, self._progress = cancel or (lambda: False), progress or (lambda done, total: None)
+        self.overlap: float | None = None
+        self.reused = self.count = 0
+        self.select_s = self.switch_s = self.prefill_s = self.decode_s = 0.0
+
+    def select_and_switch(self) -> None:
+        """Find the selection, make it active, and cut the history back to what may be gone on from."""
+        model, live = self.model, self.model.selection
+        start = time.perf_counter()
+        try:
+            selection = _select(model, self.history, self.request, self._checked)
+        except _Cancelled:
+            model.switch(live)
+            raise
+        finally:
+            self.select_s = time.perf_counter() - start
+        self.switch_s = model.switch(selection).seconds
+        if selection is not None and live is not None:
+            self.overlap = selection.overlap(live)
+        self.reused = _rewind(model, self.history, self.request.tokens, _owners(selection), self.request.on_switch)
+
+    def decode(
+        self, tokenizer: TokenizerWrapper, max_tokens: int, options: dict[str, Any]
+    ) -> Iterator[GenerationResponse]:
+        """Read the rest of the prompt and stream the answer with mlx-lm."""
+        owner = self.model.selection.hash if self.model.selection is not None else DENSE
+        tokens = self.request.tokens
+
+        def on_prefill(done: int, total: int) -> None:
+            # Entries for `done` tokens are complete in every layer when mlx-lm calls this.
+            self.history.append(tokens[len(self.history.tokens) : self.reused + done], owner)
+            # At the end mlx-lm has read the first answer token too: cancelling waits until `history` has that one.
+            (self._checked if done < total else self._progress)(done, total)
+
+        start = first = time.perf_counter()
+        stream = lm_stream_generate(
+            self.model.module,
+            tokenizer,
+            mx.array(tokens[self.reused :]),
+            _within_context(self.model, len(tokens), max_tokens),
+            prompt_cache=self.history.kv,
+            prompt_progress_callback=on_prefill,
+            **options,
+        )
+        try:
+            for response in stream:
+                if response.generation_tokens > self.count:  # the last response may repeat the last token
+                    self.count = response.generation_tokens
+                    self.history.append([response.token], owner)
+                    if self.count == 1:
+                        first = time.perf_counter()
+                        self.prefill_s = first - start
+                self.decode_s = time.perf_counter() - first
+                stop = response.finish_reason or ("cancelled" if self._cancel() else None)
+                fields = dict(vars(response), finish_reason=stop, prompt_tokens=len(tokens))
+                yield GenerationResponse(**fields, stats=None if stop is None else self._stats(stop))
+                if stop is not None:
+                    return
+        finally:
+            stream.close()
+
+    def cancelled(self) -> GenerationResponse:
+        """The last response of an answer that was cancelled before its first token."""
+        stats = self._stats("cancelled")
+        return GenerationResponse(
+            text="",
+            token=-1,
+            logprobs=mx.array([]),
+            from_draft=False,
+            prompt_tokens=stats.prompt_tokens,
+            prompt_tps=0.0,
+            generation_tokens=0,
+            generation_tps=0.0,
+            peak_memory=stats.peak_memory / 1e9,
+            finish_reason=stats.finish_reason,
+            stats=stats,
+        )
+
+    def _checked(self, done: int, total: int) -> None:
+        self._progress(done, total)
+        if self._cancel():
             raise _Cancelled
 
-    start = time.perf_counter()
-    live = model.selection
-    try:
-        selection = _select(model, history, request, checked)
-    except _Cancelled:
-        model.switch(live)
-        yield _cancelled(model, request, time.perf_counter() - start)
-        return
-    except IfpruneError:
-        raise
-    except BaseException:
-        history.clear(model)  # a selector's own prefill may have died between two layers
-        raise
-    selected = time.perf_counter()
-    switch = model.switch(selection)
-    overlap = selection.overlap(live) if selection is not None and live is not None else None
-    reused = _rewind(model, history, request.tokens, _owners(selection), request.on_switch)
-    unread = request.tokens[reused:]
-    owner = selection.hash if selection is not None else DENSE
-    read = len(history.tokens)
-    timing = _Timing(selected - start, switch)
-
-    def on_prefill(done: int, total: int) -> None:
-        # Entries for `done` tokens are complete in every layer when mlx-lm calls this.
-        history.append(request.tokens[len(history.tokens) : read + done], owner)
-        if done < total:
-            checked(done, total)
-        elif progress is not None:
-            # mlx-lm has read the first answer token too by now; cancelling waits until that one is in `history`.
-            progress(done, total)
-
-    decode_start = prefill_start = time.perf_counter()
-    count = 0
-    stream = lm_stream_generate(
-        model.module,
-        tokenizer,
-        mx.array(unread),
-        max_tokens,
-        prompt_cache=history.kv,
-        prompt_progress_callback=on_prefill,
-        **kwargs,
-    )
-    try:
-        for response in stream:
-            if response.generation_tokens > count:
-                count = response.generation_tokens
-                if count == 1:
-                    decode_start = time.perf_counter()
-                    timing.prefill_s = decode_start - prefill_start
-                history.append([response.token], owner)
-            timing.decode_s = time.perf_counter() - decode_start
-            stop = response.finish_reason
-            if stop is None and cancel is not None and cancel():
-                stop = "cancelled"
-            fields = dict(vars(response), finish_reason=stop, prompt_tokens=len(request.tokens))
-            if stop is None:
-                yield GenerationResponse(**fields)
-                continue
-            stats = _stats(model, request, timing, stop, count, reused, overlap)
-            yield GenerationResponse(**fields, stats=stats)
-            break
-    except _Cancelled:
-        stats = _stats(model, request, timing, "cancelled", count, reused, overlap)
-        yield _empty_response(stats)
-    except GeneratorExit:
-        raise
-    except BaseException:
-        history.clear(model)  # the model call may have died between two layers, whose caches are then out of step
-        raise
-    finally:
-        stream.close()
-
-
-@dataclass
-class _Timing:
-    select_s: float
-    switch: Switch
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
+    def _stats(self, finish_reason: str) -> Stats:
+        selection = self.model.selection
+        return Stats(
+            finish_reason=finish_reason,
+            prompt_tokens=len(self.request.tokens),
+            completion_tokens=self.count,
+            reused_tokens=self.reused,
+            selector=selection.selector if selection is not None else DENSE,
+            selection=selection.hash if selection is not None else None,
+            density=selection.density if selection is not None else 1.0,
+            overlap=self.overlap,
+            active_parameters=self.model.active_parameters,
+            total_parameters=self.model.total_parameters,
+            select_s=self.select_s,
+            switch_s=self.switch_s,
+            prefill_s=self.prefill_s,
+            decode_s=self.decode_s,
+            tokens_per_s=(self.count - 1) / self.decode_s if self.count > 1 and self.decode_s > 0 else 0.0,
+            peak_memory=mx.get_peak_memory(),
+        )
 
 
 def _check(model: Model, request: Request, max_tokens: int) -> None:
@@ -285,15 +327,12 @@ def _check(model: Model, request: Request, max_tokens: int) -> None:
         raise IfpruneError(f"on_switch {request.on_switch!r} is unknown; choose {REPREFILL} or {KEEP}")
 
 
-def check_prompt(model: Model, tokens: Sequence[int]) -> None:
-    """Raise PromptError if there is nothing to read, or more than the model's context holds."""
-    if not tokens:
-        raise PromptError("the prompt is empty; write something to answer")
-    limit = model.context_length
-    if limit is not None and len(tokens) >= limit:
-        raise PromptError(
-            f"the prompt has {len(tokens)} tokens, the model's context holds {limit}; shorten it or start anew"
-        )
+def _within_context(model: Model, prompt_tokens: int, max_tokens: int) -> int:
+    """`max_tokens`, or fewer where the context ends before."""
+    if model.context_length is None:
+        return max_tokens
+    left = model.context_length - prompt_tokens
+    return left if max_tokens == -1 else min(max_tokens, left)
 
 
 def _select(model: Model, history: History, request: Request, progress: Progress) -> Selection | None:
@@ -333,87 +372,3 @@ def _rewind(model: Model, history: History, tokens: list[int], owners: set[str],
     if not history.trim_to(usable):
         history.clear(model)
     return len(history.tokens)
-
-
-def _stats(
-    model: Model, request: Request, timing: _Timing, stop: str, count: int, reused: int, overlap: float | None
-) -> Stats:
-    selection = model.selection
-    return Stats(
-        finish_reason=stop,
-        prompt_tokens=len(request.tokens),
-        completion_tokens=count,
-        reused_tokens=reused,
-        selector=selection.selector if selection is not None else DENSE,
-        selection=selection.hash if selection is not None else None,
-        density=selection.density if selection is not None else 1.0,
-        overlap=overlap,
-        active_parameters=model.active_parameters,
-        total_parameters=model.total_parameters,
-        select_s=timing.select_s,
-        switch_s=timing.switch.seconds,
-        prefill_s=timing.prefill_s,
-        decode_s=timing.decode_s,
-        tokens_per_s=(count - 1) / timing.decode_s if count > 1 and timing.decode_s > 0 else 0.0,
-        peak_memory=mx.get_peak_memory(),
-    )
-
-
-def _cancelled(model: Model, request: Request, select_s: float) -> GenerationResponse:
-    timing = _Timing(select_s, Switch(0.0, 0, 0, None))
-    return _empty_response(_stats(model, request, timing, "cancelled", 0, 0, None))
-
-
-def _empty_response(stats: Stats) -> GenerationResponse:
-    return GenerationResponse(
-        text="",
-        token=-1,
-        logprobs=mx.array([]),
-        from_draft=False,
-        prompt_tokens=stats.prompt_tokens,
-        prompt_tps=0.0,
-        generation_tokens=stats.completion_tokens,
-        generation_tps=stats.tokens_per_s,
-        peak_memory=stats.peak_memory / 1e9,
-        finish_reason=stats.finish_reason,
-        stats=stats,
-    )
-
-
-def _is_messages(prompt: Prompt) -> bool:
-    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], dict)
-
-
-def encode_prompt(tokenizer: TokenizerWrapper, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt: chat messages through the template, text as mlx-lm encodes it, ids as they are."""
-    if isinstance(prompt, str):
-        if not prompt.strip():
-            return []
-        special = tokenizer.bos_token is None or not prompt.startswith(tokenizer.bos_token)
-        return list(tokenizer.encode(prompt, add_special_tokens=special))
-    if _is_messages(prompt):
-        return render_messages(tokenizer, prompt)  # type: ignore[arg-type]
-    return [int(token) for token in prompt]  # type: ignore[call-overload]
-
-
-def render_messages(tokenizer: TokenizerWrapper, messages: Messages) -> list[int]:
-    """Token ids of chat messages, ready for an answer; plain lines where the tokenizer has no chat template.
-
-    Raises:
-        PromptError: if the template refuses the messages.
-    """
-    if not tokenizer.has_chat_template:
-        return list(tokenizer.encode("\n".join(str(message["content"]) for message in messages) + "\n"))
-    try:
-        return list(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True))
-    except Exception as exc:  # jinja and the templates themselves raise what they like
-        raise PromptError(f"the chat template refuses these messages ({' '.join(str(exc).split())[:200]})") from None
-
-
-def _instruction(tokenizer: TokenizerWrapper, prompt: Prompt) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    if _is_messages(prompt):
-        users = [m for m in prompt if m["role"] == "user"]  # type: ignore[index]
-        return str((users or list(prompt))[0]["content"])  # type: ignore[index]
-    return str(tokenizer.decode([int(token) for token in prompt]))  # type: ignore[call-overload]

@@ -1,4 +1,4 @@
-"""What a model has read: tokens, their KV cache, and which selection computed each stretch (DESIGN.md section 3, idea 6).
+"""What a model has read: tokens, their KV cache, and which selection computed each stretch (DESIGN.md section 3).
 
 A KV cache belongs to the selection that computed it; `History` never forgets whose it is.
 """

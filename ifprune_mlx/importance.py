@@ -1,7 +1,7 @@
 """Measures how much each neuron matters, from the activations of a dense forward pass.
 
-The statistic is GRIFFIN's (arXiv 2404.01365, section 4): per token the hidden activations of an FFN are divided by their own
-norm, and a neuron's importance is the root of the mean square over tokens. It is then multiplied by the norm of the
+The statistic is GRIFFIN's (arXiv 2404.01365, section 4): per token the hidden activations of an FFN are divided by
+their own norm, and a neuron's importance is the root of the mean square over tokens. It is then multiplied by the norm of the
 neuron's down row, since that is how far the neuron can move the output.
 """
 
@@ -69,7 +69,7 @@ def recorded(leaves: Sequence[SlicedProjection]) -> Iterator[ImportanceRecorder]
     """Attach a recorder to the down leaves of a model; all neurons must be active while it runs."""
     recorder = ImportanceRecorder(leaves)
     for index, leaf in enumerate(leaves):
-        leaf.observer = lambda hidden, index=index: recorder._observe(index, hidden)  # type: ignore[misc]
+        leaf.observer = lambda hidden, index=index: recorder._observe(index, hidden)
     try:
         yield recorder
     finally:
@@ -88,4 +88,5 @@ def fuse_ranks(one: Sequence[Scores], other: Sequence[Scores], share: float) -> 
 def _ranks(values: Scores) -> Scores:
     ranks = np.empty(len(values), dtype=np.float32)
     ranks[np.argsort(values, kind="stable")] = np.arange(len(values), dtype=np.float32)
-    return ranks / np.float32(max(len(values) - 1, 1))
+    ranks /= max(len(values) - 1, 1)
+    return ranks

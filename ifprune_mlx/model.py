@@ -134,8 +134,8 @@ class Model:
         widths = tuple(spec.d_ffn for spec in self.checkpoint.layout.ffns)
         if selection.widths != widths:
             raise SelectionError(
-                f"the selection has {len(selection.widths)} FFNs of widths {sorted(set(selection.widths))}, the model has "
-                f"{len(widths)} of {sorted(set(widths))}; it was made for another model"
+                f"the selection has {len(selection.widths)} FFNs of widths {sorted(set(selection.widths))}, "
+                f"the model has {len(widths)} of {sorted(set(widths))}; it was made for another model"
             )
 
     def switch(self, selection: Selection | None) -> Switch:

@@ -192,8 +192,8 @@ class SparsityPredictor:
             ours, theirs = self.head.widths, tuple(widths)
             raise PredictorError(
                 f"{self._where}the predictor scores {len(ours)} FFNs ({sum(ours)} neurons), the model has "
-                f"{len(theirs)} ({sum(theirs)} neurons); it was trained for another model, convert with --predictor DIR "
-                "of this one's"
+                f"{len(theirs)} ({sum(theirs)} neurons); it was trained for another model, "
+                "convert with --predictor DIR of this one's"
             )
 
     def tokens(self, text: str) -> list[int]:
@@ -243,7 +243,7 @@ class SparsityPredictor:
 
 
 def _hidden_states(backbone: nn.Module, tokens: mx.array) -> mx.array:
-    """Final hidden states `[B, L, d]` for tokens `[B, L]`: what the family's inner model returns before the vocabulary."""
+    """Final hidden states `[B, L, d]` for tokens `[B, L]`: what the family's inner model returns."""
     inner: Any = backbone
     while not isinstance(inner.get("embed_tokens"), nn.Module):
         inner = inner.get("model") or inner.get("language_model")

@@ -98,8 +98,8 @@ class StaticSelector:
 class ActivationSelector:
     """Training-free: which neurons does the prompt itself use, in a dense prefill, fused by rank with the prior.
 
-    The prefill's KV cache is kept, as GRIFFIN does (arXiv 2404.01365): the prompt is read densely, and only the answer is
-    computed on the selection. It therefore saves decoding time and no prefill time.
+    The prefill's KV cache is kept, as GRIFFIN does (arXiv 2404.01365): the prompt is read densely, and only the answer
+    is computed on the selection. It therefore saves decoding time and no prefill time.
     """
 
     name = "activation"

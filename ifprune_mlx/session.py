@@ -18,9 +18,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from .checkpoint import read_json_object
 from .errors import ChatFileError, IfpruneError, PromptError, SelectionError
 from .files import write_atomic
-from .generation import REPREFILL, GenerationResponse, Request, Stats, answer, render_messages
+from .generation import REPREFILL, GenerationResponse, Request, Stats, answer
 from .history import History
 from .model import Model, Progress
+from .prompts import render_messages
 from .selection import Selection
 from .selectors import FixedSelector, Selector, make_selector
 
@@ -187,7 +188,7 @@ class Session:
     def set_budget(
         self, density: float | None = None, active_parameters: int | None = None, memory: int | None = None
     ) -> None:
-        """Change the budget; the neurons are chosen anew at the next message, by the instruction that chose them before."""
+        """Change the budget; the next message chooses anew, by the instruction that chose before."""
         if self.policy == "task":
             raise IfpruneError("the selection is fixed in this conversation, and its density with it")
         self._keep = self.model.keep(density, active_parameters, memory)
@@ -218,7 +219,7 @@ class Session:
             "messages": self.messages,
         }
         text = json.dumps(state, ensure_ascii=False, indent=1) + "\n"
-        write_atomic(Path(path), lambda file: file.write_text(text, encoding="utf-8") and None, ChatFileError)
+        write_atomic(Path(path), lambda file: file.write_text(text, encoding="utf-8"), ChatFileError)
 
     def load(self, path: str | Path) -> None:
         """Go on with a saved conversation; this one is forgotten. A file that cannot be read changes nothing.

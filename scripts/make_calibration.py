@@ -1,9 +1,9 @@
 """Makes the calibration chats that ship with the converter: permissively licensed prompts, answered by the dense model.
 
-    python scripts/make_calibration.py --model CHECKPOINT --data DATA_FOLDER --out convert/ifprune_convert/data/calibration.jsonl
+    python scripts/make_calibration.py --model CHECKPOINT --data DATA_FOLDER --out calibration.jsonl
 
-DATA_FOLDER holds gsm8k, mbpp, self_instruct, raschka and oasst_valid as their authors publish them; sources and licences
-stand in `convert/ifprune_convert/data/README.md`. Answers are greedy.
+DATA_FOLDER holds gsm8k, mbpp, self_instruct, raschka and oasst_valid as their authors publish them; sources and
+licences stand in `convert/ifprune_convert/data/README.md`. Answers are greedy.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from mlx_lm.generate import batch_generate
 
 from ifprune_mlx import load
-from ifprune_mlx.generation import render_messages
+from ifprune_mlx.prompts import render_messages
 
 PER_SOURCE = {"gsm8k": 60, "mbpp": 60, "oasst": 60, "seed": 40, "raschka": 40}
 LONGEST_PROMPT = 400

@@ -2,8 +2,8 @@
 
     python scripts/measure_answers.py --model CHECKPOINT --chats PROMPTS.jsonl --densities 0.7 0.8 0.9
 
-Prints per density the mean NLL (nats per token, under the dense model) of the answers beyond that of the dense model's own,
-the share of prompts where that is at most 0.5, and the share of 4-grams that repeat an earlier one (loops).
+Prints per density the mean NLL (nats per token, under the dense model) of the answers beyond that of the dense model's
+own, the share of prompts where that is at most 0.5, and the share of 4-grams that repeat an earlier one (loops).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from ifprune_mlx import Model, load, stream_generate
-from ifprune_mlx.generation import render_messages
+from ifprune_mlx.prompts import render_messages
 
 
 def dense_nll(model: Model, prompt: list[int], answer: list[int]) -> float:

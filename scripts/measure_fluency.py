@@ -2,9 +2,9 @@
 
     python scripts/measure_fluency.py --model CHECKPOINT --chats HELD_OUT.jsonl
 
-HELD_OUT.jsonl holds chats answered by the dense model (scripts/make_calibration.py --skip 100 --per-source 10). Prints the
-mean NLL (nats per answer token) of these answers under the dense model and under selections, and how much selections of
-different chats overlap. The prompt is read densely, as the activation selector does it, for every row, so that the rows
+HELD_OUT.jsonl holds chats answered by the dense model (scripts/make_calibration.py --skip 100 --per-source 10). Prints
+the mean NLL (nats per answer token) of these answers under the dense model and under selections, and how much selections
+of different chats overlap. The prompt is read densely, as the activation selector does it, for every row, so that the rows
 differ in the selection only.
 """
 
@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from ifprune_mlx import History, Instruction, Model, Selection, load
-from ifprune_mlx.generation import render_messages
+from ifprune_mlx.prompts import render_messages
 from ifprune_mlx.selection import top_k
 from ifprune_mlx.selectors import ActivationSelector
 

@@ -29,6 +29,7 @@ ORDER = (
     "hub",
     "predictor",
     "model",
+    "prompts",
     "history",
     "selectors",
     "generation",

@@ -38,7 +38,7 @@ def bench(
 
     if sys.platform == "linux" and "blas" not in os.environ.get("LD_PRELOAD", ""):
         note(
-            "float32 is slow here: no BLAS is preloaded (Debian: apt install libopenblas0-pthread, and see the Makefile)"
+            "float32 is slow here: no BLAS is preloaded (on Debian: apt install libopenblas0-pthread, then make bench)"
         )
     loaded, _ = load_model(model, dtype, trust_remote_code=False)
     keep = loaded.keep(density)
@@ -57,7 +57,7 @@ def bench(
         import json as encoder
 
         text = encoder.dumps(result) + "\n"
-        write_atomic(json, lambda file: _write(file, text), IfpruneError)
+        write_atomic(json, lambda file: file.write_text(text, encoding="utf-8"), IfpruneError)
     if json is None or str(json) != "-":
         print(f"{'':8}{'prefill tok/s':>15}{'decode tok/s':>14}{'select s':>10}{'switch s':>10}{'TTFT s':>8}")
         for row in result["rows"]:
@@ -70,7 +70,3 @@ def bench(
               f"{result['machine']['bandwidth'] / 1e9:.1f} GB/s")  # fmt: skip
     else:
         result_json(result)
-
-
-def _write(file: Path, text: str) -> None:
-    file.write_text(text, encoding="utf-8")

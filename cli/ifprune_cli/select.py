@@ -48,7 +48,7 @@ def select(
     """Select neurons for an instruction, and show or save the selection."""
     text = read_prompt(prompt)
     from ifprune_mlx import Instruction, Selection, SelectionError, make_selector
-    from ifprune_mlx.generation import check_prompt, render_messages
+    from ifprune_mlx.prompts import check_prompt, render_messages
     from ifprune_mlx.selection import top_k
 
     if save_to is not None and save_to.suffix != ".safetensors":

@@ -18,9 +18,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
 from ifprune_mlx.errors import SourceError
-from ifprune_mlx.generation import render_messages
 from ifprune_mlx.importance import recorded
 from ifprune_mlx.model import Model
+from ifprune_mlx.prompts import render_messages
 from ifprune_mlx.selection import Scores
 
 MAX_TOKENS = 512

@@ -239,6 +239,25 @@ def test_saved_selections(piped: Piped) -> None:
     assert "start with --policy first" in errors(done)[0]
 
 
+@pytest.mark.parametrize("selector", ["static", "activation"])
+@pytest.mark.parametrize("at_end", [False, True])
+def test_stopping_while_the_prompt_is_read(tiny: tuple[Model, Any], selector: str, at_end: bool) -> None:
+    session, other = (Session(*tiny, selector=selector, prefill_step_size=8) for _ in range(2))
+    other.ask("a conversation before this one", max_tokens=4)
+
+    def stop(done: int, total: int) -> None:
+        if (done == total) == at_end:
+            session.cancel()
+
+    stopped = list(session.stream("hello", max_tokens=20, progress=stop))
+    assert [response.finish_reason for response in stopped] == ["cancelled"]
+    history = session.history
+    assert history.kv[0].offset == len(history.tokens) == sum(span.tokens for span in history.spans)
+    if not at_end:
+        assert (session.messages, session.selection) == ([], None)
+        assert session.ask("hello", max_tokens=8) == Session(*tiny, selector=selector).ask("hello", max_tokens=8)
+
+
 @pytest.mark.parametrize(
     ("options", "code"),
     [(("-m", "0"), 1), (("--density", "0"), 1), (("--policy", "never"), 2), (("--selector", "learned"), 1)],

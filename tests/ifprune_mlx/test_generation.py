@@ -28,8 +28,8 @@ from ifprune_mlx import (
     make_selector,
     stream_generate,
 )
-from ifprune_mlx.generation import encode_prompt
 from ifprune_mlx.history import DENSE, Span
+from ifprune_mlx.prompts import encode_prompt
 from ifprune_mlx.selectors import Instruction, Selected
 from tests.tiny import write_checkpoint
 
