@@ -1,8 +1,8 @@
 """Measures how much each neuron matters, from the activations of a dense forward pass.
 
 The statistic is GRIFFIN's (arXiv 2404.01365, section 4): per token the hidden activations of an FFN are divided by
-their own norm, and a neuron's importance is the root of the mean square over tokens. It is then multiplied by the norm of the
-neuron's down row, since that is how far the neuron can move the output.
+their own norm, and a neuron's importance is the root of the mean square over tokens. It is then multiplied by the norm
+of the neuron's down row, since that is how far the neuron can move the output.
 """
 
 from __future__ import annotations

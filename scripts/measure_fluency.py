@@ -3,9 +3,9 @@
     python scripts/measure_fluency.py --model CHECKPOINT --chats HELD_OUT.jsonl
 
 HELD_OUT.jsonl holds chats answered by the dense model (scripts/make_calibration.py --skip 100 --per-source 10). Prints
-the mean NLL (nats per answer token) of these answers under the dense model and under selections, and how much selections
-of different chats overlap. The prompt is read densely, as the activation selector does it, for every row, so that the rows
-differ in the selection only.
+the mean NLL (nats per answer token) of these answers under the dense model and under selections, and how much the
+selections of different chats overlap. The prompt is read densely for every row, as the activation selector does it, so
+that the rows differ in the selection only.
 """
 
 from __future__ import annotations

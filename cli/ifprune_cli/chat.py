@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from .console import note, progress, speed_line
+from .console import footer, note, progress
 from .generate import check_exclusive
 from .loading import check_selection, load_model
 from .options import (
@@ -47,12 +47,11 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ifprune_mlx import Session
+    from ifprune_mlx import Session, Stats
 
     from .chat_commands import Commands
     from .chat_input import LineEditor
 
-_ENDINGS = {"cancelled": " stopped", "length": " cut off by --max-tokens"}
 # What a model writes is text; escape sequences in it must not reach the terminal.
 _CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 
@@ -226,9 +225,18 @@ class _Conversation:
                 self._editor.discard()
         if stats is not None:
             if stats.completion_tokens:
-                self._figures(f"{speed_line(stats)}{_ENDINGS.get(stats.finish_reason, '')}")
+                self._figures(f"{footer(stats)}{self._ending(stats)}")
             else:
                 self._figures("[stopped before the answer began; the message is forgotten]")
+
+    def _ending(self, stats: Stats) -> str:
+        """Why the answer ends where it does, if not of itself."""
+        if stats.finish_reason == "cancelled":
+            return " stopped"
+        if stats.finish_reason != "length":
+            return ""
+        full = stats.completion_tokens != self._max_tokens
+        return " cut off: the context is full (/reset)" if full else " cut off by --max-tokens"
 
     def _figures(self, line: str) -> None:
         dim = sys.stderr.isatty() and not os.environ.get("NO_COLOR")

@@ -111,23 +111,27 @@ def parameters(count: int) -> str:
     return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
 
 
-def speed_line(stats: Stats) -> str:
-    """One line on one answer: who selected what, and where the time went."""
-    active = f"{parameters(stats.active_parameters)}/{parameters(stats.total_parameters)} active"
+def footer(stats: Stats) -> str:
+    """One answer's figures in one line of a terminal: what selected, what was active, where the time went."""
     what = stats.selector if stats.selection is None else f"{stats.selector} {stats.density:.2f}"
-    overlap = "" if stats.overlap is None else f" | overlap {100 * stats.overlap:.0f} %"
-    times = " ".join(
-        f"{name} {_seconds(value)}"
-        for name, value in (
-            ("select", stats.select_s),
-            ("switch", stats.switch_s),
-            ("prefill", stats.prefill_s),
-            ("decode", stats.decode_s),
-        )
+    active = f"{_whole(stats.active_parameters)}/{_whole(stats.total_parameters)}"
+    before = stats.select_s + stats.switch_s + stats.prefill_s
+    return (
+        f"[{what}, {active} | first token {before:.2f} s | {stats.completion_tokens} at {stats.tokens_per_s:.1f} tok/s]"
     )
-    speed = f"{stats.completion_tokens} tokens, {stats.tokens_per_s:.1f} tok/s"
-    return f"[{what} | {active}{overlap} | {times} | {speed} | peak {stats.peak_memory / 1e9:.2f} GB]"
 
 
-def _seconds(value: float) -> str:
-    return f"{value:.2f}s" if value >= 1 else f"{1000 * value:.0f}ms"
+def report(stats: Stats) -> str:
+    """One answer's figures in full, in two lines."""
+    what = stats.selector if stats.selection is None else f"{stats.selector}, density {stats.density:.2f}"
+    active = f"{parameters(stats.active_parameters)} of {parameters(stats.total_parameters)} parameters active"
+    overlap = "" if stats.overlap is None else f" | overlap {100 * stats.overlap:.0f} %"
+    return (
+        f"[{what} | {active}{overlap} | peak {stats.peak_memory / 1e9:.2f} GB]\n"
+        f"[select {stats.select_s:.2f} + switch {stats.switch_s:.2f} + prefill {stats.prefill_s:.2f} "
+        f"+ decode {stats.decode_s:.2f} s | {stats.completion_tokens} tokens, {stats.tokens_per_s:.1f} tok/s]"
+    )
+
+
+def _whole(count: int) -> str:
+    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.0f}M"

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .console import note, result_json, speed_line
+from .console import note, report, result_json
 from .loading import load_model
 from .options import DensityOption, DtypeOption, ModelOption, SelectorOption
 
@@ -53,6 +53,6 @@ def demo(
                 if not json:
                     print()
                     sys.stdout.flush()
-                    note(speed_line(response.stats))
+                    note(report(response.stats))
     if json:
         result_json({"answers": results})

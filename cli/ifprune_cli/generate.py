@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .console import note, progress, result_json, speed_line
+from .console import note, progress, report, result_json
 from .loading import check_selection, load_model
 from .options import (
     ActiveParamsOption,
@@ -104,7 +104,7 @@ def generate(
         result_json({"text": said, **asdict(response.stats)})
     else:
         print()
-        note(speed_line(response.stats))
+        note(report(response.stats))
 
 
 def check_exclusive(*groups: dict[str, Any]) -> None:

@@ -148,6 +148,7 @@ def test_a_full_context_hints_at_reset(piped: Piped) -> None:
     done = piped("hello", "x" * 600, "/reset", "hello")
     assert done.returncode == 1
     assert errors(done)[0].endswith("(/reset forgets the conversation)")
+    assert " cut off: the context is full (/reset)" in piped("x" * 490, options=("-m", "-1")).stderr
     first, second = done.stdout[: len(done.stdout) // 2], done.stdout[len(done.stdout) // 2 :]
     assert first == second
 
