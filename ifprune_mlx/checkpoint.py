@@ -175,6 +175,7 @@ class Checkpoint:
             raise CheckpointError(f"{path}: has no config.json; give the folder of an IFP checkpoint")
         config = read_json_object(config_file)
         layout = Layout.from_dict(config.get(SECTION), config_file)
+        refuse_custom_code(config, config_file, CheckpointError)
         if not (path / MANIFEST).is_file():
             raise CheckpointError(
                 f"{path}: has no {MANIFEST}, so its conversion did not finish; convert the source again"
@@ -331,6 +332,12 @@ def read_json_object(file: Path, error: type[IfpruneError] = CheckpointError) ->
     if not isinstance(value, dict):
         raise error(f"{file}: must hold a JSON object; the file is damaged, get it again")
     return value
+
+
+def refuse_custom_code(config: Mapping[str, Any], where: Path, error: type[IfpruneError]) -> None:
+    """Raise `error` for a config that names a Python file to run: some releases of mlx-lm would run it unasked."""
+    if config.get("model_file") is not None:
+        raise error(f"{where}: wants to run code that comes with it ({config['model_file']!r}); this is not supported")
 
 
 def _checked_manifest(path: Path, manifest: dict[str, Any]) -> list[str]:

@@ -37,3 +37,7 @@ class PromptError(IfpruneError):
 
 class ChatFileError(IfpruneError):
     """A saved chat that cannot be read back."""
+
+
+class DataError(IfpruneError):
+    """A training or evaluation file that cannot be used."""

@@ -78,7 +78,8 @@ class Request:
             compares with.
         keep: *k* per FFN for the selector.
         on_switch: `reprefill` recomputes history that another selection computed, `keep` goes on from it.
-        switch_below: keep `selection` unless the new one overlaps it by less than this; None always switches.
+        switch_below: keep `selection` unless the new one agrees with it by less than this (`Selection.agreement`); None
+            always switches.
     """
 
     tokens: list[int]
@@ -348,7 +349,7 @@ def _select(model: Model, history: History, request: Request, progress: Progress
     if selected.history is not None:
         history.kv, history.tokens, history.spans = selected.history.kv, selected.history.tokens, selected.history.spans
     live, threshold = request.selection, request.switch_below
-    if live is not None and threshold is not None and selected.selection.overlap(live) >= threshold:
+    if live is not None and threshold is not None and selected.selection.agreement(live) >= threshold:
         return live
     return selected.selection
 

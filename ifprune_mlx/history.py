@@ -112,6 +112,8 @@ class History:
         path = Path(path)
         if path.suffix != ".safetensors":
             raise ChatFileError(f"{path}: a prompt cache file ends in .safetensors")
+        if not self.tokens:
+            raise ChatFileError(f"{path}: nothing has been read yet; there is nothing to save")
         metadata = {
             "ifprune_checkpoint": model.checkpoint.id,
             "ifprune_tokens": json.dumps(self.tokens),

@@ -20,6 +20,7 @@ from mlx import nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model, load_tokenizer
 
+from .checkpoint import read_json_object, refuse_custom_code
 from .errors import PredictorError
 from .files import read_safetensors_header, write_atomic
 from .selection import Scores
@@ -170,6 +171,7 @@ class SparsityPredictor:
                 raise PredictorError(
                     f"{folder}: has no {name}; a predictor is an mlx-lm model folder with head.safetensors"
                 )
+        refuse_custom_code(read_json_object(folder / "config.json", PredictorError), folder, PredictorError)
         head = Head.load(folder / "head.safetensors")
         for file in sorted(folder.glob("model*.safetensors")):
             read_safetensors_header(file, PredictorError)

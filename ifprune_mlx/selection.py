@@ -87,6 +87,14 @@ class Selection:
         shares = self.overlap_by_layer(other)
         return sum(shares) / len(shares)
 
+    def agreement(self, other: Selection) -> float:
+        """Overlap beyond chance: 1 for the same neurons, about 0 for arbitrary ones, whatever the density.
+
+        Two arbitrary selections of density 0.9 overlap by 0.9, so that overlaps of different densities do not compare.
+        """
+        chance = sum(k / width for k, width in zip(other.keep, other.widths, strict=True)) / len(other.widths)
+        return 1.0 if chance == 1 else (self.overlap(other) - chance) / (1 - chance)
+
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: int32 `layers.N` per FFN; density, selector, widths and hash as metadata."""
         path = Path(path)

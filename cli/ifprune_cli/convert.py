@@ -53,7 +53,7 @@ def convert(
         typer.Option("--dtype", help="Float type of what is not quantized.  [default: the source's; GGUF: float16]"),
     ] = None,
     density: Annotated[
-        Optional[float], typer.Option("--density", help="The checkpoint's default density.  [default: 0.7]")
+        Optional[float], typer.Option("--density", help="The checkpoint's default density.  [default: 0.9]")
     ] = None,
     predictor: Annotated[
         Optional[Path], typer.Option("--predictor", metavar="FOLDER", help="A trained sparsity predictor to put in.")

@@ -13,9 +13,9 @@ from .loading import load_model
 from .options import DensityOption, DtypeOption, ModelOption, SelectorOption
 
 PROMPTS = (
-    ("code", "Write a Python function that checks whether a string is a palindrome, and explain how it works."),
+    ("code", "Write a Python function that reverses a string, and explain how it works."),
     ("maths", "A train travels 60 miles in 1.5 hours. What is its average speed? Explain step by step."),
-    ("everyday", "What should I keep in mind when I make a pot of tea?"),
+    ("everyday", "How do I take care of a houseplant?"),
 )
 
 

@@ -10,7 +10,7 @@ from .console import parameters, progress, result_json
 from .loading import open_checkpoint
 from .options import ModelOption
 
-_DENSITIES = (0.27, 0.5, 0.7, 1.0)
+_DENSITIES = (0.27, 0.5, 0.7, 0.9, 1.0)
 
 
 def info(

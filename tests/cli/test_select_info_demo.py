@@ -67,7 +67,7 @@ def test_info_json(tiny_checkpoint: Path, tmp_path: Path) -> None:
     keys = {"format_version", "model_type", "parameters", "ffn_parameters", "density", "selectors", "tasks", "fits"}
     assert value.keys() >= keys
     checkpoint = Checkpoint.open(tiny_checkpoint)
-    assert (value["format_version"], value["model_type"], value["density"]) == (1, "llama", 0.7)
+    assert (value["format_version"], value["model_type"], value["density"]) == (1, "llama", 0.9)
     assert value["parameters"] == checkpoint.parameters
     assert value["ffn_parameters"] == 2 * 3 * 64 * 128
     assert value["selectors"] == ["activation", "static", "random"]
@@ -113,8 +113,8 @@ def test_demo_in_plain_words(tiny_checkpoint: Path, tmp_path: Path) -> None:
     for domain, prompt in PROMPTS:
         assert f"{domain}> {prompt}" in done.stdout
     figures = [line for line in done.stderr.splitlines() if line.startswith("[")]
-    assert len(figures) == len(PROMPTS)
-    assert "overlap" in figures[1]
+    assert len(figures) == 2 * len(PROMPTS)
+    assert "overlap" in figures[2]
 
 
 # help

@@ -112,3 +112,4 @@ def test_a_damaged_checkpoint_in_the_cache_is_made_again(smollm2_gguf: Path) -> 
     assert Checkpoint.open(path).id == first.id
     assert Checkpoint.open(path).verify() == []
     assert sorted(entry.name for entry in embedded.cache_folder().iterdir()) == ["downloads", path.name]
+    shutil.rmtree(embedded.cache_folder())  # pytest keeps its folders, and this is half a gigabyte

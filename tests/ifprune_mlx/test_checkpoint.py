@@ -358,3 +358,15 @@ def test_the_manifest_states_every_file(tiny_checkpoint: Path) -> None:
         "down.weight": (128, 64),
     }
     assert math.prod(rows["down.weight"].shape) * 4 == rows["down.weight"].end - rows["down.weight"].start
+
+
+def test_a_config_that_wants_to_run_its_own_code_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_checkpoint, copy)
+    (copy / "evil.py").write_text(f"open({str(ran)!r}, 'w')")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"model_file": "evil.py"}))
+    with pytest.raises(CheckpointError, match="wants to run code"):
+        Checkpoint.open(copy)
+    assert not ran.exists()

@@ -265,7 +265,7 @@ DEFECTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no folder": (shutil.rmtree, "has no config.json"),
     "head cut short": (cut("head.safetensors"), "cut short"),
     "backbone cut short": (cut("model.safetensors"), "cut short"),
-    "config no JSON": (lambda folder: (folder / "config.json").write_text("{"), "cannot be loaded"),
+    "config no JSON": (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
     "config of another width": (config_with(hidden_size=32), "cannot be loaded"),
     "an unknown family": (config_with(model_type="nonesuch"), "cannot be loaded"),
     "head1 missing": (head_with(head1_weight=None), "must hold head1.weight and head2.weight"),

@@ -13,6 +13,7 @@ EXPORTS = [
     "ChatFileError",
     "Checkpoint",
     "CheckpointError",
+    "DataError",
     "GenerationResponse",
     "History",
     "IfpruneError",
@@ -47,7 +48,7 @@ def test_every_export_is_documented() -> None:
 
 def test_every_error_is_an_ifprune_error() -> None:
     errors = [getattr(ifprune_mlx, name) for name in EXPORTS if name.endswith("Error")]
-    assert len(errors) == 8
+    assert len(errors) == 9
     assert all(issubclass(error, ifprune_mlx.IfpruneError) for error in errors)
 
 

@@ -265,3 +265,14 @@ def test_a_file_without_layers_is_refused(tmp_path: Path) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text)
     with pytest.raises(SelectionError, match="no layers"):
         Selection.load(path)
+
+
+def test_agreement_is_overlap_beyond_chance() -> None:
+    generator = np.random.default_rng(0)
+    for k in (32, 256, 480):
+        draws = [np.sort(generator.choice(512, k, replace=False)).astype(np.int32) for _ in range(80)]
+        one, other = (Selection(tuple(draws[i::2]), (512,) * 40, "random") for i in (0, 1))
+        assert one.agreement(one) == 1.0
+        assert abs(one.agreement(other)) < 0.03
+    everything = Selection((np.arange(8, dtype=np.int32),), (8,), "x")
+    assert everything.agreement(everything) == 1.0

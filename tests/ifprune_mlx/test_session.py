@@ -90,9 +90,9 @@ def test_task_uses_its_selection_whatever_is_said(tiny: Tiny) -> None:
 
 def test_auto_switches_only_below_its_threshold(tiny: Tiny) -> None:
     one, two = (make_selector(tiny[0], "random").select(Instruction(t, ()), (32, 32)).selection for t in ("One", "Two"))
-    overlap = two.overlap(one)
-    assert 0 < overlap < 1
-    for threshold, expected in ((overlap, one), (overlap + 1e-6, two), (0.0, one), (1.1, two)):
+    agreement = two.agreement(one)
+    assert -1 < agreement < 1
+    for threshold, expected in ((agreement, one), (agreement + 1e-6, two), (-1.0, one), (1.1, two)):
         chat = session(tiny, policy="auto", switch_below=threshold)
         assert say(chat, "One").selection == one.hash  # the first message switches in any case
         stats = say(chat, "Two")
@@ -102,7 +102,7 @@ def test_auto_switches_only_below_its_threshold(tiny: Tiny) -> None:
 
 
 def test_auto_compares_with_the_selection_of_its_own_conversation(tiny: Tiny) -> None:
-    chat, other = session(tiny, policy="auto", switch_below=0.0), session(tiny, policy="auto", switch_below=0.0)
+    chat, other = session(tiny, policy="auto", switch_below=-1.0), session(tiny, policy="auto", switch_below=-1.0)
     say(chat, "One")
     say(other, "Other")  # makes another selection live in the model that both use
     assert say(chat, "Two").selection == hash_of(tiny, "One")
@@ -235,7 +235,7 @@ def test_a_new_budget_selects_by_the_instruction_that_selected_before(tiny: Tiny
 
 def test_a_new_budget_selects_by_the_next_message_where_every_message_does(tiny: Tiny) -> None:
     for policy in ("turn", "auto"):
-        chat = session(tiny, policy=policy, switch_below=0.0)
+        chat = session(tiny, policy=policy, switch_below=-1.0)
         say(chat, "One")
         chat.set_budget(density=0.5)
         assert say(chat, "Two").selection == hash_of(tiny, "Two", 0.5)

@@ -1,0 +1,41 @@
+"""What the README promises of its first command, on the real SmolLM2: three fluent answers on three selections."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from ifprune_cli.demo import PROMPTS
+from ifprune_mlx import Model, load, stream_generate
+from ifprune_mlx.prompts import render_messages
+from tests.cli.process import run_here
+
+pytestmark = pytest.mark.real
+
+
+def dense_nll(model: Model, prompt: list[int], answer: list[int]) -> float:
+    """Mean NLL in nats of `answer` after `prompt` under the dense model."""
+    model.switch(None)
+    logits = model(mx.array([prompt + answer]))[0, len(prompt) - 1 : -1].astype(mx.float32)
+    picked = mx.take_along_axis(logits, mx.array(answer)[:, None], axis=-1)[:, 0]
+    return float((mx.logsumexp(logits, axis=-1) - picked).mean())
+
+
+def test_the_demo_answers_fluently_on_three_selections(smollm2: Path) -> None:
+    done = run_here("demo", "--model", smollm2, "--json")
+    assert done.returncode == 0, done.stderr
+    answers = json.loads(done.stdout.splitlines()[-1])["answers"]
+    assert [item["domain"] for item in answers] == ["code", "maths", "everyday"]
+    assert len({item["selection"] for item in answers}) == 3
+    assert all(item["active_parameters"] < item["total_parameters"] for item in answers)
+    assert all(item["completion_tokens"] >= 40 for item in answers)
+    model, tokenizer = load(smollm2)
+    for item, (_, question) in zip(answers, PROMPTS, strict=True):
+        messages = [{"role": "user", "content": question}]
+        prompt = render_messages(tokenizer, messages)
+        own = [r.token for r in stream_generate(model, tokenizer, messages, dense=True, max_tokens=96)]
+        sliced = list(tokenizer.encode(item["text"], add_special_tokens=False))
+        assert dense_nll(model, prompt, sliced) <= dense_nll(model, prompt, own) + 0.5, item["text"]
