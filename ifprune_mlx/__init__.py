@@ -1,32 +1,62 @@
 """Instruction-Following Pruning (arXiv 2501.02086) for Apple silicon, on MLX and mlx-lm.
 
-from ifprune_mlx import load, stream_generate
-model, tokenizer = load("path/to/ifp-checkpoint")
-for response in stream_generate(model, tokenizer, [{"role": "user", "content": "Write a haiku."}]):
-    print(response.text, end="")
+    from ifprune_mlx import load, stream_generate
+    model, tokenizer = load("path/to/ifp-checkpoint")
+    for response in stream_generate(model, tokenizer, [{"role": "user", "content": "Write a haiku."}]):
+        print(response.text, end="")
+
+Names are imported when they are first used: mlx-lm and transformers take over a second, which looking at a checkpoint
+or reporting an error need not cost.
 """
 
-from .checkpoint import Checkpoint
-from .errors import (
-    BudgetError,
-    ChatFileError,
-    CheckpointError,
-    DataError,
-    IfpruneError,
-    PredictorError,
-    PromptError,
-    SelectionError,
-    SourceError,
-)
-from .generation import GenerationResponse, Stats, generate, stream_generate
-from .history import History
-from .model import Model, Switch, load
-from .predictor import SparsityPredictor
-from .selection import Selection
-from .selectors import Instruction, Selected, Selector, make_selector
-from .session import Session
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
+    from .errors import (
+        BudgetError,
+        ChatFileError,
+        CheckpointError,
+        DataError,
+        IfpruneError,
+        PredictorError,
+        PromptError,
+        SelectionError,
+        SourceError,
+    )
+    from .generation import GenerationResponse, Stats, generate, stream_generate
+    from .history import History
+    from .model import Model, Switch, load
+    from .predictor import SparsityPredictor
+    from .selection import Selection
+    from .selectors import Instruction, Selected, Selector, make_selector
+    from .session import Session
 
 __version__ = "0.1.0"
+
+_MODULES = {
+    "checkpoint": ("Checkpoint",),
+    "errors": (
+        "BudgetError",
+        "ChatFileError",
+        "CheckpointError",
+        "DataError",
+        "IfpruneError",
+        "PredictorError",
+        "PromptError",
+        "SelectionError",
+        "SourceError",
+    ),
+    "generation": ("GenerationResponse", "Stats", "generate", "stream_generate"),
+    "history": ("History",),
+    "model": ("Model", "Switch", "load"),
+    "predictor": ("SparsityPredictor",),
+    "selection": ("Selection",),
+    "selectors": ("Instruction", "Selected", "Selector", "make_selector"),
+    "session": ("Session",),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "BudgetError",
@@ -55,3 +85,15 @@ __all__ = [
     "make_selector",
     "stream_generate",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -25,7 +25,7 @@ from .checkpoint import Checkpoint, Layout
 from .errors import CheckpointError, SelectionError
 from .ffn import SlicedProjection, replace_leaves
 from .hub import resolve
-from .predictor import SparsityPredictor
+from .predictor import Head, SparsityPredictor
 from .selection import Scores, Selection
 from .slots import FFNSlots, plan_switch
 from .store import read_rows
@@ -60,6 +60,7 @@ class Model:
     Attributes:
         checkpoint: what it was loaded from.
         module: the mlx-lm model, with sliced leaves.
+        tokenizer: the checkpoint's, if it was loaded with it.
         selection: the active selection; None while the model is dense.
         slots: the neurons of every FFN in memory.
         down_leaves: the down projection of every FFN, whose observer sees its hidden activations.
@@ -67,6 +68,7 @@ class Model:
 
     def __init__(self, checkpoint: Checkpoint, module: nn.Module, slots: list[FFNSlots], down: list[SlicedProjection]):
         self.checkpoint = checkpoint
+        self.tokenizer: TokenizerWrapper | None = None
         self.module = module
         self.selection: Selection | None = None
         self.down_leaves = down
@@ -119,8 +121,14 @@ class Model:
         """The checkpoint's sparsity predictor, loaded at first use; None if it has none."""
         if not self.checkpoint.has_predictor:
             return None
-        predictor = SparsityPredictor.load(self.checkpoint.path / "predictor")
-        predictor.check_widths([spec.d_ffn for spec in self.checkpoint.layout.ffns])
+        folder = self.checkpoint.path / "predictor"
+        head = Head.load(folder / "head.safetensors")
+        head.check_widths([spec.d_ffn for spec in self.checkpoint.layout.ffns], folder)
+        if head.layers is None:
+            predictor = SparsityPredictor.load(folder)
+        else:
+            tokenizer = self.tokenizer or _load_tokenizer(self.checkpoint, False)
+            predictor = SparsityPredictor.on_first_layers(folder, self.module, tokenizer, self.context_length)
         return predictor
 
     def keep(
@@ -198,7 +206,9 @@ def load(
     """
     checkpoint = Checkpoint.open(resolve(path_or_repo, revision))
     tokenizer = _load_tokenizer(checkpoint, trust_remote_code)
-    return load_checkpoint(checkpoint, dtype=dtype, progress=progress), tokenizer
+    model = load_checkpoint(checkpoint, dtype=dtype, progress=progress)
+    model.tokenizer = tokenizer
+    return model, tokenizer
 
 
 def load_checkpoint(

@@ -2,12 +2,14 @@
 
     instruction -> chat template -> backbone -> pooled hidden state [d] -> head1 [r, d] -> head2 [neurons, r] -> scores
 
-A predictor folder is an mlx-lm model folder (the backbone and its tokenizer) with `head.safetensors` beside. Knows
-nothing of the model that it selects for but the widths of its FFNs.
+A predictor folder is an mlx-lm model folder (the backbone and its tokenizer) with `head.safetensors` beside; or that
+file alone, if the backbone is the first layers of the model itself. Knows nothing of the model that it selects for but
+the widths of its FFNs.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -46,6 +48,7 @@ class Head:
         widths: `d_ffn` of every FFN.
         pooling: `last` token's hidden state (the paper's), `mean` over tokens, or `both` (last, then mean).
         activation: between the layers; the authors' released code has none.
+        layers: the backbone is that many first layers of the model itself, run dense; None for a backbone of its own.
     """
 
     first: mx.array
@@ -55,6 +58,7 @@ class Head:
     widths: tuple[int, ...]
     pooling: str = "last"
     activation: str = "none"
+    layers: int | None = None
 
     def __post_init__(self) -> None:
         neurons, rank = sum(self.widths), self.first.shape[0] if self.first.ndim else 0
@@ -70,6 +74,16 @@ class Head:
         for bias, size in ((self.first_bias, rank), (self.second_bias, neurons)):
             if bias is not None and bias.shape != (size,):
                 raise PredictorError(f"a head bias has shape {list(bias.shape)}, expected [{size}]")
+
+    def check_widths(self, widths: Sequence[int], where: Path) -> None:
+        """Raise PredictorError unless the head scores FFNs of these widths."""
+        if self.widths != tuple(widths):
+            ours, theirs = self.widths, tuple(widths)
+            raise PredictorError(
+                f"{where}: the predictor scores {len(ours)} FFNs ({sum(ours)} neurons), the model has "
+                f"{len(theirs)} ({sum(theirs)} neurons); it was trained for another model, "
+                "convert with --predictor DIR of this one's"
+            )
 
     def __call__(self, hidden: mx.array) -> mx.array:
         """Hidden states of all tokens `[tokens, d]` -> scores of all neurons, float32 `[neurons]`."""
@@ -96,6 +110,7 @@ class Head:
             "widths": list(self.widths),
             "pooling": self.pooling,
             "activation": self.activation,
+            "layers": self.layers,
         }
         metadata = {_METADATA: json.dumps(settings)}
         write_atomic(path, lambda file: mx.save_safetensors(str(file), tensors, metadata), PredictorError)
@@ -117,6 +132,7 @@ class Head:
             version = settings["format_version"]
             widths = tuple(int(width) for width in settings["widths"])
             pooling, activation = str(settings["pooling"]), str(settings["activation"])
+            layers = None if settings.get("layers") is None else int(settings["layers"])
         except (KeyError, TypeError, ValueError) as exc:
             raise PredictorError(
                 f"{path}: has no predictor settings in its metadata ({exc!r}); export it again"
@@ -136,6 +152,7 @@ class Head:
                 widths,
                 pooling,
                 activation,
+                layers,
             )
         except PredictorError as exc:
             raise PredictorError(f"{path}: {exc}; the predictor's files do not belong together") from None
@@ -157,10 +174,16 @@ class SparsityPredictor:
         self.head = head
         self._context_length = context_length
         self._where = "" if folder is None else f"{folder}: "
+        width = hidden_states(backbone, mx.array([[0]]), head.layers).shape[-1]
+        if head.first.shape[1] != width * (2 if head.pooling == "both" else 1):
+            raise PredictorError(
+                f"{self._where}head1 reads {head.first.shape[1]} values, the backbone gives {width} per token (pooling {head.pooling}); "
+                "the predictor's files do not belong together"
+            )
 
     @classmethod
     def load(cls, folder: str | Path) -> SparsityPredictor:
-        """Load a predictor folder.
+        """Load the folder of a predictor with a backbone of its own.
 
         Raises:
             PredictorError: naming the file, if something is missing or does not fit.
@@ -184,19 +207,18 @@ class SparsityPredictor:
                 f"{folder}: the backbone cannot be loaded ({reason}); export the predictor again"
             ) from None
         context = config.get("max_position_embeddings")
-        predictor = cls(backbone, tokenizer, head, int(context) if context else None, folder)
-        predictor._check_backbone(folder)
-        return predictor
+        return cls(backbone, tokenizer, head, int(context) if context else None, folder)
 
-    def check_widths(self, widths: Sequence[int]) -> None:
-        """Raise PredictorError unless the head scores FFNs of these widths."""
-        if self.head.widths != tuple(widths):
-            ours, theirs = self.head.widths, tuple(widths)
-            raise PredictorError(
-                f"{self._where}the predictor scores {len(ours)} FFNs ({sum(ours)} neurons), the model has "
-                f"{len(theirs)} ({sum(theirs)} neurons); it was trained for another model, "
-                "convert with --predictor DIR of this one's"
-            )
+    @classmethod
+    def on_first_layers(
+        cls, folder: Path, model: nn.Module, tokenizer: TokenizerWrapper, context_length: int | None
+    ) -> SparsityPredictor:
+        """Load a predictor whose backbone is the first layers of `model`, which must be dense when it is asked.
+
+        Raises:
+            PredictorError: naming the file, if it does not fit.
+        """
+        return cls(model, tokenizer, Head.load(folder / "head.safetensors"), context_length, folder)
 
     def tokens(self, text: str) -> list[int]:
         """The instruction as the backbone reads it: in its chat template, if it has one.
@@ -225,7 +247,7 @@ class SparsityPredictor:
         ids = self.tokens(text)
         if not ids:
             raise PredictorError("the instruction is empty; the predictor needs at least one token")
-        hidden = _hidden_states(self.backbone, mx.array([ids]))[0]
+        hidden = hidden_states(self.backbone, mx.array([ids]), self.head.layers)[0]
         flat = np.array(self.head(hidden))
         if not np.all(np.isfinite(flat)):
             raise PredictorError(
@@ -234,22 +256,25 @@ class SparsityPredictor:
         bounds = np.cumsum(self.head.widths)[:-1]
         return list(np.split(flat, bounds))
 
-    def _check_backbone(self, folder: Path) -> None:
-        hidden = _hidden_states(self.backbone, mx.array([[0]]))
-        width = hidden.shape[-1] * (2 if self.head.pooling == "both" else 1)
-        if self.head.first.shape[1] != width:
-            raise PredictorError(
-                f"{folder}: head1 reads {self.head.first.shape[1]} values, the backbone gives {width}; "
-                "the predictor's files do not belong together"
-            )
 
+def hidden_states(backbone: nn.Module, tokens: mx.array, layers: int | None = None) -> mx.array:
+    """What the family's inner model returns, after its final norm: hidden states `[B, L, d]` for tokens `[B, L]`.
 
-def _hidden_states(backbone: nn.Module, tokens: mx.array) -> mx.array:
-    """Final hidden states `[B, L, d]` for tokens `[B, L]`: what the family's inner model returns."""
+    Args:
+        layers: run only that many first layers (then the final norm, which keeps the scale of the states in hand).
+
+    Raises:
+        PredictorError: if the family does not expose its hidden states, or has no more than `layers` layers.
+    """
     inner: Any = backbone
     while not isinstance(inner.get("embed_tokens"), nn.Module):
         inner = inner.get("model") or inner.get("language_model")
         if inner is None:
             raise PredictorError("the backbone's family does not expose its hidden states; use a llama or qwen kind")
+    if layers is not None:
+        if not 0 < layers <= len(inner.layers):
+            raise PredictorError(f"the predictor reads {layers} layers, the model has {len(inner.layers)}")
+        inner = copy.copy(inner)  # shares every weight
+        inner.layers = inner.layers[:layers]
     hidden: mx.array = inner(tokens)
     return hidden

@@ -74,11 +74,14 @@ class LearnedSelector:
 
     name = "learned"
 
-    def __init__(self, predictor: SparsityPredictor) -> None:
+    def __init__(self, model: Model, predictor: SparsityPredictor) -> None:
+        self._model = model
         self._predictor = predictor
 
     def select(self, instruction: Instruction, keep: Sequence[int]) -> Selected:
-        """Score with the predictor, keep the best."""
+        """Score with the predictor, keep the best. A predictor that reads the model's own layers leaves it dense."""
+        if self._predictor.head.layers is not None:
+            self._model.switch(None)
         return Selected(top_k(self._predictor.scores(instruction.text), keep, self.name))
 
 
@@ -187,7 +190,7 @@ def make_selector(model: Model, name: str | None = None, *, seed: int = 0) -> Se
                 f"{model.checkpoint.path}: has no trained predictor; use --selector activation, "
                 "or convert with --predictor DIR"
             )
-        return LearnedSelector(predictor)
+        return LearnedSelector(model, predictor)
     if name == "activation":
         return ActivationSelector(model)
     if name == "static":

@@ -13,7 +13,8 @@ largest. No choice is below the minimum, so sum_i min(e_i, x) = min_m (S_m + m x
     x = min over m < k of S_m / (k - m).
 
 That is one sort and one cumulative sum. Coordinate descent takes the more steps the smaller eps is, and where it is
-stopped (the paper: 20 to 30) the sum is not k. Nor does the gradient need a rule of its own: while the m saturated
+stopped the sum is not k: of 1536 normal scores with k = 416 and eps = 0.03 it is 212 after CoDA's 30 steps, and within
+1e-3 of k after 403. Nor does the gradient need a rule of its own: while the m saturated
 entries (lambda = 1) stay the same, lambda is (k - m) times a softmax over the others, which MLX differentiates, and
 where they change lambda is continuous.
 

@@ -19,6 +19,7 @@ ORDER = (
     "errors",
     "files",
     "selection",
+    "topk",
     "families",
     "checkpoint",
     "budget",
@@ -36,6 +37,8 @@ ORDER = (
     "session",
     "bench",
 )
+# The modules of `ifprune_mlx.train`, likewise. They may import anything of ORDER, and nothing of it imports them.
+TRAIN = ("data",)
 FILES = sorted((name, file) for name, folder in PACKAGES.items() for file in folder.rglob("*.py"))
 # Of the packages themselves; everything that may import them is below them.
 MAY_IMPORT = {
@@ -63,9 +66,10 @@ def modules(package: str, file: Path) -> list[str]:
 
 
 def test_the_order_names_every_module() -> None:
-    found = {file.stem for file in PACKAGES["ifprune_mlx"].glob("*.py")} - {"__init__"}
-    assert found == set(ORDER)
-    assert len(ORDER) == len(set(ORDER))
+    for folder, order in ((PACKAGES["ifprune_mlx"], ORDER), (PACKAGES["ifprune_mlx"] / "train", TRAIN)):
+        found = {file.stem for file in folder.glob("*.py")} - {"__init__"}
+        assert found == set(order)
+        assert len(order) == len(set(order))
 
 
 @pytest.mark.parametrize("name", ORDER)
@@ -74,6 +78,20 @@ def test_a_module_of_the_library_imports_only_what_comes_before_it(name: str) ->
     ours = {module.split(".")[1] for module in modules("ifprune_mlx", file) if module.startswith("ifprune_mlx.")}
     allowed = set(ORDER[: ORDER.index(name)])
     assert ours - allowed == set()
+
+
+@pytest.mark.parametrize("name", TRAIN)
+def test_a_training_module_imports_only_the_library_and_what_comes_before_it(name: str) -> None:
+    names = modules("ifprune_mlx", PACKAGES["ifprune_mlx"] / "train" / f"{name}.py")
+    parts = [module.split(".") for module in names if module.startswith("ifprune_mlx.")]
+    assert {part[1] for part in parts} <= {*ORDER, "train"}
+    assert {part[2] for part in parts if part[1] == "train"} <= set(TRAIN[: TRAIN.index(name)])
+
+
+def test_the_runtime_imports_no_training() -> None:
+    files = [file for name, file in FILES if name == "ifprune_mlx" and file.parent.name != "train"]
+    assert len(files) == len(ORDER) + 1
+    assert [file for file in files for module in modules("ifprune_mlx", file) if "ifprune_mlx.train" in module] == []
 
 
 @pytest.mark.parametrize(("package", "file"), FILES, ids=[str(file.relative_to(ROOT)) for _, file in FILES])

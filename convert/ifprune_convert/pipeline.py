@@ -27,9 +27,10 @@ from ifprune_mlx.files import new_folder, read_safetensors_header
 from ifprune_mlx.model import load_checkpoint
 from ifprune_mlx.predictor import Head, SparsityPredictor
 from ifprune_mlx.selection import Scores, keep_count
+from ifprune_mlx.train.data import Record
 
 from . import layout
-from .calibrate import Example, calibrate
+from .calibrate import calibrate
 from .skeleton import build_skeleton
 from .source import Source
 
@@ -62,7 +63,7 @@ class Options:
     dtype: mx.Dtype | None = None
     density: float = DEFAULT_DENSITY
     predictor: Path | None = None
-    calibration: list[Example] | None = None
+    calibration: list[Record] | None = None
     prior: list[Scores] | None = None
     overwrite: bool = False
 
@@ -262,7 +263,10 @@ def _check_quantization(specs: list[FFNSpec], quantization: Quantization | None)
 def _check_predictor(folder: Path, specs: list[FFNSpec]) -> None:
     if not folder.is_dir():
         raise PredictorError(f"{folder}: no such predictor folder; give the folder of a trained sparsity predictor")
-    SparsityPredictor.load(folder).check_widths([spec.d_ffn for spec in specs])
+    head = Head.load(folder / "head.safetensors")
+    if head.layers is None:
+        SparsityPredictor.load(folder)
+    head.check_widths([spec.d_ffn for spec in specs], folder)
 
 
 def _copy_predictor(folder: Path, target: Path) -> None:

@@ -21,16 +21,18 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from io import BufferedIOBase
+from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..errors import DataError, PromptError
-from ..prompts import render_messages
+from ifprune_mlx.errors import DataError, PromptError
+from ifprune_mlx.prompts import render_messages
 
 Message = dict[str, str]
 
@@ -267,7 +269,7 @@ class Mixture(Generic[Item]):
                 raise DataError(f"source {name!r} holds nothing to learn from; leave it out, or give it data")
             if not (weight > 0 and math.isfinite(weight)):
                 raise DataError(f"source {name!r} has the weight {weight:g}; give a number above 0, or leave it out")
-        self._items = {name: sources[name][0] for name in sorted(sources)}
+        self._items: dict[str, Sequence[Item]] = {name: sources[name][0] for name in sorted(sources)}
         total = sum(weight for _, weight in sources.values())
         self._shares = {name: sources[name][1] / total for name in self._items}
         self._seed = seed
@@ -286,7 +288,7 @@ class Mixture(Generic[Item]):
         if self._orders.get(name, (-1,))[0] != epoch:
             self._orders[name] = epoch, shuffled(len(items), f"{self._seed}/{name}/{epoch}")
         self._taken[name] += 1
-        return items[self._orders[name][1][index]]
+        return items[int(self._orders[name][1][index])]
 
     @property
     def position(self) -> int:
@@ -443,7 +445,7 @@ def _pieces(tokenizer: TokenizerWrapper, messages: Sequence[Message]) -> Iterato
     # For every answer the text before it, ready for it, and the text after it.
     texts = [(_render(tokenizer, messages[:i], True), _render(tokenizer, messages[: i + 1], False)) for i in answers]
     flat = [text for pair in texts for text in pair]
-    if not all(longer.startswith(shorter) for shorter, longer in zip(flat, flat[1:], strict=False)):
+    if not all(longer.startswith(shorter) for shorter, longer in pairwise(flat)):
         answers, texts = answers[-1:], texts[-1:]
     yield render_messages(tokenizer, messages[: answers[0]]), False
     ends, done = set(tokenizer.eos_token_ids), texts[0][0]
@@ -487,7 +489,7 @@ def _lines(path: Path) -> Iterator[str]:
     number = 0
     try:
         with _open(path) as file:
-            for number, line in enumerate(file, 1):  # noqa: B007
+            for number, line in enumerate(file, 1):
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError:
         raise DataError(f"{path}, line {number}: not UTF-8 text; convert the file, for example with iconv") from None
@@ -497,7 +499,7 @@ def _lines(path: Path) -> Iterator[str]:
         raise DataError(f"{path}: cannot be read ({exc.strerror or exc})") from None
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> BufferedIOBase:
     if path.suffix == ".gz":
         return gzip.open(path, "rb")
     return bz2.open(path, "rb") if path.suffix == ".bz2" else path.open("rb")

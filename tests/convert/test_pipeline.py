@@ -20,12 +20,13 @@ from mlx_lm.tokenizer_utils import load as load_tokenizer
 from mlx_lm.utils import load_model
 
 from ifprune_convert import layout
-from ifprune_convert.calibrate import Example, calibrate
+from ifprune_convert.calibrate import calibrate
 from ifprune_convert.pipeline import Options, convert
 from ifprune_convert.readers import open_source
 from ifprune_mlx import Checkpoint, IfpruneError, load
 from ifprune_mlx.checkpoint import Quantization
 from ifprune_mlx.errors import PredictorError, SourceError
+from ifprune_mlx.train.data import Record
 from tests.cli.process import full_disk, run, slow_conversion, start
 from tests.tiny import CONFIGS, write_source
 from tests.tiny_gguf import CONFIG as GGUF_CONFIG
@@ -33,8 +34,8 @@ from tests.tiny_gguf import Kind, make_model, write_gguf
 from tests.tiny_predictor import write_predictor
 
 CHATS = [
-    Example(({"role": "user", "content": "Say something."}, {"role": "assistant", "content": "Something else."})),
-    Example(({"role": "user", "content": "Count."}, {"role": "assistant", "content": "1, 2, 3, 4 and 5."})),
+    Record(({"role": "user", "content": "Say something."}, {"role": "assistant", "content": "Something else."})),
+    Record(({"role": "user", "content": "Count."}, {"role": "assistant", "content": "1, 2, 3, 4 and 5."})),
 ]
 
 
@@ -202,7 +203,7 @@ def test_calibrated_prior(tmp_path: Path, source: Path) -> None:
 
 
 def test_a_chat_without_an_answer_within_reach_is_refused(tmp_path: Path, source: Path) -> None:
-    long = Example(({"role": "user", "content": "x" * 600}, {"role": "assistant", "content": "y"}))
+    long = Record(({"role": "user", "content": "x" * 600}, {"role": "assistant", "content": "y"}))
     with pytest.raises(SourceError, match="no calibration chat has an answer"):
         converted(source, tmp_path / "out", calibration=[long])
     assert not (tmp_path / "out").exists()

@@ -65,3 +65,13 @@ def test_importing_prints_nothing_writes_nothing_and_needs_no_converter(tmp_path
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=str(tmp_path), check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_looking_at_a_checkpoint_does_not_import_mlx_lm() -> None:
+    code = "import sys, ifprune_mlx; ifprune_mlx.Checkpoint; sys.exit(any(m in sys.modules for m in ('mlx_lm', 'transformers')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    assert not hasattr(ifprune_mlx, "nonesuch")
+    assert set(ifprune_mlx.__all__) <= set(dir(ifprune_mlx))
