@@ -177,8 +177,8 @@ class SparsityPredictor:
         width = hidden_states(backbone, mx.array([[0]]), head.layers).shape[-1]
         if head.first.shape[1] != width * (2 if head.pooling == "both" else 1):
             raise PredictorError(
-                f"{self._where}head1 reads {head.first.shape[1]} values, the backbone gives {width} per token (pooling {head.pooling}); "
-                "the predictor's files do not belong together"
+                f"{self._where}head1 reads {head.first.shape[1]} values, the backbone gives {width} per token "
+                f"(pooling {head.pooling}); the predictor's files do not belong together"
             )
 
     @classmethod

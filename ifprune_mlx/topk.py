@@ -14,12 +14,12 @@ largest. No choice is below the minimum, so sum_i min(e_i, x) = min_m (S_m + m x
 
 That is one sort and one cumulative sum. Coordinate descent takes the more steps the smaller eps is, and where it is
 stopped the sum is not k: of 1536 normal scores with k = 416 and eps = 0.03 it is 212 after CoDA's 30 steps, and within
-1e-3 of k after 403. Nor does the gradient need a rule of its own: while the m saturated
-entries (lambda = 1) stay the same, lambda is (k - m) times a softmax over the others, which MLX differentiates, and
-where they change lambda is continuous.
+1e-3 of k after 403. Nor does the gradient need a rule of its own: while the m saturated entries (lambda = 1) stay the
+same, lambda is (k - m) times a softmax over the others, which MLX differentiates, and where they change lambda is
+continuous.
 
 The pivot is the k-th largest score. It lies within eps * log n of tau, so that float32 is precise where lambda is
-decided, whatever the size of the scores, and e may be capped at n without changing the solution.
+decided, whatever the size of the scores; a larger e may overflow, since it belongs to a saturated entry.
 """
 
 from __future__ import annotations
@@ -36,9 +36,7 @@ def soft_top_k(scores: mx.array, k: int | mx.array, epsilon: float | mx.array) -
     """Soft top-k along the last axis, exact to float32 rounding; ties share equally (all equal: k / n each).
 
     Where the k-th score stands many epsilons above the next this is hard top-k; scores tied across that border share
-    what is left there, however small epsilon is. Saturated entries have gradient 0, and for k = n all have. (Ties that
-    fill up to k exactly, with nothing near below, sit on a kink: their gradient is the one-sided one among
-    themselves, of size 1 / epsilon.)
+    what is left there, however small epsilon is. Entries at 1 have gradient 0; for k = n that is all of them.
 
     Args:
         scores: `[..., n]` of any float type. Up to n - k may be minus infinity, which is never chosen, and fewer than
@@ -136,7 +134,7 @@ def _soft(rows: _Rows, epsilon: float | mx.array) -> mx.array:
         raise ValueError(f"epsilon must be at least 1e-30 and finite, not {epsilon}")
     scores, counts, ordered, pivot = rows
     n = scores.shape[-1]
-    e = mx.exp(mx.minimum((ordered - pivot) / epsilon, math.log(n)))
+    e = mx.exp((ordered - pivot) / epsilon)
     # S_m, summed upwards from the smallest, stands at the largest entry that it holds; there `left` is k - m.
     left = mx.arange(1, n + 1) - (n - counts)
     x = mx.min(mx.where(left > 0, mx.cumsum(e, axis=-1) / mx.maximum(left, 1), math.inf), axis=-1, keepdims=True)
@@ -147,8 +145,9 @@ def _soft(rows: _Rows, epsilon: float | mx.array) -> mx.array:
     m = saturated.sum(axis=-1, keepdims=True)
     # Minus infinity before `exp`, not zero after it: an exp that overflows has no gradient that 0 could cancel.
     e = mx.exp(mx.where(saturated, -math.inf, u))
-    free = mx.minimum(e * ((counts - m) / _sum(e)), 1)
-    return mx.where(saturated | (counts == n), 1, free)
+    free = e * ((counts - m) / _sum(e))
+    # Also where it rounds to 1 or above, as for k = n, there is nothing to gain from a higher score.
+    return mx.where(saturated | (free >= 1), 1, free)
 
 
 def _hard(rows: _Rows) -> mx.array:

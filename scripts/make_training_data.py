@@ -2,8 +2,8 @@
 
     python scripts/make_training_data.py --data DATA_FOLDER --out FOLDER
 
-Writes code.jsonl, maths.jsonl and general.jsonl (training) and code-test.jsonl, maths-test.jsonl (splits that their authors hold
-out: MBPP tasks 11 to 510, GSM8K test). General has no such split: `ifprune_mlx.train.data.split` holds out by prompt.
+Writes code.jsonl, maths.jsonl and general.jsonl (training), and code-test.jsonl, maths-test.jsonl (splits that their
+authors hold out: MBPP tasks 11 to 510, GSM8K test). General has none: `ifprune_mlx.train.data.split` holds prompts out.
 Only data whose licence allows training shipped weights is read: MIT, Apache-2.0, CC-BY, CC-BY-SA.
 """
 
@@ -80,8 +80,7 @@ def write(file: Path, chats: Iterator[Chat]) -> None:
     """Write chats that are neither empty nor too long, each prompt once."""
     seen: set[str] = set()
     with file.open("w", encoding="utf-8") as out:
-        for prompt, answer in chats:
-            prompt, answer = prompt.strip(), answer.strip()
+        for prompt, answer in ((given.strip(), wanted.strip()) for given, wanted in chats):
             fits = 0 < len(prompt) <= LONGEST_PROMPT and 0 < len(answer) <= LONGEST_ANSWER
             if not fits or prompt in seen:
                 continue

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import typer
 
-from . import bench, chat, convert, demo, generate, info, select
+from . import bench, chat, convert, demo, generate, info, select, train
 
 app = typer.Typer(
     name="ifprune",
@@ -41,6 +41,7 @@ app.command("convert")(convert.convert)
 app.command("select")(select.select)
 app.command("info")(info.info)
 app.command("demo")(demo.demo)
+app.command("train")(train.train)
 app.command("bench")(bench.bench)
 
 

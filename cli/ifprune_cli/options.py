@@ -91,6 +91,30 @@ TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let the tokenizer run code that comes with the checkpoint.")
 ]
 
+DataOption = Annotated[
+    list[str],
+    typer.Option("--data", metavar="NAME=FILE", help="Chats (JSON lines) of a domain called NAME; repeatable."),
+]
+
+
+def named_files(values: list[str]) -> dict[str, Path]:
+    """The files of `--data NAME=FILE` options, by name.
+
+    Raises:
+        IfpruneError: if one is not of that form, or a name is given twice.
+    """
+    from ifprune_mlx.errors import IfpruneError
+
+    files: dict[str, Path] = {}
+    for value in values:
+        name, separator, file = value.partition("=")
+        if not (name.strip() and separator and file):
+            raise IfpruneError(f"--data {value!r}: write it as NAME=FILE, such as code=chats.jsonl")
+        if name in files:
+            raise IfpruneError(f"--data {value!r}: the name {name!r} is given twice; put the chats into one file")
+        files[name] = Path(file)
+    return files
+
 
 @dataclass(frozen=True)
 class Budget:

@@ -151,7 +151,7 @@ def encode(tokenizer: TokenizerWrapper, record: Record, max_length: int) -> Enco
         DataError: if the record is a plain text.
     """
     if record.text is not None:
-        raise DataError(f"plain text in the data of domain {record.domain!r}, where chats are needed; give {_EXPECTED}")
+        raise DataError(f"plain text in the data of domain {record.domain!r}; give messages, or prompt and completion")
     tokens: list[int] = []
     mask: list[bool] = []
     starts = []
@@ -163,7 +163,6 @@ def encode(tokenizer: TokenizerWrapper, record: Record, max_length: int) -> Enco
     within = [start for start in starts if start < max_length]
     if not within:
         return None
-    mask[0] = False
     return Encoded(
         np.array(tokens[:max_length], np.int32),
         np.array(mask[:max_length], np.bool_),
@@ -270,7 +269,7 @@ class Mixture(Generic[Item]):
             if not (weight > 0 and math.isfinite(weight)):
                 raise DataError(f"source {name!r} has the weight {weight:g}; give a number above 0, or leave it out")
         self._items: dict[str, Sequence[Item]] = {name: sources[name][0] for name in sorted(sources)}
-        total = sum(weight for _, weight in sources.values())
+        total = sum(sources[name][1] for name in self._items)  # summed in this order, to the last bit
         self._shares = {name: sources[name][1] / total for name in self._items}
         self._seed = seed
         self._taken = dict.fromkeys(self._items, 0)
@@ -302,7 +301,7 @@ class Mixture(Generic[Item]):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of seed, shares and the keys of all items in their order: equal streams have equal fingerprints."""
+        """Hash of seed, shares and the keys of all items in their order; knows nothing of how they were encoded."""
         digest = hashlib.sha256(json.dumps([self._seed, self._shares]).encode())
         for items in self._items.values():
             digest.update("\n".join(item.key for item in items).encode() + b"\0")

@@ -2,8 +2,8 @@
 layers, and which neurons the dense model then used in its answer. Measured once, kept on disk.
 
 A folder of parts: `part-00000.safetensors` with `features` float32 `[n, 2 d]` (last token, then mean over tokens) and
-`importance` float16 `[n, neurons]` (all FFNs, one after the other; see `ifprune_mlx.importance`), and `targets.json`, which says what
-they belong to. A run that dies goes on after its last whole part.
+`importance` float16 `[n, neurons]` (all FFNs, one after the other; see `ifprune_mlx.importance`), and `targets.json`,
+which says what they belong to. A run that dies goes on after its last whole part.
 """
 
 from __future__ import annotations

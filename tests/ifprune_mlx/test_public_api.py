@@ -68,7 +68,10 @@ def test_importing_prints_nothing_writes_nothing_and_needs_no_converter(tmp_path
 
 
 def test_looking_at_a_checkpoint_does_not_import_mlx_lm() -> None:
-    code = "import sys, ifprune_mlx; ifprune_mlx.Checkpoint; sys.exit(any(m in sys.modules for m in ('mlx_lm', 'transformers')))"
+    code = (
+        "import sys, ifprune_mlx; ifprune_mlx.Checkpoint; "
+        "sys.exit(any(name in sys.modules for name in ('mlx_lm', 'transformers')))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

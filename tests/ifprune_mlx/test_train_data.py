@@ -125,6 +125,7 @@ BAD = {
     '{"messages": [{"content": "a"}]}': "the role of message 1 is not text",
     '{"messages": [{"role": "assistant", "content": "a"}]}': "no user message before the first answer",
     json.dumps({"messages": [*MESSAGES, {"role": "assistant", "content": None, "tool_calls": []}]}): "of message 3",
+    json.dumps({"messages": [MESSAGES[1], *MESSAGES]}): "no user message before the first answer",
     json.dumps({"messages": MESSAGES, "tools": [{"type": "function"}]}): "tools",
 }
 

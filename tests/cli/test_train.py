@@ -1,0 +1,70 @@
+"""`ifprune train` on the tiny model: a predictor comes out that `convert --predictor` takes, and bad input is one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ifprune_mlx import Instruction, load, make_selector
+from tests.cli.process import run_here
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> list[str]:
+    """Two domains of 30 chats each, as --data options."""
+    options = []
+    for domain in ("code", "maths"):
+        rows = [
+            {"prompt": f"{domain} question {i}", "completion": "return x" if domain == "code" else f"{i} + {i}"}
+            for i in range(30)
+        ]
+        file = tmp_path / f"{domain}.jsonl"
+        file.write_text("\n".join(json.dumps(row) for row in rows))
+        options += ["--data", f"{domain}={file}"]
+    return options
+
+
+def test_distil_convert_and_select(tiny_checkpoint: Path, tmp_path: Path, chats: list[str]) -> None:
+    out = tmp_path / "out"
+    command = ["train", "--model", tiny_checkpoint, *chats, "--output", out, "--layers", "1", "--rank", "8", "--json"]
+    done = run_here(*command)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["stage"] == "distill"
+    assert 20 < result["chats"] <= 60  # some prompts are held out
+    assert json.loads((out / "metrics.jsonl").read_text())["explained"] == result["explained"]
+    again = json.loads(run_here(*command).stdout.splitlines()[-1])
+    assert again["explained"] == result["explained"]  # from the kept targets
+    source = tiny_checkpoint.with_name(f"source-of-{tiny_checkpoint.name}")
+    done = run_here("convert", "--model", source, "--mlx-path", tmp_path / "ifp", "--predictor", result["path"])
+    assert done.returncode == 0, done.stderr
+    model, _ = load(tmp_path / "ifp")
+    selector = make_selector(model)
+    assert selector.name == "learned"
+    hashes = {selector.select(Instruction(t, ()), model.keep(0.25)).selection.hash for t in ("code question", "2 + 2")}
+    assert len(hashes) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["--layers", "3"], "--layers 3: the model has 2"),
+        (["--data", "nothing"], "write it as NAME=FILE"),
+        (["--data", "code=again.jsonl"], "'code' is given twice"),
+        (["--data", "other=missing.jsonl"], "missing.jsonl"),
+        (["--limit", "5"], "too few to distil"),
+    ],
+)
+def test_bad_input_is_one_line(
+    tiny_checkpoint: Path, tmp_path: Path, chats: list[str], changes: list[str], words: str
+) -> None:
+    done = run_here(
+        "train", "--model", tiny_checkpoint, *chats, "--output", tmp_path / "out", "--layers", "1", *changes
+    )
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("ifprune: error: ")]
+    assert words in line
+    assert done.stdout == ""
+    assert not (tmp_path / "out" / "predictor").exists()

@@ -1,0 +1,161 @@
+"""Targets are what they say, and the closed-form fit finds what is there, and nothing where nothing is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ifprune_convert.pipeline import Options
+from ifprune_mlx import DataError, Instruction, Model, PredictorError, load, make_selector
+from ifprune_mlx.importance import recorded
+from ifprune_mlx.predictor import Head, hidden_states
+from ifprune_mlx.selection import top_k
+from ifprune_mlx.train import targets as measuring
+from ifprune_mlx.train.data import Encoded, Record, encode
+from ifprune_mlx.train.distill import Fit, distill, log_importance
+from ifprune_mlx.train.targets import Targets, measure
+from tests.tiny import write_checkpoint
+
+Tiny = tuple[Model, TokenizerWrapper]
+
+
+def chats(tokenizer: TokenizerWrapper, count: int) -> list[Encoded]:
+    records = [
+        Record(
+            ({"role": "user", "content": f"Question {i}"}, {"role": "assistant", "content": "Answer " * (1 + i % 3)}),
+            "ab"[i % 2],
+        )
+        for i in range(count)
+    ]
+    encoded = [encode(tokenizer, record, 64) for record in records]
+    return [chat for chat in encoded if chat is not None]
+
+
+def test_targets_are_the_dense_models_own(tiny: Tiny, tmp_path: Path) -> None:
+    model, tokenizer = tiny
+    examples = chats(tokenizer, 3)
+    found = measure(model, examples, tmp_path / "targets", layers=1)
+    assert found.domains == ["a", "b", "a"]
+    assert (found.layers, found.widths) == (1, (128, 128))
+    for row, chat in enumerate(examples):
+        hidden = np.array(hidden_states(model.module, mx.array(chat.tokens[None, : chat.prompt_length]), 1)[0])
+        expected = np.concatenate([hidden[-1], hidden.mean(axis=0)])
+        np.testing.assert_allclose(found.features[row], expected, atol=1e-5)
+        with recorded(model.down_leaves) as recorder:
+            recorder.token_weights = mx.array(chat.mask).astype(mx.float32)
+            mx.eval(model(mx.array(chat.tokens[None])))
+            wanted = np.concatenate(recorder.importance(model.down_norms))
+        np.testing.assert_allclose(found.importance[row].astype(np.float32), wanted, rtol=2e-3)
+
+
+def test_a_run_that_died_goes_on_after_its_last_part(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = tiny
+    monkeypatch.setattr(measuring, "PART", 2)
+    examples = chats(tokenizer, 5)
+    whole = measure(model, examples, tmp_path / "whole", layers=2)
+
+    def dies(done: int, total: int) -> None:
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(model, examples, tmp_path / "again", 2, dies)
+    assert len(measuring.load(tmp_path / "again").features) == 4
+    seen: list[int] = []
+    again = measure(model, examples, tmp_path / "again", 2, lambda done, total: seen.append(done))
+    np.testing.assert_array_equal(again.importance, whole.importance)
+    np.testing.assert_array_equal(again.features, whole.features)
+    with pytest.raises(DataError, match="of other chats or of another model"):
+        measure(model, examples[:4], tmp_path / "again", 2)
+    with pytest.raises(DataError, match="holds no targets"):
+        measuring.load(tmp_path / "nowhere")
+
+
+def planted(count: int, signal: float, seed: int = 0) -> Targets:
+    """Two features decide which half of each FFN matters; the others are noise."""
+    generator = np.random.default_rng(seed)
+    features = generator.normal(size=(count, 8)).astype(np.float32)
+    widths = (40, 24)
+    parts = []
+    for layer, width in enumerate(widths):
+        half = np.where(np.arange(width) < width // 2, 1.0, -1.0)
+        logs = signal * features[:, layer, None] * half + 0.1 * generator.normal(size=(count, width))
+        parts.append(np.exp(logs + np.linspace(0, 1, width)))
+    return Targets(features, np.concatenate(parts, axis=1).astype(np.float16), ["x"] * count, 1, widths)
+
+
+def predicted(fit: Fit, features: np.ndarray) -> np.ndarray:
+    head = fit.head
+    inner = features @ np.array(head.first).T + np.array(head.first_bias)
+    return inner @ np.array(head.second).T + np.array(head.second_bias)
+
+
+def test_a_planted_signal_is_found() -> None:
+    targets, fresh = planted(400, 0.5), planted(100, 0.5, seed=1)
+    fit = distill(targets, rank=4)
+    assert max(fit.explained.values()) > 0.8
+    wanted = log_importance(fresh.importance, fresh.widths)
+    got = predicted(fit, fresh.features)
+    for row in range(100):
+        sparse = top_k([wanted[row, :40], wanted[row, 40:]], (16, 8), "oracle")
+        ours = top_k([got[row, :40], got[row, 40:]], (16, 8), "learned")
+        if abs(fresh.features[row, :2]).min() > 0.5:
+            assert ours.overlap(sparse) > 0.7
+
+
+def test_without_a_signal_the_predictor_is_the_prior() -> None:
+    targets = planted(300, 0.0)
+    fit = distill(targets)
+    assert max(fit.explained.values()) < 0.05
+    mean = log_importance(targets.importance, targets.widths).mean(axis=0)
+    np.testing.assert_allclose(np.array(fit.head.second_bias), mean, atol=1e-5)
+    assert np.abs(predicted(fit, targets.features) - mean).max() < 0.1
+
+
+def test_full_rank_is_plain_ridge_regression() -> None:
+    targets = planted(200, 0.3)
+    fit = distill(targets, rank=64, penalties=(0.5,))
+    x = (targets.features - targets.features.mean(axis=0)) / (targets.features.std(axis=0) + 1e-6)
+    y = log_importance(targets.importance, targets.widths)
+    solution = np.linalg.solve(x.T @ x + 0.5 * 200 * np.eye(8), x.T @ (y - y.mean(axis=0)))
+    np.testing.assert_allclose(predicted(fit, targets.features), y.mean(axis=0) + x @ solution, atol=2e-3)
+
+
+def test_too_few_chats_are_refused() -> None:
+    with pytest.raises(DataError, match="12 chats are too few"):
+        distill(planted(12, 0.5))
+
+
+def test_a_distilled_predictor_in_a_checkpoint_selects_what_its_scores_say(tiny: Tiny, tmp_path: Path) -> None:
+    model, tokenizer = tiny
+    fit = distill(measure(model, chats(tokenizer, 24), tmp_path / "targets", layers=1), rank=8)
+    (tmp_path / "predictor").mkdir()
+    fit.head.save(tmp_path / "predictor" / "head.safetensors")
+    folder = write_checkpoint(tmp_path / "checkpoint", options=Options(predictor=tmp_path / "predictor"))
+    learned, _ = load(folder)
+    selector = make_selector(learned)
+    assert selector.name == "learned"
+    keep = learned.keep(0.25)
+    chosen = selector.select(Instruction("Question 7", ()), keep).selection
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "Question 7"}], add_generation_prompt=True)
+    hidden = np.array(hidden_states(model.module, mx.array([ids]), 1)[0])
+    scores = predicted(fit, np.concatenate([hidden[-1], hidden.mean(axis=0)])[None])[0]
+    assert chosen.hash == top_k([scores[:128], scores[128:]], keep, "learned").hash
+    # It must read dense layers: the same again while a selection is live.
+    learned.switch(make_selector(learned, "random").select(Instruction("x", ()), keep).selection)
+    assert selector.select(Instruction("Question 7", ()), keep).selection.hash == chosen.hash
+
+
+def test_more_layers_than_the_model_has_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    head = Head(mx.zeros((4, 64)), None, mx.zeros((256, 4)), None, (128, 128), layers=3)
+    (tmp_path / "predictor").mkdir()
+    head.save(tmp_path / "predictor" / "head.safetensors")
+    folder = write_checkpoint(tmp_path / "checkpoint", options=Options(predictor=tmp_path / "predictor"))
+    with pytest.raises(PredictorError, match="reads 3 layers, the model has 2"):
+        make_selector(load(folder)[0])
