@@ -66,9 +66,9 @@ def paired_differences(
 ) -> list[Difference]:
     """Differences between all selectors, in every domain and over all.
 
-    Over all domains it is the mean of their means, each domain's prompts being resampled within it, so that a domain with
-    many prompts counts no more than one with few. A domain of a single prompt has no interval and is left out, and
-    with it the whole.
+    Over all domains it is the mean of their means, each domain's prompts being resampled within it, so that a domain
+    with many prompts counts no more than one with few. A domain of a single prompt has no interval and is left out,
+    and with it the whole.
 
     Args:
         per_prompt: by domain, by selector, one value a prompt; the selectors of a domain have the same prompts in the

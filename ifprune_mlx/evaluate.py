@@ -1,14 +1,14 @@
 """Measures selectors by the loss of given answers, each beside its controls at the same density (DESIGN.md section 3,
 idea 7).
 
-The loss is the negative log likelihood of the answer's tokens, teacher-forced, in nats per token. A row's tokens are all
-computed under its selection, those of the prompt too, but for `activation`, which keeps its dense prefill.
+The loss is the negative log likelihood of the answer's tokens, teacher-forced, in nats per token. All tokens of a row
+are computed under its selection, those of the prompt too, but for `activation`, which keeps its dense prefill.
 
 dense              all neurons
 learned            what the predictor selects for the prompt
 static             what the prior selects
 static-own         the same from a prior measured on the answers to the *other* prompts of the domain, in ten folds
-activation         what the prompt's activations and the prior select; the prompt stays dense, as it does when generating
+activation         what the prompt's activations and the prior select; the prompt stays dense, as when generating
 activation-sliced  the same selection, the prompt computed under it: what `mismatched` compares with
 random             arbitrary neurons
 matched            the selection that the next two take from elsewhere: `learned` or `activation-sliced`, as a rule
@@ -36,6 +36,7 @@ from .errors import DataError, IfpruneError
 from .history import History
 from .importance import ImportanceRecorder, fuse_ranks, recorded
 from .model import Model, Progress
+from .overlap import Overlap, mean_overlaps
 from .selection import Scores, Selection, top_k
 from .selectors import Instruction, RandomSelector, Selector, StaticSelector, make_selector
 
@@ -115,61 +116,6 @@ class Row:
             "tokens": sum(self.tokens),
             "n": len(self.per_prompt),
             "per_prompt": list(self.per_prompt),
-        }
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """How much the selections that a selector makes for different prompts have in common.
-
-    Attributes:
-        domains: for every two domains, mean overlap over the pairs of different prompts, per FFN float64 `[FFNs]`; None
-            where there is no such pair.
-        chance: what two arbitrary selections share.
-    """
-
-    domains: dict[str, dict[str, npt.NDArray[np.float64] | None]]
-    chance: float
-
-    @property
-    def within_by_layer(self) -> list[float] | None:
-        """Per FFN, mean over domains of the overlap of two prompts of that domain; None if no domain has two."""
-        return _mean([row[name] for name, row in self.domains.items()])
-
-    @property
-    def across_by_layer(self) -> list[float] | None:
-        """Per FFN, mean over pairs of different domains; None if there is one domain only."""
-        return _mean([layers for name, row in self.domains.items() for other, layers in row.items() if other != name])
-
-    @property
-    def within(self) -> float | None:
-        """Mean of `within_by_layer`."""
-        return None if self.within_by_layer is None else float(np.mean(self.within_by_layer))
-
-    @property
-    def across(self) -> float | None:
-        """Mean of `across_by_layer`."""
-        return None if self.across_by_layer is None else float(np.mean(self.across_by_layer))
-
-    def agreement(self, overlap: float | None) -> float | None:
-        """Overlap beyond chance, as `Selection.agreement` has it: 1 for the same neurons, 0 for arbitrary ones."""
-        if overlap is None:
-            return None
-        return 1.0 if self.chance == 1 else (overlap - self.chance) / (1 - self.chance)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
-        return {
-            "within": self.within,
-            "across": self.across,
-            "agreement_within": self.agreement(self.within),
-            "agreement_across": self.agreement(self.across),
-            "within_by_layer": self.within_by_layer,
-            "across_by_layer": self.across_by_layer,
-            "domains": {
-                name: {other: None if layers is None else float(layers.mean()) for other, layers in row.items()}
-                for name, row in self.domains.items()
-            },
         }
 
 
@@ -280,8 +226,8 @@ def compare(
         data: examples by domain.
         names: of `ROWS`, in the order wanted.
         keep: per FFN, *k*.
-        matched: what `matched`, `mismatched` and `cross-domain` are about; None takes the predictor, or `activation` where
-            the checkpoint has none.
+        matched: what `matched`, `mismatched` and `cross-domain` are about; None takes the predictor, or `activation`
+            where the checkpoint has none.
         progress: called with (tokens read, tokens to read), over all rows.
 
     Raises:
@@ -338,38 +284,6 @@ def answer_nll(
     return np.concatenate(losses)
 
 
-def mean_overlaps(selections: Mapping[str, Sequence[Selection]]) -> Overlap:
-    """Mean pairwise overlap of the selections of different prompts.
-
-    Args:
-        selections: by domain; all of the same widths and the same *k* per FFN.
-    """
-    counts = [len(chosen) for chosen in selections.values()]
-    flat = [selection for chosen in selections.values() for selection in chosen]
-    ends = np.cumsum(counts)
-    slices = {name: slice(end - count, end) for name, end, count in zip(selections, ends, counts, strict=True)}
-    domains: dict[str, dict[str, npt.NDArray[np.float64] | None]] = {
-        name: {
-            other: np.zeros(len(flat[0].widths)) if name != other or counts[index] > 1 else None for other in selections
-        }
-        for index, name in enumerate(selections)
-    }
-    for layer, (width, k) in enumerate(zip(flat[0].widths, flat[0].keep, strict=True)):
-        chosen = np.zeros((len(flat), width), np.float32)
-        for row, selection in zip(chosen, flat, strict=True):
-            row[selection.ids[layer]] = 1
-        shares = (chosen @ chosen.T).astype(np.float64) / k
-        for name, row_of in domains.items():
-            for other, layers in row_of.items():
-                if layers is None:
-                    continue
-                block = shares[slices[name], slices[other]]
-                same = len(block) if name == other else 0  # a selection with itself is no pair
-                layers[layer] = (block.sum() - same) / (block.size - same)
-    widths, keep = flat[0].widths, flat[0].keep
-    return Overlap(domains, sum(k / width for k, width in zip(keep, widths, strict=True)) / len(widths))
-
-
 def derangement(count: int, generator: np.random.Generator) -> npt.NDArray[np.int64]:
     """A random cyclic order: `[count]`, for each its successor, which is never itself (with two or more)."""
     order = generator.permutation(count)
@@ -394,12 +308,13 @@ class _Comparison:
         self._model, self._data, self._names, self._keep, self._seed = model, data, names, keep, seed
         self._report = progress or (lambda done, total: None)
         _check(data, names)
-        self._matched = self._choosers = None
+        self._choosers: dict[str, Selector] = {}
+        self._matched: str | None = None
         if any(name in _OF_MATCHED for name in names):
             default = "learned" if model.checkpoint.has_predictor else "activation"
             matched = matched or make_selector(model, default, seed=seed)
             self._matched = matched.name
-        self._choosers = {matched.name: matched} if matched is not None else {}
+            self._choosers[matched.name] = matched
         for name in names:
             owner = _OWNERS.get(name)
             if owner is not None and owner not in self._choosers:
@@ -472,8 +387,9 @@ class _Comparison:
         if "dense" in self._names:
             self._losses["dense", domain].append(loss)
         weight = float(example.mask.sum())
-        for total, values in zip(self._sums[domain][index % _FOLDS], importance, strict=True):
-            total += values.astype(np.float64) ** 2 * weight
+        sums = self._sums[domain][index % _FOLDS]
+        for layer, values in enumerate(importance):
+            sums[layer] += values.astype(np.float64) ** 2 * weight
         self._weights[domain][index % _FOLDS] += weight
         if "oracle" in self._names:
             model.switch(top_k(fuse_ranks(importance, model.prior, _ORACLE_SHARE), self._keep, "oracle"))
@@ -493,7 +409,7 @@ class _Comparison:
         if name == "matched":
             return chosen[domain][index]
         if name == "mismatched":
-            return chosen[domain][self._same[domain][index]]
+            return chosen[domain][int(self._same[domain][index])]
         other, place = self._other[domain][index]
         return chosen[other][place]
 
@@ -533,8 +449,8 @@ class _Comparison:
         loss = float(losses.mean(dtype=np.float64))
         if not np.isfinite(loss):
             raise IfpruneError(
-                f"{name}, domain {domain!r}, prompt {index + 1}: the loss is not a finite number; the weights are damaged "
-                "or float16 overflows, try --dtype float32 or bfloat16"
+                f"{name}, domain {domain!r}, prompt {index + 1}: the loss is not a finite number; the weights are "
+                "damaged or float16 overflows, try --dtype float32 or bfloat16"
             )
         return loss
 
@@ -603,8 +519,3 @@ def _prompt_length(example: Example) -> int:
 
 def _chunks(begin: int, end: int) -> list[tuple[int, int]]:
     return [(start, min(start + _CHUNK, end)) for start in range(begin, end, _CHUNK)]
-
-
-def _mean(layers: Sequence[npt.NDArray[np.float64] | None]) -> list[float] | None:
-    known = [values for values in layers if values is not None]
-    return np.mean(known, axis=0).tolist() if known else None

@@ -36,9 +36,13 @@ ORDER = (
     "generation",
     "session",
     "bench",
+    "bootstrap",
+    "overlap",
+    "evaluate",
+    "doctor",
 )
 # The modules of `ifprune_mlx.train`, likewise. They may import anything of ORDER, and nothing of it imports them.
-TRAIN = ("data",)
+TRAIN = ("data", "targets", "distill")
 FILES = sorted((name, file) for name, folder in PACKAGES.items() for file in folder.rglob("*.py"))
 # Of the packages themselves; everything that may import them is below them.
 MAY_IMPORT = {

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import typer
 
-from . import bench, chat, convert, demo, generate, info, select, train
+from . import bench, chat, convert, demo, doctor, evaluate, generate, info, select, train
 
 app = typer.Typer(
     name="ifprune",
@@ -43,6 +43,8 @@ app.command("info")(info.info)
 app.command("demo")(demo.demo)
 app.command("train")(train.train)
 app.command("bench")(bench.bench)
+app.command("evaluate")(evaluate.evaluate)
+app.command("doctor")(doctor.doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
