@@ -326,8 +326,9 @@ class _Comparison:
         }
         widths = [spec.d_ffn for spec in model.checkpoint.layout.ffns]
         # Per domain and fold, sums over answer tokens of squared importance, and the tokens; see `_own_prior`.
-        self._sums = {domain: [[np.zeros(width) for width in widths] for _ in range(_FOLDS)] for domain in data}
-        self._weights = {domain: np.zeros(_FOLDS) for domain in data}
+        own = data if "static-own" in names else ()
+        self._sums = {domain: [[np.zeros(width) for width in widths] for _ in range(_FOLDS)] for domain in own}
+        self._weights = {domain: np.zeros(_FOLDS) for domain in own}
         self._own: dict[tuple[str, int], Selection] = {}
         self._losses: dict[tuple[str, str], list[float]] = {(name, domain): [] for domain in data for name in names}
         self._same = {domain: derangement(len(data[domain]), _generator(seed, domain)) for domain in data}
@@ -386,11 +387,11 @@ class _Comparison:
             importance = recorder.importance(model.down_norms)
         if "dense" in self._names:
             self._losses["dense", domain].append(loss)
-        weight = float(example.mask.sum())
-        sums = self._sums[domain][index % _FOLDS]
-        for layer, values in enumerate(importance):
-            sums[layer] += values.astype(np.float64) ** 2 * weight
-        self._weights[domain][index % _FOLDS] += weight
+        if "static-own" in self._names:
+            weight, fold = float(example.mask.sum()), index % _FOLDS
+            for layer, values in enumerate(importance):
+                self._sums[domain][fold][layer] += values.astype(np.float64) ** 2 * weight
+            self._weights[domain][fold] += weight
         if "oracle" in self._names:
             model.switch(top_k(fuse_ranks(importance, model.prior, _ORACLE_SHARE), self._keep, "oracle"))
             self._losses["oracle", domain].append(self._measure("oracle", domain, index, example))

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 NOT_DYNAMIC = 3
 """Exit code of `--strict` for every other verdict; 1 is for what cannot be judged, as with all commands."""
 
+# For a verdict within minutes on two CPU cores; the shipped chats have five sources.
+_LIMIT, _SHIPPED_LIMIT = 20, 8
+
 
 class JudgedName(str, Enum):
     """The selectors that read the instruction."""
@@ -37,8 +40,14 @@ def doctor(
     ] = None,
     density: DensityOption = None,
     limit: Annotated[
-        int, typer.Option("--limit", metavar="N", min=2, help="Prompts per domain, picked by the seed.")
-    ] = 20,
+        Optional[int],
+        typer.Option(
+            "--limit",
+            metavar="N",
+            min=2,
+            help=f"Prompts per domain, picked by the seed.  [default: {_LIMIT}; {_SHIPPED_LIMIT} without --data]",
+        ),
+    ] = None,
     max_length: MaxLengthOption = 256,
     seed: Annotated[
         int, typer.Option("--seed", help="Seed of the pick, the random rows, the other prompts and the bootstrap.")
@@ -59,8 +68,9 @@ def doctor(
     from ifprune_mlx.doctor import DYNAMIC, diagnose
 
     if data:
-        records = read_data(data)
+        records, count = read_data(data), limit or _LIMIT
     else:
+        count = limit or _SHIPPED_LIMIT
         note(
             "no --data: judging on the shipped calibration chats; the prior was measured on such, which favours static"
         )
@@ -69,7 +79,7 @@ def doctor(
     name = selector.value if selector is not None else "learned" if loaded.checkpoint.has_predictor else "activation"
     chooser = make_selector(loaded, name, seed=seed)
     keep = loaded.keep(density)
-    examples = sample(loaded, tokenizer, records, limit, max_length, seed, note)
+    examples = sample(loaded, tokenizer, records, count, max_length, seed, note)
     with progress("doctor", "tokens") as update:
         diagnosis = diagnose(loaded, examples, chooser, keep, seed=seed, progress=update)
     if json:

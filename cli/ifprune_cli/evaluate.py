@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from .console import note, progress, result_json
-from .loading import load_model
+from .loading import load_model, open_checkpoint
 from .options import DensityOption, DtypeOption, ModelOption, TrustOption
 
 if TYPE_CHECKING:
@@ -80,7 +80,13 @@ def evaluate(
 
     if not data:
         raise DataError("evaluate needs data; give --data NAME=FILE.jsonl, once for every domain")
+    # Whatever can be wrong is better found before hours of measuring than after them.
+    if json is not None and not json.parent.is_dir():
+        raise IfpruneError(f"--json {json}: no such folder; make it first")
     records = read_data(data)
+    for folder in (healed_static, healed_dense):
+        if folder is not None:
+            open_checkpoint(folder)
     loaded, tokenizer = load_model(model, dtype, trust_remote_code)
     names = available_rows(loaded, len(records)) if selectors is None else _names(selectors)
     share = loaded.checkpoint.layout.density if density is None else density
@@ -100,16 +106,18 @@ def evaluate(
         arm.close()
         result = result.with_rows(other, {name: row})
     value = result.to_dict()
-    if json is not None and str(json) != "-":
-        import json as encoder
-
-        text = encoder.dumps(value) + "\n"
-        write_atomic(json, lambda file: file.write_text(text, encoding="utf-8"), IfpruneError)
-    if json is not None and str(json) == "-":
-        result_json(value)
-    else:
-        print("\n".join([*_table(result), *_difference_table(result)]))
+    if json is None or str(json) != "-":
+        print("\n".join([*_table(result), *_difference_table(result)]), flush=True)
     _notes(result)
+    if json is None:
+        return
+    if str(json) == "-":
+        result_json(value)
+        return
+    import json as encoder
+
+    text = encoder.dumps(value) + "\n"
+    write_atomic(json, lambda file: file.write_text(text, encoding="utf-8"), IfpruneError)
 
 
 def read_data(given: Sequence[str]) -> Records:
@@ -175,7 +183,7 @@ def sample(
                 examples[domain].append(example)
         told = [f"domain {domain!r}: {count} chats left out: {reason}" for reason, count in reasons.items()]
         if not examples[domain]:
-            raise DataError(f"{told[0]}; none is left" if told else f"domain {domain!r} has no chats")
+            raise DataError(f"{told[0] if told else f'domain {domain!r} is empty'}; none is left, give other chats")
         for line in told:
             report(line)
     return examples

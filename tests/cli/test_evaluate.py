@@ -1,0 +1,207 @@
+"""`ifprune evaluate` and `ifprune doctor` on the tiny checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ifprune_cli.doctor import NOT_DYNAMIC
+from ifprune_convert.pipeline import Options, convert
+from ifprune_convert.readers import open_source
+from tests.cli.process import run_here
+from tests.cli.test_generate import answer, succeed
+from tests.tiny import write_checkpoint
+from tests.tiny_predictor import write_predictor
+
+WORDS = ["sort", "list", "sum", "river", "moon", "add", "tree", "loop", "song", "seven", "graph", "tea"]
+ALL = [
+    "dense", "learned", "static", "static-own", "activation", "activation-sliced", "random", "mismatched",
+    "cross-domain", "oracle",
+]  # fmt: skip
+
+
+def write(file: Path, values: list[Any]) -> Path:
+    file.write_text("".join(f"{json.dumps(value)}\n" for value in values), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("data")
+    code = [{"prompt": f"write {word}", "completion": f"def {word}(): pass"} for word in WORDS]
+    maths = [
+        {"messages": [{"role": "user", "content": f"count {w}"}, {"role": "assistant", "content": f"{w}: {len(w)}"}]}
+        for w in WORDS
+    ]
+    return {"code": write(folder / "code.jsonl", code), "maths": write(folder / "maths.jsonl", maths)}
+
+
+@pytest.fixture(scope="module")
+def with_predictor(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint with an arbitrary predictor."""
+    folder = tmp_path_factory.mktemp("predictor")
+    write_checkpoint(folder / "plain")
+    predictor = write_predictor(folder / "head")
+    convert(open_source(folder / "source-of-plain"), folder / "checkpoint", Options(predictor=predictor))
+    return folder / "checkpoint"
+
+
+def options(files: dict[str, Path]) -> list[str]:
+    return [option for name, file in files.items() for option in ("--data", f"{name}={file}")]
+
+
+def test_everything_in_one_table_and_one_file(with_predictor: Path, files: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    arguments = ["evaluate", "--model", with_predictor, *options(files), "--density", "0.5", "--limit", "3"]
+    done = succeed(*arguments, "--json", out, "--healed-static", with_predictor, "--healed-dense", with_predictor)
+    value = json.loads(out.read_text())
+    assert out.read_text().count("\n") == 1
+    assert (value["density"], value["matched"]) == (0.5, "learned")
+    names = [*ALL, "healed-static", "healed-dense"]
+    assert [row["selector"] for row in value["rows"]] == [name for name in names for _ in range(2)]
+    assert {(row["domain"], row["n"], len(row["per_prompt"])) for row in value["rows"]} == {
+        ("code", 3, 3),
+        ("maths", 3, 3),
+    }
+    nll = {(row["selector"], row["domain"]): row["nll"] for row in value["rows"]}
+    assert nll["healed-dense", "code"] == pytest.approx(nll["dense", "code"], abs=1e-5)
+    assert nll["healed-static", "maths"] == pytest.approx(nll["static", "maths"], abs=1e-5)
+    assert value["overlap"].keys() == {"learned", "activation"}
+    # The table says the same.
+    lines = done.stdout.splitlines()
+    for name in names:
+        (line,) = [line for line in lines if line.split()[:1] == [name] and line.split()[1] != "-"]
+        figures = [float(cell) for cell in line.split()[1:]]
+        both = [nll[name, "code"], nll[name, "maths"]]
+        assert figures == pytest.approx([*both, sum(both) / 2], abs=6e-4)
+    assert any(line.startswith("learned - mismatched ") for line in lines)
+    assert any(line.startswith("learned - healed-static ") for line in lines)
+    assert "selections that learned made from another prompt" in done.stderr
+    assert "activation reads the prompt densely" in done.stderr
+
+
+def test_json_on_stdout_is_one_line(tiny_checkpoint: Path, files: dict[str, Path]) -> None:
+    names = "static, mismatched,dense"
+    done = succeed("evaluate", "--model", tiny_checkpoint, *options(files), "--selectors", names, "--json", "-")
+    assert done.stdout.count("\n") == 1
+    value = answer(done)
+    assert [row["selector"] for row in value["rows"][::2]] == ["static", "mismatched", "dense"]
+    assert {row["n"] for row in value["rows"]} == {len(WORDS)}
+    assert value["matched"] == "activation"
+
+
+def test_the_pick_depends_on_seed_and_prompts_alone(
+    tiny_checkpoint: Path, files: dict[str, Path], tmp_path: Path
+) -> None:
+    lines = files["code"].read_text().splitlines(keepends=True)
+    shuffled = tmp_path / "shuffled.jsonl"
+    shuffled.write_text("".join([*lines[5:], *lines[:5], *lines]))
+
+    def picked(file: Path, seed: int) -> list[str]:
+        arguments = ["--selectors", "dense", "--limit", "4", "--seed", str(seed), "--json", "-"]
+        done = succeed("evaluate", "--model", tiny_checkpoint, "--data", f"x={file}", *arguments)
+        assert ("which repeat the prompt of another" in done.stderr) == (file == shuffled)
+        keys: list[str] = answer(done)["prompts"]["x"]
+        return keys
+
+    assert picked(files["code"], 0) == picked(shuffled, 0)
+    assert len(set(picked(files["code"], 0))) == 4
+    assert picked(files["code"], 0) != picked(files["code"], 1)
+
+
+def test_what_is_left_out_is_said(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    good = [{"prompt": f"p{i}", "completion": "c"} for i in range(2)]
+    file = write(tmp_path / "x.jsonl", [*good, {"prompt": "no answer"}, {"prompt": "long " * 50, "completion": "c"}])
+    arguments = ["--data", f"x={file}", "--selectors", "dense", "--max-length", "60"]
+    done = succeed("evaluate", "--model", tiny_checkpoint, *arguments)
+    assert f"{file}, line 3: " in done.stderr
+    assert "domain 'x': 1 chats left out: the answer begins after 60 tokens" in done.stderr
+    assert "(2 x)" in done.stdout
+
+
+def test_doctor_judges_an_arbitrary_predictor(with_predictor: Path, files: dict[str, Path]) -> None:
+    arguments = ["doctor", "--model", with_predictor, *options(files), "--density", "0.5", "--limit", "6"]
+    done = succeed(*arguments, "--json")
+    assert done.stdout.count("\n") == 1
+    value = answer(done)
+    assert value["verdict"] in ("static", "broken")
+    assert (value["selector"], value["density"]) == ("learned", 0.5)
+    assert value["domains"] == {"code": 6, "maths": 6}
+    for key in ("matched_nll", "mismatched_nll", "cross_domain_nll", "static_nll"):
+        assert value[key] > 0
+    assert 0 < value["overlap_across"] <= 1
+    plain = succeed(*arguments)
+    assert plain.stdout == f"{value['explanation']}\n"
+    assert "nats per answer token: matched " in plain.stderr
+    # A script that wants to know asks for it.
+    assert run_here(*arguments, "--strict").returncode == NOT_DYNAMIC
+
+
+def test_doctor_calls_a_predictor_of_nan_broken(tmp_path: Path, files: dict[str, Path]) -> None:
+    write_checkpoint(tmp_path / "plain")
+    predictor = write_predictor(tmp_path / "head", poison=True)
+    convert(open_source(tmp_path / "source-of-plain"), tmp_path / "checkpoint", Options(predictor=predictor))
+    value = answer(succeed("doctor", "--model", tmp_path / "checkpoint", *options(files), "--json"))
+    assert (value["verdict"], value["matched_nll"]) == ("broken", None)
+    assert "NaN" in value["explanation"]
+
+
+def test_doctor_without_data_takes_the_shipped_chats_and_says_so(tiny_checkpoint: Path) -> None:
+    arguments = ["--density", "0.5", "--limit", "2", "--max-length", "400", "--json"]
+    done = succeed("doctor", "--model", tiny_checkpoint, *arguments)
+    assert "the prior was measured on such" in done.stderr
+    value = answer(done)
+    assert value["selector"] == "activation"
+    assert value["domains"].keys() == {"gsm8k", "mbpp", "oasst", "raschka", "seed"}
+
+
+CODE = "code={code}"
+BAD = {
+    "no data": (["evaluate"], ("--data",)),
+    "no name": (["evaluate", "--data", "{code}"], ("NAME=FILE",)),
+    "a name twice": (["evaluate", "--data", CODE, "--data", CODE], ("given twice",)),
+    "no such file": (["evaluate", "--data", "x={folder}/none.jsonl"], ("none.jsonl", "cannot be read")),
+    "no such model": (["evaluate", "--data", CODE, "--model", "{folder}/none"], ("none", "IFP checkpoint")),
+    "no such arm": (["evaluate", "--data", CODE, "--healed-static", "{folder}/none"], ("none", "IFP checkpoint")),
+    "an arm of other tokens": (["evaluate", "--data", CODE, "--healed-dense", "{other}"], ("other tokens",)),
+    "a folder that is none": (["evaluate", "--data", CODE, "--json", "{folder}/none/x.json"], ("no such folder",)),
+    "an unknown selector": (["evaluate", "--data", CODE, "--selectors", "dense,statik"], ("'statik'", "static-own")),
+    "no selectors": (["evaluate", "--data", CODE, "--selectors", ","], ("empty",)),
+    "learned without a predictor": (["evaluate", "--data", CODE, "--selectors", "learned"], ("no trained predictor",)),
+    "one domain": (["evaluate", "--data", CODE, "--selectors", "cross-domain"], ("two domains",)),
+    "one prompt": (["evaluate", "--data", CODE, "--selectors", "mismatched", "--limit", "1"], ("has 1 usable",)),
+    "the name all": (["evaluate", "--data", "all={code}"], ("'all'",)),
+    "plain text": (["evaluate", "--data", "x={text}"], ("plain text", "'x'")),
+    "nothing in reach": (["evaluate", "--data", CODE, "--max-length", "5"], ("none is left",)),
+    "a density above 1": (["evaluate", "--data", CODE, "--density", "2"], ("density 2",)),
+    "doctor: too few": (["doctor", "--data", CODE, "--limit", "4"], ("too few for a verdict",)),
+    "doctor: no predictor": (["doctor", "--data", CODE, "--selector", "learned"], ("no trained predictor",)),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(name: str, tiny_checkpoint: Path, files: dict[str, Path], tmp_path: Path) -> None:
+    arguments, words = BAD[name]
+    places = {
+        "code": files["code"],
+        "folder": tmp_path,
+        "text": write(tmp_path / "text.jsonl", [{"text": "once upon a time"}]),
+        "other": tmp_path / "other",
+    }
+    if "{other}" in arguments:
+        shutil.copytree(tiny_checkpoint, places["other"])
+        settings = places["other"] / "tokenizer_config.json"
+        changed = settings.read_text().replace("assistant", "robot    ")
+        settings.write_text(changed)
+    filled = [argument.format(**places) for argument in arguments]
+    model = [] if "--model" in filled else ["--model", str(tiny_checkpoint)]
+    done = run_here(*filled, *model)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("ifprune: ")]
+    assert done.returncode == 1
+    assert (len(lines), done.stdout) == (1, "")
+    assert "Traceback" not in done.stderr
+    assert all(word in lines[0] for word in words), lines
