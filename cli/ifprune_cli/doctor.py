@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from .console import note, progress, result_json
-from .evaluate import DataOption, MaxLengthOption, Records, read_data, sample
+from .evaluate import MaxLengthOption, Records, read_data, sample
 from .loading import load_model
-from .options import DensityOption, DtypeOption, ModelOption, TrustOption
+from .options import DataOption, DensityOption, DtypeOption, ModelOption, TrustOption
 
 if TYPE_CHECKING:
     from ifprune_mlx.doctor import Diagnosis

@@ -11,7 +11,7 @@ import typer
 
 from .console import note, progress, result_json
 from .loading import load_model, open_checkpoint
-from .options import DensityOption, DtypeOption, ModelOption, TrustOption
+from .options import DataOption, DensityOption, DtypeOption, ModelOption, TrustOption, named_files
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -23,14 +23,6 @@ if TYPE_CHECKING:
 Records = dict[str, list["Record"]]
 Examples = dict[str, list["Encoded"]]
 
-DataOption = Annotated[
-    Optional[list[str]],
-    typer.Option(
-        "--data",
-        metavar="NAME=FILE",
-        help="A domain's chats, JSON lines with messages or with prompt and completion; repeatable.",
-    ),
-]
 MaxLengthOption = Annotated[
     int, typer.Option("--max-length", min=2, help="Tokens of a chat that are read; the rest is cut off.")
 ]
@@ -126,19 +118,10 @@ def read_data(given: Sequence[str]) -> Records:
     Raises:
         DataError: if an option is malformed, a name comes twice, or a file cannot be used.
     """
-    from ifprune_mlx import DataError
     from ifprune_mlx.train.data import read_records
 
-    files: dict[str, Path] = {}
-    for text in given:
-        name, _, file = text.partition("=")
-        if not name.strip() or not file:
-            raise DataError(f"--data {text}: expected NAME=FILE, such as code=code.jsonl")
-        if name in files:
-            raise DataError(f"--data {text}: domain {name!r} is given twice; put its chats into one file")
-        files[name] = Path(file)
     result: Records = {}
-    for name, path in files.items():
+    for name, path in named_files(given).items():
         records = read_records(path, name, report=note)
         result[name] = list({record.key: record for record in reversed(records)}.values())[::-1]
         if len(result[name]) < len(records):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -92,26 +93,30 @@ TrustOption = Annotated[
 ]
 
 DataOption = Annotated[
-    list[str],
-    typer.Option("--data", metavar="NAME=FILE", help="Chats (JSON lines) of a domain called NAME; repeatable."),
+    Optional[list[str]],
+    typer.Option(
+        "--data",
+        metavar="NAME=FILE",
+        help="A domain's chats, JSON lines with messages or with prompt and completion; repeatable.",
+    ),
 ]
 
 
-def named_files(values: list[str]) -> dict[str, Path]:
+def named_files(values: Sequence[str]) -> dict[str, Path]:
     """The files of `--data NAME=FILE` options, by name.
 
     Raises:
-        IfpruneError: if one is not of that form, or a name is given twice.
+        DataError: if one is not of that form, or a name is given twice.
     """
-    from ifprune_mlx.errors import IfpruneError
+    from ifprune_mlx.errors import DataError
 
     files: dict[str, Path] = {}
     for value in values:
         name, separator, file = value.partition("=")
         if not (name.strip() and separator and file):
-            raise IfpruneError(f"--data {value!r}: write it as NAME=FILE, such as code=chats.jsonl")
+            raise DataError(f"--data {value}: expected NAME=FILE, such as code=code.jsonl")
         if name in files:
-            raise IfpruneError(f"--data {value!r}: the name {name!r} is given twice; put the chats into one file")
+            raise DataError(f"--data {value}: domain {name!r} is given twice; put its chats into one file")
         files[name] = Path(file)
     return files
 

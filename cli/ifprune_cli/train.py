@@ -22,8 +22,8 @@ class StageName(str, Enum):
 
 
 def train(
-    data: DataOption,
     output: Annotated[Path, typer.Option("--output", metavar="FOLDER", help="Where the predictor is written.")],
+    data: DataOption = None,
     model: ModelOption = None,
     stage: Annotated[StageName, typer.Option("--stage", help="What to train.")] = StageName.distill,
     layers: Annotated[int, typer.Option("--layers", min=1, help="The predictor reads this many first layers.")] = 12,
@@ -48,7 +48,9 @@ def train(
     from ifprune_mlx.train.distill import distill
     from ifprune_mlx.train.targets import measure
 
-    files = named_files(data)
+    files = named_files(data or [])
+    if not files:
+        raise DataError("training needs data; give --data NAME=FILE.jsonl, once for every domain")
     loaded, tokenizer = load_model(model, dtype, trust_remote_code=False)
     depth = len(loaded.layers)
     if layers > depth:

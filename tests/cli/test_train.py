@@ -1,4 +1,4 @@
-"""`ifprune train` on the tiny model: a predictor comes out that `convert --predictor` takes, and bad input is one line."""
+"""`ifprune train` on the tiny model: out comes a predictor that `convert --predictor` takes; bad input is one line."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_distil_convert_and_select(tiny_checkpoint: Path, tmp_path: Path, chats:
     ("changes", "words"),
     [
         (["--layers", "3"], "--layers 3: the model has 2"),
-        (["--data", "nothing"], "write it as NAME=FILE"),
+        (["--data", "nothing"], "expected NAME=FILE"),
         (["--data", "code=again.jsonl"], "'code' is given twice"),
         (["--data", "other=missing.jsonl"], "missing.jsonl"),
         (["--limit", "5"], "too few to distil"),
