@@ -49,7 +49,18 @@ app.command("doctor")(doctor.doctor)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; the process exits with 0, 1 (it failed), 2 (wrong usage) or 130 (Ctrl-C)."""
-    sys.exit(run(sys.argv[1:] if arguments is None else list(arguments)))
+    code = run(sys.argv[1:] if arguments is None else list(arguments))
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BrokenPipeError:
+        code = 1
+    except OSError as exc:
+        print(f"ifprune: error: the output cannot be written ({exc.strerror or exc})", file=sys.stderr)
+        code = 1
+    # Leave at once: everything is written, and the exit handlers of numerical libraries can hang while they wait for
+    # each other's threads (seen with a preloaded OpenBLAS, docs/log.md).
+    os._exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:
