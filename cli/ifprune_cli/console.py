@@ -116,9 +116,8 @@ def footer(stats: Stats) -> str:
     what = stats.selector if stats.selection is None else f"{stats.selector} {stats.density:.2f}"
     active = f"{_whole(stats.active_parameters)}/{_whole(stats.total_parameters)}"
     before = stats.select_s + stats.switch_s + stats.prefill_s
-    return (
-        f"[{what}, {active} | first token {before:.2f} s | {stats.completion_tokens} at {stats.tokens_per_s:.1f} tok/s]"
-    )
+    speed = f"{stats.completion_tokens} tokens at {stats.tokens_per_s:.1f}/s"
+    return f"[{what} | {active} active | first token {before:.2f} s | {speed}]"
 
 
 def report(stats: Stats) -> str:

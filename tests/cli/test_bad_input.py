@@ -338,7 +338,7 @@ def unknown_option(at: Place) -> Bad:
 
 @case
 def unknown_command(at: Place) -> Bad:
-    return Bad(["train"], ("train", "ifprune --help"), code=2)
+    return Bad(["trian"], ("trian", "ifprune --help"), code=2)
 
 
 # Prompts.

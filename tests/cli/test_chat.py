@@ -94,7 +94,7 @@ def test_commands_say_what_they_did(piped: Piped) -> None:
     assert done.returncode == 0
     said = "\n".join(notes(done))
     for words in (
-        "density 0.69, 0.1M of 0.1M parameters active",
+        "density 0.88, 0.1M of 0.1M parameters active",
         "density 0.25, 0.1M of 0.1M parameters active; the next message selects",
         "dense, all 0.1M parameters",
         "activation selector, density 0.25",

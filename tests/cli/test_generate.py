@@ -57,7 +57,7 @@ def test_json_has_the_agreed_keys(command: Command, tiny: tuple[Model, Any]) -> 
     assert value["text"] == generate(model, tokenizer, messages, max_tokens=8)
     assert (value["finish_reason"], value["completion_tokens"]) in {("length", 8), ("stop", value["completion_tokens"])}
     assert value["selector"] == "activation"
-    assert value["density"] == 0.6875
+    assert value["density"] == 0.875
     assert value["overlap"] is None
     assert len(value["selection"]) == 16
     assert value["active_parameters"] < value["total_parameters"] == model.total_parameters
@@ -80,9 +80,9 @@ def test_plain_output_is_the_answer_alone(command: Command) -> None:
     text = answer(command("--prompt", "hello", "--json"))["text"]
     done = command("--prompt", "hello")
     assert done.stdout == f"{text}\n"
-    (figures,) = done.stderr.splitlines()
-    assert figures.startswith("[activation 0.69 | ")
-    assert "8 tokens" in figures
+    what, times = done.stderr.splitlines()
+    assert what.startswith("[activation, density 0.88 | ")
+    assert "8 tokens" in times
 
 
 def test_the_prompt_may_come_from_stdin(command: Command) -> None:
