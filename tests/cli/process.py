@@ -16,7 +16,11 @@ from ifprune_cli.main import run as run_command_line
 ROOT = Path(__file__).parents[2]
 Argument = str | bytes | Path
 
-_PROGRAM = "import runpy; {}; runpy.run_module('ifprune_cli.main', run_name='__main__', alter_sys=True)"
+# A run of the tests in the background ignores SIGINT, and its children would with it: they get Python's handler back.
+_PROGRAM = (
+    "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); {}; "
+    "runpy.run_module('ifprune_cli.main', run_name='__main__', alter_sys=True)"
+)
 
 
 def full_disk(size: int) -> str:
