@@ -214,6 +214,7 @@ class Session:
             "system_prompt": self.system_prompt,
             "policy": self.policy,
             "dense": self.dense,
+            "keep": list(self._keep),
             "instruction": self._instruction,
             "selection": None if selection is None else _pack(selection),
             "messages": self.messages,
@@ -230,9 +231,12 @@ class Session:
         path = Path(path)
         if not path.is_file():
             raise ChatFileError(f"{path}: no such saved chat")
-        state = read_json_object(path, ChatFileError)
+        try:
+            state = read_json_object(path, ChatFileError)
+        except ChatFileError:
+            raise ChatFileError(f"{path}: not a saved chat, or damaged; give a file that /save wrote") from None
         if state.get("format") != _FILE_FORMAT:
-            raise ChatFileError(f"{path}: not a saved chat of format {_FILE_FORMAT}; save it again with this release")
+            raise ChatFileError(f"{path}: not a saved chat of format {_FILE_FORMAT}; give a file that /save wrote")
         if state.get("checkpoint") != self.model.checkpoint.id:
             raise ChatFileError(f"{path}: was saved with another model; load that one to go on")
         try:
@@ -247,12 +251,16 @@ class Session:
                 self.model.check(selection)
             if policy == "task" and selection is None:
                 raise ValueError("a task without its selection")
+            keep = tuple(int(k) for k in state["keep"])
+            widths = [spec.d_ffn for spec in self.model.checkpoint.layout.ffns]
+            if len(keep) != len(widths) or not all(0 < k <= width for k, width in zip(keep, widths, strict=True)):
+                raise ValueError("neurons to keep that the model does not have")
             instruction = None if state["instruction"] is None else str(state["instruction"])
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, MemoryError, SelectionError) as exc:
             raise ChatFileError(f"{path}: the saved chat is damaged ({exc!r}); nothing was loaded") from None
         self.reset()
         self.messages, self.system_prompt, self.dense = messages, system, dense
-        self._selection, self._instruction = selection, instruction
+        self._selection, self._instruction, self._keep = selection, instruction, keep
         if policy == "task" and selection is not None:
             self._selector = FixedSelector(self.model, selection)
         elif self.policy == "task":

@@ -36,11 +36,16 @@ def bench(
     from ifprune_mlx.bench import bench as measure
     from ifprune_mlx.files import write_atomic
 
+    if json is not None and json.is_dir():
+        raise IfpruneError(f"--json {json}: is a folder; give a file, or - for stdout")
     if sys.platform == "linux" and "blas" not in os.environ.get("LD_PRELOAD", ""):
         note(
             "float32 is slow here: no BLAS is preloaded (on Debian: apt install libopenblas0-pthread, then make bench)"
         )
     loaded, _ = load_model(model, dtype, trust_remote_code=False)
+    length, limit = prompt_tokens + generation_tokens, loaded.context_length
+    if limit is not None and length > limit:
+        raise IfpruneError(f"{length} tokens to read and generate: the model's context holds {limit}; give fewer")
     keep = loaded.keep(density)
     chooser = make_selector(loaded, selector.value, seed=seed)
     with progress("bench", "rounds") as update:

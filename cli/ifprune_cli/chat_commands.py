@@ -107,6 +107,10 @@ class Commands:
     def _select(self, argument: str) -> None:
         session = self._session
         if not argument.endswith(".safetensors"):
+            if "/" in argument and " " not in argument:
+                raise IfpruneError(
+                    f"{_short(argument, 60)}: a selection file ends in .safetensors; to select by a text, write more"
+                )
             session.reselect(argument or None)
             session.dense = False
             note(f"selects anew at the next message, by {'this text' if argument else 'it'}")

@@ -103,7 +103,7 @@ def _count(value: float) -> str:
     for factor, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= factor:
             return f"{value / factor:.1f}{suffix}"
-    return f"{value:.0f}"
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
 
 
 def parameters(count: int) -> str:
@@ -112,23 +112,24 @@ def parameters(count: int) -> str:
 
 
 def footer(stats: Stats) -> str:
-    """One answer's figures in one line of a terminal: what selected, what was active, where the time went."""
-    what = stats.selector if stats.selection is None else f"{stats.selector} {stats.density:.2f}"
+    """One answer's figures in one line of a terminal: what selected which neurons, and where the time went."""
+    what = "dense" if stats.selection is None else f"{stats.selector} {stats.density:.2f} {stats.selection[:6]}"
     active = f"{_whole(stats.active_parameters)}/{_whole(stats.total_parameters)}"
     before = stats.select_s + stats.switch_s + stats.prefill_s
     speed = f"{stats.completion_tokens} tokens at {stats.tokens_per_s:.1f}/s"
-    return f"[{what} | {active} active | first token {before:.2f} s | {speed}]"
+    return f"[{what} | {active} | first token {before:.2f} s | {speed}]"
 
 
 def report(stats: Stats) -> str:
-    """One answer's figures in full, in two lines."""
-    what = stats.selector if stats.selection is None else f"{stats.selector}, density {stats.density:.2f}"
-    active = f"{parameters(stats.active_parameters)} of {parameters(stats.total_parameters)} parameters active"
-    overlap = "" if stats.overlap is None else f" | overlap {100 * stats.overlap:.0f} %"
+    """One answer's figures in full, a line each for what was active, what it took, and what it compares with."""
+    what = "dense" if stats.selection is None else f"{stats.selector} {stats.selection}, density {stats.density:.2f}"
+    cut = " | cut off by --max-tokens" if stats.finish_reason == "length" else ""
+    before = "first selection" if stats.overlap is None else f"overlap with the one before {100 * stats.overlap:.0f} %"
     return (
-        f"[{what} | {active}{overlap} | peak {stats.peak_memory / 1e9:.2f} GB]\n"
+        f"[{what} | {parameters(stats.active_parameters)} of {parameters(stats.total_parameters)} active]\n"
         f"[select {stats.select_s:.2f} + switch {stats.switch_s:.2f} + prefill {stats.prefill_s:.2f} "
-        f"+ decode {stats.decode_s:.2f} s | {stats.completion_tokens} tokens, {stats.tokens_per_s:.1f} tok/s]"
+        f"+ decode {stats.decode_s:.2f} s | {stats.completion_tokens} tokens, {stats.tokens_per_s:.1f} tok/s]\n"
+        f"[{before} | peak memory {stats.peak_memory / 1e9:.2f} GB{cut}]"
     )
 
 

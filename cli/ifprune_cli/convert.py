@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from .console import note, parameters, progress, result_json
 from .options import DtypeName, TrustOption
 
 SHIPPED = "shipped"
+_SLOW_WEIGHTS = 50_000_000
 
 
 class ModeName(str, Enum):
@@ -94,6 +96,10 @@ def convert(
         overwrite=overwrite,
     )
     source = open_source(model, trust_remote_code=trust_remote_code)
+    if examples is not None and mx.default_device() == mx.cpu and (quantize or dtype is not DtypeName.float32):
+        weights_count = sum(math.prod(shape) for shape in source.shapes.values())
+        if weights_count > _SLOW_WEIGHTS:
+            note("calibrating on a CPU is slow at half precision and quantized; --dtype float32 without -q is quicker")
     with progress("convert", "weights") as weights, progress("calibrate", "tokens") as tokens:
         conversion = run(
             source,

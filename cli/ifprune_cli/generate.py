@@ -72,8 +72,10 @@ def generate(
 
     chosen = None if selection is None else Selection.load(selection)
     budget = Budget(density, active_params, memory).arguments()
-    options = Sampling(temp, top_p, min_p, top_k, seed, kv_bits, kv_group_size, prefill_step_size).arguments()
+    sampling = Sampling(temp, top_p, min_p, top_k, seed, kv_bits, kv_group_size, prefill_step_size)
+    options = sampling.arguments()
     loaded, tokenizer = load_model(model, dtype, trust_remote_code)
+    sampling.check(loaded)
     if selection is not None and chosen is not None:
         check_selection(loaded, chosen, selection)
     said, response = "", None

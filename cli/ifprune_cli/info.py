@@ -53,13 +53,14 @@ def info(
     packed = (
         "float" if layout.down is None else "{mode}, {bits} bit, groups of {group_size}".format(**layout.down.to_dict())
     )
+    prior = "calibrated on chats" if checkpoint.prior_method == "calibrated" else "from the weights alone"
     rows = [
         ("checkpoint", str(checkpoint.path)),
         ("made from", f"{checkpoint.manifest['source']} (licence: {checkpoint.manifest['licence'] or 'not stated'})"),
         ("model type", str(checkpoint.config["model_type"])),
         ("parameters", f"{parameters(checkpoint.parameters)}, {parameters(checkpoint.ffn_parameters)} of them in FFNs"),
         ("FFNs", f"{len(layout.ffns)}, neurons each: {', '.join(map(str, widths))}"),
-        ("weights", f"{checkpoint.weight_bytes / 1e6:.0f} MB, {packed}; prior from {checkpoint.prior_method}"),
+        ("weights", f"{checkpoint.weight_bytes / 1e6:.0f} MB, {packed}; prior {prior}"),
         ("selectors", f"{', '.join(selectors)} (default: {selectors[0]})"),
         ("density", f"{layout.density:g} by default"),
     ]

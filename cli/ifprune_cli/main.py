@@ -6,8 +6,10 @@ Heavy imports happen inside the commands, so that `--help` answers at once.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
 
 import typer
 
@@ -35,20 +37,23 @@ def root(
         raise typer.Exit
 
 
-app.command("chat")(chat.chat)
-app.command("generate")(generate.generate)
-app.command("convert")(convert.convert)
-app.command("select")(select.select)
-app.command("info")(info.info)
-app.command("demo")(demo.demo)
-app.command("train")(train.train)
-app.command("bench")(bench.bench)
-app.command("evaluate")(evaluate.evaluate)
-app.command("doctor")(doctor.doctor)
+app.command("chat", short_help="Chat with a model")(chat.chat)
+app.command("generate", short_help="Answer one prompt")(generate.generate)
+app.command("convert", short_help="Make an IFP checkpoint of a dense one")(convert.convert)
+app.command("select", short_help="Show or save what a prompt selects")(select.select)
+app.command("info", short_help="Show what a checkpoint holds")(info.info)
+app.command("demo", short_help="Three prompts, three selections")(demo.demo)
+app.command("train", short_help="Train a sparsity predictor")(train.train)
+app.command("bench", short_help="Time dense against sliced")(bench.bench)
+app.command("evaluate", short_help="Losses by kind of selection")(evaluate.evaluate)
+app.command("doctor", short_help="Does the selector follow the prompt?")(doctor.doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; the process exits with 0, 1 (it failed), 2 (wrong usage) or 130 (Ctrl-C)."""
+    _open_closed_streams()
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, _interrupt)  # a closed window or a shutdown cleans up as Ctrl-C does
     code = run(sys.argv[1:] if arguments is None else list(arguments))
     try:
         sys.stdout.flush()
@@ -67,7 +72,9 @@ def run(arguments: Sequence[str]) -> int:
     """Run the command line and return its exit code. Errors become one line on stderr."""
     _quiet_libraries()
     try:
-        result = app(args=convert.with_calibrate_value(arguments), prog_name="ifprune", standalone_mode=False)
+        result = app(
+            args=convert.with_calibrate_value(arguments or ["--help"]), prog_name="ifprune", standalone_mode=False
+        )
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         return 130
@@ -88,6 +95,20 @@ def run(arguments: Sequence[str]) -> int:
     if result == 130:  # typer makes this of Ctrl-C inside a command
         print("interrupted", file=sys.stderr)
     return result if isinstance(result, int) else 0
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _open_closed_streams() -> None:
+    """Give closed standard streams the null device, or the next file that is opened becomes one of them."""
+    for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+            setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
 def _usage_message(exc: Exception) -> str | None:

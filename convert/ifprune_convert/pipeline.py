@@ -85,18 +85,17 @@ def quantization_of(mode: str, group_size: int | None, bits: int | None) -> Quan
     if mode not in QUANTIZATION_MODES:
         raise SourceError(f"quantization mode {mode!r} is unknown; choose one of {', '.join(QUANTIZATION_MODES)}")
     default_group, default_bits = QUANTIZATION_MODES[mode]
-    chosen = Quantization(group_size or default_group, bits or default_bits, mode)
+    group_size = default_group if group_size is None else group_size
+    bits = default_bits if bits is None else bits
     if mode == "affine":
-        fits = chosen.group_size in (32, 64, 128) and chosen.bits in (2, 3, 4, 5, 6, 8)
+        fits = group_size in (32, 64, 128) and bits in (2, 3, 4, 5, 6, 8)
         allowed = "groups of 32, 64 or 128 and 2, 3, 4, 5, 6 or 8 bits"
     else:
-        fits = (chosen.group_size, chosen.bits) == (default_group, default_bits)
+        fits = (group_size, bits) == (default_group, default_bits)
         allowed = f"groups of {default_group} and {default_bits} bits"
     if not fits:
-        raise SourceError(
-            f"{mode} quantization has {allowed}; got groups of {chosen.group_size} and {chosen.bits} bits"
-        )
-    return chosen
+        raise SourceError(f"{mode} quantization has {allowed}; got groups of {group_size} and {bits} bits")
+    return Quantization(group_size, bits, mode)
 
 
 def convert(source: Source, out: Path, options: Options, report: Report | None = None) -> Conversion:

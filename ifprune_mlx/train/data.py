@@ -486,6 +486,8 @@ class _BadLine(Exception):
 def _lines(path: Path) -> Iterator[str]:
     """Lines of a UTF-8 text file. Only line feeds end them: JSON strings may hold Unicode's other line breaks."""
     number = 0
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: is no ordinary file; give a file of JSON lines")
     try:
         with _open(path) as file:
             for number, line in enumerate(file, 1):

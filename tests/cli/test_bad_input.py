@@ -337,6 +337,26 @@ def unknown_option(at: Place) -> Bad:
 
 
 @case
+def negative_seed(at: Place) -> Bad:
+    return Bad(at.generate(at.sound, "--seed", "-1"), ("--seed", "0"), code=2)
+
+
+@case
+def more_top_k_than_tokens(at: Place) -> Bad:
+    return Bad(at.generate(at.sound, "--temp", "1", "--top-k", "9999"), ("--top-k 9999", "give fewer"))
+
+
+@case
+def negative_bits(at: Place) -> Bad:
+    return Bad(at.convert(at.source, "-q", "--q-bits", "-4"), ("-4 bits", "2, 3, 4, 5, 6 or 8"))
+
+
+@case
+def bench_beyond_the_context(at: Place) -> Bad:
+    return Bad(["bench", "--model", at.sound, "-p", "999999999"], ("context holds 512", "give fewer"))
+
+
+@case
 def unknown_command(at: Place) -> Bad:
     return Bad(["trian"], ("trian", "ifprune --help"), code=2)
 
@@ -650,12 +670,12 @@ def chat(at: Place, text: str) -> list[Argument]:
 
 @case
 def corrupt_saved_chat(at: Place) -> Bad:
-    return Bad(chat(at, '{"format": 1, "messages": [{"ro'), (str(at / "chat.json"), "not valid JSON", "again"))
+    return Bad(chat(at, '{"format": 1, "messages": [{"ro'), (str(at / "chat.json"), "not a saved chat", "give a file"))
 
 
 @case
 def saved_chat_of_another_kind(at: Place) -> Bad:
-    return Bad(chat(at, '{"messages": []}'), (str(at / "chat.json"), "not a saved chat", "save it again"))
+    return Bad(chat(at, '{"messages": []}'), (str(at / "chat.json"), "not a saved chat", "give a file"))
 
 
 # The test.

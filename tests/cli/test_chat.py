@@ -194,7 +194,7 @@ def test_load_option_and_what_goes_before_it(piped: Piped) -> None:
     assert done.returncode == 0
     state = piped.saved("b.json")
     assert (state["policy"], state["system_prompt"], len(state["messages"])) == ("turn", "be long", 4)
-    assert "[activation 0.50 |" in done.stderr
+    assert "[activation 0.50 " in done.stderr
     done = piped("two", options=("--load", str(piped.folder / "nowhere.json")))
     assert (done.returncode, len(errors(done)), done.stdout) == (1, 1, "")
 

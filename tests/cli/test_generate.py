@@ -80,9 +80,11 @@ def test_plain_output_is_the_answer_alone(command: Command) -> None:
     text = answer(command("--prompt", "hello", "--json"))["text"]
     done = command("--prompt", "hello")
     assert done.stdout == f"{text}\n"
-    what, times = done.stderr.splitlines()
-    assert what.startswith("[activation, density 0.88 | ")
+    what, times, rest = done.stderr.splitlines()
+    assert what.startswith("[activation ")
+    assert "density 0.88 | " in what
     assert "8 tokens" in times
+    assert "cut off by --max-tokens" in rest
 
 
 def test_the_prompt_may_come_from_stdin(command: Command) -> None:

@@ -113,8 +113,8 @@ def test_demo_in_plain_words(tiny_checkpoint: Path, tmp_path: Path) -> None:
     for domain, prompt in PROMPTS:
         assert f"{domain}> {prompt}" in done.stdout
     figures = [line for line in done.stderr.splitlines() if line.startswith("[")]
-    assert len(figures) == 2 * len(PROMPTS)
-    assert "overlap" in figures[2]
+    assert len(figures) == 3 * len(PROMPTS)
+    assert "overlap" in figures[5]
 
 
 # help

@@ -151,7 +151,7 @@ def test_a_bad_line_is_reported_and_skipped_or_fatal(tmp_path: Path, line: str) 
 def bad_files(folder: Path) -> dict[Path, str]:
     files = {
         folder / "missing": "cannot be read (No such file",
-        folder: "cannot be read (Is a directory",
+        folder: "is no ordinary file",
         folder / "empty": "holds no chats or texts; give JSON lines with",
         folder / "blank": "holds no chats or texts; give JSON lines with",
         folder / "latin": "latin, line 2: not UTF-8 text; convert",
