@@ -147,7 +147,7 @@ def chat(
     from ifprune_convert.embedded import cache_folder
 
     name = "SmolLM2-135M-Instruct" if model is None else Path(model).resolve().name
-    note(f"{name}: {commands.describe()}\n/help for commands, Ctrl-D to leave")
+    note(f"{name}\n{commands.describe()}\n/help for commands, Ctrl-D to leave")
     if load is not None:
         commands.show_turns(load)
     editor = LineEditor(commands.names, commands.with_file, cache_folder() / "chat_history")

@@ -84,7 +84,7 @@ class Commands:
         return True
 
     def describe(self) -> str:
-        """Who selects how much, in one line."""
+        """Who selects how much; and when, if not by the first message."""
         session, model = self._session, self._session.model
         if session.dense:
             return f"dense, all {parameters(model.total_parameters)} parameters"
@@ -92,7 +92,8 @@ class Commands:
             keep, who = session.selection.keep, session.selection.selector
         else:
             keep, who = session.keep, self._selector
-        return f"{who} selector, {self._share(keep)}, policy {session.policy}"
+        policy = "" if session.policy == "first" else f"\npolicy {session.policy}"
+        return f"{who} selector, {self._share(keep)}{policy}"
 
     def _help(self, argument: str) -> None:
         for name, command in self._table.items():
