@@ -63,7 +63,7 @@ _ORACLE_SHARE = 0.5
 
 
 class Example(Protocol):
-    """A prompt with its answer, as token ids; what `ifprune_mlx.train.data.encode` gives."""
+    """A prompt with its answer, as token ids; what `ifprune_mlx.train.encoding.encode` gives."""
 
     @property
     def tokens(self) -> npt.NDArray[np.int32]:

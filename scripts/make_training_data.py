@@ -3,7 +3,7 @@
     python scripts/make_training_data.py --data DATA_FOLDER --out FOLDER
 
 Writes code.jsonl, maths.jsonl and general.jsonl (training), and code-test.jsonl, maths-test.jsonl (splits that their
-authors hold out: MBPP tasks 11 to 510, GSM8K test). General has none: `ifprune_mlx.train.data.split` holds prompts out.
+authors hold out: MBPP tasks 11 to 510, GSM8K test). General has none: `ifprune_mlx.train.records.split` makes one.
 Only data whose licence allows training shipped weights is read: MIT, Apache-2.0, CC-BY, CC-BY-SA.
 """
 

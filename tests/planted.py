@@ -16,7 +16,7 @@ from mlx_lm.generate import generate_step
 from ifprune_convert.pipeline import Options, convert
 from ifprune_convert.readers import open_source
 from ifprune_mlx import Instruction, Model, Selected, Selection
-from ifprune_mlx.train.data import Encoded
+from ifprune_mlx.train.encoding import Encoded
 from tests.tiny import write_source
 
 

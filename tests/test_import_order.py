@@ -42,7 +42,7 @@ ORDER = (
     "doctor",
 )
 # The modules of `ifprune_mlx.train`, likewise. They may import anything of ORDER, and nothing of it imports them.
-TRAIN = ("data", "targets", "distill")
+TRAIN = ("records", "encoding", "mixture", "targets", "distill")
 FILES = sorted((name, file) for name, folder in PACKAGES.items() for file in folder.rglob("*.py"))
 # Of the packages themselves; everything that may import them is below them.
 MAY_IMPORT = {

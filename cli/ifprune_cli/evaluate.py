@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from ifprune_mlx import Model
     from ifprune_mlx.evaluate import Evaluation
-    from ifprune_mlx.train.data import Encoded, Record
+    from ifprune_mlx.train.encoding import Encoded
+    from ifprune_mlx.train.records import Record
 
 Records = dict[str, list["Record"]]
 Examples = dict[str, list["Encoded"]]
@@ -118,7 +119,7 @@ def read_data(given: Sequence[str]) -> Records:
     Raises:
         DataError: if an option is malformed, a name comes twice, or a file cannot be used.
     """
-    from ifprune_mlx.train.data import read_records
+    from ifprune_mlx.train.records import read_records
 
     result: Records = {}
     for name, path in named_files(given).items():
@@ -146,29 +147,13 @@ def sample(
     Raises:
         DataError: if a domain has no usable chat, or holds plain text.
     """
-    from ifprune_mlx import DataError, PromptError
-    from ifprune_mlx.train.data import encode
+    from ifprune_mlx.train.encoding import encode_all
 
     length = min(max_length, model.context_length or max_length)
     examples: Examples = {}
     for domain, given in records.items():
-        examples[domain], reasons = [], dict[str, int]()
-        for record in sorted(given, key=lambda record: hashlib.sha256(f"{seed}/{record.key}".encode()).digest()):
-            if len(examples[domain]) == limit:
-                break
-            try:
-                example, reason = encode(tokenizer, record, length), f"the answer begins after {length} tokens"
-            except PromptError as exc:
-                example, reason = None, str(exc)
-            if example is None:
-                reasons[reason] = reasons.get(reason, 0) + 1
-            else:
-                examples[domain].append(example)
-        told = [f"domain {domain!r}: {count} chats left out: {reason}" for reason, count in reasons.items()]
-        if not examples[domain]:
-            raise DataError(f"{told[0] if told else f'domain {domain!r} is empty'}; none is left, give other chats")
-        for line in told:
-            report(line)
+        ordered = sorted(given, key=lambda record: hashlib.sha256(f"{seed}/{record.key}".encode()).digest())
+        examples[domain] = encode_all(tokenizer, ordered, length, report, limit=limit)
     return examples
 
 

@@ -44,8 +44,10 @@ def train(
     with: ifprune convert --predictor OUTPUT/predictor ...
     """
     from ifprune_mlx import DataError
-    from ifprune_mlx.train.data import encode_all, read_records, shuffled, split
     from ifprune_mlx.train.distill import distill
+    from ifprune_mlx.train.encoding import encode_all
+    from ifprune_mlx.train.mixture import shuffled
+    from ifprune_mlx.train.records import read_records, split
     from ifprune_mlx.train.targets import measure
 
     files = named_files(data or [])

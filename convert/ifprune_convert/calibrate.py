@@ -20,7 +20,7 @@ from ifprune_mlx.importance import recorded
 from ifprune_mlx.model import Model
 from ifprune_mlx.prompts import render_messages
 from ifprune_mlx.selection import Scores
-from ifprune_mlx.train.data import Record, read_records
+from ifprune_mlx.train.records import Record, read_records
 
 _STEP = 64
 MAX_TOKENS = 512

@@ -27,7 +27,7 @@ from ifprune_mlx.files import new_folder, read_safetensors_header
 from ifprune_mlx.model import load_checkpoint
 from ifprune_mlx.predictor import Head, SparsityPredictor
 from ifprune_mlx.selection import Scores, keep_count
-from ifprune_mlx.train.data import Record
+from ifprune_mlx.train.records import Record
 
 from . import layout
 from .calibrate import calibrate

@@ -23,7 +23,7 @@ from ifprune_mlx.files import read_safetensors_header, write_atomic
 from ifprune_mlx.importance import recorded
 from ifprune_mlx.model import Model
 from ifprune_mlx.predictor import hidden_states
-from ifprune_mlx.train.data import Encoded
+from ifprune_mlx.train.encoding import Encoded
 
 PART = 64
 """Chats in one part."""

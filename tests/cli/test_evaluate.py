@@ -119,7 +119,7 @@ def test_what_is_left_out_is_said(tiny_checkpoint: Path, tmp_path: Path) -> None
     arguments = ["--data", f"x={file}", "--selectors", "dense", "--max-length", "60"]
     done = succeed("evaluate", "--model", tiny_checkpoint, *arguments)
     assert f"{file}, line 3: " in done.stderr
-    assert "domain 'x': 1 chats left out: the answer begins after 60 tokens" in done.stderr
+    assert "domain 'x': 1 of 3 chats left out: the answer begins after 60 tokens" in done.stderr
     assert "(2 x)" in done.stdout
 
 

@@ -26,7 +26,7 @@ from ifprune_convert.readers import open_source
 from ifprune_mlx import Checkpoint, IfpruneError, load
 from ifprune_mlx.checkpoint import Quantization
 from ifprune_mlx.errors import PredictorError, SourceError
-from ifprune_mlx.train.data import Record
+from ifprune_mlx.train.records import Record
 from tests.cli.process import full_disk, run, slow_conversion, start
 from tests.tiny import CONFIGS, write_source
 from tests.tiny_gguf import CONFIG as GGUF_CONFIG

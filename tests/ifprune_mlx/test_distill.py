@@ -15,8 +15,9 @@ from ifprune_mlx.importance import recorded
 from ifprune_mlx.predictor import Head, hidden_states
 from ifprune_mlx.selection import top_k
 from ifprune_mlx.train import targets as measuring
-from ifprune_mlx.train.data import Encoded, Record, encode
 from ifprune_mlx.train.distill import Fit, distill, log_importance
+from ifprune_mlx.train.encoding import Encoded, encode
+from ifprune_mlx.train.records import Record
 from ifprune_mlx.train.targets import Targets, measure
 from tests.tiny import write_checkpoint
 

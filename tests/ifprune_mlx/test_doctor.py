@@ -11,7 +11,7 @@ from ifprune_mlx import DataError, Instruction, Model, Selected, Selection, make
 from ifprune_mlx.doctor import Diagnosis, diagnose
 from ifprune_mlx.predictor import PredictorError
 from ifprune_mlx.selection import top_k
-from ifprune_mlx.train.data import Encoded
+from ifprune_mlx.train.encoding import Encoded
 from tests.planted import Table, plant, random_selection, write_sharp_checkpoint
 
 from .reference import open_model

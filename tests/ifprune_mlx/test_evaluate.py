@@ -25,7 +25,7 @@ from ifprune_mlx.evaluate import (
 )
 from ifprune_mlx.importance import fuse_ranks
 from ifprune_mlx.selection import top_k
-from ifprune_mlx.train.data import Encoded
+from ifprune_mlx.train.encoding import Encoded
 from tests.planted import Table
 
 from .reference import mask_ffns, open_model, random_selection, source_model

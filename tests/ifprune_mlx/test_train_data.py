@@ -17,20 +17,9 @@ from mlx_lm.utils import load_tokenizer
 
 from ifprune_mlx.errors import DataError, PromptError
 from ifprune_mlx.prompts import render_messages
-from ifprune_mlx.train.data import (
-    Batch,
-    Encoded,
-    Mixture,
-    Record,
-    batches,
-    chunked,
-    collate,
-    encode,
-    encode_all,
-    read_records,
-    shuffled,
-    split,
-)
+from ifprune_mlx.train.encoding import Encoded, chunked, collate, encode, encode_all
+from ifprune_mlx.train.mixture import Batch, Mixture, batches, shuffled
+from ifprune_mlx.train.records import Record, read_records, split
 from tests.tiny import TEMPLATE, write_tokenizer
 
 
@@ -310,13 +299,15 @@ def test_chats_that_cannot_be_used_are_counted_by_reason(tmp_path: Path) -> None
     encoded = encode_all(tokenizer, [long, good, refused, long, good], 64, told.append)
     assert [example.key for example in encoded] == [good.key] * 2
     assert told == [
-        "2 of 5 chats left out: the answer begins after 64 tokens",
-        "1 of 5 chats left out: the chat template refuses these messages (no system here)",
+        "domain 'd': 2 of 5 chats left out: the answer begins after 64 tokens",
+        "domain 'd': 1 of 5 chats left out: the chat template refuses these messages (no system here)",
     ]
-    for nothing, words in (([long], "after 64 tokens"), ([], "there were none")):
+    for nothing, words in (([long], "after 64 tokens"), ([], "there are no chats")):
         with pytest.raises(DataError, match=words):
             encode_all(tokenizer, nothing, 64, told.append)
     assert len(told) == 2
+    assert encode_all(tokenizer, [long, good, good], 64, told.append, limit=1)[0].key == good.key
+    assert told[2:] == ["domain 'd': 1 of 2 chats left out: the answer begins after 64 tokens"]
     with pytest.raises(DataError, match="plain text in the data of domain 'web'"):
         encode(tokenizer, Record((), "web", "Once."), 64)
 
