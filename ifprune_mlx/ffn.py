@@ -16,8 +16,9 @@ from .checkpoint import Quantization
 from .families import FFNSpec
 from .slots import FFNSlots
 
-Observer = Callable[[mx.array], None]
-"""Sees the hidden activations `[..., k]` of an FFN, in slot order, each time it runs."""
+Observer = Callable[[mx.array], "mx.array | None"]
+"""Sees the hidden activations `[..., k]` of an FFN, in slot order, each time it runs; what it returns, if anything,
+takes their place."""
 
 
 class SlicedProjection(nn.Module):
@@ -38,23 +39,30 @@ class SlicedProjection(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Gate and up: `[..., d_model]` -> `[..., k]`; down: `[..., k]` -> `[..., d_model]`."""
-        if self.observer is not None:
-            self.observer(x)
-        slots, kind, packed = self.slots, self.kind, self.quantization
-        weight = slots.active(f"{kind}.weight")
+        return self.project(self.observed(x), self.slots.active)
+
+    def observed(self, x: mx.array) -> mx.array:
+        """The input, or what the observer puts in its place."""
+        seen = None if self.observer is None else self.observer(x)
+        return x if seen is None else seen
+
+    def project(self, x: mx.array, rows: Callable[[str], mx.array | None]) -> mx.array:
+        """The projection over the rows that `rows` gives for the name of an array, None where the FFN has none."""
+        kind, packed = self.kind, self.quantization
+        weight = rows(f"{kind}.weight")
         assert weight is not None
         inwards = kind != "down"
-        bias = slots.active(f"{kind}.bias") if inwards else slots.down_bias
+        bias = rows(f"{kind}.bias") if inwards else self.slots.down_bias
         if packed is None:
             y = x @ (weight.T if inwards else weight)
         else:
-            scales = slots.active(f"{kind}.scales")
+            scales = rows(f"{kind}.scales")
             assert scales is not None
             y = mx.quantized_matmul(
                 x,
                 weight,
                 scales,
-                slots.active(f"{kind}.biases"),
+                rows(f"{kind}.biases"),
                 transpose=inwards,
                 group_size=packed.group_size,
                 bits=packed.bits,

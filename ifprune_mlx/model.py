@@ -25,7 +25,7 @@ from .checkpoint import Checkpoint, Layout
 from .errors import CheckpointError, SelectionError
 from .ffn import SlicedProjection, replace_leaves
 from .hub import resolve
-from .predictor import Head, SparsityPredictor
+from .predictor import SparsityPredictor, load_predictor
 from .selection import Scores, Selection
 from .slots import FFNSlots, plan_switch
 from .store import read_rows
@@ -121,15 +121,10 @@ class Model:
         """The checkpoint's sparsity predictor, loaded at first use; None if it has none."""
         if not self.checkpoint.has_predictor:
             return None
+        tokenizer = self.tokenizer or _load_tokenizer(self.checkpoint, False)
+        widths = [spec.d_ffn for spec in self.checkpoint.layout.ffns]
         folder = self.checkpoint.path / "predictor"
-        head = Head.load(folder / "head.safetensors")
-        head.check_widths([spec.d_ffn for spec in self.checkpoint.layout.ffns], folder)
-        if head.layers is None:
-            predictor = SparsityPredictor.load(folder)
-        else:
-            tokenizer = self.tokenizer or _load_tokenizer(self.checkpoint, False)
-            predictor = SparsityPredictor.on_first_layers(folder, self.module, tokenizer, self.context_length)
-        return predictor
+        return load_predictor(folder, self.module, tokenizer, self.context_length, widths)
 
     def keep(
         self, density: float | None = None, active_parameters: int | None = None, memory: int | None = None

@@ -220,6 +220,12 @@ class SparsityPredictor:
         """
         return cls(model, tokenizer, Head.load(folder / "head.safetensors"), context_length, folder)
 
+    def with_head(self, head: Head) -> SparsityPredictor:
+        """The same backbone with another head."""
+        other = copy.copy(self)
+        other.head = head
+        return other
+
     def tokens(self, text: str) -> list[int]:
         """The instruction as the backbone reads it: in its chat template, if it has one.
 
@@ -257,6 +263,25 @@ class SparsityPredictor:
         return list(np.split(flat, bounds))
 
 
+def load_predictor(
+    folder: Path, model: nn.Module, tokenizer: TokenizerWrapper, context_length: int | None, widths: Sequence[int]
+) -> SparsityPredictor:
+    """Load a predictor folder of either kind.
+
+    Args:
+        model, tokenizer, context_length: of the model it selects for, whose first layers may be its backbone.
+        widths: `d_ffn` of that model's FFNs.
+
+    Raises:
+        PredictorError: naming the file, if something is missing, damaged, or belongs to another model.
+    """
+    head = Head.load(folder / "head.safetensors")
+    head.check_widths(widths, folder)
+    if head.layers is None:
+        return SparsityPredictor.load(folder)
+    return SparsityPredictor.on_first_layers(folder, model, tokenizer, context_length)
+
+
 def hidden_states(backbone: nn.Module, tokens: mx.array, layers: int | None = None) -> mx.array:
     """What the family's inner model returns, after its final norm: hidden states `[B, L, d]` for tokens `[B, L]`.
 
@@ -266,11 +291,7 @@ def hidden_states(backbone: nn.Module, tokens: mx.array, layers: int | None = No
     Raises:
         PredictorError: if the family does not expose its hidden states, or has no more than `layers` layers.
     """
-    inner: Any = backbone
-    while not isinstance(inner.get("embed_tokens"), nn.Module):
-        inner = inner.get("model") or inner.get("language_model")
-        if inner is None:
-            raise PredictorError("the backbone's family does not expose its hidden states; use a llama or qwen kind")
+    inner = inner_model(backbone)
     if layers is not None:
         if not 0 < layers <= len(inner.layers):
             raise PredictorError(f"the predictor reads {layers} layers, the model has {len(inner.layers)}")
@@ -278,3 +299,17 @@ def hidden_states(backbone: nn.Module, tokens: mx.array, layers: int | None = No
         inner.layers = inner.layers[:layers]
     hidden: mx.array = inner(tokens)
     return hidden
+
+
+def inner_model(module: nn.Module) -> Any:
+    """The part of an mlx-lm model that gives hidden states `[B, L, d]`: all but the output layer.
+
+    Raises:
+        PredictorError: if the family does not expose it.
+    """
+    inner: Any = module
+    while not isinstance(inner.get("embed_tokens"), nn.Module):
+        inner = inner.get("model") or inner.get("language_model")
+        if inner is None:
+            raise PredictorError("the model's family does not expose its hidden states; use a llama or qwen kind")
+    return inner

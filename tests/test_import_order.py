@@ -18,6 +18,7 @@ PACKAGES = {
 ORDER = (
     "errors",
     "files",
+    "json_lines",
     "selection",
     "topk",
     "families",
@@ -38,11 +39,16 @@ ORDER = (
     "bench",
     "bootstrap",
     "overlap",
+    "tasks",
     "evaluate",
     "doctor",
+    "asking",
+    "choices",
+    "exact",
+    "plots",
 )
 # The modules of `ifprune_mlx.train`, likewise. They may import anything of ORDER, and nothing of it imports them.
-TRAIN = ("records", "encoding", "mixture", "targets", "distill")
+TRAIN = ("records", "encoding", "mixture", "answers", "targets", "distill", "priors", "adapter", "arms", "paired", "watch")
 FILES = sorted((name, file) for name, folder in PACKAGES.items() for file in folder.rglob("*.py"))
 # Of the packages themselves; everything that may import them is below them.
 MAY_IMPORT = {

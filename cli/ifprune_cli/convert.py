@@ -40,6 +40,7 @@ def with_calibrate_value(arguments: Sequence[str]) -> list[str]:
 
 
 def convert(
+    context: typer.Context,
     model: Annotated[
         Path, typer.Option("--model", "--hf-path", metavar="SOURCE", help="A GGUF file, or a folder of safetensors.")
     ],
@@ -57,6 +58,10 @@ def convert(
     density: Annotated[
         Optional[float], typer.Option("--density", help="The checkpoint's default density.  [default: 0.9]")
     ] = None,
+    adapter: Annotated[
+        Optional[Path],
+        typer.Option("--adapter", metavar="FOLDER", help="An adapter of mlx_lm.lora to fuse into the weights."),
+    ] = None,
     predictor: Annotated[
         Optional[Path], typer.Option("--predictor", metavar="FOLDER", help="A trained sparsity predictor to put in.")
     ] = None,
@@ -66,7 +71,13 @@ def convert(
             "--calibrate",
             metavar="[FILE]",
             help="Measure the prior on chats (JSON lines of messages); without FILE, on the small set that ships. "
-            "Without this option the prior comes from the weights alone.",
+            "Without this option and --prior, it comes from the weights alone.",
+        ),
+    ] = None,
+    prior: Annotated[
+        Optional[Path],
+        typer.Option(
+            "--prior", metavar="FILE", help="A ready prior, such as priors.safetensors of another checkpoint of it."
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
@@ -74,6 +85,9 @@ def convert(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Convert a dense checkpoint into an IFP checkpoint, layer by layer."""
+    if prior is not None and calibrate is not None:
+        raise typer.BadParameter("cannot be given with --calibrate; give one of them", context, param_hint="--prior")
+
     import mlx.core as mx
 
     from ifprune_convert.calibrate import read_examples, shipped_examples
@@ -91,8 +105,10 @@ def convert(
         quantization=quantization_of(q_mode.value, q_group_size, q_bits) if quantize else None,
         dtype=None if dtype is None else getattr(mx, dtype.value),
         density=DEFAULT_DENSITY if density is None else density,
+        adapter=adapter,
         predictor=predictor,
         calibration=examples,
+        prior=prior,
         overwrite=overwrite,
     )
     source = open_source(model, trust_remote_code=trust_remote_code)

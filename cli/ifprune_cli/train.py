@@ -1,96 +1,304 @@
-"""`ifprune train`: trains a sparsity predictor, stage by stage. The first stage is `distill`."""
+"""`ifprune train`: trains a sparsity predictor and the model that it prunes, stage by stage."""
 
 from __future__ import annotations
 
 import json as encoder
 import time
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from .console import note, parameters, progress, result_json
 from .loading import load_model
 from .options import DataOption, DtypeOption, ModelOption, SeedOption, named_files
+from .train_config import read_config
+from .train_paired import Paired, run_paired
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    from ifprune_mlx import Model
+    from ifprune_mlx.train.encoding import Encoded
+    from ifprune_mlx.train.records import Record
+    from ifprune_mlx.train.targets import Targets
+
+Encode = Callable[["TokenizerWrapper", "list[Record]", int], "list[Encoded]"]
 
 
 class StageName(str, Enum):
-    """The stages of training that exist."""
+    """The stages of training."""
 
+    calibrate = "calibrate"
     distill = "distill"
+    pretrain = "pretrain"
+    sft = "sft"
+
+
+class ArmName(str, Enum):
+    """What chooses the neurons in an arm of a paired run."""
+
+    learned = "learned"
+    static = "static"
+    none = "none"
+
+
+_JOINT = "pretrain and sft"
 
 
 def train(
-    output: Annotated[Path, typer.Option("--output", metavar="FOLDER", help="Where the predictor is written.")],
+    output: Annotated[Path, typer.Option("--output", metavar="FOLDER", help="Where everything is written.")],
     data: DataOption = None,
     model: ModelOption = None,
     stage: Annotated[StageName, typer.Option("--stage", help="What to train.")] = StageName.distill,
+    config: Annotated[
+        Optional[Path],
+        typer.Option(
+            "--config",
+            "-c",
+            metavar="FILE",
+            help="YAML file of these options, by name; the command line overrides it.",
+            is_eager=True,
+            callback=read_config,
+        ),
+    ] = None,
+    weight: Annotated[
+        Optional[list[str]],
+        typer.Option("--weight", metavar="NAME=X", help=f"A domain's share of the batches ({_JOINT}).  [default: 1]"),
+    ] = None,
     layers: Annotated[int, typer.Option("--layers", min=1, help="The predictor reads this many first layers.")] = 12,
-    rank: Annotated[int, typer.Option("--rank", min=1, help="Width of the head's inner layer.")] = 128,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="Most chats of each domain.")] = 2000,
-    max_seq_length: Annotated[int, typer.Option("--max-seq-length", min=16, help="Most tokens of a chat.")] = 256,
+    rank: Annotated[int, typer.Option("--rank", min=1, help="Width of the head's inner layer (distill).")] = 128,
+    limit: Annotated[
+        Optional[int], typer.Option("--limit", min=1, help="Most chats of each domain.  [default: 2000; else all]")
+    ] = None,
+    predictor: Annotated[
+        Optional[Path],
+        typer.Option(
+            "--predictor", metavar="FOLDER", help=f"Predictor to begin with ({_JOINT}).  [default: the checkpoint's]"
+        ),
+    ] = None,
+    start: Annotated[
+        Optional[Path],
+        typer.Option("--start", metavar="FOLDER", help=f"Begin with the adapters of an earlier run ({_JOINT})."),
+    ] = None,
+    selector: Annotated[
+        Optional[list[ArmName]],
+        typer.Option("--selector", help=f"An arm; repeatable ({_JOINT}).  [default: learned and static]"),
+    ] = None,
+    densities: Annotated[
+        str,
+        typer.Option(
+            "--densities", metavar="LIST", help=f"Densities to draw from, such as 0.27,0.5 or 0.2-0.8 ({_JOINT})."
+        ),
+    ] = "0.5",
+    iters: Annotated[int, typer.Option("--iters", min=1, help=f"Steps ({_JOINT}).")] = 1000,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Sequences a step, over all processes.")] = 8,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", min=0.0, help="Of the adapters.")] = 5e-4,
+    head_learning_rate: Annotated[
+        float, typer.Option("--head-learning-rate", min=0.0, help="Of the predictor's head; 0 holds it still.")
+    ] = 0.0,
+    warmup: Annotated[int, typer.Option("--warmup", min=0, help="Steps until the full learning rate.")] = 20,
+    lora_rank: Annotated[int, typer.Option("--lora-rank", min=1, help="Rank of the adapters.")] = 16,
+    lora_scale: Annotated[float, typer.Option("--lora-scale", help="Scale of the adapters.")] = 2.0,
+    teacher: Annotated[
+        float,
+        typer.Option("--teacher", min=0.0, max=1.0, help="Share of KL from the dense model in the loss; 0 is off."),
+    ] = 0.5,
+    epsilon: Annotated[float, typer.Option("--epsilon", help="Of soft top-k, where the head learns.")] = 0.1,
+    max_seq_length: Annotated[
+        int, typer.Option("--max-seq-length", min=16, help="Most tokens of a chat; pretrain: of two chunks.")
+    ] = 256,
     held_out: Annotated[
         float, typer.Option("--held-out", min=0.0, max=0.9, help="Share of prompts that is never trained on.")
     ] = 0.15,
+    steps_per_report: Annotated[int, typer.Option("--steps-per-report", min=1, help="Steps between reports.")] = 10,
+    steps_per_eval: Annotated[int, typer.Option("--steps-per-eval", min=1, help="Steps between evaluations.")] = 200,
+    eval_prompts: Annotated[
+        int, typer.Option("--eval-prompts", min=0, help="Held-out prompts a domain to evaluate on; 0 is off.")
+    ] = 10,
+    save_every: Annotated[int, typer.Option("--save-every", min=1, help="Steps between states on disk.")] = 50,
+    stop_on_collapse: Annotated[
+        bool, typer.Option("--stop-on-collapse", help="End the run when the learned arm has collapsed.")
+    ] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at a bad line instead of leaving it out.")] = False,
     seed: SeedOption = 0,
     dtype: DtypeOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Train a predictor: measure which neurons answers use, and learn to tell from the instruction.
+    """Train a predictor, and the model that it prunes.
 
-    What was measured is kept in OUTPUT/targets: a run that was stopped goes on there. Put the result into a checkpoint
-    with: ifprune convert --predictor OUTPUT/predictor ...
+    calibrate: measure how much answers need each neuron. distill: learn to tell that from the instruction. pretrain:
+    heal the pruned model on plain text (the paper's stage 1). sft: heal it on chats (stage 2). The last two train the
+    arms (learned, static, none) on the same batches. All resume where they were stopped.
     """
     from ifprune_mlx import DataError
-    from ifprune_mlx.train.distill import distill
-    from ifprune_mlx.train.encoding import encode_all
-    from ifprune_mlx.train.mixture import shuffled
-    from ifprune_mlx.train.records import read_records, split
-    from ifprune_mlx.train.targets import measure
 
     files = named_files(data or [])
     if not files:
         raise DataError("training needs data; give --data NAME=FILE.jsonl, once for every domain")
     loaded, tokenizer = load_model(model, dtype, trust_remote_code=False)
+    picked = _Picked(files, held_out, limit, seed, strict)
+    began = time.perf_counter()
+    if stage in (StageName.calibrate, StageName.distill):
+        targets = _targets(loaded, tokenizer, picked, output, layers, max_seq_length, seed)
+        result = _calibrate(targets, output) if stage is StageName.calibrate else _distill(targets, output, rank, seed)
+    else:
+        options = Paired(
+            output=output,
+            predictor=predictor,
+            start=start,
+            arms=tuple(arm.value for arm in selector or (ArmName.learned, ArmName.static)),
+            densities=densities,
+            iterations=iters,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            head_learning_rate=head_learning_rate,
+            warmup=warmup,
+            rank=lora_rank,
+            scale=lora_scale,
+            teacher=teacher,
+            epsilon=epsilon,
+            seed=seed,
+            steps_per_report=steps_per_report,
+            steps_per_eval=steps_per_eval,
+            save_every=save_every,
+            stop_on_collapse=stop_on_collapse,
+        )
+        encode = _chats if stage is StageName.sft else _chunks
+        train_data = {name: encode(tokenizer, picked.records(name), max_seq_length) for name in files}
+        valid_data = {}
+        for name in files if eval_prompts else ():
+            records = picked.records(name, "valid")[: 2 * eval_prompts]
+            if records:
+                valid_data[name] = encode(tokenizer, records, max_seq_length)[:eval_prompts]
+        result = run_paired(loaded, train_data, valid_data, named_weights(weight or [], set(files)), options)
+    told = result.pop("told")
+    result = {"stage": stage.value, **result, "seconds": time.perf_counter() - began}
+    if json:
+        result_json(result)
+        return
+    print(result["path"])
+    note(told)
+
+
+class _Picked:
+    """The records of every domain, in an order that the seed fixes."""
+
+    def __init__(self, files: dict[str, Path], held_out: float, limit: int | None, seed: int, strict: bool) -> None:
+        self.files, self._held_out, self._limit, self._seed, self._strict = files, held_out, limit, seed, strict
+        self._read: dict[str, list[Record]] = {}
+
+    def records(self, name: str, part: str = "train") -> list[Record]:
+        """Up to the limit of one domain's records, of those to train on or of those held out."""
+        from ifprune_mlx.train.mixture import shuffled
+        from ifprune_mlx.train.records import read_records, split
+
+        if name not in self._read:
+            self._read[name] = read_records(self.files[name], name, strict=self._strict, report=note)
+        kept = [record for record in self._read[name] if split(record, self._held_out) == part]
+        chosen = [kept[index] for index in shuffled(len(kept), f"{self._seed}-{name}")]
+        return chosen if self._limit is None else chosen[: self._limit]
+
+
+def _chats(tokenizer: TokenizerWrapper, records: list[Record], length: int) -> list[Encoded]:
+    from ifprune_mlx.train.encoding import encode_all
+
+    return encode_all(tokenizer, records, length, note)
+
+
+def _chunks(tokenizer: TokenizerWrapper, records: list[Record], length: int) -> list[Encoded]:
+    """Pairs of neighbouring chunks of plain texts, each of half the length."""
+    from ifprune_mlx import DataError
+    from ifprune_mlx.train.encoding import chunked
+
+    pairs = [pair for record in records for pair in chunked(tokenizer, record, length // 2)]
+    if not pairs:
+        raise DataError(f"no text is longer than one chunk of {length // 2} tokens; give longer texts")
+    return pairs
+
+
+def named_weights(values: list[str], domains: set[str]) -> dict[str, float]:
+    """The weights of `--weight NAME=X` options, by domain.
+
+    Raises:
+        DataError: if one is not of that form, or no such domain is trained on.
+    """
+    from ifprune_mlx import DataError
+
+    weights: dict[str, float] = {}
+    for value in values:
+        name, _, number = value.partition("=")
+        try:
+            weights[name] = float(number)
+        except ValueError:
+            raise DataError(f"--weight {value}: expected NAME=X, such as code=2") from None
+        if name not in domains:
+            raise DataError(f"--weight {value}: there is no --data {name}=FILE")
+    return weights
+
+
+def _targets(
+    loaded: Model,
+    tokenizer: TokenizerWrapper,
+    picked: _Picked,
+    output: Path,
+    layers: int,
+    max_seq_length: int,
+    seed: int,
+) -> Targets:
+    from ifprune_mlx import DataError
+    from ifprune_mlx.train.targets import measure
+
     depth = len(loaded.layers)
     if layers > depth:
         raise DataError(f"--layers {layers}: the model has {depth}; give at most that")
     domains = []
-    for name, file in files.items():
-        records = read_records(file, name, strict=strict, report=note)
-        kept = [record for record in records if split(record, held_out) == "train"]
-        chosen = [kept[index] for index in shuffled(len(kept), f"{seed}-{name}")[:limit]]
-        domains.append(encode_all(tokenizer, chosen, max_seq_length, note))
+    for name in picked.files:
+        domains.append(_chats(tokenizer, picked.records(name)[: None if picked._limit else 2000], max_seq_length))
         note(f"{name}: {len(domains[-1])} chats")
     # In turn, so that a run that is stopped early has measured every domain alike.
     longest = max(map(len, domains))
     chats = [domain[index] for index in range(longest) for domain in domains if index < len(domain)]
-    start = time.perf_counter()
     with progress("measure", "chats") as update:
-        targets = measure(loaded, chats, output / "targets", layers, update)
+        return measure(loaded, chats, output / "targets", layers, update)
+
+
+def _calibrate(targets: Targets, output: Path) -> dict[str, Any]:
+    from ifprune_mlx.train.priors import priors, save_prior
+
+    measured = priors(targets)
+    for name, prior in measured.items():
+        save_prior(output / ("prior.safetensors" if name == "all" else f"prior-{name}.safetensors"), prior)
+    return {
+        "path": str(output / "prior.safetensors"),
+        "chats": len(targets.features),
+        "domains": sorted(set(targets.domains)),
+        "told": f"{len(targets.features)} chats; put it into a checkpoint with: ifprune convert --prior FILE",
+    }
+
+
+def _distill(targets: Targets, output: Path, rank: int, seed: int) -> dict[str, Any]:
+    from ifprune_mlx.train.distill import distill
+
     fit = distill(targets, rank=rank, seed=seed)
     folder = output / "predictor"
     folder.mkdir(parents=True, exist_ok=True)
     fit.head.save(folder / "head.safetensors")
     size = fit.head.first.size + fit.head.second.size + sum(fit.head.widths)
+    explained = fit.explained[fit.penalty]
     result = {
-        "stage": stage.value,
         "path": str(folder),
         "chats": len(targets.features),
         "parameters": size,
         "penalty": fit.penalty,
-        "explained": fit.explained[fit.penalty],
-        "seconds": time.perf_counter() - start,
+        "explained": explained,
     }
     with (output / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
         metrics.write(encoder.dumps(result | {"by_penalty": fit.explained}) + "\n")
-    if json:
-        result_json(result)
-        return
-    print(folder)
-    note(
+    told = (
         f"{len(targets.features)} chats, {parameters(size)} parameters; of what differs between held-out answers it "
-        f"predicts {100 * fit.explained[fit.penalty]:.1f} %"
+        f"predicts {100 * explained:.1f} %"
     )
+    return result | {"told": told}

@@ -30,7 +30,9 @@ from ifprune_mlx.selection import Scores, keep_count
 from ifprune_mlx.train.records import Record
 
 from . import layout
+from .adapter import Adapter, open_adapter
 from .calibrate import calibrate
+from .prior import read_prior
 from .skeleton import build_skeleton
 from .source import Source
 
@@ -53,18 +55,20 @@ class Options:
         quantization: for FFN rows and, as mlx-lm does it, for every other layer that can be; None keeps floats.
         dtype: float type to cast to; None keeps the source's, but quantized GGUF tensors become float16.
         density: the checkpoint's default density.
+        adapter: folder of an mlx-lm adapter to fuse into the weights.
         predictor: folder of a trained sparsity predictor to put in.
         calibration: chats to measure the prior on; None takes it from the weights, unless `prior` is given.
-        prior: ready importance per FFN, float32 `[d_ffn]` each.
+        prior: ready importance per FFN, float32 `[d_ffn]` each, or the safetensors file that holds it.
         overwrite: replace an existing output folder.
     """
 
     quantization: Quantization | None = None
     dtype: mx.Dtype | None = None
     density: float = DEFAULT_DENSITY
+    adapter: Path | None = None
     predictor: Path | None = None
     calibration: list[Record] | None = None
-    prior: list[Scores] | None = None
+    prior: list[Scores] | Path | None = None
     overwrite: bool = False
 
 
@@ -113,22 +117,23 @@ def convert(source: Source, out: Path, options: Options, report: Report | None =
     _check_quantization(specs, options.quantization)
     if options.predictor is not None:
         _check_predictor(options.predictor, specs)
-    if options.prior is not None and [len(p) for p in options.prior] != [spec.d_ffn for spec in specs]:
-        raise SourceError(f"{source.path}: the ready prior was measured on a model of another shape")
+    prior, method = _ready_prior(source, options, specs)
+    adapter = None if options.adapter is None else open_adapter(options.adapter, skeleton, source.shapes)
     with new_folder(out, overwrite=options.overwrite, error=SourceError) as folder:
         # Quick, and can fail: before the long work.
         _write_config(folder, source, options, specs)
         _write_tokenizer(folder, source)
-        writer = _Writer(source, folder, options, report)
+        writer = _Writer(source, adapter, folder, options, report)
         priors = [writer.write_ffn(index, spec, len(specs)) for index, spec in enumerate(specs)]
         writer.write_rest(skeleton)
         if options.predictor is not None:
             _copy_predictor(options.predictor, folder / "predictor")
-        method = "weights" if options.prior is None else "calibrated"
-        weights_prior = [prior for prior, _ in priors]
+        weights_prior = [importance for importance, _ in priors]
         down_norms = [norms for _, norms in priors]
-        _write_priors(folder, options.prior or weights_prior, down_norms, method)
-        described = str(source.path.name)
+        _write_priors(folder, prior or weights_prior, down_norms, method)
+        described = source.path.name
+        if options.adapter is not None:
+            described += f" + adapter {options.adapter.absolute().name}"
         write_manifest(folder, source=described, licence=source.licence)
         if options.calibration is not None:
             model = load_checkpoint(Checkpoint.open(folder))
@@ -145,8 +150,9 @@ def convert(source: Source, out: Path, options: Options, report: Report | None =
 class _Writer:
     """Moves tensors from the source into the new folder and keeps count."""
 
-    def __init__(self, source: Source, folder: Path, options: Options, report: Report) -> None:
+    def __init__(self, source: Source, adapter: Adapter | None, folder: Path, options: Options, report: Report) -> None:
         self._source = source
+        self._adapter = adapter
         self._folder = folder
         self._options = options
         self._report = report
@@ -230,7 +236,9 @@ class _Writer:
         dtype = self._options.dtype
         if dtype is None and self._source.path.suffix == ".gguf" and array.dtype == mx.float32:
             dtype = mx.float16
-        if dtype is not None and array.dtype in _FLOATS:
+        if self._adapter is not None and name in self._adapter:
+            array = self._adapter.fuse(name, array, dtype or array.dtype)
+        elif dtype is not None and array.dtype in _FLOATS:
             array = array.astype(dtype)
         mx.eval(array)
         self._done += math.prod(shape)
@@ -257,6 +265,18 @@ def _check_quantization(specs: list[FFNSpec], quantization: Quantization | None)
                 f"{spec.path}: rows of {spec.d_model} weights do not divide into groups of {quantization.group_size}; "
                 "choose another --q-group-size"
             )
+
+
+def _ready_prior(source: Source, options: Options, specs: list[FFNSpec]) -> tuple[list[Scores] | None, str]:
+    """The prior that was given, if one was, and where the checkpoint's comes from; calibration changes both later."""
+    widths = [spec.d_ffn for spec in specs]
+    if options.prior is None:
+        return None, "weights"
+    if isinstance(options.prior, Path):
+        return read_prior(options.prior, widths)
+    if [len(values) for values in options.prior] != widths:
+        raise SourceError(f"{source.path}: the ready prior was measured on a model of another shape")
+    return options.prior, "calibrated"
 
 
 def _check_predictor(folder: Path, specs: list[FFNSpec]) -> None:

@@ -17,10 +17,8 @@ import numpy.typing as npt
 
 from ifprune_mlx.errors import DataError
 from ifprune_mlx.predictor import Head
-from ifprune_mlx.train.targets import Floats, Targets
+from ifprune_mlx.train.targets import Floats, Targets, log_importance
 
-# Below this share of a layer's mean importance a neuron counts as idle: the logarithm must not tell idle ones apart.
-_FLOOR = 0.05
 _CHUNK = 4096
 
 
@@ -37,18 +35,6 @@ class Fit:
     head: Head
     penalty: float
     explained: dict[float, float]
-
-
-def log_importance(importance: npt.NDArray[np.float16], widths: tuple[int, ...]) -> Floats:
-    """Logarithm of importance relative to the FFN's mean, float32 `[n, neurons]`, idle neurons at a common floor."""
-    result = np.empty(importance.shape, np.float32)
-    start = 0
-    for width in widths:
-        part = importance[:, start : start + width].astype(np.float32)
-        part /= np.maximum(part.mean(axis=1, keepdims=True), 1e-12)
-        result[:, start : start + width] = np.log(part + _FLOOR)
-        start += width
-    return result
 
 
 def distill(

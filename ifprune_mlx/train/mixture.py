@@ -81,6 +81,11 @@ class Mixture(Generic[Item]):
         return items[int(self._orders[name][1][index])]
 
     @property
+    def names(self) -> list[str]:
+        """Of the sources, in alphabetical order."""
+        return list(self._items)
+
+    @property
     def position(self) -> int:
         """Items given so far."""
         return sum(self._taken.values())

@@ -1,8 +1,13 @@
 """What the predictor is distilled from: for every training chat, what its instruction looks like to the model's first
-layers, and which neurons the dense model then used in its answer. Measured once, kept on disk.
+layers, and which neurons its answer then needs. Measured once, kept on disk.
+
+How much an answer needs a neuron: `sum over tokens of |d loss / d mask|`, where the mask multiplies the neuron's
+activation and the model is half way between the statically pruned one and the dense one (neurons that the prior keeps
+at 1, all others at a half; the midpoint rule for the path between the two). At the dense end alone, or from activations
+alone, the loss of a pruned model is predicted less well (docs/log.md).
 
 A folder of parts: `part-00000.safetensors` with `features` float32 `[n, 2 d]` (last token, then mean over tokens) and
-`importance` float16 `[n, neurons]` (all FFNs, one after the other; see `ifprune_mlx.importance`), and `targets.json`,
+`importance` float16 `[n, neurons]` (all FFNs, one after the other, each divided by its mean), and `targets.json`,
 which says what they belong to. A run that dies goes on after its last whole part.
 """
 
@@ -20,15 +25,18 @@ import numpy.typing as npt
 
 from ifprune_mlx.errors import DataError
 from ifprune_mlx.files import read_safetensors_header, write_atomic
-from ifprune_mlx.importance import recorded
 from ifprune_mlx.model import Model
 from ifprune_mlx.predictor import hidden_states
+from ifprune_mlx.train.answers import answer_logits, answer_rows, log_softmax
 from ifprune_mlx.train.encoding import Encoded
 
 PART = 64
 """Chats in one part."""
 
 Floats = npt.NDArray[np.float32]
+
+# Below this share of a layer's mean importance a neuron counts as idle: the logarithm must not tell idle ones apart.
+_FLOOR = 0.05
 
 
 @dataclass(frozen=True)
@@ -71,17 +79,18 @@ def measure(
     widths = [spec.d_ffn for spec in model.checkpoint.layout.ffns]
     described = {
         "checkpoint": model.checkpoint.id,
+        "importance": "attribution half way",
         "layers": layers,
         "widths": widths,
         "domains": [chat.domain for chat in examples],
         "chats": hashlib.sha256(b"|".join(chat.tokens.tobytes() for chat in examples)).hexdigest(),
     }
     _claim(folder, described)
-    model.switch(None)
+    masks = halfway(model)
     for start in range(0, len(examples), PART):
         file = folder / f"part-{start // PART:05d}.safetensors"
         if not file.is_file():
-            _measure_part(model, examples[start : start + PART], file, layers)
+            _measure_part(model, examples[start : start + PART], file, layers, masks)
         if progress is not None:
             progress(min(start + PART, len(examples)), len(examples))
     return load(folder)
@@ -115,17 +124,70 @@ def load(folder: Path) -> Targets:
     )
 
 
-def _measure_part(model: Model, chats: Sequence[Encoded], file: Path, layers: int) -> None:
+def log_importance(importance: npt.NDArray[np.float16], widths: tuple[int, ...]) -> Floats:
+    """Logarithm of importance relative to the FFN's mean, float32 `[n, neurons]`, idle neurons at a common floor."""
+    result = np.empty(importance.shape, np.float32)
+    start = 0
+    for width in widths:
+        part = importance[:, start : start + width].astype(np.float32)
+        part /= np.maximum(part.mean(axis=1, keepdims=True), 1e-12)
+        result[:, start : start + width] = np.log(part + _FLOOR)
+        start += width
+    return result
+
+
+def attribution(model: Model, example: Encoded, masks: Sequence[mx.array]) -> list[Floats]:
+    """How much an answer needs each neuron (see above); leaves the model dense.
+
+    Args:
+        masks: per FFN, float32 `[d_ffn]`, the point at which the gradient is taken; in the source's neuron order.
+
+    Returns:
+        Per FFN, float32 `[d_ffn]`, divided by its mean, in the source's order.
+    """
+    model.switch(None)
+    tokens, rows, wanted = answer_rows(example)
+    length = tokens.shape[1]
+    orders = [leaf.slots.order for leaf in model.down_leaves]
+    points = [
+        mx.broadcast_to(mask[mx.array(order)], (1, length, len(order)))
+        for mask, order in zip(masks, orders, strict=True)
+    ]
+
+    def loss(given: list[mx.array]) -> mx.array:
+        for leaf, mask in zip(model.down_leaves, given, strict=True):
+            leaf.observer = lambda hidden, mask=mask: hidden * mask.astype(hidden.dtype)
+        said = log_softmax(answer_logits(model.module, tokens, rows))
+        return -mx.take_along_axis(said, wanted[:, None], axis=-1).sum()
+
+    try:
+        sums = [mx.abs(gradient[0]).sum(axis=0) for gradient in mx.grad(loss)(points)]
+        mx.eval(sums)
+    finally:
+        for leaf in model.down_leaves:
+            leaf.observer = None
+    result = []
+    for total, order in zip(sums, orders, strict=True):
+        values = np.empty(len(order), np.float32)
+        values[order] = np.array(total, dtype=np.float32)
+        result.append(values / max(float(values.mean()), 1e-30))
+    return result
+
+
+def halfway(model: Model) -> list[mx.array]:
+    """Per FFN, float32 `[d_ffn]`: 1 for the half of the neurons that the prior ranks first, a half for the others."""
+    return [mx.array(np.where(prior >= np.median(prior), 1.0, 0.5).astype(np.float32)) for prior in model.prior]
+
+
+def _measure_part(model: Model, chats: Sequence[Encoded], file: Path, layers: int, masks: Sequence[mx.array]) -> None:
     features, importance = [], []
     for chat in chats:
+        model.switch(None)
         prompt = mx.array(chat.tokens[None, : chat.prompt_length])
         hidden = hidden_states(model.module, prompt, layers)[0].astype(mx.float32)
         features.append(mx.concatenate([hidden[-1], hidden.mean(axis=0)]))
-        with recorded(model.down_leaves) as recorder:
-            recorder.token_weights = mx.array(chat.mask).astype(mx.float32)
-            model(mx.array(chat.tokens[None]))
-            mx.eval(recorder.state(), features[-1])
-            importance.append(np.concatenate(recorder.importance(model.down_norms)).astype(np.float16))
+        mx.eval(features[-1])
+        importance.append(np.concatenate(attribution(model, chat, masks)).astype(np.float16))
     tensors = {"features": mx.stack(features), "importance": mx.array(np.stack(importance))}
     write_atomic(file, lambda path: mx.save_safetensors(str(path), tensors), DataError)
 

@@ -1,0 +1,291 @@
+"""The arms of a paired run: each its own adapter over one base model, each its own way to choose neurons.
+
+learned   the predictor chooses for each sequence, from its instruction; the head may learn along
+static    the prior's best, the same for every sequence: healed static, the opponent that counts
+none      all neurons: healed dense
+
+Knows models and gradients; neither data nor when to stop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx import optimizers
+from mlx.utils import tree_flatten
+
+from ifprune_mlx.predictor import Head, SparsityPredictor, hidden_states
+from ifprune_mlx.topk import soft_top_k
+from ifprune_mlx.train.adapter import Adapted, Parameters
+from ifprune_mlx.train.answers import answer_logits, answer_rows, log_softmax
+from ifprune_mlx.train.encoding import Encoded
+
+ARMS = ("learned", "static", "none")
+_HEAD = "head."
+_HEAD_ARRAYS = ("first", "first_bias", "second", "second_bias")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a step minimises.
+
+    Attributes:
+        teacher: share of KL(dense base model || arm) in the loss; the rest is cross-entropy. 0 runs no teacher.
+        epsilon: of the soft top-k whose gradient the head learns by, in the unit of the scores.
+        margin: neurons beyond the k chosen ones that a learning head sees the gradient of, as a share of k.
+    """
+
+    teacher: float = 0.5
+    epsilon: float = 0.1
+    margin: float = 0.25
+
+
+@dataclass
+class Arm:
+    """One arm.
+
+    Attributes:
+        name: of `ARMS`.
+        parameters: adapter weights, and those of the head under `head.`, for `learned`.
+        optimizers: of the adapter and of the head.
+    """
+
+    name: str
+    parameters: Parameters
+    optimizers: tuple[optimizers.Optimizer, optimizers.Optimizer]
+    gradients: Parameters = field(default_factory=dict)
+
+    @property
+    def adapter(self) -> Parameters:
+        """The adapter's weights alone."""
+        return {name: array for name, array in self.parameters.items() if not name.startswith(_HEAD)}
+
+    def head(self, like: Head) -> Head:
+        """The head as it is now."""
+        return head_with(like, self.parameters)
+
+    def accumulate(self, gradients: Parameters) -> None:
+        """Add the gradients of one sequence."""
+        for name, value in gradients.items():
+            self.gradients[name] = self.gradients[name] + value if name in self.gradients else value
+        mx.eval(self.gradients)
+
+    def step(self, clip: float) -> float:
+        """Apply what was accumulated, clipped to a global norm per optimizer.
+
+        Returns:
+            The adapter gradient's norm before clipping.
+        """
+        norms = []
+        for optimizer, of_head in zip(self.optimizers, (False, True), strict=True):
+            mine = {name: value for name, value in self.gradients.items() if name.startswith(_HEAD) == of_head}
+            if not mine:
+                continue
+            clipped, norm = _clipped(mine, clip)
+            values = {name: self.parameters[name] for name in mine}
+            self.parameters |= optimizer.apply_gradients(clipped, values)
+            norms.append(norm)
+        self.gradients = {}
+        mx.eval(self.parameters, [optimizer.state for optimizer in self.optimizers])
+        return float(norms[0])
+
+    def state(self) -> Parameters:
+        """All there is to this arm, by name."""
+        arrays = {f"parameters/{name}": array for name, array in self.parameters.items()}
+        for index, optimizer in enumerate(self.optimizers):
+            arrays |= {f"optimizer{index}/{name}": value for name, value in dict(tree_flatten(optimizer.state)).items()}
+        return arrays
+
+    def restore(self, arrays: Parameters) -> None:
+        """Take what `state` gave."""
+        for name in self.parameters:
+            self.parameters[name] = arrays[f"parameters/{name}"]
+        for index, optimizer in enumerate(self.optimizers):
+            prefix = f"optimizer{index}/"
+            found = [(name.removeprefix(prefix), value) for name, value in arrays.items() if name.startswith(prefix)]
+            optimizer.state = _nested(found)
+
+
+def head_parameters(head: Head) -> Parameters:
+    """A head's arrays, float32, as an arm holds them."""
+    arrays = {name: getattr(head, name) for name in _HEAD_ARRAYS}
+    return {_HEAD + name: array.astype(mx.float32) for name, array in arrays.items() if array is not None}
+
+
+def head_with(head: Head, parameters: Parameters) -> Head:
+    """A head of the same kind with these arrays."""
+    arrays: dict[str, Any] = {name: parameters.get(_HEAD + name) for name in _HEAD_ARRAYS}
+    return replace(head, **arrays)
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What the dense base model says to one sequence.
+
+    Attributes:
+        probabilities: float32 `[a, vocabulary]`.
+        entropy: their entropy, summed over the a tokens, nats.
+    """
+
+    probabilities: mx.array
+    entropy: mx.array
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One sequence under one arm: sums over the tokens to be predicted, in nats."""
+
+    cross_entropy: float
+    divergence: float
+
+
+class Stepper:
+    """Computes losses and gradients of sequences under the arms.
+
+    Args:
+        adapted: the model.
+        predictor: of the learned arm; its head gives the first values. None if there is no such arm.
+        prior: per FFN, float32 `[d_ffn]`, what the static arm keeps the best of.
+    """
+
+    def __init__(
+        self,
+        adapted: Adapted,
+        predictor: SparsityPredictor | None,
+        prior: Sequence[np.ndarray[Any, Any]],
+        objective: Objective,
+    ) -> None:
+        self._adapted = adapted
+        self._predictor = predictor
+        self._ranked = [mx.array(np.argsort(-scores, kind="stable").astype(np.int32)) for scores in prior]
+        self._objective = objective
+
+    def teach(self, example: Encoded) -> Taught | None:
+        """The dense base model's answer; None without a teacher."""
+        if not self._objective.teacher:
+            return None
+        self._adapted.use(None)
+        self._adapted.choose(None)
+        tokens, rows, _ = answer_rows(example)
+        said = log_softmax(answer_logits(self._adapted.model.module, tokens, rows))
+        # Kept, since every arm needs it and `exp` over a vocabulary is slow on a CPU.
+        probabilities = mx.exp(said)
+        taught = Taught(probabilities, -(probabilities * said).sum())
+        mx.eval(taught.probabilities, taught.entropy)
+        return taught
+
+    def run(
+        self,
+        arm: Arm,
+        example: Encoded,
+        keep: Sequence[int],
+        taught: Taught | None,
+        targets: int,
+        *,
+        learn_head: bool,
+    ) -> Measured:
+        """Add one sequence's gradients to an arm's.
+
+        Args:
+            keep: per FFN, *k*.
+            taught: what `teach` gave.
+            targets: tokens to be predicted in the whole step; the loss is divided by it.
+            learn_head: whether the head's gradients are wanted too.
+        """
+        joint = learn_head and arm.name == "learned"
+        fixed = {} if joint else {name: value for name, value in arm.parameters.items() if name.startswith(_HEAD)}
+        moving = {name: value for name, value in arm.parameters.items() if name not in fixed}
+        hidden = self._hidden(arm, example)
+        chosen = None if hidden is None or joint else self._chosen(arm.parameters, hidden, keep)
+
+        def loss(parameters: Parameters) -> tuple[mx.array, mx.array, mx.array]:
+            self._adapted.use({name: value for name, value in parameters.items() if not name.startswith(_HEAD)})
+            if arm.name == "static":
+                self._adapted.choose([ids[:k] for ids, k in zip(self._ranked, keep, strict=True)])
+            elif arm.name == "none":
+                self._adapted.choose(None)
+            elif chosen is not None:
+                self._adapted.choose(chosen)
+            else:
+                assert hidden is not None
+                self._adapted.choose(*self._straight_through(parameters, hidden, keep))
+            return self._loss(example, taught, targets)
+
+        (_, ce, kl), gradients = mx.value_and_grad(loss)(moving)
+        mx.eval(ce, kl, gradients)
+        arm.accumulate(gradients)
+        return Measured(float(ce), float(kl))
+
+    def _hidden(self, arm: Arm, example: Encoded) -> mx.array | None:
+        """What the head reads, `[tokens, d]`: the instruction by the backbone as it is now, with no gradient."""
+        if arm.name != "learned":
+            return None
+        predictor = self._predictor
+        assert predictor is not None
+        if predictor.head.layers is not None:
+            self._adapted.use(arm.adapter)
+            self._adapted.choose(None)
+        tokens = mx.array([predictor.tokens(example.instruction)])
+        hidden = mx.stop_gradient(hidden_states(predictor.backbone, tokens, predictor.head.layers)[0])
+        mx.eval(hidden)
+        return hidden
+
+    def _scores(self, parameters: Parameters, hidden: mx.array) -> list[mx.array]:
+        assert self._predictor is not None
+        head = head_with(self._predictor.head, parameters)
+        bounds = np.cumsum(head.widths)[:-1].tolist()
+        return list(mx.split(head(hidden), bounds))
+
+    def _chosen(self, parameters: Parameters, hidden: mx.array, keep: Sequence[int]) -> list[mx.array]:
+        scores = self._scores(parameters, hidden)
+        ids = [mx.argsort(-values)[:k].astype(mx.int32) for values, k in zip(scores, keep, strict=True)]
+        mx.eval(ids)
+        return ids
+
+    def _straight_through(
+        self, parameters: Parameters, hidden: mx.array, keep: Sequence[int]
+    ) -> tuple[list[mx.array], list[mx.array]]:
+        """Ids of the k best neurons and of those just behind, and a mask that is 1 and 0 for them, with the gradient
+        of soft top-k. Neurons further behind get none: their lambda, and so its gradient, is next to nothing."""
+        chosen, masks = [], []
+        for scores, k in zip(self._scores(parameters, hidden), keep, strict=True):
+            count = min(len(scores), k + max(int(self._objective.margin * k), 1))
+            ids = mx.argsort(-mx.stop_gradient(scores))[:count].astype(mx.int32)
+            soft = mx.take(soft_top_k(scores, k, self._objective.epsilon), ids)
+            chosen.append(ids)
+            masks.append((mx.arange(count) < k).astype(mx.float32) + soft - mx.stop_gradient(soft))
+        return chosen, masks
+
+    def _loss(self, example: Encoded, taught: Taught | None, targets: int) -> tuple[mx.array, mx.array, mx.array]:
+        tokens, rows, wanted = answer_rows(example)
+        said = log_softmax(answer_logits(self._adapted.model.module, tokens, rows))
+        ce = -mx.take_along_axis(said, wanted[:, None], axis=-1).sum()
+        if taught is None:
+            return ce / targets, ce, mx.array(0.0)
+        kl = -(taught.probabilities * said).sum() - taught.entropy
+        share = self._objective.teacher
+        return ((1 - share) * ce + share * kl) / targets, ce, kl
+
+
+def _clipped(gradients: Parameters, largest: float) -> tuple[Parameters, mx.array]:
+    """Gradients scaled down to a global norm, and their norm before."""
+    norm = mx.sqrt(mx.stack([(value.astype(mx.float32) ** 2).sum() for value in gradients.values()]).sum())
+    scale = mx.minimum(largest / (norm + 1e-6), 1.0)
+    return {name: value * scale for name, value in gradients.items()}, norm
+
+
+def _nested(pairs: list[tuple[str, mx.array]]) -> Any:
+    """The tree of an optimizer's state. Parameter names hold dots, as the tree's own paths do, so that only the ends of
+    a name tell what it is: `step`, `learning_rate`, or the moments `NAME.m` and `NAME.v`."""
+    tree: dict[str, Any] = {}
+    for name, value in pairs:
+        parameter, _, moment = name.rpartition(".")
+        if moment in ("m", "v") and parameter:
+            tree.setdefault(parameter, {})[moment] = value
+        else:
+            tree[name] = value
+    return tree

@@ -1,0 +1,312 @@
+"""Trains arms on the same batches, so that stopping at any time is fair; both stages of the paper run through here.
+
+A run lives in a folder: `state.safetensors` (everything: weights, moments, position; one file, replaced at once, so
+that a run killed at any moment goes on from a whole state), `metrics.jsonl` (a line a step, cut back to the state when
+resuming), and what other commands take: `adapters/ARM/`, `predictor/`, `prior.safetensors`.
+
+Nothing is drawn by chance that seed, data and step do not fix: a resumed run, and one that several processes share,
+repeat the undisturbed one up to the order in which floats are summed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx import nn
+from mlx.optimizers import AdamW, cosine_decay, join_schedules, linear_schedule
+
+from ifprune_mlx.errors import DataError
+from ifprune_mlx.files import read_safetensors_header, write_atomic
+from ifprune_mlx.model import Model
+from ifprune_mlx.predictor import SparsityPredictor
+from ifprune_mlx.train.adapter import Adapted
+from ifprune_mlx.train.arms import ARMS, Arm, Measured, Objective, Stepper, head_parameters
+from ifprune_mlx.train.encoding import Encoded
+from ifprune_mlx.train.mixture import Batch, Mixture, batches
+from ifprune_mlx.train.priors import save_prior
+
+STATE, METRICS = "state.safetensors", "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run does. A resumed run must have the same.
+
+    Attributes:
+        arms: of `ARMS`.
+        iterations: steps, of `batch_size` sequences each (over all processes).
+        learning_rate: of the adapters, after `warmup` steps; falls by a cosine to a tenth.
+        head_learning_rate: of the predictor's head, likewise; 0 keeps the head as it is.
+        head_start: share of the steps during which the head holds still, so that weights settle around selections.
+        clip: largest global norm of a gradient.
+        densities: a sequence's density is drawn from one of these ranges, each as likely.
+        seed: of the order of data and of the densities.
+    """
+
+    arms: tuple[str, ...] = ("learned", "static")
+    iterations: int = 1000
+    batch_size: int = 8
+    learning_rate: float = 5e-4
+    head_learning_rate: float = 0.0
+    head_start: float = 0.2
+    warmup: int = 20
+    clip: float = 1.0
+    densities: tuple[tuple[float, float], ...] = ((0.5, 0.5),)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.arms if name not in ARMS]
+        if unknown or not self.arms or len(set(self.arms)) < len(self.arms):
+            raise DataError(f"arms {', '.join(self.arms) or 'none'}: give each of {', '.join(ARMS)} at most once")
+        for low, high in self.densities:
+            if not 0 < low <= high <= 1:
+                raise DataError(f"density {low:g} to {high:g}: give numbers above 0 and at most 1, the lower first")
+
+
+class Run:
+    """A paired run.
+
+    Args:
+        adapted: the model.
+        predictor: of the learned arm; None without one.
+        prior: per FFN, float32 `[d_ffn]`; of the static arm.
+        mixture: what to learn from.
+        folder: where the run lives; one that holds a state of the same run goes on from it.
+        start: folder of an earlier run whose adapters the arms begin with.
+
+    Attributes:
+        step: steps done.
+        tokens: tokens predicted so far.
+        arms: as they are now.
+
+    Raises:
+        DataError: if the folder holds another run, or cannot be read.
+    """
+
+    def __init__(
+        self,
+        adapted: Adapted,
+        predictor: SparsityPredictor | None,
+        prior: Sequence[np.ndarray[Any, Any]],
+        mixture: Mixture[Encoded],
+        settings: Settings,
+        objective: Objective,
+        folder: Path,
+        *,
+        start: Path | None = None,
+    ) -> None:
+        self.settings, self.objective, self.folder = settings, objective, folder
+        self.adapted, self.predictor, self.prior = adapted, predictor, prior
+        self.step = self.tokens = 0
+        self._group = mx.distributed.init()
+        self._stepper = Stepper(adapted, predictor, prior, objective)
+        self._domains: list[str] = sorted(mixture.names)
+        self.arms = [self._arm(name, start) for name in settings.arms]
+        self._keep: dict[float, tuple[int, ...]] = {}
+        self._identity = json.dumps(
+            {
+                "checkpoint": adapted.model.checkpoint.id,
+                "settings": asdict(settings),
+                "objective": asdict(objective),
+                "rank": adapted.rank,
+                "scale": adapted.scale,
+                "data": mixture.fingerprint,
+            },
+            sort_keys=True,
+        )
+        state = self._restore()
+        self._batches = batches(
+            mixture, settings.batch_size, rank=self._group.rank(), world=self._group.size(), state=state
+        )
+        self._position: dict[str, Any] | None = state
+
+    @property
+    def leader(self) -> bool:
+        """Whether this process is the one that writes."""
+        return int(self._group.rank()) == 0
+
+    def advance(self) -> dict[str, Any]:
+        """One step of every arm on one batch.
+
+        Returns:
+            What the metrics file holds of it: per arm and domain the mean cross-entropy and KL divergence (nats per
+            token) before the step, tokens, learning rate, seconds. The same on every process.
+        """
+        start = time.perf_counter()
+        batch: Batch = next(self._batches)
+        learn_head = (
+            self.settings.head_learning_rate > 0 and self.step >= self.settings.head_start * self.settings.iterations
+        )
+        sums = np.zeros((len(self.arms), len(self._domains), 3))
+        for index, example in enumerate(batch.examples):
+            row = self._group.rank() + self._group.size() * index
+            keep = self._keep_of(self._density(row))
+            taught = self._stepper.teach(example)
+            for number, arm in enumerate(self.arms):
+                measured = self._stepper.run(arm, example, keep, taught, batch.targets, learn_head=learn_head)
+                sums[number, self._domains.index(example.domain)] += self._sums(measured, example)
+            mx.clear_cache()
+        norms = {}
+        for arm in self.arms:
+            if self._group.size() > 1:
+                arm.gradients = _summed(arm.gradients, self._group)
+            norms[arm.name] = arm.step(self.settings.clip)
+        if self._group.size() > 1:
+            sums = np.array(mx.distributed.all_sum(mx.array(sums.astype(np.float32)), group=self._group))
+        self.step += 1
+        self.tokens += batch.targets
+        self._position = batch.state
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "arms": {arm.name: self._told(sums[number]) for number, arm in enumerate(self.arms)},
+            "gradient_norm": norms,
+            "learning_rate": float(self.arms[0].optimizers[0].learning_rate),
+            "head_learns": learn_head,
+            "seconds": time.perf_counter() - start,
+        }
+
+    def record(self, line: Mapping[str, Any]) -> None:
+        """Append a line to the metrics."""
+        if not self.leader:
+            return
+        with (self.folder / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def save(self) -> None:
+        """Write the state, and the folders that other commands take. A run killed before or after loses nothing."""
+        if not self.leader:
+            return
+        arrays = {f"{arm.name}/{name}": array for arm in self.arms for name, array in arm.state().items()}
+        metadata = {
+            "run": self._identity,
+            "step": str(self.step),
+            "tokens": str(self.tokens),
+            "position": json.dumps(self._position),
+        }
+        write_atomic(self.folder / STATE, lambda path: mx.save_safetensors(str(path), arrays, metadata), DataError)
+        for arm in self.arms:
+            self.adapted.save(self.folder / "adapters" / arm.name, arm.adapter)
+            if arm.name == "learned":
+                assert self.predictor is not None
+                (self.folder / "predictor").mkdir(exist_ok=True)
+                arm.head(self.predictor.head).save(self.folder / "predictor" / "head.safetensors")
+        save_prior(self.folder / "prior.safetensors", self.prior)
+
+    def _arm(self, name: str, start: Path | None) -> Arm:
+        settings = self.settings
+        parameters = dict(self.adapted.initial if start is None else self.adapted.read(start / "adapters" / name))
+        if name == "learned":
+            assert self.predictor is not None
+            parameters |= head_parameters(self.predictor.head)
+        optimizers = tuple(
+            AdamW(_schedule(rate, settings), betas=[0.9, 0.98], weight_decay=0.0, bias_correction=True)
+            for rate in (settings.learning_rate, settings.head_learning_rate)
+        )
+        return Arm(name, parameters, (optimizers[0], optimizers[1]))
+
+    def _restore(self) -> dict[str, Any] | None:
+        file = self.folder / STATE
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not file.is_file():
+            return None
+        metadata = read_safetensors_header(file, DataError).metadata
+        if metadata.get("run") != self._identity:
+            raise DataError(
+                f"{self.folder}: holds a run with {_differences(metadata.get('run', ''), self._identity)}; "
+                "give the same again to go on with it, or another --output"
+            )
+        arrays = mx.load(str(file))
+        assert isinstance(arrays, dict)
+        for arm in self.arms:
+            prefix = f"{arm.name}/"
+            arm.restore({name.removeprefix(prefix): a for name, a in arrays.items() if name.startswith(prefix)})
+        self.step, self.tokens = int(metadata["step"]), int(metadata["tokens"])
+        if self.leader:
+            _cut(self.folder / METRICS, self.step)
+        position: dict[str, Any] = json.loads(metadata["position"])
+        return position
+
+    def _density(self, row: int) -> float:
+        """A sequence's density; a function of seed, step and row alone."""
+        digest = hashlib.sha256(f"{self.settings.seed}/density/{self.step}/{row}".encode()).digest()
+        ranges = self.settings.densities
+        low, high = ranges[int.from_bytes(digest[:8], "big") % len(ranges)]
+        return low + (high - low) * int.from_bytes(digest[8:12], "big") / 2**32
+
+    def _keep_of(self, density: float) -> tuple[int, ...]:
+        if density not in self._keep:
+            self._keep[density] = self.adapted.model.keep(density)
+        return self._keep[density]
+
+    @staticmethod
+    def _sums(measured: Measured, example: Encoded) -> tuple[float, float, int]:
+        return measured.cross_entropy, measured.divergence, int(example.mask.sum())
+
+    def _told(self, sums: np.ndarray[Any, Any]) -> dict[str, Any]:
+        """Per domain that the batch held, mean losses and tokens."""
+        return {
+            domain: {"ce": float(ce / count), "kl": float(kl / count), "tokens": int(count)}
+            for domain, (ce, kl, count) in zip(self._domains, sums, strict=True)
+            if count
+        }
+
+
+def static_prior(model: Model, predictor: SparsityPredictor | None) -> list[np.ndarray[Any, Any]]:
+    """What the static arm ranks neurons by: the predictor's own prior, which is what it says to no instruction in
+    particular, if it has one; so that the arms differ in what depends on the instruction alone. Else the checkpoint's.
+    """
+    if predictor is None or predictor.head.second_bias is None:
+        return list(model.prior)
+    flat = np.exp(np.array(predictor.head.second_bias.astype(mx.float32)))
+    return list(np.split(flat, np.cumsum(predictor.head.widths)[:-1]))
+
+
+def _schedule(rate: float, settings: Settings) -> Any:
+    warmup = min(settings.warmup, settings.iterations - 1)
+    cosine = cosine_decay(rate, max(settings.iterations - warmup, 1), rate / 10)
+    if warmup < 1:
+        return cosine
+    return join_schedules([linear_schedule(rate / (warmup + 1), rate, warmup), cosine], [warmup])
+
+
+def _summed(gradients: dict[str, mx.array], group: Any) -> dict[str, mx.array]:
+    """Sums over processes: each divided its loss by the tokens of all."""
+    mean = nn.utils.average_gradients(gradients, group)
+    return {name: value * group.size() for name, value in mean.items()}
+
+
+def _differences(theirs: str, ours: str) -> str:
+    """What two runs differ in, in words."""
+    try:
+        old, new = json.loads(theirs), json.loads(ours)
+    except ValueError:
+        return "other settings"
+    flat_old, flat_new = (
+        {**{k: v for k, v in run.items() if not isinstance(v, dict)}, **run.get("settings", {}), **run["objective"]}
+        for run in (old, new)
+    )
+    names = [name for name in flat_new if flat_old.get(name) != flat_new[name]]
+    return "another " + ", ".join(name.replace("_", " ") for name in names)
+
+
+def _cut(file: Path, step: int) -> None:
+    """Drop what the metrics say of steps after the state; a line that a kill left half written goes too."""
+    if not file.is_file():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if json.loads(line).get("step", 0) <= step:
+                kept.append(line)
+        except ValueError:
+            continue
+    write_atomic(file, lambda path: path.write_text("".join(kept), encoding="utf-8"), DataError)
