@@ -39,6 +39,7 @@ from .model import Model, Progress
 from .overlap import Overlap, mean_overlaps
 from .selection import Scores, Selection, top_k
 from .selectors import Instruction, RandomSelector, Selector, StaticSelector, make_selector
+from .tasks import Summary, TaskRow, summarize
 
 ROWS = (
     "dense",
@@ -130,6 +131,7 @@ class Evaluation:
         overlap: by name of every selector that reads the instruction.
         keys: by domain, what tells its prompts apart, in the order of `Row.per_prompt`.
         seed: of the random selector, of who is whose other prompt, and of the bootstrap.
+        tasks: what else was measured at this density, by `ifprune_mlx.choices` and `ifprune_mlx.exact`.
     """
 
     density: float
@@ -138,6 +140,7 @@ class Evaluation:
     overlap: dict[str, Overlap]
     keys: dict[str, tuple[str, ...]]
     seed: int = 0
+    tasks: tuple[TaskRow, ...] = ()
 
     @property
     def selectors(self) -> list[str]:
@@ -156,6 +159,11 @@ class Evaluation:
         for row in self.rows:
             per_prompt[row.domain][row.selector] = row.per_prompt
         return paired_differences(per_prompt, seed=self.seed % 2**63)
+
+    @cached_property
+    def summaries(self) -> list[Summary]:
+        """The tasks' rows with their intervals."""
+        return summarize(self.tasks, seed=self.seed % 2**63)
 
     def difference(self, a: str, b: str, domain: str = POOLED) -> Difference | None:
         """`a` minus `b`; of `all`, over all domains (of one domain, that one). None if it has no interval."""
@@ -182,7 +190,8 @@ class Evaluation:
         ):
             raise IfpruneError("the two evaluations did not measure the same answers; give the same data to both")
         added = [replace(row, selector=new) for new, old in names.items() for row in other.rows if row.selector == old]
-        return replace(self, rows=(*self.rows, *added))
+        tasks = [replace(row, selector=new) for new, old in names.items() for row in other.tasks if row.selector == old]
+        return replace(self, rows=(*self.rows, *added), tasks=(*self.tasks, *tasks))
 
     def to_dict(self) -> dict[str, Any]:
         """What `ifprune evaluate --json` writes (DESIGN.md section 11, and more)."""
@@ -191,7 +200,7 @@ class Evaluation:
             "matched": self.matched,
             "seed": self.seed,
             "rows": [row.to_dict() for row in self.rows],
-            "tasks": [],
+            "tasks": [summary.to_dict() for summary in self.summaries],
             "overlap": {name: overlap.to_dict() for name, overlap in self.overlap.items()},
             "differences": [difference.to_dict() for difference in self.differences],
             "prompts": {domain: list(keys) for domain, keys in self.keys.items()},

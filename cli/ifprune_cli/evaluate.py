@@ -1,15 +1,18 @@
-"""`ifprune evaluate`: what do selections cost, by domain, beside their controls?"""
+"""`ifprune evaluate`: what do selections cost, by domain and task, beside their controls?"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from .console import note, progress, result_json
+from .evaluate_report import chart, notes, tables
 from .loading import load_model, open_checkpoint
 from .options import DataOption, DensityOption, DtypeOption, ModelOption, TrustOption, named_files
 
@@ -17,7 +20,10 @@ if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
     from ifprune_mlx import Model
+    from ifprune_mlx.choices import ChoiceQuestion
     from ifprune_mlx.evaluate import Evaluation
+    from ifprune_mlx.exact import ExactQuestion
+    from ifprune_mlx.tasks import TaskRow
     from ifprune_mlx.train.encoding import Encoded
     from ifprune_mlx.train.records import Record
 
@@ -29,8 +35,44 @@ MaxLengthOption = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """What is to be measured, as read from files, and how much of it."""
+
+    records: Records
+    choices: dict[str, list[ChoiceQuestion]]
+    exact: dict[str, list[ExactQuestion]]
+    limit: int | None
+    max_length: int
+    max_tokens: int
+    seed: int
+
+    @property
+    def has_tasks(self) -> bool:
+        """Whether there is anything beside losses."""
+        return bool(self.choices or self.exact)
+
+
 def evaluate(
     data: DataOption = None,
+    choices: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            "--choices",
+            metavar="NAME=FILE",
+            help="A multiple choice task, JSON lines with query, choices and gold (the right one's index, from 0); "
+            "repeatable.",
+        ),
+    ] = None,
+    exact: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            "--exact",
+            metavar="NAME=FILE",
+            help="A task with one right answer, which is generated: JSON lines with prompt or question, and answer; "
+            "repeatable.",
+        ),
+    ] = None,
     model: ModelOption = None,
     selectors: Annotated[
         Optional[str],
@@ -42,6 +84,10 @@ def evaluate(
         ),
     ] = None,
     density: DensityOption = None,
+    densities: Annotated[
+        Optional[str],
+        typer.Option("--densities", metavar="LIST", help="Several densities in turn, such as 0.27,0.4,0.5,0.7."),
+    ] = None,
     healed_static: Annotated[
         Optional[str],
         typer.Option(
@@ -54,63 +100,147 @@ def evaluate(
     ] = None,
     limit: Annotated[
         Optional[int],
-        typer.Option("--limit", metavar="N", min=1, help="Prompts per domain, picked by the seed.  [default: all]"),
+        typer.Option(
+            "--limit", metavar="N", min=1, help="Prompts per domain and task, picked by the seed.  [default: all]"
+        ),
     ] = None,
     max_length: MaxLengthOption = 512,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-m", min=1, help="Most tokens to generate for a question of --exact.")
+    ] = 256,
     seed: Annotated[
         int, typer.Option("--seed", help="Seed of the pick, the random rows, the other prompts and the bootstrap.")
     ] = 0,
     dtype: DtypeOption = None,
     trust_remote_code: TrustOption = False,
+    plot: Annotated[
+        Optional[Path],
+        typer.Option("--plot", metavar="FILE.svg", help="Draw the losses against the active parameters."),
+    ] = None,
     json: Annotated[
         Optional[Path], typer.Option("--json", metavar="FILE", help="Write one JSON line to FILE; - is stdout.")
     ] = None,
 ) -> None:
-    """Measure the loss of given answers under every kind of selection, with paired intervals."""
+    """Measure every kind of selection by the loss of given answers and by tasks, with paired intervals."""
     from ifprune_mlx import DataError, IfpruneError
-    from ifprune_mlx.evaluate import available_rows, compare
-    from ifprune_mlx.files import write_atomic
+    from ifprune_mlx.evaluate import available_rows
 
-    if not data:
-        raise DataError("evaluate needs data; give --data NAME=FILE.jsonl, once for every domain")
     # Whatever can be wrong is better found before hours of measuring than after them.
-    if json is not None and not json.parent.is_dir():
-        raise IfpruneError(f"--json {json}: no such folder; make it first")
-    records = read_data(data)
-    for folder in (healed_static, healed_dense):
-        if folder is not None:
-            open_checkpoint(folder)
+    if not (data or choices or exact):
+        raise DataError("evaluate needs data; give --data, --choices or --exact NAME=FILE.jsonl, once for every domain")
+    if density is not None and densities is not None:
+        raise IfpruneError("--density and --densities contradict each other; give one of them")
+    _check_outputs(json, plot, bool(data))
+    shares = [density] if densities is None else _densities(densities)
+    wanted = _read(data or [], choices or [], exact or [], limit, max_length, max_tokens, seed)
+    names = None if selectors is None else _names(selectors, wanted)
+    arms = {"healed-static": (healed_static, "static"), "healed-dense": (healed_dense, "dense")}
+    for given in filter(None, (healed_static, healed_dense)):
+        open_checkpoint(given)
     loaded, tokenizer = load_model(model, dtype, trust_remote_code)
-    names = available_rows(loaded, len(records)) if selectors is None else _names(selectors)
-    share = loaded.checkpoint.layout.density if density is None else density
-    keep = loaded.keep(share)
-    examples = sample(loaded, tokenizer, records, limit, max_length, seed, note)
-    with progress("evaluate", "tokens") as update:
-        result = compare(loaded, examples, names, keep, seed=seed, progress=update)
+    if names is None:
+        names = available_rows(loaded, len(wanted.records))
+    keeps = _keeps(loaded, shares, densities)
+    measured = _Measured(loaded, tokenizer, wanted, note)
+    results = [measured.at(keep, names, "evaluate") for keep in keeps]
+    active, total = [loaded.checkpoint.active_parameters(keep) for keep in keeps], loaded.total_parameters
+    name = loaded.checkpoint.path.name if model is None else Path(model).name
     loaded.close()
-    healed = {"healed-static": (healed_static, "static"), "healed-dense": (healed_dense, "dense")}
-    for name, (folder, row) in healed.items():
+    for arm, (folder, row) in arms.items():
         if folder is None:
             continue
-        arm, arm_tokenizer = load_model(folder, dtype, trust_remote_code)
-        _check_same(folder, examples, sample(arm, arm_tokenizer, records, limit, max_length, seed, lambda line: None))
-        with progress(f"evaluate {name}", "tokens") as update:
-            other = compare(arm, examples, [row], arm.keep(share), seed=seed, progress=update)
-        arm.close()
-        result = result.with_rows(other, {name: row})
-    value = result.to_dict()
-    if json is None or str(json) != "-":
-        print("\n".join([*_table(result), *_difference_table(result)]), flush=True)
-    _notes(result)
-    if json is None:
-        return
-    if str(json) == "-":
-        result_json(value)
-        return
-    import json as encoder
+        healed, healed_tokenizer = load_model(folder, dtype, trust_remote_code)
+        other = _Measured(healed, healed_tokenizer, wanted, lambda line: None)
+        _check_same(folder, measured.tokens, other.tokens)
+        found = [other.at(keep, [row], f"evaluate {arm}") for keep in keeps]
+        healed.close()
+        results = [result.with_rows(joined, {arm: row}) for result, joined in zip(results, found, strict=True)]
+    if str(json) != "-":
+        print("\n\n".join("\n".join(tables(result)) for result in results), flush=True)
+    notes(results)
+    curve = list(zip(active, results, strict=True))
+    if json is not None:
+        points = [{"active_parameters": count, **result.to_dict()} for count, result in curve]
+        _write_json(json, results[0].to_dict() if densities is None else {"total_parameters": total, "curve": points})
+    if plot is not None:
+        _write(plot, chart(name, curve, total))
 
-    text = encoder.dumps(value) + "\n"
-    write_atomic(json, lambda file: file.write_text(text, encoding="utf-8"), IfpruneError)
+
+class _Measured:
+    """One model's view of what is wanted: everything encoded once, measured at every density."""
+
+    def __init__(
+        self, model: Model, tokenizer: TokenizerWrapper, wanted: _Wanted, report: Callable[[str], object]
+    ) -> None:
+        from ifprune_mlx.asking import pick
+        from ifprune_mlx.choices import encode_choices
+        from ifprune_mlx.exact import encode_exact
+
+        self._model, self._tokenizer, self._wanted = model, tokenizer, wanted
+        limit, seed, context = wanted.limit, wanted.seed, model.context_length
+        self._examples = sample(model, tokenizer, wanted.records, limit, wanted.max_length, seed, report)
+        take = partial(pick, context=context, limit=limit, seed=seed, report=report)
+        self._choices = {name: take(name, q, partial(encode_choices, tokenizer)) for name, q in wanted.choices.items()}
+        self._exact = {name: take(name, q, partial(encode_exact, tokenizer)) for name, q in wanted.exact.items()}
+        self._instructions = {name: [asked.instruction for asked in given] for name, given in self._choices.items()}
+        self._instructions |= {name: [asked.instruction for asked in given] for name, given in self._exact.items()}
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        """Everything that is read, as token ids."""
+        options = [option for choices in self._choices.values() for choice in choices for option in choice.options]
+        return [
+            *(example.tokens.tolist() for examples in self._examples.values() for example in examples),
+            *(list(instruction.tokens) for given in self._instructions.values() for instruction in given),
+            *(list(option.tokens) for option in options),
+        ]
+
+    def at(self, keep: tuple[int, ...], names: Sequence[str], label: str) -> Evaluation:
+        """Losses and tasks under *k* per FFN.
+
+        Args:
+            names: rows; those that make no sense for a task are measured by loss alone.
+            label: of the progress display.
+        """
+        from ifprune_mlx.asking import check_rows
+        from ifprune_mlx.evaluate import Evaluation, compare
+
+        # The losses come first and may take hours.
+        for name, instructions in self._instructions.items():
+            check_rows(name, instructions, names)
+        if self._examples:
+            with progress(label, "tokens") as update:
+                result = compare(self._model, self._examples, names, keep, seed=self._wanted.seed, progress=update)
+        else:
+            share = sum(keep) / sum(spec.d_ffn for spec in self._model.checkpoint.layout.ffns)
+            matched = "learned" if self._model.checkpoint.has_predictor else "activation"
+            result = Evaluation(share, matched, (), {}, {}, self._wanted.seed)
+        return replace(result, tasks=tuple(self._tasks(keep, names, label)))
+
+    def _tasks(self, keep: tuple[int, ...], names: Sequence[str], label: str) -> list[TaskRow]:
+        from ifprune_mlx.asking import TASK_ROWS
+        from ifprune_mlx.choices import score_choices
+        from ifprune_mlx.exact import score_exact
+
+        rows = [name for name in dict.fromkeys(names) if name in TASK_ROWS]
+        seed, result = self._wanted.seed, []
+        for name, choices in self._choices.items():
+            with progress(f"{label} {name}", "questions") as update:
+                result += score_choices(self._model, name, choices, rows, keep, seed=seed, progress=update)
+        for name, exact in self._exact.items():
+            with progress(f"{label} {name}", "questions") as update:
+                result += score_exact(
+                    self._model,
+                    self._tokenizer,
+                    name,
+                    exact,
+                    rows,
+                    keep,
+                    max_tokens=self._wanted.max_tokens,
+                    seed=seed,
+                    progress=update,
+                )
+        return result
 
 
 def read_data(given: Sequence[str]) -> Records:
@@ -157,13 +287,48 @@ def sample(
     return examples
 
 
-def _names(selectors: str) -> list[str]:
+def _read(
+    data: Sequence[str],
+    choices: Sequence[str],
+    exact: Sequence[str],
+    limit: int | None,
+    max_length: int,
+    max_tokens: int,
+    seed: int,
+) -> _Wanted:
+    """Read all files.
+
+    Raises:
+        DataError: if an option is malformed, a name comes twice, or a file cannot be used.
+    """
+    from ifprune_mlx import DataError
+    from ifprune_mlx.choices import read_choices
+    from ifprune_mlx.exact import read_exact
+
+    choice_files = named_files(choices, "--choices", "task")
+    exact_files = named_files(exact, "--exact", "task")
+    for name in exact_files:
+        if name in choice_files:
+            raise DataError(f"--exact {name}: task {name!r} is given with --choices, too; give one another name")
+    return _Wanted(
+        read_data(data),
+        {name: read_choices(path) for name, path in choice_files.items()},
+        {name: read_exact(path) for name, path in exact_files.items()},
+        limit,
+        max_length,
+        max_tokens,
+        seed,
+    )
+
+
+def _names(selectors: str, wanted: _Wanted) -> list[str]:
     """The rows asked for.
 
     Raises:
-        IfpruneError: for a name that is none.
+        IfpruneError: for a name that is none, and where none can be measured on what is wanted.
     """
     from ifprune_mlx import IfpruneError
+    from ifprune_mlx.asking import TASK_ROWS
     from ifprune_mlx.evaluate import ROWS
 
     known = [name for name in ROWS if name != "matched"]
@@ -173,75 +338,75 @@ def _names(selectors: str) -> list[str]:
             raise IfpruneError(f"--selectors: unknown selector {name!r}; choose from {', '.join(known)}")
     if not names:
         raise IfpruneError(f"--selectors is empty; choose from {', '.join(known)}")
+    if wanted.has_tasks and not set(names) & set(TASK_ROWS):
+        raise IfpruneError(f"--selectors has none that --choices and --exact can measure: {', '.join(TASK_ROWS)}")
     return names
 
 
-def _check_same(folder: str, ours: Examples, theirs: Examples) -> None:
+def _densities(text: str) -> list[float]:
+    """The numbers of `--densities`.
+
+    Raises:
+        IfpruneError: if one is none.
+    """
+    from ifprune_mlx import IfpruneError
+
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise IfpruneError(f"--densities {text}: expected numbers with commas between, such as 0.27,0.5") from None
+
+
+def _keeps(model: Model, shares: Sequence[float | None], given: str | None) -> list[tuple[int, ...]]:
+    """*k* per FFN at every density; None is the checkpoint's own.
+
+    Raises:
+        BudgetError: for a density out of range.
+        IfpruneError: if two densities keep the same number of neurons.
+    """
+    from ifprune_mlx import IfpruneError
+
+    keeps = [model.keep(share) for share in shares]
+    if len(set(keeps)) < len(keeps):
+        raise IfpruneError(
+            f"--densities {given}: two of them keep the same number of neurons, rounded to whole blocks; leave one out"
+        )
+    return keeps
+
+
+def _check_same(folder: str, ours: list[list[int]], theirs: list[list[int]]) -> None:
     from ifprune_mlx import CheckpointError
 
-    for domain, examples in ours.items():
-        others = theirs[domain]
-        if [e.tokens.tolist() for e in examples] != [e.tokens.tolist() for e in others]:
-            raise CheckpointError(
-                f"{folder}: reads the same chats as other tokens, so that losses do not compare; "
-                "give a checkpoint of the same base model"
-            )
+    if ours != theirs:
+        raise CheckpointError(
+            f"{folder}: reads the same data as other tokens, so that figures do not compare; "
+            "give a checkpoint of the same base model"
+        )
 
 
-def _table(result: Evaluation) -> list[str]:
-    """Losses, a line per selector."""
-    from ifprune_mlx.bootstrap import POOLED
+def _check_outputs(json: Path | None, plot: Path | None, has_losses: bool) -> None:
+    from ifprune_mlx import IfpruneError
 
-    domains = list(result.keys)
-    columns = [*domains, POOLED] if len(domains) > 1 else domains
-    counts = ", ".join(f"{len(keys)} {domain}" for domain, keys in result.keys.items())
-    lines = [f"nats per answer token, mean over prompts ({counts}), density {result.density:.3f}"]
-    lines.append(_line("", [f"{name:>9}" for name in columns]))
-    for selector in result.selectors:
-        lines.append(_line(selector, [f"{result.nll(selector, name):>{max(9, len(name))}.3f}" for name in columns]))
-    return lines
+    for option, file in (("--json", json), ("--plot", plot)):
+        if file is not None and not file.parent.is_dir():
+            raise IfpruneError(f"{option} {file}: no such folder; make it first")
+    if plot is not None and plot.suffix != ".svg":
+        raise IfpruneError(f"--plot {plot}: charts are SVG files, which browsers show; give a name that ends in .svg")
+    if plot is not None and not has_losses:
+        raise IfpruneError("--plot draws losses; give --data as well, or leave it out")
 
 
-def _difference_table(result: Evaluation) -> list[str]:
-    """The differences that matter: everything against static, the matched selector against its controls."""
-    from ifprune_mlx.bootstrap import POOLED
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    import json
 
-    present = result.selectors
-    own = {"activation": "activation-sliced"}.get(result.matched or "", result.matched or "")
-    pairs = [(name, "static") for name in present if name not in ("dense", "static", "random")]
-    pairs += [(own, name) for name in ("healed-static", "mismatched", "cross-domain")]
-    columns = [*result.keys, POOLED] if len(result.keys) > 1 else list(result.keys)
-    lines = []
-    for a, b in pairs:
-        if a not in present or b not in present:
-            continue
-        found = [result.difference(a, b, name) for name in columns]
-        cells = ["" if d is None else f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]" for d in found]
-        lines.append(_line(f"{a} - {b}", [f"{cell:>24}" for cell in cells], 32))
-    if not lines:
-        return []
-    head = _line("", [f"{name:>24}" for name in columns], 32)
-    return ["", "differences, mean [95 % interval]; below 0 the first is better", head, *lines]
+    if str(path) == "-":
+        result_json(value)
+    else:
+        _write(path, json.dumps(value) + "\n")
 
 
-def _line(label: str, cells: Sequence[str], width: int = 18) -> str:
-    return f"{label:<{width}}" + " ".join(cells)
+def _write(path: Path, text: str) -> None:
+    from ifprune_mlx import IfpruneError
+    from ifprune_mlx.files import write_atomic
 
-
-def _notes(result: Evaluation) -> None:
-    """What a reader of the table must know, on stderr."""
-    if len(result.keys) > 1:
-        note("all: the mean of the domains' means")
-    if "activation" in result.selectors:
-        note("activation reads the prompt densely, as it does when generating; every other row computes it pruned")
-    if {"mismatched", "cross-domain"} & set(result.selectors):
-        note(f"mismatched, cross-domain: selections that {result.matched} made from another prompt")
-    for name, overlap in result.overlap.items():
-        shares = [("within a domain", overlap.within), ("across domains", overlap.across)]
-        told = [
-            f"{share:.3f} {where} ({overlap.agreement(share):.3f} beyond chance)"
-            for where, share in shares
-            if share is not None
-        ]
-        if told:
-            note(f"overlap of {name}'s selections: {', '.join(told)}")
+    write_atomic(path, lambda file: file.write_text(text, encoding="utf-8"), IfpruneError)

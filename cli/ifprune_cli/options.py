@@ -115,8 +115,11 @@ DataOption = Annotated[
 ]
 
 
-def named_files(values: Sequence[str]) -> dict[str, Path]:
-    """The files of `--data NAME=FILE` options, by name.
+def named_files(values: Sequence[str], option: str = "--data", kind: str = "domain") -> dict[str, Path]:
+    """The files of `--data NAME=FILE` options, or of others like it, by name.
+
+    Args:
+        kind: what has the names, for messages.
 
     Raises:
         DataError: if one is not of that form, or a name is given twice.
@@ -127,9 +130,9 @@ def named_files(values: Sequence[str]) -> dict[str, Path]:
     for value in values:
         name, separator, file = value.partition("=")
         if not (name.strip() and separator and file):
-            raise DataError(f"--data {value}: expected NAME=FILE, such as code=code.jsonl")
+            raise DataError(f"{option} {value}: expected NAME=FILE, such as code=code.jsonl")
         if name in files:
-            raise DataError(f"--data {value}: domain {name!r} is given twice; put its chats into one file")
+            raise DataError(f"{option} {value}: {kind} {name!r} is given twice; put all of it into one file")
         files[name] = Path(file)
     return files
 

@@ -133,6 +133,8 @@ def train(
     heal the pruned model on plain text (the paper's stage 1). sft: heal it on chats (stage 2). The last two train the
     arms (learned, static, none) on the same batches. All resume where they were stopped.
     """
+    import mlx.core as mx
+
     from ifprune_mlx import DataError
 
     files = named_files(data or [])
@@ -141,7 +143,10 @@ def train(
     loaded, tokenizer = load_model(model, dtype, trust_remote_code=False)
     picked = _Picked(files, held_out, limit, seed, strict)
     began = time.perf_counter()
+    group = mx.distributed.init()
     if stage in (StageName.calibrate, StageName.distill):
+        if group.size() > 1:
+            raise DataError(f"--stage {stage.value} runs in one process; start it without mlx.launch")
         targets = _targets(loaded, tokenizer, picked, output, layers, max_seq_length, seed)
         result = _calibrate(targets, output) if stage is StageName.calibrate else _distill(targets, output, rank, seed)
     else:
@@ -175,6 +180,8 @@ def train(
                 valid_data[name] = encode(tokenizer, records, max_seq_length)[:eval_prompts]
         result = run_paired(loaded, train_data, valid_data, named_weights(weight or [], set(files)), options)
     told = result.pop("told")
+    if group.rank():
+        return
     result = {"stage": stage.value, **result, "seconds": time.perf_counter() - began}
     if json:
         result_json(result)

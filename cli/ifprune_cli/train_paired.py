@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +84,9 @@ def run_paired(
         options.output,
         start=options.start,
     )
-    if run.step:
+    if run.leader and predictor is not None and predictor.head.layers is None:
+        _copy_backbone(_predictor_folder(model, options), options.output / "predictor")
+    if run.step and run.leader:
         note(f"goes on after step {run.step} of {settings.iterations}")
     collapsed = _Loop(run, valid, options).go()
     path = str(options.output)
@@ -138,10 +142,13 @@ class _Loop:
             if run.step % options.steps_per_report == 0 or last:
                 left = (time.monotonic() - began) / (run.step - begun) * (total - run.step)
                 self._report(left)
-            if run.step % options.save_every == 0 or last:
-                run.save()
             if run.step % options.steps_per_eval == 0 or last:
                 collapsed = self._evaluate()
+            # After the evaluation, so that a resumed run repeats it if the kill came before its line was written.
+            if run.step % options.save_every == 0 or last:
+                run.save()
+        if run.step < total:
+            run.save()
         return collapsed
 
     def _report(self, left: float) -> None:
@@ -160,10 +167,12 @@ class _Loop:
         )
 
     def _evaluate(self) -> bool:
+        """Evaluate on one process, while the others wait; whether the learned arm has collapsed, on all."""
+        return self._run.agreed(self._run.leader and bool(self._valid) and self._measure())
+
+    def _measure(self) -> bool:
         from ifprune_mlx.train.watch import base_rows, collapse, watch
 
-        if not self._valid or not self._run.leader:
-            return False
         with progress("evaluate", "tokens") as update:
             if self._base is None:
                 self._base = base_rows(self._run, self._valid, self._density, update)
@@ -187,6 +196,21 @@ class _Loop:
         return why is not None
 
 
+def _copy_backbone(predictor: Path, folder: Path) -> None:
+    """Copy a predictor's own backbone, which no stage changes, to where the head is going to be."""
+    from ifprune_mlx import DataError
+    from ifprune_mlx.files import write_atomic
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in predictor.iterdir() if not folder.samefile(predictor) else ():
+        if file.is_file() and file.name != "head.safetensors" and not file.name.startswith("."):
+            write_atomic(folder / file.name, partial(shutil.copyfile, file), DataError)
+
+
+def _predictor_folder(model: Model, options: Paired) -> Path:
+    return options.predictor or model.checkpoint.path / "predictor"
+
+
 def _predictor(model: Model, options: Paired) -> SparsityPredictor:
     from ifprune_mlx import DataError
     from ifprune_mlx.predictor import load_predictor
@@ -198,6 +222,10 @@ def _predictor(model: Model, options: Paired) -> SparsityPredictor:
                 "or leave the arm out with --selector static"
             )
         return model.predictor
+    if options.head_learning_rate and options.predictor.resolve() == (options.output / "predictor").resolve():
+        raise DataError(
+            f"--predictor {options.predictor}: is where this run writes the head that it learns; give another --output"
+        )
     widths = [spec.d_ffn for spec in model.checkpoint.layout.ffns]
     assert model.tokenizer is not None
     return load_predictor(options.predictor, model.module, model.tokenizer, model.context_length, widths)

@@ -27,6 +27,7 @@ from ifprune_convert.readers import open_source
 from ifprune_mlx import Selection
 from ifprune_mlx.checkpoint import write_manifest
 from tests.cli.process import Argument, full_disk, run
+from tests.convert.tiny_adapter import write_adapter
 from tests.tiny import write_checkpoint
 from tests.tiny_gguf import CONFIG as GGUF_CONFIG
 from tests.tiny_gguf import make_model, write_gguf
@@ -357,6 +358,22 @@ def bench_beyond_the_context(at: Place) -> Bad:
 
 
 @case
+def no_tokens_for_a_question(at: Place) -> Bad:
+    arguments = ["evaluate", "--model", at.sound, "--exact", "x=x.jsonl", "--max-tokens", "0"]
+    return Bad(arguments, ("--max-tokens", "--help"), code=2)
+
+
+@case
+def question_with_gold_out_of_range(at: Place) -> Bad:
+    file = at / "questions.jsonl"
+    file.write_text(
+        '{"query": "q", "choices": ["a", "b"], "gold": 0}\n{"query": "q", "choices": ["a", "b"], "gold": 2}\n'
+    )
+    words = (f"{file}, line 2", "gold is no index of its 2 options", "expected query, choices and gold")
+    return Bad(["evaluate", "--model", at.sound, "--choices", f"x={file}"], words)
+
+
+@case
 def unknown_command(at: Place) -> Bad:
     return Bad(["trian"], ("trian", "ifprune --help"), code=2)
 
@@ -542,6 +559,206 @@ def calibration_without_chats(at: Place) -> Bad:
     file = at / "chats.jsonl"
     file.write_text("\n")
     return Bad(at.convert(at.source, "--calibrate", file), (str(file), "holds no chats", "give JSON lines"))
+
+
+# Adapters to fuse.
+
+ADAPTER, ADAPTER_CONFIG = "adapters.safetensors", "adapter_config.json"
+
+
+def adapter(at: Place, change: Callable[[dict[str, mx.array]], object] = lambda tensors: None, **options: Any) -> Path:
+    """An adapter of the sound dense folder, its tensors changed."""
+    folder = write_adapter(at / "adapter", at.source, **options)
+    arrays = mx.load(str(folder / ADAPTER))
+    assert isinstance(arrays, dict)
+    mx.eval(arrays)
+    change(arrays)
+    mx.save_safetensors(str(folder / ADAPTER), arrays)
+    return folder
+
+
+@case
+def missing_adapter(at: Place) -> Bad:
+    return Bad(at.convert(at.source, "--adapter", at / "none"), (str(at / "none"), "no such adapter folder", "give"))
+
+
+@case
+def file_as_adapter(at: Place) -> Bad:
+    file = adapter(at) / ADAPTER
+    return Bad(at.convert(at.source, "--adapter", file), (str(file), "no such adapter folder", "give the folder"))
+
+
+@case
+def adapter_without_its_tensors(at: Place) -> Bad:
+    folder = adapter(at)
+    (folder / ADAPTER).unlink()
+    return Bad(at.convert(at.source, "--adapter", folder), (str(folder), f"has no {ADAPTER}", "give the folder"))
+
+
+@case
+def adapter_without_its_config(at: Place) -> Bad:
+    folder = adapter(at)
+    (folder / ADAPTER_CONFIG).unlink()
+    return Bad(at.convert(at.source, "--adapter", folder), (str(folder), f"has no {ADAPTER_CONFIG}", "give the folder"))
+
+
+@case
+def adapter_config_that_is_not_json(at: Place) -> Bad:
+    folder = adapter(at)
+    cut(folder / ADAPTER_CONFIG, 5)
+    words = (str(folder / ADAPTER_CONFIG), "not valid JSON", "again")
+    return Bad(at.convert(at.source, "--adapter", folder), words)
+
+
+@case
+def adapter_config_that_is_a_list(at: Place) -> Bad:
+    folder = adapter(at)
+    (folder / ADAPTER_CONFIG).write_text("[]")
+    words = (str(folder / ADAPTER_CONFIG), "must hold a JSON object", "again")
+    return Bad(at.convert(at.source, "--adapter", folder), words)
+
+
+@case
+def adapter_config_without_a_scale(at: Place) -> Bad:
+    folder = adapter(at)
+    edit_json(folder / ADAPTER_CONFIG, lambda config: config["lora_parameters"].pop("scale"))
+    words = (str(folder / ADAPTER_CONFIG), "no finite number `scale`", "again")
+    return Bad(at.convert(at.source, "--adapter", folder), words)
+
+
+@case
+def adapter_of_an_unknown_kind(at: Place) -> Bad:
+    folder = adapter(at)
+    edit_json(folder / ADAPTER_CONFIG, lambda config: config.update(fine_tune_type="ia3"))
+    words = (str(folder / ADAPTER_CONFIG), "'ia3'", "lora, dora, full", "mlx_lm.fuse")
+    return Bad(at.convert(at.source, "--adapter", folder), words)
+
+
+@case
+def adapter_of_peft(at: Place) -> Bad:
+    folder = adapter(at)
+    (folder / ADAPTER).rename(folder / "adapter_model.safetensors")
+    return Bad(at.convert(at.source, "--adapter", folder), (str(folder), "PEFT adapter", "merge it"))
+
+
+@case
+def adapter_cut_short(at: Place) -> Bad:
+    folder = adapter(at)
+    cut(folder / ADAPTER)
+    return Bad(at.convert(at.source, "--adapter", folder), (str(folder / ADAPTER), "cut short", "again"))
+
+
+@case
+def adapter_of_a_deeper_model(at: Place) -> Bad:
+    stem = "model.layers.7.mlp.up_proj"
+    pair = {f"{stem}.lora_a": mx.zeros((64, 4)), f"{stem}.lora_b": mx.zeros((4, 128))}
+    folder = adapter(at, lambda tensors: tensors.update(pair))
+    words = (str(folder / ADAPTER), stem, "does not have", "give the one of this model")
+    return Bad(at.convert(at.source, "--adapter", folder), words)
+
+
+@case
+def adapter_of_a_wider_model(at: Place) -> Bad:
+    name = "model.layers.1.mlp.up_proj.lora_a"
+    folder = adapter(at, lambda tensors: tensors.update({name: mx.zeros((96, 4))}))
+    words = (str(folder / ADAPTER), name, "[96, 4]", "[64, 4]", "give the one of this model")
+    return Bad(at.convert(at.source, "--adapter", folder), words)
+
+
+@case
+def adapter_with_half_a_pair(at: Place) -> Bad:
+    name = "model.layers.1.mlp.up_proj.lora_b"
+    folder = adapter(at, lambda tensors: tensors.pop(name))
+    return Bad(at.convert(at.source, "--adapter", folder), (str(folder / ADAPTER), f"lacks {name}", "again"))
+
+
+@case
+def adapter_with_a_tensor_of_another_kind(at: Place) -> Bad:
+    name = "model.layers.1.mlp.up_proj.weight"
+    folder = adapter(at, lambda tensors: tensors.update({name: mx.zeros((128, 64))}))
+    words = (str(folder / ADAPTER), name, "none of lora_a, lora_b", "again")
+    return Bad(at.convert(at.source, "--adapter", folder), words)
+
+
+@case
+def adapter_with_nan(at: Place) -> Bad:
+    name = "model.layers.1.mlp.up_proj.lora_b"
+    folder = adapter(at, lambda tensors: tensors.update({name: mx.full((4, 128), mx.nan)}))
+    words = (str(folder / ADAPTER), name, "NaN", "train the adapter again")
+    return Bad(at.convert(at.source, "--adapter", folder), words)
+
+
+@case
+def full_adapter_of_another_model(at: Place) -> Bad:
+    name = "model.layers.1.mlp.up_proj.bias"
+    folder = adapter(at, lambda tensors: tensors.update({name: mx.zeros((128,))}), kind="full")
+    words = (str(folder / ADAPTER), f"replaces {name}", "does not have", "give the one of this model")
+    return Bad(at.convert(at.source, "--adapter", folder), words)
+
+
+@case
+def full_adapter_of_a_wider_model(at: Place) -> Bad:
+    name = "model.layers.1.mlp.up_proj.weight"
+    folder = adapter(at, lambda tensors: tensors.update({name: mx.zeros((192, 64))}), kind="full")
+    words = (str(folder / ADAPTER), name, "[192, 64]", "[128, 64]", "give the one of this model")
+    return Bad(at.convert(at.source, "--adapter", folder), words)
+
+
+# Ready priors.
+
+
+def prior(at: Place, change: Callable[[dict[str, mx.array]], object]) -> Path:
+    """A copy of the sound checkpoint's prior, changed."""
+    arrays = mx.load(str(at.sound / "priors.safetensors"))
+    assert isinstance(arrays, dict)
+    mx.eval(arrays)
+    change(arrays)
+    mx.save_safetensors(str(at / "prior.safetensors"), arrays)
+    return at / "prior.safetensors"
+
+
+@case
+def missing_prior(at: Place) -> Bad:
+    file = at / "none.safetensors"
+    return Bad(at.convert(at.source, "--prior", file), (str(file), "no such prior file", "give one"))
+
+
+@case
+def prior_cut_short(at: Place) -> Bad:
+    file = prior(at, lambda tensors: None)
+    cut(file, 7)
+    return Bad(at.convert(at.source, "--prior", file), (str(file), "cut short", "again"))
+
+
+@case
+def prior_of_a_shallower_model(at: Place) -> Bad:
+    file = prior(at, lambda tensors: tensors.pop("prior.1"))
+    return Bad(at.convert(at.source, "--prior", file), (str(file), "lacks prior.1", "2 FFNs", "give one"))
+
+
+@case
+def prior_of_a_wider_model(at: Place) -> Bad:
+    file = prior(at, lambda tensors: tensors.update({"prior.1": mx.zeros((192,))}))
+    return Bad(at.convert(at.source, "--prior", file), (str(file), "prior.1", "[192]", "[128]", "give one"))
+
+
+@case
+def prior_with_nan(at: Place) -> Bad:
+    file = prior(at, lambda tensors: tensors.update({"prior.1": mx.full((128,), mx.nan)}))
+    return Bad(at.convert(at.source, "--prior", file), (str(file), "prior.1", "NaN", "measure the prior again"))
+
+
+@case
+def negative_prior(at: Place) -> Bad:
+    file = prior(at, lambda tensors: tensors.update({"prior.0": -tensors["prior.0"]}))
+    return Bad(at.convert(at.source, "--prior", file), (str(file), "prior.0", "negative", "measure the prior again"))
+
+
+@case
+def prior_and_calibration(at: Place) -> Bad:
+    file = prior(at, lambda tensors: None)
+    arguments = at.convert(at.source, "--prior", file, "--calibrate")
+    return Bad(arguments, ("--prior", "--calibrate", "give one of them", "ifprune convert --help"), code=2)
 
 
 # Outputs.

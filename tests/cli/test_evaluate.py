@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -22,6 +23,7 @@ ALL = [
     "dense", "learned", "static", "static-own", "activation", "activation-sliced", "random", "mismatched",
     "cross-domain", "oracle",
 ]  # fmt: skip
+HEALED = {"healed-static": "static", "healed-dense": "dense"}
 
 
 def write(file: Path, values: list[Any]) -> Path:
@@ -38,6 +40,23 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         for w in WORDS
     ]
     return {"code": write(folder / "code.jsonl", code), "maths": write(folder / "maths.jsonl", maths)}
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("tasks")
+    pick = [{"query": f"which is a {word}?", "choices": [word, "stone", "x"], "gold": 0} for word in WORDS]
+    begin = [
+        {
+            "context_options": [f"the {word} and the {word}", f"the {word} and the cup"],
+            "continuation": "fell",
+            "gold": 1,
+        }
+        for word in WORDS
+    ]
+    sums = [{"question": f"{i} and {i}?", "answer": f"{i} + {i} = {2 * i}\n#### {2 * i}"} for i in range(9)]
+    values = {"pick": pick, "begin": begin, "sums": sums}
+    return {name: write(folder / f"{name}.jsonl", lines) for name, lines in values.items()}
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +142,111 @@ def test_what_is_left_out_is_said(tiny_checkpoint: Path, tmp_path: Path) -> None
     assert "(2 x)" in done.stdout
 
 
+def xml_texts(file: Path) -> list[str]:
+    root = ElementTree.parse(file).getroot()
+    return [item.text or "" for item in root.iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_tasks_in_tables_and_json(with_predictor: Path, tasks: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    arguments = ["--choices", f"pick={tasks['pick']}", "--choices", f"begin={tasks['begin']}"]
+    arguments += ["--exact", f"sums={tasks['sums']}", "--max-tokens", "4", "--limit", "3", "--density", "0.5"]
+    arms = ["--healed-static", str(with_predictor), "--healed-dense", str(with_predictor)]
+    done = succeed("evaluate", "--model", with_predictor, *arguments, *arms, "--json", out)
+    value = json.loads(out.read_text())
+    # There are no losses without --data, and all that the JSON always has.
+    assert (value["rows"], value["overlap"], value["differences"], value["prompts"]) == ([], {}, [], {})
+    assert (value["density"], value["matched"]) == (0.5, "learned")
+    rows = ["dense", "learned", "static", "activation", "activation-sliced", "random", "mismatched"]
+    metrics = {"pick": ["accuracy", "margin"], "begin": ["accuracy", "margin"], "sums": ["accuracy", "cut_off"]}
+    expected = {(row, task, m) for row in [*rows, *HEALED] for task, names in metrics.items() for m in names}
+    found = {(row["selector"], row["task"], row["metric"]): row for row in value["tasks"]}
+    assert found.keys() == expected
+    assert len(value["tasks"]) == len(expected)
+    for (selector, _, metric), row in found.items():
+        assert row["n"] == len(row["per_question"]) == 3
+        assert row["value"] == pytest.approx(sum(row["per_question"]) / 3)
+        assert row["low"] <= row["value"] <= row["high"]
+        assert (row["minus_static"] is None) == (selector == "static")
+        assert metric == "margin" or 0 <= row["value"] <= 1
+    for task, names in metrics.items():
+        for metric in names:
+            for name, other in HEALED.items():
+                both = found[name, task, metric]["per_question"], found[other, task, metric]["per_question"]
+                assert both[0] == pytest.approx(both[1], abs=1e-5)
+            # The table says the same.
+            label = metric.replace("_", "-")
+            block = done.stdout[done.stdout.index(f"{task}, {label} (3 questions), density 0.500") :].split("\n\n")[0]
+            told = {line.split()[0]: line.split() for line in block.splitlines()[2:]}
+            assert list(told) == [*rows, *HEALED]
+            for name, cells in told.items():
+                assert float(cells[1]) == pytest.approx(found[name, task, metric]["value"], abs=6e-4)
+                assert len(cells) == (4 if name == "static" else 7)
+    assert "selections that learned made from another prompt" in done.stderr
+
+
+def test_losses_and_tasks_go_together_and_only_sensible_rows_do_tasks(
+    tiny_checkpoint: Path, files: dict[str, Path], tasks: dict[str, Path]
+) -> None:
+    arguments = ["--data", f"code={files['code']}", "--choices", f"pick={tasks['pick']}", "--limit", "2"]
+    done = succeed("evaluate", "--model", tiny_checkpoint, *arguments, "--selectors", "oracle,static", "--json", "-")
+    value = answer(done)
+    assert [row["selector"] for row in value["rows"]] == ["oracle", "static"]
+    assert [(row["selector"], row["metric"]) for row in value["tasks"]] == [
+        ("static", "accuracy"),
+        ("static", "margin"),
+    ]
+
+
+def test_questions_that_do_not_fit_are_said(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    questions = [{"query": query, "choices": ["a", "b"], "gold": 0} for query in ("short", "long " * 120)]
+    file = write(tmp_path / "x.jsonl", questions)
+    done = succeed("evaluate", "--model", tiny_checkpoint, "--choices", f"x={file}", "--selectors", "dense")
+    assert "task 'x': 1 of 2 questions left out: longer than the model's context of 512 tokens" in done.stderr
+    assert "x, accuracy (1 questions)" in done.stdout
+
+
+def test_a_curve_of_densities_with_its_chart(
+    with_predictor: Path, files: dict[str, Path], tasks: dict[str, Path], tmp_path: Path
+) -> None:
+    out, plot = tmp_path / "result.json", tmp_path / "chart.svg"
+    names = "dense,learned,static,mismatched"
+    arguments = ["--model", with_predictor, *options(files), "--choices", f"pick={tasks['pick']}", "--limit", "3"]
+    arguments += ["--selectors", names]
+    many = ["--densities", "0.75,0.25,0.5", "--json", out, "--plot", plot, "--healed-dense", with_predictor]
+    done = succeed("evaluate", *arguments, *many)
+    value = json.loads(out.read_text())
+    assert value.keys() == {"total_parameters", "curve"}
+    points = value["curve"]
+    assert [point["density"] for point in points] == [0.75, 0.25, 0.5]
+    active = [point["active_parameters"] for point in points]
+    assert active[1] < active[2] < active[0] < value["total_parameters"]
+    # 128 neurons in 2 FFNs, each of 3 x 64 weights.
+    assert value["total_parameters"] - active[2] == 2 * 64 * 3 * 64
+    # Each is what a run at its density gives.
+    single = answer(succeed("evaluate", *arguments, "--density", "0.25", "--json", "-"))
+    assert single.keys() == points[1].keys() - {"active_parameters"}
+    for mine, theirs in zip(single["rows"] + single["tasks"], [
+        row for row in points[1]["rows"] + points[1]["tasks"] if row["selector"] != "healed-dense"
+    ], strict=True):  # fmt: skip
+        key = "per_prompt" if "nll" in mine else "per_question"
+        assert mine[key] == pytest.approx(theirs[key], abs=1e-5)
+    for density in ("0.750", "0.250", "0.500"):
+        assert f"density {density}" in done.stdout
+        assert f"overlap of learned's selections, density {density}: " in done.stderr
+    texts = xml_texts(plot)
+    assert {"mean over domains", "code", "maths", *names.split(","), "healed-dense"} <= set(texts)
+    assert texts[0] == "checkpoint: loss of given answers"
+
+
+def test_a_chart_of_one_density_and_one_domain(tiny_checkpoint: Path, files: dict[str, Path], tmp_path: Path) -> None:
+    plot = tmp_path / "chart.svg"
+    arguments = ["--data", f"code={files['code']}", "--selectors", "dense,static", "--limit", "2", "--plot", plot]
+    succeed("evaluate", "--model", tiny_checkpoint, *arguments)
+    assert "code" in xml_texts(plot)
+    assert "mean over domains" not in xml_texts(plot)
+
+
 def test_doctor_judges_an_arbitrary_predictor(with_predictor: Path, files: dict[str, Path]) -> None:
     arguments = ["doctor", "--model", with_predictor, *options(files), "--density", "0.5", "--limit", "6"]
     done = succeed(*arguments, "--json")
@@ -178,6 +302,46 @@ BAD = {
     "plain text": (["evaluate", "--data", "x={text}"], ("plain text", "'x'")),
     "nothing in reach": (["evaluate", "--data", CODE, "--max-length", "5"], ("none is left",)),
     "a density above 1": (["evaluate", "--data", CODE, "--density", "2"], ("density 2",)),
+    "two kinds of density": (
+        ["evaluate", "--data", CODE, "--density", "0.5", "--densities", "0.5,0.75"],
+        ("--density and --densities",),
+    ),
+    "densities that are no numbers": (["evaluate", "--data", CODE, "--densities", "0.5;0.7"], ("0.5;0.7", "0.27,0.5")),
+    "densities out of range": (["evaluate", "--data", CODE, "--densities", "0.5,2"], ("density 2",)),
+    "densities that round alike": (
+        ["evaluate", "--data", CODE, "--densities", "0.5,0.51"],
+        ("same number of neurons",),
+    ),
+    "a chart as PNG": (["evaluate", "--data", CODE, "--plot", "{folder}/x.png"], ("x.png", ".svg")),
+    "a chart in no folder": (["evaluate", "--data", CODE, "--plot", "{folder}/none/x.svg"], ("no such folder",)),
+    "a chart without losses": (
+        ["evaluate", "--choices", "x={choices}", "--plot", "{folder}/x.svg"],
+        ("--plot draws losses", "--data"),
+    ),
+    "a task without a file": (["evaluate", "--choices", "{choices}"], ("--choices", "NAME=FILE")),
+    "a task twice": (
+        ["evaluate", "--choices", "x={choices}", "--choices", "x={choices}"],
+        ("--choices", "task 'x' is given twice"),
+    ),
+    "a task of two kinds": (
+        ["evaluate", "--choices", "x={choices}", "--exact", "x={choices}"],
+        ("task 'x'", "another name"),
+    ),
+    "chats as choices": (["evaluate", "--choices", "x={code}"], ("code.jsonl, line 1", "expected query, choices")),
+    "chats as exact": (["evaluate", "--exact", "x={code}"], ("code.jsonl, line 1", "the answer is not text")),
+    "no such task file": (["evaluate", "--exact", "x={folder}/none"], ("none", "cannot be read")),
+    "rows that tasks cannot have": (
+        ["evaluate", "--choices", "x={choices}", "--selectors", "oracle"],
+        ("--selectors", "static", "mismatched"),
+    ),
+    "one question": (
+        ["evaluate", "--choices", "x={choices}", "--selectors", "mismatched"],
+        ("task 'x'", "mismatched needs another"),
+    ),
+    "a predictor for a task": (
+        ["evaluate", "--choices", "x={choices}", "--selectors", "learned"],
+        ("no trained predictor",),
+    ),
     "doctor: too few": (["doctor", "--data", CODE, "--limit", "4"], ("too few for a verdict",)),
     "doctor: no predictor": (["doctor", "--data", CODE, "--selector", "learned"], ("no trained predictor",)),
 }
@@ -191,6 +355,7 @@ def test_bad_input_is_one_line(name: str, tiny_checkpoint: Path, files: dict[str
         "folder": tmp_path,
         "text": write(tmp_path / "text.jsonl", [{"text": "once upon a time"}]),
         "other": tmp_path / "other",
+        "choices": write(tmp_path / "choices.jsonl", [{"query": "q", "choices": ["a", "b"], "gold": 0}]),
     }
     if "{other}" in arguments:
         shutil.copytree(tiny_checkpoint, places["other"])

@@ -1,0 +1,156 @@
+"""What `ifprune evaluate` shows a person: tables on stdout, notes on stderr, and the chart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from .console import note, parameters
+
+if TYPE_CHECKING:
+    from ifprune_mlx.evaluate import Evaluation
+    from ifprune_mlx.plots import Panel
+    from ifprune_mlx.tasks import Figure
+
+_METRICS = {
+    "accuracy": "share answered rightly",
+    "margin": "nats per token, the right option's mean log likelihood minus the best other one's",
+    "cut_off": "share of the answers that ended at --max-tokens",
+}
+_LEVELS = ("dense", "healed-dense")
+
+
+def tables(result: Evaluation) -> list[str]:
+    """Lines: losses, their differences, and the tasks, as far as they were measured."""
+    parts = [_losses(result), _differences(result), *_tasks(result)]
+    return [line for part in parts if part for line in ("", *part)][1:]
+
+
+def notes(results: Sequence[Evaluation]) -> None:
+    """Say what a reader of the tables, one per density, must know."""
+    first = results[0]
+    selectors = [*first.selectors, *(row.selector for row in first.tasks)]
+    if len(first.keys) > 1:
+        note("all: the mean of the domains' means")
+    if "activation" in selectors:
+        note("activation reads the prompt densely, as it does when generating; every other row computes it pruned")
+    if {"mismatched", "cross-domain"} & set(selectors):
+        note(f"mismatched, cross-domain: selections that {first.matched} made from another prompt")
+    for result in results:
+        where = f", density {result.density:.3f}" if len(results) > 1 else ""
+        for name, overlap in result.overlap.items():
+            shares = [("within a domain", overlap.within), ("across domains", overlap.across)]
+            told = [
+                f"{share:.3f} {whose} ({overlap.agreement(share):.3f} beyond chance)"
+                for whose, share in shares
+                if share is not None
+            ]
+            if told:
+                note(f"overlap of {name}'s selections{where}: {', '.join(told)}")
+
+
+def panels(curve: Sequence[tuple[int, Evaluation]], total: int) -> list[Panel]:
+    """Losses against active parameters: one panel over all domains, where there are several, and one per domain.
+
+    Args:
+        curve: active parameters and what was measured with them.
+        total: parameters of the dense model, which has one loss whatever the density.
+    """
+    from ifprune_mlx.bootstrap import POOLED
+    from ifprune_mlx.plots import Panel, Series
+
+    ordered = sorted(curve, key=lambda point: point[0])
+    first = ordered[0][1]
+    domains = list(first.keys)
+    titles = {POOLED: "mean over domains"} if len(domains) > 1 else {}
+    titles |= {domain: domain for domain in domains}
+    result = []
+    for domain, title in titles.items():
+        series = []
+        for name in first.selectors:
+            if name in _LEVELS:
+                series.append(Series(name, ((total, first.nll(name, domain)),), level=True))
+            else:
+                series.append(Series(name, tuple((active, found.nll(name, domain)) for active, found in ordered)))
+        result.append(Panel(title, tuple(series)))
+    return result
+
+
+def chart(name: str, curve: Sequence[tuple[int, Evaluation]], total: int) -> str:
+    """The losses as an SVG file's text; see `panels`.
+
+    Args:
+        name: the model's.
+    """
+    from ifprune_mlx.plots import line_chart
+
+    title = f"{name}: loss of given answers"
+    return line_chart(
+        title, f"active parameters, of {parameters(total)}", "nats per answer token", panels(curve, total)
+    )
+
+
+def _losses(result: Evaluation) -> list[str]:
+    """A line per selector."""
+    from ifprune_mlx.bootstrap import POOLED
+
+    domains = list(result.keys)
+    if not domains:
+        return []
+    columns = [*domains, POOLED] if len(domains) > 1 else domains
+    counts = ", ".join(f"{len(keys)} {domain}" for domain, keys in result.keys.items())
+    lines = [f"nats per answer token, mean over prompts ({counts}), density {result.density:.3f}"]
+    lines.append(_line("", [f"{name:>9}" for name in columns]))
+    for selector in result.selectors:
+        lines.append(_line(selector, [f"{result.nll(selector, name):>{max(9, len(name))}.3f}" for name in columns]))
+    return lines
+
+
+def _differences(result: Evaluation) -> list[str]:
+    """The differences that matter: everything against static, the matched selector against its controls."""
+    from ifprune_mlx.bootstrap import POOLED
+
+    present = result.selectors
+    own = {"activation": "activation-sliced"}.get(result.matched or "", result.matched or "")
+    pairs = [(name, "static") for name in present if name not in ("dense", "static", "random")]
+    pairs += [(own, name) for name in ("healed-static", "mismatched", "cross-domain")]
+    columns = [*result.keys, POOLED] if len(result.keys) > 1 else list(result.keys)
+    lines = []
+    for a, b in pairs:
+        if a not in present or b not in present:
+            continue
+        found = [result.difference(a, b, name) for name in columns]
+        cells = ["" if d is None else f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]" for d in found]
+        lines.append(_line(f"{a} - {b}", [f"{cell:>24}" for cell in cells], 32))
+    if not lines:
+        return []
+    head = _line("", [f"{name:>24}" for name in columns], 32)
+    return ["differences, mean [95 % interval]; below 0 the first is better", head, *lines]
+
+
+def _tasks(result: Evaluation) -> list[list[str]]:
+    """A table for every metric of every task."""
+    blocks: dict[tuple[str, str], list[str]] = {}
+    for summary in result.summaries:
+        row = summary.row
+        if (row.task, row.metric) not in blocks:
+            head = f"{row.task}, {row.metric.replace('_', '-')} ({len(row.per_question)} questions), "
+            head += f"density {result.density:.3f}: {_METRICS[row.metric]}"
+            columns = ["mean [95 % interval]", "minus static"]
+            blocks[row.task, row.metric] = [head, _line("", [f"{name:>24}" for name in columns])]
+        cells = [_cell(summary.figure, ""), _cell(summary.minus_static, "+")]
+        blocks[row.task, row.metric].append(_line(row.selector, [f"{cell:>24}" for cell in cells]).rstrip())
+    return list(blocks.values())
+
+
+def _cell(figure: Figure | None, sign: str) -> str:
+    if figure is None:
+        return ""
+    text = f"{figure.mean:{sign}.3f}"
+    if figure.low is None or figure.high is None:
+        return text
+    return f"{text} [{figure.low:{sign}.3f}, {figure.high:{sign}.3f}]"
+
+
+def _line(label: str, cells: Sequence[str], width: int = 18) -> str:
+    return f"{label:<{width}}" + " ".join(cells)
