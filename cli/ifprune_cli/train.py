@@ -73,6 +73,15 @@ def train(
     limit: Annotated[
         Optional[int], typer.Option("--limit", min=1, help="Most chats of each domain.  [default: 2000; else all]")
     ] = None,
+    chats: Annotated[
+        Optional[int],
+        typer.Option(
+            "--chats",
+            min=1,
+            help="Measure so many chats now, of all domains alike (calibrate, distill); the same command with more, or "
+            "without this, goes on from there.  [default: all]",
+        ),
+    ] = None,
     predictor: Annotated[
         Optional[Path],
         typer.Option(
@@ -147,7 +156,7 @@ def train(
     if stage in (StageName.calibrate, StageName.distill):
         if group.size() > 1:
             raise DataError(f"--stage {stage.value} runs in one process; start it without mlx.launch")
-        targets = _targets(loaded, tokenizer, picked, output, layers, max_seq_length, seed)
+        targets = _targets(loaded, tokenizer, picked, output, layers, max_seq_length, chats)
         result = _calibrate(targets, output) if stage is StageName.calibrate else _distill(targets, output, rank, seed)
     else:
         options = Paired(
@@ -253,7 +262,7 @@ def _targets(
     output: Path,
     layers: int,
     max_seq_length: int,
-    seed: int,
+    count: int | None,
 ) -> Targets:
     from ifprune_mlx import DataError
     from ifprune_mlx.train.targets import measure
@@ -267,9 +276,9 @@ def _targets(
         note(f"{name}: {len(domains[-1])} chats")
     # In turn, so that a run that is stopped early has measured every domain alike.
     longest = max(map(len, domains))
-    chats = [domain[index] for index in range(longest) for domain in domains if index < len(domain)]
+    ordered = [domain[index] for index in range(longest) for domain in domains if index < len(domain)]
     with progress("measure", "chats") as update:
-        return measure(loaded, chats, output / "targets", layers, update)
+        return measure(loaded, ordered, output / "targets", layers, update, count=count)
 
 
 def _calibrate(targets: Targets, output: Path) -> dict[str, Any]:

@@ -64,6 +64,8 @@ def measure(
     folder: Path,
     layers: int,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    count: int | None = None,
 ) -> Targets:
     """Run chats through the dense model, or go on where an earlier run for the same ones stopped.
 
@@ -71,7 +73,8 @@ def measure(
         examples: chats of one instruction and one answer.
         folder: where the parts are kept.
         layers: first layers that the features are read from.
-        progress: called with (chats measured, chats).
+        progress: called with (chats measured, chats to measure).
+        count: stop after so many, or after more that were measured already; the same chats without it go on from there.
 
     Raises:
         DataError: if the folder holds targets of other chats or of another model, or cannot be written.
@@ -87,12 +90,13 @@ def measure(
     }
     _claim(folder, described)
     masks = halfway(model)
-    for start in range(0, len(examples), PART):
+    end = len(examples) if count is None else min(count, len(examples))
+    for start in range(0, end, PART):
         file = folder / f"part-{start // PART:05d}.safetensors"
         if not file.is_file():
             _measure_part(model, examples[start : start + PART], file, layers, masks)
         if progress is not None:
-            progress(min(start + PART, len(examples)), len(examples))
+            progress(min(start + PART, end), end)
     return load(folder)
 
 
