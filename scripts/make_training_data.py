@@ -3,7 +3,8 @@
     python scripts/make_training_data.py --data DATA_FOLDER --out FOLDER
 
 Writes code.jsonl, maths.jsonl and general.jsonl (training), and code-test.jsonl, maths-test.jsonl (splits that their
-authors hold out: MBPP tasks 11 to 510, GSM8K test) and general-test.jsonl (15 % of the general prompts, by hash).
+authors hold out: MBPP tasks 11 to 510, GSM8K test) and general-test.jsonl: those of general.jsonl that
+`ifprune train --held-out 0.15` (the default) never trains on.
 Only data whose licence allows training shipped weights is read: MIT, Apache-2.0, BSD, CC-BY, CC-BY-SA, ODC-By.
 """
 
@@ -205,7 +206,7 @@ def main() -> None:
     write(out / "code.jsonl", code(data))
     write(out / "maths.jsonl", maths(data))
     mixed = list(general(data))
-    write(out / "general.jsonl", (chat for chat in mixed if not held_out(chat[0].strip())))
+    write(out / "general.jsonl", mixed)
     write(out / "general-test.jsonl", (chat for chat in mixed if held_out(chat[0].strip())))
     tasks = (record for record in lines(data / "mbpp/mbpp.jsonl") if 11 <= record["task_id"] <= 510)
     write(out / "code-test.jsonl", (mbpp(record) for record in tasks))

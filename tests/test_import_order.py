@@ -48,7 +48,11 @@ ORDER = (
     "plots",
 )
 # The modules of `ifprune_mlx.train`, likewise. They may import anything of ORDER, and nothing of it imports them.
-TRAIN = ("records", "encoding", "mixture", "answers", "targets", "distill", "priors", "adapter", "arms", "paired", "watch")
+TRAIN = (
+    *("records", "encoding", "mixture"),
+    *("answers", "targets", "distill", "priors"),
+    *("adapter", "arms", "paired", "watch"),
+)
 FILES = sorted((name, file) for name, folder in PACKAGES.items() for file in folder.rglob("*.py"))
 # Of the packages themselves; everything that may import them is below them.
 MAY_IMPORT = {

@@ -125,7 +125,8 @@ def train(
     steps_per_report: Annotated[int, typer.Option("--steps-per-report", min=1, help="Steps between reports.")] = 10,
     steps_per_eval: Annotated[int, typer.Option("--steps-per-eval", min=1, help="Steps between evaluations.")] = 200,
     eval_prompts: Annotated[
-        int, typer.Option("--eval-prompts", min=0, help="Held-out prompts a domain to evaluate on; 0 is off.")
+        int,
+        typer.Option("--eval-prompts", min=0, help="Held-out prompts a domain to evaluate on, at least 2; 0 is off."),
     ] = 10,
     save_every: Annotated[int, typer.Option("--save-every", min=1, help="Steps between states on disk.")] = 50,
     stop_on_collapse: Annotated[
@@ -146,6 +147,8 @@ def train(
 
     from ifprune_mlx import DataError
 
+    if eval_prompts == 1:
+        raise DataError("--eval-prompts 1: a prompt needs another one to be compared with; give 0, or 2 and more")
     files = named_files(data or [])
     if not files:
         raise DataError("training needs data; give --data NAME=FILE.jsonl, once for every domain")
@@ -184,9 +187,11 @@ def train(
         train_data = {name: encode(tokenizer, picked.records(name), max_seq_length) for name in files}
         valid_data = {}
         for name in files if eval_prompts else ():
-            records = picked.records(name, "valid")[: 2 * eval_prompts]
-            if records:
-                valid_data[name] = encode(tokenizer, records, max_seq_length)[:eval_prompts]
+            held = _held_out(tokenizer, picked.records(name, "valid")[: 2 * eval_prompts], max_seq_length, encode)
+            if len(held) > 1:
+                valid_data[name] = held[:eval_prompts]
+            elif held_out:
+                note(f"{name}: held out are {len(held)} prompts, too few to evaluate on; raise --held-out")
         result = run_paired(loaded, train_data, valid_data, named_weights(weight or [], set(files)), options)
     told = result.pop("told")
     if group.rank():
@@ -222,6 +227,16 @@ def _chats(tokenizer: TokenizerWrapper, records: list[Record], length: int) -> l
     from ifprune_mlx.train.encoding import encode_all
 
     return encode_all(tokenizer, records, length, note)
+
+
+def _held_out(tokenizer: TokenizerWrapper, records: list[Record], length: int, encode: Encode) -> list[Encoded]:
+    """What of the held-out records can be evaluated on, which may be nothing."""
+    from ifprune_mlx import DataError
+
+    try:
+        return encode(tokenizer, records, length)
+    except DataError:
+        return []
 
 
 def _chunks(tokenizer: TokenizerWrapper, records: list[Record], length: int) -> list[Encoded]:

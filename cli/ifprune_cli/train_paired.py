@@ -69,7 +69,7 @@ def run_paired(
         densities=density_ranges(options.densities),
         seed=options.seed,
     )
-    predictor = _predictor(model, options) if "learned" in options.arms else None
+    predictor = _predictor(model, options)
     prior = static_prior(model, predictor)
     model.prior = prior
     adapted = Adapted(model, rank=options.rank, scale=options.scale, seed=options.seed)
@@ -84,7 +84,7 @@ def run_paired(
         options.output,
         start=options.start,
     )
-    if run.leader and predictor is not None and predictor.head.layers is None:
+    if run.leader and predictor is not None and predictor.head.layers is None and "learned" in options.arms:
         _copy_backbone(_predictor_folder(model, options), options.output / "predictor")
     if run.step and run.leader:
         note(f"goes on after step {run.step} of {settings.iterations}")
@@ -211,12 +211,13 @@ def _predictor_folder(model: Model, options: Paired) -> Path:
     return options.predictor or model.checkpoint.path / "predictor"
 
 
-def _predictor(model: Model, options: Paired) -> SparsityPredictor:
+def _predictor(model: Model, options: Paired) -> SparsityPredictor | None:
+    """What the learned arm begins with; also without that arm, since the static one stands on its prior."""
     from ifprune_mlx import DataError
     from ifprune_mlx.predictor import load_predictor
 
     if options.predictor is None:
-        if model.predictor is None:
+        if model.predictor is None and "learned" in options.arms:
             raise DataError(
                 "the learned arm begins with a predictor; give --predictor FOLDER, as --stage distill makes one, "
                 "or leave the arm out with --selector static"

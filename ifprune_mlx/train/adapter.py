@@ -8,7 +8,7 @@ over one base. What is saved is what mlx-lm saves: `mlx_lm.fuse` and `ifprune co
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +151,18 @@ class Adapted:
             chosen.ids = None if ids is None else ids[index]
             chosen.mask = None if masks is None else masks[index]
 
+    def in_order(self) -> None:
+        """Run all neurons again, in the source's order: switches leave them in another, in which floats add up to
+        something else in the last digits."""
+        self.choose(None)
+        self.model.switch(None)
+        for slots in self.model.slots:
+            back = mx.array(np.argsort(slots.order).astype(np.int32))
+            slots.order = np.arange(slots.d_ffn, dtype=np.int32)
+            for name in slots.rows:
+                slots.rows[name] = mx.take(slots.rows[name], back, axis=0)
+                mx.eval(slots.rows[name])
+
     def save(self, folder: Path, parameters: Parameters) -> None:
         """Write adapter weights as mlx-lm does: `adapters.safetensors` and `adapter_config.json`."""
         config = {
@@ -174,11 +186,11 @@ class Adapted:
         arrays = mx.load(str(file))
         assert isinstance(arrays, dict)
         try:
-            given = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))["lora_parameters"]
+            scale = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))["lora_parameters"]["scale"]
         except (OSError, ValueError, KeyError, TypeError) as exc:
             raise DataError(f"{folder / _CONFIG}: cannot be read ({exc!r}); train the adapter again") from None
         ours = {name: array.shape for name, array in self.initial.items()}
-        if {name: array.shape for name, array in arrays.items()} != ours or given.get("scale") != self.scale:
+        if {name: array.shape for name, array in arrays.items()} != ours or scale != self.scale:
             raise DataError(
                 f"{file}: is of another model, rank or scale than this run (rank {self.rank}, scale {self.scale:g}); "
                 "give the ones that it was trained with"
@@ -187,12 +199,3 @@ class Adapted:
 
 
 _LINEAR = (nn.Linear, nn.QuantizedLinear)
-
-
-def total(gradients: Sequence[Mapping[str, mx.array]]) -> Parameters:
-    """Sum of gradients of the same parameters."""
-    first, *others = gradients
-    result = dict(first)
-    for other in others:
-        result = {name: value + other[name] for name, value in result.items()}
-    return result

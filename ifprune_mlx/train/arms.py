@@ -9,6 +9,7 @@ Knows models and gradients; neither data nor when to stop.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 from mlx import optimizers
 from mlx.utils import tree_flatten
 
+from ifprune_mlx.errors import DataError, IfpruneError
 from ifprune_mlx.predictor import Head, SparsityPredictor, hidden_states
 from ifprune_mlx.topk import soft_top_k
 from ifprune_mlx.train.adapter import Adapted, Parameters
@@ -42,6 +44,13 @@ class Objective:
     teacher: float = 0.5
     epsilon: float = 0.1
     margin: float = 0.25
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.teacher <= 1 and 1e-6 <= self.epsilon < math.inf and self.margin >= 0):
+            raise DataError(
+                f"teacher {self.teacher:g}, epsilon {self.epsilon:g}, margin {self.margin:g}: give a teacher from 0 "
+                "to 1, an epsilon above 0 and a margin of 0 or more"
+            )
 
 
 @dataclass
@@ -79,19 +88,26 @@ class Arm:
 
         Returns:
             The adapter gradient's norm before clipping.
+
+        Raises:
+            IfpruneError: if a gradient is not a number; nothing is changed then.
         """
-        norms = []
-        for optimizer, of_head in zip(self.optimizers, (False, True), strict=True):
-            mine = {name: value for name, value in self.gradients.items() if name.startswith(_HEAD) == of_head}
-            if not mine:
-                continue
-            clipped, norm = _clipped(mine, clip)
-            values = {name: self.parameters[name] for name in mine}
-            self.parameters |= optimizer.apply_gradients(clipped, values)
-            norms.append(norm)
+        parts = [
+            {name: value for name, value in self.gradients.items() if name.startswith(_HEAD) == of_head}
+            for of_head in (False, True)
+        ]
+        clipped = [
+            (optimizer, *_clipped(part, clip)) for optimizer, part in zip(self.optimizers, parts, strict=True) if part
+        ]
+        norms = [float(norm) for _, _, norm in clipped]
+        if not np.isfinite(norms).all():
+            raise IfpruneError(f"the gradient of arm {self.name} is not a number; lower the learning rate")
+        for optimizer, gradients, _ in clipped:
+            values = {name: self.parameters[name] for name in gradients}
+            self.parameters |= optimizer.apply_gradients(gradients, values)
         self.gradients = {}
         mx.eval(self.parameters, [optimizer.state for optimizer in self.optimizers])
-        return float(norms[0])
+        return norms[0]
 
     def state(self) -> Parameters:
         """All there is to this arm, by name."""
@@ -257,7 +273,8 @@ class Stepper:
             ids = mx.argsort(-mx.stop_gradient(scores))[:count].astype(mx.int32)
             soft = mx.take(soft_top_k(scores, k, self._objective.epsilon), ids)
             chosen.append(ids)
-            masks.append((mx.arange(count) < k).astype(mx.float32) + soft - mx.stop_gradient(soft))
+            # In this order the soft part cancels to exactly 0.
+            masks.append((mx.arange(count) < k).astype(mx.float32) + (soft - mx.stop_gradient(soft)))
         return chosen, masks
 
     def _loss(self, example: Encoded, taught: Taught | None, targets: int) -> tuple[mx.array, mx.array, mx.array]:

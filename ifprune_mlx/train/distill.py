@@ -116,12 +116,18 @@ def _explained(
 
 
 def _head(ridge: _Ridge, targets: Targets) -> Head:
-    """Fold the standardisation into the first layer and the prior into the last bias."""
-    first = ridge.w / ridge.x_scale
+    """Fold the standardisation into the first layer and the prior into the last bias.
+
+    The two layers are scaled so that the inner values are about 1: an optimizer like Adam, whose steps have the same
+    size everywhere, then moves both layers alike.
+    """
+    inner = ((targets.features - ridge.x_mean) / ridge.x_scale) @ ridge.w.T
+    size = max(float(np.sqrt((inner**2).mean())), 1e-12)
+    first = ridge.w / ridge.x_scale / size
     return Head(
         first=mx.array(first),
         first_bias=mx.array(-(first @ ridge.x_mean)),
-        second=mx.array(ridge.v),
+        second=mx.array(ridge.v * size),
         second_bias=mx.array(ridge.y_mean),
         widths=targets.widths,
         pooling="both",

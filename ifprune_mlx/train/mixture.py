@@ -81,6 +81,11 @@ class Mixture(Generic[Item]):
         return items[int(self._orders[name][1][index])]
 
     @property
+    def items(self) -> Mapping[str, Sequence[Item]]:
+        """What the sources hold, by name in alphabetical order."""
+        return self._items
+
+    @property
     def names(self) -> list[str]:
         """Of the sources, in alphabetical order."""
         return list(self._items)

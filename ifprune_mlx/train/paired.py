@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -82,6 +83,8 @@ class Run:
         folder: where the run lives; one that holds a state of the same run goes on from it.
         start: folder of an earlier run whose adapters the arms begin with.
 
+    A folder without a state keeps no metrics of steps: those of a run that was killed before its first one.
+
     Attributes:
         step: steps done.
         tokens: tokens predicted so far.
@@ -119,10 +122,14 @@ class Run:
                 "rank": adapted.rank,
                 "scale": adapted.scale,
                 "data": mixture.fingerprint,
+                "tokens": _hash_of_tokens(mixture),
+                "prior": _hash_of_arrays(prior),
+                "predictor": None if predictor is None else _hash_of_predictor(predictor),
             },
             sort_keys=True,
         )
         state = self._restore()
+        self._agree()
         self._batches = batches(
             mixture, settings.batch_size, rank=self._group.rank(), world=self._group.size(), state=state
         )
@@ -192,7 +199,6 @@ class Run:
             "tokens": str(self.tokens),
             "position": json.dumps(self._position),
         }
-        write_atomic(self.folder / STATE, lambda path: mx.save_safetensors(str(path), arrays, metadata), DataError)
         for arm in self.arms:
             self.adapted.save(self.folder / "adapters" / arm.name, arm.adapter)
             if arm.name == "learned":
@@ -200,6 +206,28 @@ class Run:
                 (self.folder / "predictor").mkdir(exist_ok=True)
                 arm.head(self.predictor.head).save(self.folder / "predictor" / "head.safetensors")
         save_prior(self.folder / "prior.safetensors", self.prior)
+        # Last, so that a run killed in between writes the others again.
+        write_atomic(self.folder / STATE, lambda path: mx.save_safetensors(str(path), arrays, metadata), DataError)
+
+    def agreed(self, verdict: bool) -> bool:
+        """What the process that writes says, on every process."""
+        if self._group.size() == 1:
+            return verdict
+        return bool(mx.distributed.all_sum(mx.array(int(verdict and self.leader)), group=self._group).item())
+
+    def _agree(self) -> None:
+        """See that all processes are about to do the same; they may not share a disk."""
+        if self._group.size() == 1:
+            return
+        digest = hashlib.sha256(f"{self.step}/{self._identity}".encode()).digest()
+        mine = mx.array(list(digest[:8]), mx.int32)
+        most = mx.distributed.all_max(mine, group=self._group)
+        least = mx.distributed.all_min(mine, group=self._group)
+        if not mx.array_equal(most, least):
+            raise DataError(
+                f"{self.folder}: the processes of this run begin with other data, settings or states (this one at step "
+                f"{self.step}); give all of them the same, and the same --output on every machine"
+            )
 
     def _arm(self, name: str, start: Path | None) -> Arm:
         settings = self.settings
@@ -207,16 +235,25 @@ class Run:
         if name == "learned":
             assert self.predictor is not None
             parameters |= head_parameters(self.predictor.head)
+        # An optimizer counts its own steps, and that of the head begins late.
+        late = settings.iterations - math.ceil(settings.head_start * settings.iterations)
         optimizers = tuple(
-            AdamW(_schedule(rate, settings), betas=[0.9, 0.98], weight_decay=0.0, bias_correction=True)
-            for rate in (settings.learning_rate, settings.head_learning_rate)
+            AdamW(_schedule(rate, steps, settings.warmup), betas=[0.9, 0.98], weight_decay=0.0, bias_correction=True)
+            for rate, steps in (
+                (settings.learning_rate, settings.iterations),
+                (settings.head_learning_rate, max(late, 1)),
+            )
         )
         return Arm(name, parameters, (optimizers[0], optimizers[1]))
 
     def _restore(self) -> dict[str, Any] | None:
         file = self.folder / STATE
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self.leader:
+            _sweep(self.folder)
         if not file.is_file():
+            if self.leader:
+                _cut(self.folder / METRICS, -1)
             return None
         metadata = read_safetensors_header(file, DataError).metadata
         if metadata.get("run") != self._identity:
@@ -231,7 +268,7 @@ class Run:
             arm.restore({name.removeprefix(prefix): a for name, a in arrays.items() if name.startswith(prefix)})
         self.step, self.tokens = int(metadata["step"]), int(metadata["tokens"])
         if self.leader:
-            _cut(self.folder / METRICS, self.step)
+            _cut(self.folder / METRICS, self.step or -1)
         position: dict[str, Any] = json.loads(metadata["position"])
         return position
 
@@ -270,9 +307,9 @@ def static_prior(model: Model, predictor: SparsityPredictor | None) -> list[np.n
     return list(np.split(flat, np.cumsum(predictor.head.widths)[:-1]))
 
 
-def _schedule(rate: float, settings: Settings) -> Any:
-    warmup = min(settings.warmup, settings.iterations - 1)
-    cosine = cosine_decay(rate, max(settings.iterations - warmup, 1), rate / 10)
+def _schedule(rate: float, steps: int, warmup: int) -> Any:
+    warmup = min(warmup, steps - 1)
+    cosine = cosine_decay(rate, max(steps - warmup, 1), rate / 10)
     if warmup < 1:
         return cosine
     return join_schedules([linear_schedule(rate / (warmup + 1), rate, warmup), cosine], [warmup])
@@ -280,8 +317,27 @@ def _schedule(rate: float, settings: Settings) -> Any:
 
 def _summed(gradients: dict[str, mx.array], group: Any) -> dict[str, mx.array]:
     """Sums over processes: each divided its loss by the tokens of all."""
-    mean = nn.utils.average_gradients(gradients, group)
-    return {name: value * group.size() for name, value in mean.items()}
+    # A list, since MLX would take the dots in names for those of a tree.
+    means = nn.utils.average_gradients(list(gradients.values()), group)
+    return {name: value * group.size() for name, value in zip(gradients, means, strict=True)}
+
+
+def _hash_of_arrays(arrays: Sequence[np.ndarray[Any, Any]]) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _hash_of_predictor(predictor: SparsityPredictor) -> str:
+    head = predictor.head
+    digest = _hash_of_arrays([np.array(array) for array in head_parameters(head).values()])
+    return f"{digest} {head.pooling} {head.activation} {head.layers}"
+
+
+def _hash_of_tokens(mixture: Mixture[Encoded]) -> str:
+    examples = [example for items in mixture.items.values() for example in items]
+    return _hash_of_arrays([part for example in examples for part in (example.tokens, example.mask)])
 
 
 def _differences(theirs: str, ours: str) -> str:
@@ -298,6 +354,14 @@ def _differences(theirs: str, ours: str) -> str:
     return "another " + ", ".join(name.replace("_", " ") for name in names)
 
 
+def _sweep(folder: Path) -> None:
+    """Remove what a kill left half written."""
+    names = (STATE, METRICS, "prior.safetensors", "predictor/head.safetensors")
+    for name in map(Path, (*names, "adapters/*/adapters.safetensors", "adapters/*/adapter_config.json")):
+        for stale in folder.glob(str(name.with_name(f".{name.stem}-*{name.suffix}"))):
+            stale.unlink()
+
+
 def _cut(file: Path, step: int) -> None:
     """Drop what the metrics say of steps after the state; a line that a kill left half written goes too."""
     if not file.is_file():
@@ -305,7 +369,7 @@ def _cut(file: Path, step: int) -> None:
     kept = []
     for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
         try:
-            if json.loads(line).get("step", 0) <= step:
+            if json.loads(line).get("step", -1) <= step:
                 kept.append(line)
         except ValueError:
             continue

@@ -23,7 +23,9 @@ def base_rows(
     run.adapted.use(None)
     run.adapted.choose(None)
     keep = run.adapted.model.keep(density)
-    return compare(run.adapted.model, data, UNTUNED, keep, seed=run.settings.seed, progress=progress)
+    measured = compare(run.adapted.model, data, UNTUNED, keep, seed=run.settings.seed, progress=progress)
+    run.adapted.in_order()
+    return measured
 
 
 def watch(
@@ -65,7 +67,7 @@ def watch(
         if arm.name == "learned":
             result = replace(result, matched="learned", overlap={**base.overlap, **measured.overlap})
     run.adapted.use(None)
-    model.switch(None)
+    run.adapted.in_order()
     return result
 
 
