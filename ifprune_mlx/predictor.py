@@ -30,6 +30,7 @@ from .selection import Scores
 _FORMAT = 1
 _METADATA = "ifprune_predictor"
 POOLINGS = ("last", "mean", "both")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
     "none": lambda x: x,
     "relu": nn.relu,
@@ -194,20 +195,9 @@ class SparsityPredictor:
                 raise PredictorError(
                     f"{folder}: has no {name}; a predictor is an mlx-lm model folder with head.safetensors"
                 )
-        refuse_custom_code(read_json_object(folder / "config.json", PredictorError), folder, PredictorError)
         head = Head.load(folder / "head.safetensors")
-        for file in sorted(folder.glob("model*.safetensors")):
-            read_safetensors_header(file, PredictorError)
-        try:
-            backbone, config = load_model(folder)
-            tokenizer = load_tokenizer(folder, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id"))
-        except Exception as exc:  # mlx-lm and transformers raise whatever their parsers do
-            reason = " ".join(str(exc).split())[:300]
-            raise PredictorError(
-                f"{folder}: the backbone cannot be loaded ({reason}); export the predictor again"
-            ) from None
-        context = config.get("max_position_embeddings")
-        return cls(backbone, tokenizer, head, int(context) if context else None, folder)
+        backbone, tokenizer, context_length = load_backbone(folder)
+        return cls(backbone, tokenizer, head, context_length, folder)
 
     @classmethod
     def on_first_layers(
@@ -227,19 +217,8 @@ class SparsityPredictor:
         return other
 
     def tokens(self, text: str) -> list[int]:
-        """The instruction as the backbone reads it: in its chat template, if it has one.
-
-        An instruction longer than the backbone's context keeps its head and its tail.
-        """
-        if self.tokenizer.has_chat_template:
-            messages = [{"role": "user", "content": text}]
-            ids = list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True))
-        else:
-            ids = list(self.tokenizer.encode(text))
-        limit = self._context_length
-        if limit is not None and len(ids) > limit:
-            ids = ids[: limit // 2] + ids[-(limit - limit // 2) :]
-        return ids
+        """The instruction as the backbone reads it; see `instruction_tokens`."""
+        return instruction_tokens(self.tokenizer, text, self._context_length)
 
     def scores(self, text: str) -> list[Scores]:
         """Score every neuron for an instruction.
@@ -250,10 +229,7 @@ class SparsityPredictor:
         Raises:
             PredictorError: if the instruction has no tokens or a score is not a number.
         """
-        ids = self.tokens(text)
-        if not ids:
-            raise PredictorError("the instruction is empty; the predictor needs at least one token")
-        hidden = hidden_states(self.backbone, mx.array([ids]), self.head.layers)[0]
+        hidden = hidden_states(self.backbone, mx.array([self.tokens(text)]), self.head.layers)[0]
         flat = np.array(self.head(hidden))
         if not np.all(np.isfinite(flat)):
             raise PredictorError(
@@ -280,6 +256,53 @@ def load_predictor(
     if head.layers is None:
         return SparsityPredictor.load(folder)
     return SparsityPredictor.on_first_layers(folder, model, tokenizer, context_length)
+
+
+def load_backbone(folder: Path) -> tuple[nn.Module, TokenizerWrapper, int | None]:
+    """Load a backbone of its own: an mlx-lm model folder.
+
+    Returns:
+        The model, its tokenizer, and the most tokens that it was made for, if its config says so.
+
+    Raises:
+        PredictorError: naming the folder or the file, if something is missing or damaged.
+    """
+    refuse_custom_code(read_json_object(folder / "config.json", PredictorError), folder, PredictorError)
+    for file in sorted(folder.glob("model*.safetensors")):
+        read_safetensors_header(file, PredictorError)
+    # transformers makes up an empty tokenizer where there is none.
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        raise PredictorError(f"{folder}: has no tokenizer ({', '.join(_TOKENIZERS)}); copy it there")
+    try:
+        backbone, config = load_model(folder)
+        tokenizer = load_tokenizer(folder, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id"))
+    except Exception as exc:  # mlx-lm and transformers raise whatever their parsers do
+        reason = " ".join(str(exc).split())[:300]
+        raise PredictorError(
+            f"{folder}: the backbone cannot be loaded ({reason}); download or export its folder again"
+        ) from None
+    context = config.get("max_position_embeddings")
+    return backbone, tokenizer, int(context) if context else None
+
+
+def instruction_tokens(tokenizer: TokenizerWrapper, text: str, context_length: int | None) -> list[int]:
+    """An instruction as a backbone reads it: in its chat template, if it has one.
+
+    An instruction longer than the context keeps its head and its tail.
+
+    Raises:
+        PredictorError: if it has no tokens.
+    """
+    if tokenizer.has_chat_template:
+        messages = [{"role": "user", "content": text}]
+        ids = list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+    else:
+        ids = list(tokenizer.encode(text))
+    if not ids:
+        raise PredictorError("the instruction is empty; the predictor needs at least one token")
+    if context_length is not None and len(ids) > context_length:
+        ids = ids[: context_length // 2] + ids[-(context_length - context_length // 2) :]
+    return ids
 
 
 def hidden_states(backbone: nn.Module, tokens: mx.array, layers: int | None = None) -> mx.array:

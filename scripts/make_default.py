@@ -1,4 +1,5 @@
-"""Packs a paired run on the embedded model into what ships: predictor, adapter and prior, as float16.
+"""Packs a paired run on the embedded model into what ships (predictor, adapter, prior) and what does not (the static
+arm's adapter, for `scripts/evaluate_default.py`), as float16.
 
     python scripts/make_default.py --run RUN_FOLDER
 
@@ -16,7 +17,8 @@ import mlx.core as mx
 
 from ifprune_mlx.predictor import Head
 
-TARGET = Path(__file__).parent.parent / "convert" / "ifprune_convert" / "data" / "smollm2-135m-instruct"
+HERE = Path(__file__).parent
+TARGET = HERE.parent / "convert" / "ifprune_convert" / "data" / "smollm2-135m-instruct"
 
 
 def halved(source: Path, target: Path) -> None:
@@ -31,11 +33,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, required=True)
     run = parser.parse_args().run
-    for folder in ("adapter", "predictor"):
-        (TARGET / folder).mkdir(parents=True, exist_ok=True)
-    adapter = run / "adapters" / "learned"
-    halved(adapter / "adapters.safetensors", TARGET / "adapter" / "adapters.safetensors")
-    shutil.copyfile(adapter / "adapter_config.json", TARGET / "adapter" / "adapter_config.json")
+    (TARGET / "predictor").mkdir(parents=True, exist_ok=True)
+    for arm, folder in (("learned", TARGET / "adapter"), ("static", HERE / "controls" / "healed-static")):
+        folder.mkdir(parents=True, exist_ok=True)
+        adapter = run / "adapters" / arm
+        halved(adapter / "adapters.safetensors", folder / "adapters.safetensors")
+        shutil.copyfile(adapter / "adapter_config.json", folder / "adapter_config.json")
     halved(run / "prior.safetensors", TARGET / "prior.safetensors")
     head = Head.load(run / "predictor" / "head.safetensors")
     arrays = {name: getattr(head, name) for name in ("first", "first_bias", "second", "second_bias")}

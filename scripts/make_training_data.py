@@ -4,7 +4,8 @@
 
 Writes code.jsonl, maths.jsonl and general.jsonl (training), and code-test.jsonl, maths-test.jsonl (splits that their
 authors hold out: MBPP tasks 11 to 510, GSM8K test) and general-test.jsonl: those of general.jsonl that
-`ifprune train --held-out 0.15` (the default) never trains on.
+`ifprune train --held-out 0.15` (the default) never trains on, without T0, whose texts keep terms of their own and are
+not given on. `--sample N` keeps N chats of each test file (scripts/held_out holds 200).
 Only data whose licence allows training shipped weights is read: MIT, Apache-2.0, BSD, CC-BY, CC-BY-SA, ODC-By.
 """
 
@@ -112,8 +113,8 @@ def gsm8k(record: dict) -> Chat:
 
 def general(data: Path) -> Iterator[Chat]:
     """OASST1 in English (Apache-2.0), Dolly/HH (CC-BY-SA), instruction-data and seed tasks (Apache-2.0), GPTeacher's
-    roleplay (MIT), and samples of T0 without samsum (Apache-2.0), OpenAI's evals (MIT), FLAN-CoT (ODC-By), BoolQ and
-    OpenBookQA (ODC-By), SciTLDR (Apache-2.0), wiki-split (CC-BY-SA) and tldr in other languages (CC-BY-4.0)."""
+    roleplay (MIT), and samples of OpenAI's evals (MIT), FLAN-CoT (ODC-By), BoolQ and OpenBookQA (ODC-By), SciTLDR
+    (Apache-2.0), wiki-split (CC-BY-SA) and tldr in other languages (CC-BY-4.0)."""
     for record in lines(data / "oasst_valid/oasst1_valid_953.jsonl"):
         if record["lang"] == "en":
             yield record["input"].removeprefix("### Human:").split("### Assistant")[0].strip(), record["output"]
@@ -128,7 +129,6 @@ def general(data: Path) -> Iterator[Chat]:
     roleplay = data / "gpteacher/roleplay-simple-deduped-roleplay-instruct.json"
     for record in json.loads(roleplay.read_text(encoding="utf-8")):
         yield joined(record, "response")
-    yield from chain.from_iterable(t0(data))
     yield from chain.from_iterable(evals(data))
     for name in ("creak", "ecqa", "qasc", "sensemaking", "strategyqa"):
         records = json.loads((data / f"flan_cot/{name}_train.json").read_text(encoding="utf-8"))
@@ -176,6 +176,12 @@ def translation(record: dict) -> Chat:
     return f"Translate into {languages[record['lang']]}: {record['en']}", record["tgt"]
 
 
+def sample(chats: list[Chat], count: int | None) -> list[Chat]:
+    """`count` chats, each prompt once, of at most 600 characters, and no one-word answers; all chats for None."""
+    once = {chat[0].strip(): chat for chat in chats if len(chat[0]) <= 600}
+    return chats if count is None else some(once.values(), count)
+
+
 def held_out(prompt: str) -> bool:
     """Whether a general prompt is kept for the test."""
     return split(Record(({"role": "user", "content": prompt},)), GENERAL_HELD_OUT) == "valid"
@@ -200,17 +206,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--sample", type=int, help="chats of each test file; all if not given")
     arguments = parser.parse_args()
     data, out = arguments.data, arguments.out
     out.mkdir(parents=True, exist_ok=True)
     write(out / "code.jsonl", code(data))
     write(out / "maths.jsonl", maths(data))
     mixed = list(general(data))
-    write(out / "general.jsonl", mixed)
-    write(out / "general-test.jsonl", (chat for chat in mixed if held_out(chat[0].strip())))
-    tasks = (record for record in lines(data / "mbpp/mbpp.jsonl") if 11 <= record["task_id"] <= 510)
-    write(out / "code-test.jsonl", (mbpp(record) for record in tasks))
-    write(out / "maths-test.jsonl", (gsm8k(record) for record in lines(data / "gsm8k/test.jsonl")))
+    write(out / "general.jsonl", chain(mixed, *t0(data)))
+    test = [chat for chat in mixed if held_out(chat[0].strip())]
+    write(out / "general-test.jsonl", sample(test, arguments.sample))
+    tasks = [mbpp(record) for record in lines(data / "mbpp/mbpp.jsonl") if 11 <= record["task_id"] <= 510]
+    write(out / "code-test.jsonl", sample(tasks, arguments.sample))
+    problems = [gsm8k(record) for record in lines(data / "gsm8k/test.jsonl")]
+    write(out / "maths-test.jsonl", sample(problems, arguments.sample))
 
 
 if __name__ == "__main__":

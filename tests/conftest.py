@@ -67,6 +67,14 @@ def smollm2(real_cache: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def smollm2_base(real_cache: Path) -> Path:
+    """The same model as its authors published it, untrained for pruning."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IFPRUNE_CACHE", str(real_cache))
+        return ensure_embedded(print, trained=False)
+
+
+@pytest.fixture(scope="session")
 def smollm2_gguf(real_cache: Path) -> Path:
     """The embedded model's GGUF file."""
     with pytest.MonkeyPatch.context() as patch:

@@ -50,8 +50,8 @@ ORDER = (
 # The modules of `ifprune_mlx.train`, likewise. They may import anything of ORDER, and nothing of it imports them.
 TRAIN = (
     *("records", "encoding", "mixture"),
-    *("answers", "targets", "distill", "priors"),
-    *("adapter", "arms", "paired", "watch"),
+    *("answers", "backbone", "targets", "distill", "priors"),
+    *("tuned", "adapter", "full", "recompute", "arms", "paired", "watch"),
 )
 FILES = sorted((name, file) for name, folder in PACKAGES.items() for file in folder.rglob("*.py"))
 # Of the packages themselves; everything that may import them is below them.

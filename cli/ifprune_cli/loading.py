@@ -14,14 +14,18 @@ if TYPE_CHECKING:
     from ifprune_mlx import Checkpoint, Model, Selection
 
 
-def checkpoint_path(model: str | None) -> str | Path:
-    """The given model, or the embedded default, which is fetched and converted if this is its first use."""
+def checkpoint_path(model: str | None, *, trained: bool = True) -> str | Path:
+    """The given model, or the embedded default, which is fetched and converted if this is its first use.
+
+    Args:
+        trained: of the embedded model, the one with the trained predictor; else the one that training begins with.
+    """
     if model is not None:
         return model
     from ifprune_convert.embedded import ensure_embedded
 
     with progress("convert", "weights") as update:
-        return ensure_embedded(note, lambda stage, done, total: update(done, total))
+        return ensure_embedded(note, lambda stage, done, total: update(done, total), trained=trained)
 
 
 def open_checkpoint(model: str | None) -> Checkpoint:
@@ -42,9 +46,11 @@ def check_selection(model: Model, selection: Selection, file: Path) -> None:
         raise SelectionError(f"{file}: {exc}; make one for this model with `ifprune select --save-to`") from None
 
 
-def load_model(model: str | None, dtype: DtypeName | None, trust_remote_code: bool) -> tuple[Model, TokenizerWrapper]:
-    """Load the given checkpoint, or the embedded default."""
-    path = checkpoint_path(model)
+def load_model(
+    model: str | None, dtype: DtypeName | None, trust_remote_code: bool, *, trained: bool = True
+) -> tuple[Model, TokenizerWrapper]:
+    """Load the given checkpoint, or the embedded default; `trained` as in `checkpoint_path`."""
+    path = checkpoint_path(model, trained=trained)
     import mlx.core as mx
 
     from ifprune_mlx import load

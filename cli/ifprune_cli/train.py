@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
     from ifprune_mlx import Model
+    from ifprune_mlx.train.backbone import Backbone
     from ifprune_mlx.train.encoding import Encoded
     from ifprune_mlx.train.records import Record
     from ifprune_mlx.train.targets import Targets
@@ -45,7 +46,23 @@ class ArmName(str, Enum):
     none = "none"
 
 
+class PoolingName(str, Enum):
+    """Whose hidden state the head reads."""
+
+    last = "last"
+    mean = "mean"
+    both = "both"
+
+
+class FineTuneType(str, Enum):
+    """What of the model is trained."""
+
+    lora = "lora"
+    full = "full"
+
+
 _JOINT = "pretrain and sft"
+_LEARNING_RATES = {FineTuneType.lora: 5e-4, FineTuneType.full: 1e-4}
 
 
 def train(
@@ -69,6 +86,18 @@ def train(
         typer.Option("--weight", metavar="NAME=X", help=f"A domain's share of the batches ({_JOINT}).  [default: 1]"),
     ] = None,
     layers: Annotated[int, typer.Option("--layers", min=1, help="The predictor reads this many first layers.")] = 12,
+    backbone: Annotated[
+        Optional[Path],
+        typer.Option(
+            "--backbone",
+            metavar="FOLDER",
+            help="A small mlx-lm model that the predictor reads with, instead of the first layers (distill).",
+        ),
+    ] = None,
+    pooling: Annotated[
+        PoolingName,
+        typer.Option("--pooling", help="The head reads the last token's hidden state, the mean, or both (distill)."),
+    ] = PoolingName.both,
     rank: Annotated[int, typer.Option("--rank", min=1, help="Width of the head's inner layer (distill).")] = 128,
     limit: Annotated[
         Optional[int], typer.Option("--limit", min=1, help="Most chats of each domain.  [default: 2000; else all]")
@@ -104,13 +133,25 @@ def train(
     ] = "0.5",
     iters: Annotated[int, typer.Option("--iters", min=1, help=f"Steps ({_JOINT}).")] = 1000,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Sequences a step, over all processes.")] = 8,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", min=0.0, help="Of the adapters.")] = 5e-4,
+    fine_tune_type: Annotated[
+        FineTuneType,
+        typer.Option("--fine-tune-type", help=f"Train adapters, or whole weights of a float model ({_JOINT})."),
+    ] = FineTuneType.lora,
+    learning_rate: Annotated[
+        Optional[float],
+        typer.Option(
+            "--learning-rate", min=0.0, help="Of the adapters or weights.  [default: 5e-4; fine-tune type full: 1e-4]"
+        ),
+    ] = None,
     head_learning_rate: Annotated[
         float, typer.Option("--head-learning-rate", min=0.0, help="Of the predictor's head; 0 holds it still.")
     ] = 0.0,
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Steps until the full learning rate.")] = 20,
     lora_rank: Annotated[int, typer.Option("--lora-rank", min=1, help="Rank of the adapters.")] = 16,
     lora_scale: Annotated[float, typer.Option("--lora-scale", help="Scale of the adapters.")] = 2.0,
+    grad_checkpoint: Annotated[
+        bool, typer.Option("--grad-checkpoint", help=f"Keep no activations: less memory, more time ({_JOINT}).")
+    ] = False,
     teacher: Annotated[
         float,
         typer.Option("--teacher", min=0.0, max=1.0, help="Share of KL from the dense model in the loss; 0 is off."),
@@ -152,15 +193,19 @@ def train(
     files = named_files(data or [])
     if not files:
         raise DataError("training needs data; give --data NAME=FILE.jsonl, once for every domain")
-    loaded, tokenizer = load_model(model, dtype, trust_remote_code=False)
+    loaded, tokenizer = load_model(model, dtype, trust_remote_code=False, trained=False)
     picked = _Picked(files, held_out, limit, seed, strict)
     began = time.perf_counter()
     group = mx.distributed.init()
     if stage in (StageName.calibrate, StageName.distill):
         if group.size() > 1:
             raise DataError(f"--stage {stage.value} runs in one process; start it without mlx.launch")
-        targets = _targets(loaded, tokenizer, picked, output, layers, max_seq_length, chats)
-        result = _calibrate(targets, output) if stage is StageName.calibrate else _distill(targets, output, rank, seed)
+        reader = _backbone(loaded, layers, backbone)
+        targets = _targets(loaded, tokenizer, picked, output, layers, reader, max_seq_length, chats)
+        if stage is StageName.calibrate:
+            result = _calibrate(targets, output)
+        else:
+            result = _distill(targets, output, rank, pooling.value, backbone, seed)
     else:
         options = Paired(
             output=output,
@@ -170,11 +215,13 @@ def train(
             densities=densities,
             iterations=iters,
             batch_size=batch_size,
-            learning_rate=learning_rate,
+            fine_tune_type=fine_tune_type.value,
+            learning_rate=_LEARNING_RATES[fine_tune_type] if learning_rate is None else learning_rate,
             head_learning_rate=head_learning_rate,
             warmup=warmup,
             rank=lora_rank,
             scale=lora_scale,
+            grad_checkpoint=grad_checkpoint,
             teacher=teacher,
             epsilon=epsilon,
             seed=seed,
@@ -270,21 +317,31 @@ def named_weights(values: list[str], domains: set[str]) -> dict[str, float]:
     return weights
 
 
+def _backbone(loaded: Model, layers: int, folder: Path | None) -> Backbone | None:
+    """A backbone of its own; None for the model's first layers."""
+    from ifprune_mlx import DataError
+    from ifprune_mlx.train.backbone import Backbone
+
+    if folder is not None:
+        return Backbone.load(folder)
+    depth = len(loaded.layers)
+    if layers > depth:
+        raise DataError(f"--layers {layers}: the model has {depth}; give at most that")
+    return None
+
+
 def _targets(
     loaded: Model,
     tokenizer: TokenizerWrapper,
     picked: _Picked,
     output: Path,
     layers: int,
+    backbone: Backbone | None,
     max_seq_length: int,
     count: int | None,
 ) -> Targets:
-    from ifprune_mlx import DataError
     from ifprune_mlx.train.targets import measure
 
-    depth = len(loaded.layers)
-    if layers > depth:
-        raise DataError(f"--layers {layers}: the model has {depth}; give at most that")
     domains = []
     for name in picked.files:
         domains.append(_chats(tokenizer, picked.records(name)[: None if picked._limit else 2000], max_seq_length))
@@ -293,7 +350,7 @@ def _targets(
     longest = max(map(len, domains))
     ordered = [domain[index] for index in range(longest) for domain in domains if index < len(domain)]
     with progress("measure", "chats") as update:
-        return measure(loaded, ordered, output / "targets", layers, update, count=count)
+        return measure(loaded, ordered, output / "targets", layers, update, count=count, backbone=backbone)
 
 
 def _calibrate(targets: Targets, output: Path) -> dict[str, Any]:
@@ -310,12 +367,17 @@ def _calibrate(targets: Targets, output: Path) -> dict[str, Any]:
     }
 
 
-def _distill(targets: Targets, output: Path, rank: int, seed: int) -> dict[str, Any]:
+def _distill(
+    targets: Targets, output: Path, rank: int, pooling: str, backbone: Path | None, seed: int
+) -> dict[str, Any]:
+    from ifprune_mlx.train.backbone import copy_backbone
     from ifprune_mlx.train.distill import distill
 
-    fit = distill(targets, rank=rank, seed=seed)
+    fit = distill(targets, rank=rank, pooling=pooling, seed=seed)
     folder = output / "predictor"
     folder.mkdir(parents=True, exist_ok=True)
+    if backbone is not None:
+        copy_backbone(backbone, folder)
     fit.head.save(folder / "head.safetensors")
     size = fit.head.first.size + fit.head.second.size + sum(fit.head.widths)
     explained = fit.explained[fit.penalty]
@@ -323,6 +385,7 @@ def _distill(targets: Targets, output: Path, rank: int, seed: int) -> dict[str, 
         "path": str(folder),
         "chats": len(targets.features),
         "parameters": size,
+        "pooling": pooling,
         "penalty": fit.penalty,
         "explained": explained,
     }

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +15,7 @@ if TYPE_CHECKING:
     from ifprune_mlx.evaluate import Evaluation
     from ifprune_mlx.train.encoding import Encoded
     from ifprune_mlx.train.paired import Run
+    from ifprune_mlx.train.tuned import Tuned
 
 Domains = Mapping[str, Sequence["Encoded"]]
 
@@ -32,11 +31,13 @@ class Paired:
     densities: str
     iterations: int
     batch_size: int
+    fine_tune_type: str
     learning_rate: float
     head_learning_rate: float
     warmup: int
     rank: int
     scale: float
+    grad_checkpoint: bool
     teacher: float
     epsilon: float
     seed: int
@@ -54,8 +55,8 @@ def run_paired(
     Returns:
         What `--json` prints, with the sentence for people under `told`.
     """
-    from ifprune_mlx.train.adapter import Adapted
     from ifprune_mlx.train.arms import Objective
+    from ifprune_mlx.train.backbone import copy_backbone
     from ifprune_mlx.train.mixture import Mixture
     from ifprune_mlx.train.paired import Run, Settings, static_prior
 
@@ -72,10 +73,9 @@ def run_paired(
     predictor = _predictor(model, options)
     prior = static_prior(model, predictor)
     model.prior = prior
-    adapted = Adapted(model, rank=options.rank, scale=options.scale, seed=options.seed)
     mixture = Mixture({name: (items, weights.get(name, 1.0)) for name, items in train.items()}, options.seed)
     run = Run(
-        adapted,
+        _tuned(model, options),
         predictor,
         prior,
         mixture,
@@ -83,9 +83,10 @@ def run_paired(
         Objective(teacher=options.teacher, epsilon=options.epsilon),
         options.output,
         start=options.start,
+        grad_checkpoint=options.grad_checkpoint,
     )
     if run.leader and predictor is not None and predictor.head.layers is None and "learned" in options.arms:
-        _copy_backbone(_predictor_folder(model, options), options.output / "predictor")
+        copy_backbone(_predictor_folder(model, options), options.output / "predictor")
     if run.step and run.leader:
         note(f"goes on after step {run.step} of {settings.iterations}")
     collapsed = _Loop(run, valid, options).go()
@@ -196,15 +197,13 @@ class _Loop:
         return why is not None
 
 
-def _copy_backbone(predictor: Path, folder: Path) -> None:
-    """Copy a predictor's own backbone, which no stage changes, to where the head is going to be."""
-    from ifprune_mlx import DataError
-    from ifprune_mlx.files import write_atomic
+def _tuned(model: Model, options: Paired) -> Tuned:
+    from ifprune_mlx.train.adapter import Adapted
+    from ifprune_mlx.train.full import Full
 
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in predictor.iterdir() if not folder.samefile(predictor) else ():
-        if file.is_file() and file.name != "head.safetensors" and not file.name.startswith("."):
-            write_atomic(folder / file.name, partial(shutil.copyfile, file), DataError)
+    if options.fine_tune_type == "full":
+        return Full(model)
+    return Adapted(model, rank=options.rank, scale=options.scale, seed=options.seed)
 
 
 def _predictor_folder(model: Model, options: Paired) -> Path:

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -35,7 +36,9 @@ _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _HUB_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _LICENCE = "apache-2.0"
 # Raised whenever a conversion of the same file would come out differently.
-_REVISION = 1
+_REVISION = 2
+# What the trained default was trained for, and answers at (docs/log.md).
+_DENSITY = 0.5
 
 Note = Callable[[str], None]
 """Called with a line for the user."""
@@ -50,22 +53,37 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ifprune"
 
 
-def ensure_embedded(note: Note, report: Report | None = None) -> Path:
+def ensure_embedded(note: Note, report: Report | None = None, *, trained: bool = True) -> Path:
     """The folder of the embedded checkpoint; fetches and converts the model where that has not been done.
 
     float16 on macOS; float32 elsewhere, since MLX's CPU build is slow at half precision.
+
+    Args:
+        trained: with the trained predictor and the adapter that heals the model; False gives the model as its authors
+            published it, with a calibrated prior: what training begins with.
 
     Raises:
         SourceError: if the model cannot be had, saying what to do.
     """
     dtype = mx.float16 if sys.platform == "darwin" else mx.float32
     short = {mx.float16: "f16", mx.float32: "f32"}[dtype]
-    target = cache_folder() / f"smollm2-135m-instruct-{short}-r{_REVISION}"
+    base = "" if trained else "-base"
+    target = cache_folder() / f"smollm2-135m-instruct{base}-{short}-r{_REVISION}"
     if target.is_dir() and _sound(target, note):
         return target
     source = _source(note)
     note(f"Converting SmolLM2-135M-Instruct into {target}")
-    convert(source, target, Options(dtype=dtype, prior=shipped_prior(), overwrite=True), report)
+    options = Options(dtype=dtype, prior=shipped_prior(), overwrite=True)
+    if trained:
+        data = Path(str(files("ifprune_convert"))) / "data" / "smollm2-135m-instruct"
+        options = replace(
+            options,
+            density=_DENSITY,
+            adapter=data / "adapter",
+            predictor=data / "predictor",
+            prior=data / "prior.safetensors",
+        )
+    convert(source, target, options, report)
     return target
 
 

@@ -1,4 +1,4 @@
-"""The arms of a paired run: each its own adapter over one base model, each its own way to choose neurons.
+"""The arms of a paired run: each its own adapter (or weights) over one base model, each its own way to choose neurons.
 
 learned   the predictor chooses for each sequence, from its instruction; the head may learn along
 static    the prior's best, the same for every sequence: healed static, the opponent that counts
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,9 +23,10 @@ from mlx.utils import tree_flatten
 from ifprune_mlx.errors import DataError, IfpruneError
 from ifprune_mlx.predictor import Head, SparsityPredictor, hidden_states
 from ifprune_mlx.topk import soft_top_k
-from ifprune_mlx.train.adapter import Adapted, Parameters
 from ifprune_mlx.train.answers import answer_logits, answer_rows, log_softmax
 from ifprune_mlx.train.encoding import Encoded
+from ifprune_mlx.train.recompute import recomputed
+from ifprune_mlx.train.tuned import Parameters, Tuned
 
 ARMS = ("learned", "static", "none")
 _HEAD = "head."
@@ -59,7 +61,8 @@ class Arm:
 
     Attributes:
         name: of `ARMS`.
-        parameters: adapter weights, and those of the head under `head.`, for `learned`.
+        parameters: adapter weights (or the model's own, where those are trained), and those of the head under `head.`,
+            for `learned`.
         optimizers: of the adapter and of the head.
     """
 
@@ -166,19 +169,23 @@ class Stepper:
         adapted: the model.
         predictor: of the learned arm; its head gives the first values. None if there is no such arm.
         prior: per FFN, float32 `[d_ffn]`, what the static arm keeps the best of.
+        grad_checkpoint: compute activations again in the backward pass instead of keeping them.
     """
 
     def __init__(
         self,
-        adapted: Adapted,
+        adapted: Tuned,
         predictor: SparsityPredictor | None,
         prior: Sequence[np.ndarray[Any, Any]],
         objective: Objective,
+        *,
+        grad_checkpoint: bool = False,
     ) -> None:
         self._adapted = adapted
         self._predictor = predictor
         self._ranked = [mx.array(np.argsort(-scores, kind="stable").astype(np.int32)) for scores in prior]
         self._objective = objective
+        self._grad_checkpoint = grad_checkpoint
 
     def teach(self, example: Encoded) -> Taught | None:
         """The dense base model's answer; None without a teacher."""
@@ -231,7 +238,8 @@ class Stepper:
                 self._adapted.choose(*self._straight_through(parameters, hidden, keep))
             return self._loss(example, taught, targets)
 
-        (_, ce, kl), gradients = mx.value_and_grad(loss)(moving)
+        with recomputed(self._adapted.model.layers) if self._grad_checkpoint else nullcontext():
+            (_, ce, kl), gradients = mx.value_and_grad(loss)(moving)
         mx.eval(ce, kl, gradients)
         arm.accumulate(gradients)
         return Measured(float(ce), float(kl))

@@ -41,6 +41,7 @@ def distill(
     targets: Targets,
     *,
     rank: int = 128,
+    pooling: str = "both",
     penalties: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0),
     held_out: float = 0.15,
     seed: int = 0,
@@ -51,6 +52,7 @@ def distill(
 
     Args:
         rank: width of the inner layer (the paper's is 128).
+        pooling: of `ifprune_mlx.predictor.POOLINGS`: what of the features the head reads.
         held_out: share of the chats that choose the penalty.
 
     Raises:
@@ -62,9 +64,11 @@ def distill(
     y = log_importance(targets.importance, targets.widths)
     order = np.random.default_rng(seed).permutation(count)
     valid, train = np.split(order, [max(int(held_out * count), 1)])
-    explained = _explained(targets.features, y, train, valid, rank, penalties)
+    width = targets.features.shape[1] // 2
+    x = {"last": targets.features[:, :width], "mean": targets.features[:, width:], "both": targets.features}[pooling]
+    explained = _explained(x, y, train, valid, rank, penalties)
     penalty = max(explained, key=lambda candidate: explained[candidate])
-    head = _head(_Ridge(targets.features, y, penalty, rank), targets)
+    head = _head(_Ridge(x, y, penalty, rank), x, pooling, targets)
     return Fit(head, penalty, explained)
 
 
@@ -115,13 +119,13 @@ def _explained(
     return result
 
 
-def _head(ridge: _Ridge, targets: Targets) -> Head:
+def _head(ridge: _Ridge, x: Floats, pooling: str, targets: Targets) -> Head:
     """Fold the standardisation into the first layer and the prior into the last bias.
 
     The two layers are scaled so that the inner values are about 1: an optimizer like Adam, whose steps have the same
     size everywhere, then moves both layers alike.
     """
-    inner = ((targets.features - ridge.x_mean) / ridge.x_scale) @ ridge.w.T
+    inner = ((x - ridge.x_mean) / ridge.x_scale) @ ridge.w.T
     size = max(float(np.sqrt((inner**2).mean())), 1e-12)
     first = ridge.w / ridge.x_scale / size
     return Head(
@@ -130,6 +134,6 @@ def _head(ridge: _Ridge, targets: Targets) -> Head:
         second=mx.array(ridge.v * size),
         second_bias=mx.array(ridge.y_mean),
         widths=targets.widths,
-        pooling="both",
+        pooling=pooling,
         layers=targets.layers,
     )

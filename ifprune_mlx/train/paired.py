@@ -28,11 +28,11 @@ from ifprune_mlx.errors import DataError
 from ifprune_mlx.files import read_safetensors_header, write_atomic
 from ifprune_mlx.model import Model
 from ifprune_mlx.predictor import SparsityPredictor
-from ifprune_mlx.train.adapter import Adapted
 from ifprune_mlx.train.arms import ARMS, Arm, Measured, Objective, Stepper, head_parameters
 from ifprune_mlx.train.encoding import Encoded
 from ifprune_mlx.train.mixture import Batch, Mixture, batches
 from ifprune_mlx.train.priors import save_prior
+from ifprune_mlx.train.tuned import Tuned
 
 STATE, METRICS = "state.safetensors", "metrics.jsonl"
 
@@ -44,7 +44,7 @@ class Settings:
     Attributes:
         arms: of `ARMS`.
         iterations: steps, of `batch_size` sequences each (over all processes).
-        learning_rate: of the adapters, after `warmup` steps; falls by a cosine to a tenth.
+        learning_rate: of adapters or weights, after `warmup` steps; falls by a cosine to a tenth.
         head_learning_rate: of the predictor's head, likewise; 0 keeps the head as it is.
         head_start: share of the steps during which the head holds still, so that weights settle around selections.
         clip: largest global norm of a gradient.
@@ -82,6 +82,7 @@ class Run:
         mixture: what to learn from.
         folder: where the run lives; one that holds a state of the same run goes on from it.
         start: folder of an earlier run whose adapters the arms begin with.
+        grad_checkpoint: less memory for more time; see `ifprune_mlx.train.recompute`. A resumed run may change it.
 
     A folder without a state keeps no metrics of steps: those of a run that was killed before its first one.
 
@@ -96,7 +97,7 @@ class Run:
 
     def __init__(
         self,
-        adapted: Adapted,
+        adapted: Tuned,
         predictor: SparsityPredictor | None,
         prior: Sequence[np.ndarray[Any, Any]],
         mixture: Mixture[Encoded],
@@ -105,12 +106,13 @@ class Run:
         folder: Path,
         *,
         start: Path | None = None,
+        grad_checkpoint: bool = False,
     ) -> None:
         self.settings, self.objective, self.folder = settings, objective, folder
         self.adapted, self.predictor, self.prior = adapted, predictor, prior
         self.step = self.tokens = 0
         self._group = mx.distributed.init()
-        self._stepper = Stepper(adapted, predictor, prior, objective)
+        self._stepper = Stepper(adapted, predictor, prior, objective, grad_checkpoint=grad_checkpoint)
         self._domains: list[str] = sorted(mixture.names)
         self.arms = [self._arm(name, start) for name in settings.arms]
         self._keep: dict[float, tuple[int, ...]] = {}
@@ -119,8 +121,7 @@ class Run:
                 "checkpoint": adapted.model.checkpoint.id,
                 "settings": asdict(settings),
                 "objective": asdict(objective),
-                "rank": adapted.rank,
-                "scale": adapted.scale,
+                **adapted.identity,
                 "data": mixture.fingerprint,
                 "tokens": _hash_of_tokens(mixture),
                 "prior": _hash_of_arrays(prior),
@@ -350,7 +351,7 @@ def _differences(theirs: str, ours: str) -> str:
         {**{k: v for k, v in run.items() if not isinstance(v, dict)}, **run.get("settings", {}), **run["objective"]}
         for run in (old, new)
     )
-    names = [name for name in flat_new if flat_old.get(name) != flat_new[name]]
+    names = [name for name in flat_new | flat_old if flat_old.get(name) != flat_new.get(name)]
     return "another " + ", ".join(name.replace("_", " ") for name in names)
 
 

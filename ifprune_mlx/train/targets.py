@@ -1,5 +1,5 @@
-"""What the predictor is distilled from: for every training chat, what its instruction looks like to the model's first
-layers, and which neurons its answer then needs. Measured once, kept on disk.
+"""What the predictor is distilled from: for every training chat, what its instruction looks like to a backbone, and
+which neurons its answer then needs. Measured once, kept on disk.
 
 How much an answer needs a neuron: `sum over tokens of |d loss / d mask|`, where the mask multiplies the neuron's
 activation and the model is half way between the statically pruned one and the dense one (neurons that the prior keeps
@@ -26,8 +26,8 @@ import numpy.typing as npt
 from ifprune_mlx.errors import DataError
 from ifprune_mlx.files import read_safetensors_header, write_atomic
 from ifprune_mlx.model import Model
-from ifprune_mlx.predictor import hidden_states
 from ifprune_mlx.train.answers import answer_logits, answer_rows, log_softmax
+from ifprune_mlx.train.backbone import Backbone
 from ifprune_mlx.train.encoding import Encoded
 
 PART = 64
@@ -47,14 +47,14 @@ class Targets:
         features: float32 `[n, 2 d]`.
         importance: float16 `[n, neurons]`, memory-mapped where it is large.
         domains: per chat, its label.
-        layers: how many first layers the features come from.
+        layers: how many first layers the features come from; None if from a backbone of its own.
         widths: `d_ffn` of every FFN.
     """
 
     features: Floats
     importance: npt.NDArray[np.float16]
     domains: list[str]
-    layers: int
+    layers: int | None
     widths: tuple[int, ...]
 
 
@@ -66,35 +66,41 @@ def measure(
     progress: Callable[[int, int], None] | None = None,
     *,
     count: int | None = None,
+    backbone: Backbone | None = None,
 ) -> Targets:
     """Run chats through the dense model, or go on where an earlier run for the same ones stopped.
 
     Args:
         examples: chats of one instruction and one answer.
         folder: where the parts are kept.
-        layers: first layers that the features are read from.
+        layers: first layers that the features are read from, if there is no `backbone`.
         progress: called with (chats measured, chats to measure).
         count: stop after so many, or after more that were measured already; the same chats without it go on from there.
+        backbone: what reads the instructions instead of the first layers.
 
     Raises:
-        DataError: if the folder holds targets of other chats or of another model, or cannot be written.
+        DataError: if the folder holds targets of other chats, of another model or backbone, or cannot be written.
     """
     widths = [spec.d_ffn for spec in model.checkpoint.layout.ffns]
-    described = {
+    described: dict[str, object] = {
         "checkpoint": model.checkpoint.id,
         "importance": "attribution half way",
-        "layers": layers,
+        "layers": layers if backbone is None else None,
         "widths": widths,
         "domains": [chat.domain for chat in examples],
         "chats": hashlib.sha256(b"|".join(chat.tokens.tobytes() for chat in examples)).hexdigest(),
     }
+    if backbone is None:
+        backbone = Backbone.first_layers(model, layers)
+    else:
+        described["backbone"] = backbone.identity()
     _claim(folder, described)
     masks = halfway(model)
     end = len(examples) if count is None else min(count, len(examples))
     for start in range(0, end, PART):
         file = folder / f"part-{start // PART:05d}.safetensors"
         if not file.is_file():
-            _measure_part(model, examples[start : start + PART], file, layers, masks)
+            _measure_part(model, examples[start : start + PART], file, backbone, masks)
         if progress is not None:
             progress(min(start + PART, end), end)
     return load(folder)
@@ -123,7 +129,7 @@ def load(folder: Path) -> Targets:
         np.concatenate(features),
         np.concatenate(importance),
         list(described["domains"][:count]),
-        int(described["layers"]),
+        None if described["layers"] is None else int(described["layers"]),
         tuple(described["widths"]),
     )
 
@@ -183,13 +189,13 @@ def halfway(model: Model) -> list[mx.array]:
     return [mx.array(np.where(prior >= np.median(prior), 1.0, 0.5).astype(np.float32)) for prior in model.prior]
 
 
-def _measure_part(model: Model, chats: Sequence[Encoded], file: Path, layers: int, masks: Sequence[mx.array]) -> None:
+def _measure_part(
+    model: Model, chats: Sequence[Encoded], file: Path, backbone: Backbone, masks: Sequence[mx.array]
+) -> None:
     features, importance = [], []
     for chat in chats:
         model.switch(None)
-        prompt = mx.array(chat.tokens[None, : chat.prompt_length])
-        hidden = hidden_states(model.module, prompt, layers)[0].astype(mx.float32)
-        features.append(mx.concatenate([hidden[-1], hidden.mean(axis=0)]))
+        features.append(backbone.features(chat.instruction))
         mx.eval(features[-1])
         importance.append(np.concatenate(attribution(model, chat, masks)).astype(np.float16))
     tensors = {"features": mx.stack(features), "importance": mx.array(np.stack(importance))}
@@ -199,7 +205,9 @@ def _measure_part(model: Model, chats: Sequence[Encoded], file: Path, layers: in
 def _claim(folder: Path, described: dict[str, object]) -> None:
     found = _described(folder)
     if found is not None and found != described:
-        raise DataError(f"{folder}: holds targets of other chats or of another model; choose another folder")
+        raise DataError(
+            f"{folder}: holds targets of other chats or of another model or backbone; choose another folder"
+        )
     if found is None:
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(described)

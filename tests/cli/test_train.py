@@ -5,10 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import mlx.core as mx
+import mlx_lm
+import numpy as np
 import pytest
 
 from ifprune_mlx import Instruction, load, make_selector
+from ifprune_mlx.predictor import Head
+from ifprune_mlx.selection import top_k
 from tests.cli.process import run_here
+from tests.tiny import write_source
 
 
 @pytest.fixture
@@ -47,10 +53,50 @@ def test_distil_convert_and_select(tiny_checkpoint: Path, tmp_path: Path, chats:
     assert len(hashes) == 2
 
 
+def test_a_predictor_with_a_backbone_of_its_own(tiny_checkpoint: Path, tmp_path: Path, chats: list[str]) -> None:
+    """Distilled, converted and selected with, it selects what the fitted head says of that backbone's hidden states.
+    Another pooling measures nothing anew; another backbone is refused."""
+    small, out = write_source(tmp_path / "small", "qwen2", seed=7, hidden_size=32), tmp_path / "out"
+    command = ["train", "--model", tiny_checkpoint, *chats, "--output", out, "--rank", "8", "--json", "--backbone"]
+    done = run_here(*command, small, "--pooling", "last")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    source = tiny_checkpoint.with_name(f"source-of-{tiny_checkpoint.name}")
+    done = run_here("convert", "--model", source, "--mlx-path", tmp_path / "ifp", "--predictor", result["path"])
+    assert done.returncode == 0, done.stderr
+    head = Head.load(out / "predictor" / "head.safetensors")
+    assert (head.layers, head.pooling, head.first.shape) == (None, "last", (8, 32))
+    backbone, tokenizer = mlx_lm.load(str(small))
+    model, _ = load(tmp_path / "ifp")
+    for text in ("code question 3", "What is 2 + 2?"):
+        done = run_here("select", "--model", tmp_path / "ifp", "--prompt", text, "--density", "0.25", "--json")
+        assert done.returncode == 0, done.stderr
+        tokens = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
+        scores = np.array(head(backbone.model(mx.array([tokens]))[0]))
+        found = json.loads(done.stdout.splitlines()[-1])
+        assert found["selector"] == "learned"
+        assert found["selection"] == top_k(np.split(scores, [128]), model.keep(0.25), "learned").hash
+
+    parts = {file: file.stat().st_mtime_ns for file in (out / "targets").iterdir()}
+    done = run_here(*command, small, "--pooling", "mean")
+    assert done.returncode == 0, done.stderr
+    assert parts == {file: file.stat().st_mtime_ns for file in (out / "targets").iterdir()}
+    assert Head.load(out / "predictor" / "head.safetensors").pooling == "mean"
+    assert [json.loads(line)["pooling"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [
+        "last",
+        "mean",
+    ]
+    done = run_here(*command, write_source(tmp_path / "other", "qwen2", seed=8, hidden_size=32))
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("ifprune: error: ")]
+    assert "targets: holds targets of other chats or of another model or backbone" in line
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         (["--layers", "3"], "--layers 3: the model has 2"),
+        (["--backbone", "nowhere"], "nowhere: has no config.json; give an mlx-lm model folder with its tokenizer"),
         (["--data", "nothing"], "expected NAME=FILE"),
         (["--data", "code=again.jsonl"], "'code' is given twice"),
         (["--data", "other=missing.jsonl"], "missing.jsonl"),

@@ -16,14 +16,17 @@ import numpy as np
 import pytest
 import yaml
 
+from ifprune_convert.pipeline import Options, quantization_of
 from ifprune_mlx import Instruction, load, make_selector
 from ifprune_mlx.files import read_safetensors_header
 from ifprune_mlx.predictor import Head, load_predictor
 from ifprune_mlx.selection import top_k
 from ifprune_mlx.train.adapter import Adapted
+from ifprune_mlx.train.full import Full
 from ifprune_mlx.train.records import Record, split
 from tests.cli.process import run_here, start
 from tests.ifprune_mlx.reference import TOLERANCE, logits
+from tests.tiny import write_checkpoint
 from tests.tiny_predictor import write_predictor
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "its", "dog", "ran", "to", "some", "big", "red", "house")
@@ -163,6 +166,52 @@ def test_convert_takes_what_was_trained(
     np.testing.assert_allclose(logits(converted, tokens), logits(base, tokens), atol=10 * TOLERANCE)
     for ours, theirs in zip(converted.prior, mx.load(str(out / "prior.safetensors")).values(), strict=False):
         assert ours.shape == theirs.shape
+
+
+def test_whole_weights_go_through_convert(
+    tiny_checkpoint: Path, tmp_path: Path, data: dict[str, list[str]], predictor: Path
+) -> None:
+    """`--fine-tune-type full`, stopped and gone on with; the converted model computes what the static arm did. Its own
+    learning rate is lower than that of adapters."""
+    out = tmp_path / "out"
+    given = command("sft", tiny_checkpoint, out, data["sft"], "--predictor", predictor, "--fine-tune-type", "full")
+    place = given.index("--learning-rate")
+    del given[place : place + 2]
+    given += ["--eval-prompts", "0", "--grad-checkpoint"]
+    done = run_here(*given)
+    assert done.returncode == 0, done.stderr
+    assert settings(out)["settings"]["learning_rate"] == 1e-4
+    assert settings(out)["fine_tune_type"] == "full"
+    done = run_here(*given)
+    assert "goes on after step 7 of 7" in done.stderr
+    source = tiny_checkpoint.with_name(f"source-of-{tiny_checkpoint.name}")
+    adapter = out / "adapters" / "static"
+    done = run_here("convert", "--model", source, "--mlx-path", tmp_path / "ifp", "--adapter", adapter)
+    assert done.returncode == 0, done.stderr
+    converted, tokenizer = load(tmp_path / "ifp")
+    base, _ = load(tiny_checkpoint)
+    tokens = tokenizer.encode("code question 3")
+    before = logits(base, tokens)
+    full = Full(base)
+    full.use(full.read(adapter))
+    selection = top_k(converted.prior, converted.keep(0.25), "static")
+    converted.switch(selection)
+    base.switch(selection)
+    np.testing.assert_allclose(logits(converted, tokens), logits(base, tokens), atol=TOLERANCE)
+    base.switch(None)
+    assert np.abs(logits(base, tokens) - before).max() > 10 * TOLERANCE
+
+
+def test_whole_weights_of_a_quantized_base_are_refused(tmp_path: Path, data: dict[str, list[str]]) -> None:
+    """In one line that says what else to do."""
+    quantized = Options(quantization=quantization_of("affine", 32, 4))
+    folder = write_checkpoint(tmp_path / "checkpoint", options=quantized)
+    given = command("sft", folder, tmp_path / "out", data["sft"], "--selector", "static", "--fine-tune-type", "full")
+    done = run_here(*given)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "checkpoint: its weights are quantized" in line
+    assert "--fine-tune-type lora" in line
 
 
 def test_a_predictor_with_its_own_backbone_comes_out_whole(

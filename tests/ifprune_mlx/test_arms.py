@@ -292,6 +292,37 @@ def test_without_a_teacher_there_is_no_divergence(bench: Bench) -> None:
     assert measured.cross_entropy > 1
 
 
+@pytest.mark.parametrize("name", ARMS)
+def test_gradient_checkpointing_changes_no_gradient(bench: Bench, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapter and head, whose gradient comes through the masks alone; every layer runs once more. Afterwards all is as
+    it was."""
+    example, family = bench.examples["chat"], type(bench.adapted.model.layers[0])
+    calls = []
+    plain = family.__call__
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> mx.array:
+        calls.append(self)
+        result: mx.array = plain(self, *args, **kwargs)
+        return result
+
+    monkeypatch.setattr(family, "__call__", counted)
+    found, counts = [], []
+    for again in (False, True):
+        arm = bench.arm(name)
+        stepper = Stepper(bench.adapted, bench.predictor, bench.prior, Objective(), grad_checkpoint=again)
+        taught = stepper.teach(example)
+        calls.clear()
+        measured = stepper.run(arm, example, KEEP, taught, 3, learn_head=True)
+        found.append((measured, arm.gradients))
+        counts.append(len(calls))
+    (kept, gradients), (repeated, same) = found
+    assert counts[1] - counts[0] == 2
+    assert repeated.cross_entropy == pytest.approx(kept.cross_entropy, rel=1e-6)
+    assert (name == "learned") == ("head.second" in same)
+    assert_close(same, gradients, 1e-6)
+    assert all(type(layer) is family for layer in bench.adapted.model.layers)
+
+
 def norm(values: Sequence[mx.array]) -> float:
     return float(np.sqrt(sum(float((value**2).sum()) for value in values)))
 

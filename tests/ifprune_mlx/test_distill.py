@@ -12,15 +12,16 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ifprune_convert.pipeline import Options
 from ifprune_mlx import DataError, Instruction, Model, PredictorError, load, make_selector
 from ifprune_mlx.ffn import MaskedDown
-from ifprune_mlx.predictor import Head, hidden_states
+from ifprune_mlx.predictor import POOLINGS, Head, hidden_states
 from ifprune_mlx.selection import top_k
 from ifprune_mlx.train import targets as measuring
+from ifprune_mlx.train.backbone import Backbone
 from ifprune_mlx.train.distill import Fit, distill
 from ifprune_mlx.train.encoding import Encoded, encode
 from ifprune_mlx.train.records import Record
 from ifprune_mlx.train.targets import Targets, log_importance, measure
 from tests.ifprune_mlx.reference import source_model
-from tests.tiny import write_checkpoint
+from tests.tiny import write_checkpoint, write_source
 
 Tiny = tuple[Model, TokenizerWrapper]
 
@@ -100,6 +101,26 @@ def test_a_run_that_died_goes_on_after_its_last_part(
         measuring.load(tmp_path / "nowhere")
 
 
+def test_targets_read_by_a_backbone_of_its_own(tiny: Tiny, tmp_path: Path) -> None:
+    """Its features with the same importance; another backbone, or none, may not go on with them."""
+    model, tokenizer = tiny
+    examples = chats(tokenizer, 3)
+    one, other = (
+        Backbone.load(write_source(tmp_path / f"small-{seed}", "qwen2", seed, hidden_size=32)) for seed in (1, 2)
+    )
+    plain = measure(model, examples, tmp_path / "plain", layers=1)
+    found = measure(model, examples, tmp_path / "targets", layers=1, backbone=one)
+    assert (found.layers, found.features.shape) == (None, (3, 64))
+    for row, chat in enumerate(examples):
+        np.testing.assert_array_equal(found.features[row], np.array(one.features(chat.instruction)))
+    np.testing.assert_array_equal(found.importance, plain.importance)
+    again = measure(model, examples, tmp_path / "targets", layers=2, backbone=one)
+    np.testing.assert_array_equal(again.features, found.features)
+    for backbone in (other, None):
+        with pytest.raises(DataError, match="or of another model or backbone"):
+            measure(model, examples, tmp_path / "targets", layers=1, backbone=backbone)
+
+
 def planted(count: int, signal: float, seed: int = 0) -> Targets:
     """Two features decide which half of each FFN matters; the others are noise."""
     generator = np.random.default_rng(seed)
@@ -139,6 +160,21 @@ def test_without_a_signal_the_predictor_is_the_prior() -> None:
     mean = log_importance(targets.importance, targets.widths).mean(axis=0)
     np.testing.assert_allclose(np.array(fit.head.second_bias), mean, atol=1e-5)
     assert np.abs(predicted(fit, targets.features) - mean).max() < 0.1
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_a_head_reads_what_its_pooling_says(pooling: str) -> None:
+    """Of the same targets: fitted on the last token's half of the features, where the signal is, on the other, or both;
+    what the head gives for hidden states is what was fitted."""
+    targets = planted(300, 0.5)
+    fit = distill(targets, rank=4, pooling=pooling)
+    assert (fit.head.pooling, fit.head.first.shape[1]) == (pooling, 8 if pooling == "both" else 4)
+    best = max(fit.explained.values())
+    assert best < 0.05 if pooling == "mean" else best > 0.8
+    hidden = np.random.default_rng(1).normal(size=(5, 4)).astype(np.float32)
+    halves = {"last": hidden[-1:], "mean": hidden.mean(axis=0, keepdims=True)}
+    features = np.concatenate([*halves.values()], axis=1) if pooling == "both" else halves[pooling]
+    np.testing.assert_allclose(np.array(fit.head(mx.array(hidden))), predicted(fit, features)[0], atol=1e-4)
 
 
 def test_full_rank_is_plain_ridge_regression() -> None:

@@ -19,12 +19,14 @@ from ifprune_mlx.predictor import Head, load_predictor
 from ifprune_mlx.train.adapter import Adapted
 from ifprune_mlx.train.arms import ARMS, Objective
 from ifprune_mlx.train.encoding import Encoded, encode
+from ifprune_mlx.train.full import Full
 from ifprune_mlx.train.mixture import Mixture
 from ifprune_mlx.train.paired import METRICS, STATE, Run, Settings, static_prior
 from ifprune_mlx.train.records import Record
 from tests.tiny import write_checkpoint
 
 WIDTHS = (128, 128)
+WEIGHT = "model.layers.0.mlp.up_proj.weight"
 SETTINGS = Settings(
     arms=ARMS,
     iterations=6,
@@ -91,12 +93,13 @@ def start(checkpoint: Path, head: Path) -> Start:
         predictor: Path = head,
         prior: float = 0.0,
         begin_with: Path | None = None,
+        full: bool = False,
     ) -> Run:
         model, tokenizer = load(checkpoint)
         chosen = predictor_of(predictor, model, tokenizer)
         data = {name: (chats(tokenizer, name, count, length), weight if name == "a" else 1.0) for name in domains}
         return Run(
-            Adapted(model, rank=rank, scale=scale, seed=settings.seed),
+            Full(model) if full else Adapted(model, rank=rank, scale=scale, seed=settings.seed),
             chosen,
             [scores + prior * np.arange(len(scores), dtype=np.float32) for scores in static_prior(model, chosen)],
             Mixture(data, settings.seed),
@@ -149,6 +152,29 @@ def test_a_resumed_run_repeats_the_undisturbed_one(start: Start, tmp_path: Path)
             name for name in before.parameters if not mx.array_equal(before.parameters[name], after.parameters[name])
         ]
         assert len(moved) == len(before.parameters)
+
+
+def test_whole_weights_go_on_where_they_stopped(start: Start, tmp_path: Path) -> None:
+    """As adapters do, to the last bit; `begin_with` takes them from an earlier run."""
+    whole = go(start(tmp_path / "whole", full=True), 4)
+    go(start(tmp_path / "parts", full=True), 2)
+    second = go(start(tmp_path / "parts", full=True), 2)
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+    assert_same_weights(second, whole)
+    fresh = start(tmp_path / "fresh", begin_with=tmp_path / "whole", full=True)
+    for before, after in zip(whole.arms, fresh.arms, strict=True):
+        assert all(mx.array_equal(before.adapter[name], after.adapter[name]) for name in before.adapter)
+        assert not mx.array_equal(before.adapter[WEIGHT], whole.adapted.initial[WEIGHT])
+
+
+@pytest.mark.parametrize(
+    ("first", "words"), [(False, "fine tune type, rank, scale;"), (True, "rank, scale, fine tune")]
+)
+def test_another_fine_tune_type_is_refused(start: Start, tmp_path: Path, first: bool, words: str) -> None:
+    """Whole weights are not gone on with as adapters, nor the other way round."""
+    go(start(tmp_path / "run", full=first), 1)
+    with pytest.raises(DataError, match=f"another {words}"):
+        start(tmp_path / "run", full=not first)
 
 
 @pytest.mark.parametrize("stop", [1, 2, 5])

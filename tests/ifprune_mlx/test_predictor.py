@@ -261,7 +261,7 @@ DEFECTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no head": (remove("head.safetensors"), "has no head.safetensors"),
     "no config": (remove("config.json"), "has no config.json"),
     "no backbone": (remove("model.safetensors"), "backbone cannot be loaded"),
-    "no tokenizer": (remove("tokenizer.json"), "cannot be loaded"),
+    "no tokenizer": (remove("tokenizer.json"), "has no tokenizer"),
     "no folder": (shutil.rmtree, "has no config.json"),
     "head cut short": (cut("head.safetensors"), "cut short"),
     "backbone cut short": (cut("model.safetensors"), "cut short"),

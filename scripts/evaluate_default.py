@@ -1,0 +1,60 @@
+"""Evaluates the shipped default beside its controls, from what the repository holds.
+
+    python scripts/evaluate_default.py --limit 30        # minutes
+    python scripts/evaluate_default.py --out docs        # the full table, and the plot in the docs
+
+Two checkpoints of SmolLM2-135M-Instruct are made in the cache at first use: the shipped default (predictor, and the
+adapter healed along with it), and healed static (`scripts/controls`: the adapter of a fixed selection, trained on the
+same batches). Per density: losses of all rows with paired intervals, by `ifprune evaluate`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+
+from ifprune_convert.embedded import cache_folder, embedded_gguf, ensure_embedded
+from ifprune_convert.pipeline import Options, convert
+from ifprune_convert.readers import open_source
+
+HERE = Path(__file__).parent
+DATA = HERE.parent / "convert" / "ifprune_convert" / "data" / "smollm2-135m-instruct"
+SELECTORS = "dense,learned,mismatched,static,random"
+
+
+def healed_static() -> Path:
+    """The checkpoint of the healed static selection."""
+    target = cache_folder() / "healed-static-r1"
+    if not target.is_dir():
+        options = Options(
+            dtype=mx.float32, density=0.5, adapter=HERE / "controls" / "healed-static", prior=DATA / "prior.safetensors"
+        )
+        convert(open_source(embedded_gguf(print)), target, options)
+    return target
+
+
+def main() -> None:
+    """Run `ifprune evaluate` on every checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--densities", default="0.27,0.5")
+    parser.add_argument("--out", type=Path, help="folder for quality.json and quality.svg")
+    arguments = parser.parse_args()
+    command = [sys.executable, "-m", "ifprune_cli.main", "evaluate", "--model", str(ensure_embedded(print))]
+    command += ["--healed-static", str(healed_static()), "--selectors", SELECTORS, "--max-length", "192"]
+    command += ["--dtype", "float32", "--densities", arguments.densities]
+    for file in sorted((HERE / "held_out").glob("*.jsonl")):
+        command += ["--data", f"{file.stem}={file}"]
+    if arguments.limit is not None:
+        command += ["--limit", str(arguments.limit)]
+    if arguments.out is not None:
+        command += ["--json", str(arguments.out / "quality.json"), "--plot", str(arguments.out / "quality.svg")]
+    raise SystemExit(subprocess.run(command, check=False).returncode)
+
+
+if __name__ == "__main__":
+    main()
