@@ -8,7 +8,7 @@ BLAS := $(firstword $(wildcard /usr/lib/*/openblas-pthread/libblas.so.3))
 RUN := $(if $(BLAS),LD_PRELOAD=$(BLAS)) $(BIN)/
 
 .DEFAULT_GOAL := help
-.PHONY: help demo chat test heavy check bench build clean
+.PHONY: help demo chat test heavy check quality bench build clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## / /' | awk '{name=$$1; $$1=""; printf "make %-8s%s\n", name, $$0}'
@@ -37,6 +37,9 @@ check: $(VENV)/installed  ## lint, check formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+quality: $(VENV)/installed  ## evaluate the shipped default beside its controls (ARGS="--limit 30": minutes)
+	$(RUN)python scripts/evaluate_default.py $(ARGS)
 
 bench: $(VENV)/installed  ## measure the embedded model, dense and sliced
 	$(RUN)ifprune bench $(ARGS)

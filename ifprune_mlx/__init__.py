@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         PromptError,
         SelectionError,
         SourceError,
+        TaskError,
     )
     from .generation import GenerationResponse, Stats, generate, stream_generate
     from .history import History
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from .selection import Selection
     from .selectors import Instruction, Selected, Selector, make_selector
     from .session import Session
+    from .task_store import Task, TaskStore
 
 __version__ = "0.1.0"
 
@@ -47,6 +49,7 @@ _MODULES = {
         "PromptError",
         "SelectionError",
         "SourceError",
+        "TaskError",
     ),
     "generation": ("GenerationResponse", "Stats", "generate", "stream_generate"),
     "history": ("History",),
@@ -55,6 +58,7 @@ _MODULES = {
     "selection": ("Selection",),
     "selectors": ("Instruction", "Selected", "Selector", "make_selector"),
     "session": ("Session",),
+    "task_store": ("Task", "TaskStore"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -80,6 +84,9 @@ __all__ = [
     "SparsityPredictor",
     "Stats",
     "Switch",
+    "Task",
+    "TaskError",
+    "TaskStore",
     "generate",
     "load",
     "make_selector",

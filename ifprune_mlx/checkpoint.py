@@ -17,10 +17,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .errors import BudgetError, CheckpointError, IfpruneError
+from .errors import BudgetError, CheckpointError, IfpruneError, SelectionError
 from .families import FFNSpec
 from .files import SafetensorsHeader, read_safetensors_header, sha256_file
-from .selection import keep_count
+from .selection import Selection, keep_count
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -234,6 +234,15 @@ class Checkpoint:
                     bits = quantization.get(stem, quantization)["bits"]
                     total += math.prod(info.shape) * 32 // bits
         return total
+
+    def check(self, selection: Selection) -> None:
+        """Raise SelectionError unless `selection` fits this model's FFNs."""
+        widths = tuple(spec.d_ffn for spec in self.layout.ffns)
+        if selection.widths != widths:
+            raise SelectionError(
+                f"the selection has {len(selection.widths)} FFNs of widths {sorted(set(selection.widths))}, "
+                f"the model has {len(widths)} of {sorted(set(widths))}; it was made for another model"
+            )
 
     def active_parameters(self, keep: tuple[int, ...] | None) -> int:
         """Parameters that take part in a token, for *k* per FFN (None: all)."""

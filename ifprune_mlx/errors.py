@@ -23,6 +23,10 @@ class SelectionError(IfpruneError):
     """A selection is malformed, or belongs to a model of another shape."""
 
 
+class TaskError(IfpruneError):
+    """A named task that does not exist, is damaged, or cannot be kept."""
+
+
 class PredictorError(IfpruneError):
     """A sparsity predictor is malformed, belongs to another model, or gave scores that are not numbers."""
 

@@ -16,13 +16,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx import nn
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import _get_classes, load_model, load_tokenizer
 
 from .budget import resolve_keep
 from .checkpoint import Checkpoint, Layout
-from .errors import CheckpointError, SelectionError
+from .errors import CheckpointError
 from .ffn import SlicedProjection, replace_leaves
 from .hub import resolve
 from .predictor import SparsityPredictor, load_predictor
@@ -90,6 +90,12 @@ class Model:
         return self.checkpoint.config
 
     @property
+    def dtype(self) -> mx.Dtype:
+        """Float type of what is not quantized."""
+        arrays: dict[str, mx.array] = dict(tree_flatten(self.layers[0].parameters()))
+        return next(array.dtype for array in arrays.values() if mx.issubdtype(array.dtype, mx.floating))
+
+    @property
     def context_length(self) -> int | None:
         """The most tokens that the model was made for, if its config says so."""
         text = self.config.get("text_config", {})
@@ -134,12 +140,7 @@ class Model:
 
     def check(self, selection: Selection) -> None:
         """Raise SelectionError unless `selection` fits this model's FFNs."""
-        widths = tuple(spec.d_ffn for spec in self.checkpoint.layout.ffns)
-        if selection.widths != widths:
-            raise SelectionError(
-                f"the selection has {len(selection.widths)} FFNs of widths {sorted(set(selection.widths))}, "
-                f"the model has {len(widths)} of {sorted(set(widths))}; it was made for another model"
-            )
+        self.checkpoint.check(selection)
 
     def switch(self, selection: Selection | None) -> Switch:
         """Make a selection active, or all neurons (None). Moves only the neurons that differ.

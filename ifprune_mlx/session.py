@@ -88,6 +88,7 @@ class Session:
         self._keep = model.keep(density, active_parameters, memory)
         if selection is not None:
             self._selector: Selector = FixedSelector(model, selection)
+            self._keep = selection.keep
         elif selector is None or isinstance(selector, str):
             self._selector = make_selector(model, selector, seed=seed)
         else:
@@ -175,7 +176,9 @@ class Session:
     def reselect(self, instruction: str | None = None) -> None:
         """Select anew at the next message: by it, or by the given instruction."""
         if self.policy == "task":
-            raise IfpruneError("the selection is fixed in this conversation; start one without --selection to select")
+            raise IfpruneError(
+                "the selection is fixed in this conversation; start one without --selection or --task to select"
+            )
         self._selection = None
         self._instruction = instruction
 

@@ -5,7 +5,8 @@
 
 Two checkpoints of SmolLM2-135M-Instruct are made in the cache at first use: the shipped default (predictor, and the
 adapter healed along with it), and healed static (`scripts/controls`: the adapter of a fixed selection, trained on the
-same batches). Per density: losses of all rows with paired intervals, by `ifprune evaluate`.
+same batches). `ifprune evaluate` prints the loss of the model as published, dense; then, per density, the losses of all
+rows with paired intervals. `dense` is there the healed model with all its neurons, for which it was not tuned.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ import mlx.core as mx
 from ifprune_convert.embedded import cache_folder, embedded_gguf, ensure_embedded
 from ifprune_convert.pipeline import Options, convert
 from ifprune_convert.readers import open_source
+from ifprune_mlx.files import sha256_file
 
 HERE = Path(__file__).parent
 DATA = HERE.parent / "convert" / "ifprune_convert" / "data" / "smollm2-135m-instruct"
-SELECTORS = "dense,learned,mismatched,static,random"
+SELECTORS = "dense,learned,mismatched"
 
 
 def healed_static() -> Path:
     """The checkpoint of the healed static selection."""
-    target = cache_folder() / "healed-static-r1"
+    adapter = HERE / "controls" / "healed-static"
+    target = cache_folder() / f"healed-static-{sha256_file(adapter / 'adapters.safetensors')[:8]}"
     if not target.is_dir():
-        options = Options(
-            dtype=mx.float32, density=0.5, adapter=HERE / "controls" / "healed-static", prior=DATA / "prior.safetensors"
-        )
+        options = Options(dtype=mx.float32, density=0.5, adapter=adapter, prior=DATA / "prior.safetensors")
         convert(open_source(embedded_gguf(print)), target, options)
     return target
 
@@ -44,13 +45,18 @@ def main() -> None:
     parser.add_argument("--densities", default="0.27,0.5")
     parser.add_argument("--out", type=Path, help="folder for quality.json and quality.svg")
     arguments = parser.parse_args()
-    command = [sys.executable, "-m", "ifprune_cli.main", "evaluate", "--model", str(ensure_embedded(print))]
-    command += ["--healed-static", str(healed_static()), "--selectors", SELECTORS, "--max-length", "192"]
-    command += ["--dtype", "float32", "--densities", arguments.densities]
+    shared = ["--dtype", "float32", "--max-length", "192"]
     for file in sorted((HERE / "held_out").glob("*.jsonl")):
-        command += ["--data", f"{file.stem}={file}"]
+        shared += ["--data", f"{file.stem}={file}"]
     if arguments.limit is not None:
-        command += ["--limit", str(arguments.limit)]
+        shared += ["--limit", str(arguments.limit)]
+    evaluate = [sys.executable, "-m", "ifprune_cli.main", "evaluate"]
+    print("SmolLM2-135M-Instruct as published:", flush=True)
+    base = ["--model", str(ensure_embedded(print, trained=False)), "--selectors", "dense"]
+    subprocess.run([*evaluate, *base, *shared], check=True)
+    print("\nThe shipped default beside its controls:", flush=True)
+    command = [*evaluate, "--model", str(ensure_embedded(print)), "--healed-static", str(healed_static()), *shared]
+    command += ["--selectors", SELECTORS, "--densities", arguments.densities]
     if arguments.out is not None:
         command += ["--json", str(arguments.out / "quality.json"), "--plot", str(arguments.out / "quality.svg")]
     raise SystemExit(subprocess.run(command, check=False).returncode)

@@ -3,7 +3,8 @@ arm's adapter, for `scripts/evaluate_default.py`), as float16.
 
     python scripts/make_default.py --run RUN_FOLDER
 
-RUN_FOLDER is what `ifprune train --stage sft --output RUN_FOLDER` wrote. Prints the bytes.
+RUN_FOLDER is what `ifprune train --stage sft --output RUN_FOLDER` wrote. Prints the bytes. Raise `_REVISION` in
+`ifprune_convert/embedded.py` afterwards, or caches keep the old default.
 """
 
 from __future__ import annotations

@@ -182,9 +182,19 @@ def sample(chats: list[Chat], count: int | None) -> list[Chat]:
     return chats if count is None else some(once.values(), count)
 
 
+def record_of(prompt: str) -> Record:
+    """A prompt as the trainer sees it."""
+    return Record(({"role": "user", "content": prompt.strip()},))
+
+
+def key(prompt: str) -> str:
+    """What tells a prompt apart, whatever its case and spacing."""
+    return record_of(prompt).key
+
+
 def held_out(prompt: str) -> bool:
     """Whether a general prompt is kept for the test."""
-    return split(Record(({"role": "user", "content": prompt},)), GENERAL_HELD_OUT) == "valid"
+    return split(record_of(prompt), GENERAL_HELD_OUT) == "valid"
 
 
 def write(file: Path, chats: Iterable[Chat]) -> None:
@@ -210,15 +220,17 @@ def main() -> None:
     arguments = parser.parse_args()
     data, out = arguments.data, arguments.out
     out.mkdir(parents=True, exist_ok=True)
-    write(out / "code.jsonl", code(data))
-    write(out / "maths.jsonl", maths(data))
     mixed = list(general(data))
     write(out / "general.jsonl", chain(mixed, *t0(data)))
-    test = [chat for chat in mixed if held_out(chat[0].strip())]
-    write(out / "general-test.jsonl", sample(test, arguments.sample))
     tasks = [mbpp(record) for record in lines(data / "mbpp/mbpp.jsonl") if 11 <= record["task_id"] <= 510]
-    write(out / "code-test.jsonl", sample(tasks, arguments.sample))
     problems = [gsm8k(record) for record in lines(data / "gsm8k/test.jsonl")]
+    # MBPP repeats a text of its test split outside it.
+    tested = {key(prompt) for prompt, _ in (*tasks, *problems)}
+    write(out / "code.jsonl", (chat for chat in code(data) if key(chat[0]) not in tested))
+    write(out / "maths.jsonl", (chat for chat in maths(data) if key(chat[0]) not in tested))
+    test = [chat for chat in mixed if held_out(chat[0])]
+    write(out / "general-test.jsonl", sample(test, arguments.sample))
+    write(out / "code-test.jsonl", sample(tasks, arguments.sample))
     write(out / "maths-test.jsonl", sample(problems, arguments.sample))
 
 

@@ -3,7 +3,8 @@
     python scripts/measure_answers.py --model CHECKPOINT --chats PROMPTS.jsonl --densities 0.7 0.8 0.9
 
 Prints per density the mean NLL (nats per token, under the dense model) of the answers beyond that of the dense model's
-own, the share of prompts where that is at most 0.5, and the share of 4-grams that repeat an earlier one (loops).
+own, the share of prompts where that is at most 0.5, and the share of 4-grams that repeat an earlier one (loops). A
+tuned checkpoint is judged by the model that it was tuned from: --judge BASE.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def main() -> None:
     """Print one line per density."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
+    parser.add_argument("--judge", help="the checkpoint whose dense model judges; --model's own if not given")
     parser.add_argument("--chats", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=20)
     parser.add_argument("--max-tokens", type=int, default=64)
@@ -44,6 +46,7 @@ def main() -> None:
     parser.add_argument("--densities", type=float, nargs="+", default=[0.7, 0.8, 0.9])
     arguments = parser.parse_args()
     model, tokenizer = load(arguments.model)
+    judge = load(arguments.judge)[0] if arguments.judge else model
     lines = arguments.chats.read_text(encoding="utf-8").splitlines()
     prompts = [json.loads(line)["messages"][:-1] for line in lines][:: max(len(lines) // arguments.limit, 1)]
     own: list[float] = []
@@ -51,9 +54,10 @@ def main() -> None:
         losses, loops = [], []
         for messages in prompts:
             options = {"dense": True} if density is None else {"selector": arguments.selector, "density": density}
-            responses = stream_generate(model, tokenizer, messages, max_tokens=arguments.max_tokens, **options)
+            speaker = judge if density is None else model
+            responses = stream_generate(speaker, tokenizer, messages, max_tokens=arguments.max_tokens, **options)
             answer = [response.token for response in responses]
-            losses.append(dense_nll(model, render_messages(tokenizer, messages), answer))
+            losses.append(dense_nll(judge, render_messages(tokenizer, messages), answer))
             loops.append(repeated(answer))
         if density is None:
             own = losses

@@ -23,6 +23,7 @@ ORDER = (
     "topk",
     "families",
     "checkpoint",
+    "task_store",
     "budget",
     "store",
     "slots",

@@ -40,6 +40,7 @@ from .options import (
     SelectionOption,
     SelectorOption,
     SystemPromptOption,
+    TaskOption,
     TempOption,
     TopKOption,
     TopPOption,
@@ -62,6 +63,7 @@ def chat(
     system_prompt: SystemPromptOption = None,
     selector: SelectorOption = None,
     selection: SelectionOption = None,
+    task: TaskOption = None,
     dense: DenseOption = False,
     density: DensityOption = None,
     active_params: ActiveParamsOption = None,
@@ -91,19 +93,23 @@ def chat(
     load: Annotated[Optional[Path], typer.Option("--load", metavar="FILE", help="Go on with a saved chat.")] = None,
 ) -> int:
     """Chat with a model that selects its neurons by what is said. /help lists what can be done in it."""
-    from ifprune_mlx import ChatFileError, PromptError, Selection, Session
+    from ifprune_mlx import ChatFileError, PromptError, Selection, Session, TaskStore
     from ifprune_mlx.selectors import default_selector
+    from ifprune_mlx.task_store import check_task_name
 
     if max_tokens == 0 or max_tokens < -1:
         raise PromptError(f"max tokens is {max_tokens}; give a number above 0, or -1 for no limit")
     if load is not None and not load.is_file():
         raise ChatFileError(f"{load}: no such saved chat")
+    fixed = {"--selection": selection, "--task": task}
     check_exclusive(
-        {"--selection": selection, "--selector": selector},
-        {"--selection": selection, "--policy": policy},
-        {"--selection": selection, "--density": density, "--active-params": active_params},
+        {**fixed, "--selector": selector},
+        {**fixed, "--policy": policy},
+        {**fixed, "--density": density, "--active-params": active_params},
     )
     chosen = None if selection is None else Selection.load(selection)
+    if task is not None:
+        check_task_name(task)
     budget = Budget(density, active_params, memory).arguments()
     sampling = Sampling(temp, top_p, min_p, top_k, seed, kv_bits, kv_group_size, prefill_step_size)
     options = sampling.arguments()
@@ -111,6 +117,8 @@ def chat(
     sampling.check(loaded)
     if selection is not None and chosen is not None:
         check_selection(loaded, chosen, selection)
+    if task is not None:
+        chosen = TaskStore(loaded.checkpoint).load(task)
     session = Session(
         loaded,
         tokenizer,
@@ -127,7 +135,8 @@ def chat(
     )
     from .chat_commands import Commands
 
-    commands = Commands(session, default_selector(loaded) if selector is None else selector.value)
+    named = default_selector(loaded) if selector is None else selector.value
+    commands = Commands(session, named if chosen is None else chosen.selector)
     if load is not None:
         session.load(load)
         # What was asked for on the command line goes before what was saved.
@@ -136,6 +145,7 @@ def chat(
             session.dense = False
         if chosen is not None:
             session.use(chosen)
+            session.policy = "task"
         if policy is not None and session.policy != "task":
             session.policy = policy.value
         session.system_prompt = system_prompt or session.system_prompt

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ifprune_mlx import ChatFileError, IfpruneError, Selection, Session
+from ifprune_mlx import ChatFileError, IfpruneError, Selection, Session, TaskStore
 from ifprune_mlx.checkpoint import read_json_object
 
-from .console import note, parameters
+from .console import note, parameters, shortened
 
 _TURNS_SHOWN = 8
 
@@ -45,6 +45,7 @@ class Commands:
             "/select": _Command(
                 self._select, "[TEXT|FILE]", "select anew: by the next message, by TEXT, or use a saved .safetensors"
             ),
+            "/task": _Command(self._task, "[NAME]", "use a saved task's selection; alone: list the tasks"),
             "/density": _Command(self._density, "[X]", "keep this share of each FFN's neurons; alone: show it"),
             "/dense": _Command(self._dense, "[on|off]", "use all neurons, or those selected; alone: the other one"),
             "/stats": _Command(self._stats, "", "show the last answer's figures, the selection and the context"),
@@ -71,7 +72,7 @@ class Commands:
         if name not in self._table:
             close = difflib.get_close_matches(name, self.names, 1)
             meant = f"; did you mean {close[0]}?" if close else ""
-            raise IfpruneError(f"unknown command {_short(name, 40)}{meant} (/help lists them; // sends a slash)")
+            raise IfpruneError(f"unknown command {shortened(name, 40)}{meant} (/help lists them; // sends a slash)")
         command = self._table[name]
         if argument and not command.arguments:
             raise IfpruneError(f"{name} takes no argument")
@@ -80,7 +81,7 @@ class Commands:
         try:
             command.run(argument)
         except OSError as exc:  # a file name that the system refuses even to look up
-            raise ChatFileError(f"{_short(argument, 40)}: {exc.strerror or exc}") from None
+            raise ChatFileError(f"{shortened(argument, 40)}: {exc.strerror or exc}") from None
         return True
 
     def describe(self) -> str:
@@ -110,16 +111,33 @@ class Commands:
         if not argument.endswith(".safetensors"):
             if "/" in argument and " " not in argument:
                 raise IfpruneError(
-                    f"{_short(argument, 60)}: a selection file ends in .safetensors; to select by a text, write more"
+                    f"{shortened(argument, 60)}: a selection file ends in .safetensors; to select by a text, write more"
                 )
             session.reselect(argument or None)
             session.dense = False
             note(f"selects anew at the next message, by {'this text' if argument else 'it'}")
             return
-        if session.policy == "turn":
-            raise IfpruneError("policy turn selects anew at every message; to use a file, start with --policy first")
+        self._refuse_turns("a file")
         session.use(Selection.load(_path(argument)))
         note(f"uses {self._selection_line()}")
+
+    def _task(self, argument: str) -> None:
+        store = TaskStore(self._session.model.checkpoint)
+        if not argument:
+            names = ", ".join(task.name for task in store.tasks())
+            note(f"tasks: {names}" if names else "no tasks yet; `ifprune select --prompt TEXT --save NAME` saves one")
+            return
+        self._refuse_turns("a task")
+        self._session.use(store.load(argument))
+        note(f"uses task {argument}: {self._selection_line()}")
+
+    def _refuse_turns(self, what: str) -> None:
+        """Raise IfpruneError where the next message would select by itself, whatever is given now."""
+        policy = self._session.policy
+        if policy in ("turn", "auto"):
+            raise IfpruneError(
+                f"policy {policy} selects anew at every message; to use {what}, start with --policy first"
+            )
 
     def _density(self, argument: str) -> None:
         session = self._session
@@ -132,7 +150,7 @@ class Commands:
         try:
             density = float(argument)
         except ValueError:
-            raise IfpruneError(f"density {_short(argument, 20)!r} is not a number; write it like 0.5") from None
+            raise IfpruneError(f"density {shortened(argument, 20)!r} is not a number; write it like 0.5") from None
         session.set_budget(density=density)
         session.dense = False
         note(f"{self._share(session.keep)}; the next message selects")
@@ -219,7 +237,7 @@ class Commands:
         if len(shown) < len(messages):
             note(f"  ... {_turns((len(messages) - len(shown)) // 2)} earlier")
         for message in shown:
-            note(_short(f"{'> ' if message['role'] == 'user' else '  '}{message['content']}", width - 1))
+            note(shortened(f"{'> ' if message['role'] == 'user' else '  '}{message['content']}", width - 1))
 
     def _share(self, keep: tuple[int, ...]) -> str:
         """A *k* per FFN as density and parameters."""
@@ -237,7 +255,7 @@ def _path(argument: str) -> Path:
     try:
         return Path(argument).expanduser()
     except RuntimeError:
-        raise ChatFileError(f"{_short(argument, 40)}: no such user's home folder") from None
+        raise ChatFileError(f"{shortened(argument, 40)}: no such user's home folder") from None
 
 
 def _is_saved_chat(path: Path) -> bool:
@@ -249,11 +267,3 @@ def _is_saved_chat(path: Path) -> bool:
 
 def _turns(count: int) -> str:
     return f"{count} turn{'' if count == 1 else 's'}"
-
-
-def _short(text: str, width: int) -> str:
-    """One line of at most `width` characters."""
-    indent = text[: len(text) - len(text.lstrip())]
-    line = indent + " ".join(text.split())
-    printable = "".join(char if char.isprintable() else "?" for char in line)
-    return printable if len(printable) <= width else printable[: max(width - 3, 1)] + "..."

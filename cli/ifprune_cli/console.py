@@ -111,6 +111,14 @@ def parameters(count: int) -> str:
     return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
 
 
+def shortened(text: str, width: int) -> str:
+    """One line of at most `width` characters."""
+    indent = text[: len(text) - len(text.lstrip())]
+    line = indent + " ".join(text.split())
+    printable = "".join(char if char.isprintable() else "?" for char in line)
+    return printable if len(printable) <= width else printable[: max(width - 3, 1)] + "..."
+
+
 def footer(stats: Stats) -> str:
     """One answer's figures in one line of a terminal: what selected which neurons, and where the time went."""
     what = "dense" if stats.selection is None else f"{stats.selector} {stats.density:.2f} {stats.selection[:6]}"

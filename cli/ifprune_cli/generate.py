@@ -28,6 +28,7 @@ from .options import (
     SelectionOption,
     SelectorOption,
     SystemPromptOption,
+    TaskOption,
     TempOption,
     TopKOption,
     TopPOption,
@@ -45,6 +46,7 @@ def generate(
     ] = False,
     selector: SelectorOption = None,
     selection: SelectionOption = None,
+    task: TaskOption = None,
     dense: DenseOption = False,
     density: DensityOption = None,
     active_params: ActiveParamsOption = None,
@@ -64,13 +66,17 @@ def generate(
 ) -> None:
     """Answer one prompt on the neurons that it selects."""
     text = read_prompt(prompt)
+    fixed = {"--dense": dense, "--selection": selection, "--task": task}
     check_exclusive(
-        {"--dense": dense, "--selection": selection, "--selector": selector},
-        {"--dense": dense, "--selection": selection, "--density": density, "--active-params": active_params},
+        {**fixed, "--selector": selector},
+        {**fixed, "--density": density, "--active-params": active_params},
     )
-    from ifprune_mlx import Selection, stream_generate
+    from ifprune_mlx import Selection, TaskStore, stream_generate
+    from ifprune_mlx.task_store import check_task_name
 
     chosen = None if selection is None else Selection.load(selection)
+    if task is not None:
+        check_task_name(task)
     budget = Budget(density, active_params, memory).arguments()
     sampling = Sampling(temp, top_p, min_p, top_k, seed, kv_bits, kv_group_size, prefill_step_size)
     options = sampling.arguments()
@@ -78,6 +84,8 @@ def generate(
     sampling.check(loaded)
     if selection is not None and chosen is not None:
         check_selection(loaded, chosen, selection)
+    if task is not None:
+        chosen = TaskStore(loaded.checkpoint).load(task)
     said, response = "", None
     with progress("prefill", "tokens") as update:
         responses = stream_generate(
@@ -119,8 +127,8 @@ def check_exclusive(*groups: dict[str, Any]) -> None:
             raise IfpruneError(f"{' and '.join(given)} exclude each other; give one of them")
 
 
-def read_prompt(prompt: str) -> str:
-    """The prompt, from stdin if it is `-`.
+def read_prompt(prompt: str, option: str = "--prompt") -> str:
+    """The prompt that `option` gives, from stdin if it is `-`.
 
     Raises:
         PromptError: if stdin is not UTF-8 text, or the prompt is empty.
@@ -137,7 +145,7 @@ def read_prompt(prompt: str) -> str:
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError:  # bytes of the command line that were not UTF-8
-        raise PromptError("--prompt is not UTF-8 text; convert it, or pass it through stdin with --prompt -") from None
+        raise PromptError(f"{option} is not UTF-8 text; convert it, or pass it through stdin with {option} -") from None
     return prompt
 
 

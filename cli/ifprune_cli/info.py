@@ -18,8 +18,8 @@ def info(
     verify: Annotated[bool, typer.Option("--verify", help="Check the sha256 of every file.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show a checkpoint's shape, size, selectors, and what each density activates."""
-    from ifprune_mlx import CheckpointError
+    """Show a checkpoint's shape, size, selectors, tasks, and what each density activates."""
+    from ifprune_mlx import CheckpointError, TaskStore
     from ifprune_mlx.budget import resolve_keep
 
     checkpoint = open_checkpoint(model)
@@ -33,6 +33,7 @@ def info(
                 "copy or convert the checkpoint again"
             )
     selectors = (["learned"] if checkpoint.has_predictor else []) + ["activation", "static", "random"]
+    tasks = TaskStore(checkpoint).tasks()
     fits = [{"residency": "ram", "density": density, "resident": checkpoint.weight_bytes} for density in _DENSITIES]
     layout = checkpoint.layout
     if json:
@@ -44,7 +45,7 @@ def info(
                 "ffn_parameters": checkpoint.ffn_parameters,
                 "density": layout.density,
                 "selectors": selectors,
-                "tasks": [],
+                "tasks": [task.name for task in tasks],
                 "fits": fits,
             }
         )
@@ -62,6 +63,7 @@ def info(
         ("FFNs", f"{len(layout.ffns)}, neurons each: {', '.join(map(str, widths))}"),
         ("weights", f"{checkpoint.weight_bytes / 1e6:.0f} MB, {packed}; prior {prior}"),
         ("selectors", f"{', '.join(selectors)} (default: {selectors[0]})"),
+        ("tasks", ", ".join(f"{task.name} (shipped)" if task.shipped else task.name for task in tasks) or "none"),
         ("density", f"{layout.density:g} by default"),
     ]
     for name, value in rows:

@@ -36,7 +36,7 @@ def open_checkpoint(model: str | None) -> Checkpoint:
     return Checkpoint.open(resolve(checkpoint_path(model)))
 
 
-def check_selection(model: Model, selection: Selection, file: Path) -> None:
+def check_selection(model: Model | Checkpoint, selection: Selection, file: Path) -> None:
     """Raise SelectionError, naming the file, unless a saved selection fits the model."""
     from ifprune_mlx import SelectionError
 

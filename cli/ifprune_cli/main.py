@@ -13,7 +13,7 @@ from types import FrameType
 
 import typer
 
-from . import bench, chat, convert, demo, doctor, evaluate, generate, info, select, train
+from . import bench, chat, convert, demo, doctor, evaluate, export, generate, info, select, tasks, train
 
 app = typer.Typer(
     name="ifprune",
@@ -40,7 +40,9 @@ def root(
 app.command("chat", short_help="Chat with a model")(chat.chat)
 app.command("generate", short_help="Answer one prompt")(generate.generate)
 app.command("convert", short_help="Make an IFP checkpoint of a dense one")(convert.convert)
+app.command("export", short_help="Write a selection as a plain model")(export.export)
 app.command("select", short_help="Show or save what a prompt selects")(select.select)
+app.command("tasks", short_help="List or remove named tasks")(tasks.tasks)
 app.command("info", short_help="Show what a checkpoint holds")(info.info)
 app.command("demo", short_help="Three prompts, three selections")(demo.demo)
 app.command("train", short_help="Train a sparsity predictor")(train.train)

@@ -65,6 +65,10 @@ SelectorOption = Annotated[
 SelectionOption = Annotated[
     Optional[Path], typer.Option("--selection", metavar="FILE", help="Use a saved selection; no selector runs.")
 ]
+TaskOption = Annotated[
+    Optional[str],
+    typer.Option("--task", metavar="NAME", help="Use a saved task (`ifprune tasks` lists them); no selector runs."),
+]
 DenseOption = Annotated[bool, typer.Option("--dense", help="Use all neurons.")]
 DensityOption = Annotated[
     Optional[float],

@@ -13,7 +13,7 @@ import typer
 
 from .console import note, parameters, progress, result_json
 from .loading import load_model
-from .options import DataOption, DtypeOption, ModelOption, SeedOption, named_files
+from .options import DtypeOption, ModelOption, named_files
 from .train_config import read_config
 from .train_paired import Paired, run_paired
 
@@ -62,12 +62,22 @@ class FineTuneType(str, Enum):
 
 
 _JOINT = "pretrain and sft"
+# More chats a domain than this tell a predictor little (docs/log.md).
+_MEASURED = 2000
 _LEARNING_RATES = {FineTuneType.lora: 5e-4, FineTuneType.full: 1e-4}
 
 
 def train(
     output: Annotated[Path, typer.Option("--output", metavar="FOLDER", help="Where everything is written.")],
-    data: DataOption = None,
+    data: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            "--data",
+            metavar="NAME=FILE",
+            help="A domain's chats, JSON lines with messages or with prompt and completion; texts for pretrain, with "
+            "text; repeatable.",
+        ),
+    ] = None,
     model: ModelOption = None,
     stage: Annotated[StageName, typer.Option("--stage", help="What to train.")] = StageName.distill,
     config: Annotated[
@@ -85,7 +95,9 @@ def train(
         Optional[list[str]],
         typer.Option("--weight", metavar="NAME=X", help=f"A domain's share of the batches ({_JOINT}).  [default: 1]"),
     ] = None,
-    layers: Annotated[int, typer.Option("--layers", min=1, help="The predictor reads this many first layers.")] = 12,
+    layers: Annotated[
+        int, typer.Option("--layers", min=1, help="The predictor reads this many first layers (distill).")
+    ] = 12,
     backbone: Annotated[
         Optional[Path],
         typer.Option(
@@ -100,26 +112,33 @@ def train(
     ] = PoolingName.both,
     rank: Annotated[int, typer.Option("--rank", min=1, help="Width of the head's inner layer (distill).")] = 128,
     limit: Annotated[
-        Optional[int], typer.Option("--limit", min=1, help="Most chats of each domain.  [default: 2000; else all]")
+        Optional[int],
+        typer.Option(
+            "--limit", min=1, help=f"Most chats of each domain.  [default: {_MEASURED} to measure; {_JOINT}: all]"
+        ),
     ] = None,
     chats: Annotated[
         Optional[int],
         typer.Option(
             "--chats",
             min=1,
-            help="Measure so many chats now, of all domains alike (calibrate, distill); the same command with more, or "
-            "without this, goes on from there.  [default: all]",
+            help="Measure so many chats now, in steps of 64 and of all domains alike (calibrate, distill); the same "
+            "command with more, or without this, goes on from there.  [default: all]",
         ),
     ] = None,
     predictor: Annotated[
         Optional[Path],
         typer.Option(
-            "--predictor", metavar="FOLDER", help=f"Predictor to begin with ({_JOINT}).  [default: the checkpoint's]"
+            "--predictor",
+            metavar="FOLDER",
+            help=f"Predictor to begin with ({_JOINT}).  [default: that of --start, else the checkpoint's]",
         ),
     ] = None,
     start: Annotated[
         Optional[Path],
-        typer.Option("--start", metavar="FOLDER", help=f"Begin with the adapters of an earlier run ({_JOINT})."),
+        typer.Option(
+            "--start", metavar="FOLDER", help=f"Begin with an earlier run's adapters, prior and predictor ({_JOINT})."
+        ),
     ] = None,
     selector: Annotated[
         Optional[list[ArmName]],
@@ -165,6 +184,10 @@ def train(
     ] = 0.15,
     steps_per_report: Annotated[int, typer.Option("--steps-per-report", min=1, help="Steps between reports.")] = 10,
     steps_per_eval: Annotated[int, typer.Option("--steps-per-eval", min=1, help="Steps between evaluations.")] = 200,
+    eval_density: Annotated[
+        Optional[float],
+        typer.Option("--eval-density", min=0.0, max=1.0, help="Of evaluations.  [default: the last of --densities]"),
+    ] = None,
     eval_prompts: Annotated[
         int,
         typer.Option("--eval-prompts", min=0, help="Held-out prompts a domain to evaluate on, at least 2; 0 is off."),
@@ -174,7 +197,15 @@ def train(
         bool, typer.Option("--stop-on-collapse", help="End the run when the learned arm has collapsed.")
     ] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at a bad line instead of leaving it out.")] = False,
-    seed: SeedOption = 0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            "--seed",
+            min=0,
+            max=2**32 - 1,
+            help="Of which chats are used, their order, the densities, and first weights.",
+        ),
+    ] = 0,
     dtype: DtypeOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -194,10 +225,11 @@ def train(
     if not files:
         raise DataError("training needs data; give --data NAME=FILE.jsonl, once for every domain")
     loaded, tokenizer = load_model(model, dtype, trust_remote_code=False, trained=False)
-    picked = _Picked(files, held_out, limit, seed, strict)
+    measuring = stage in (StageName.calibrate, StageName.distill)
+    picked = _Picked(files, held_out, limit or (_MEASURED if measuring else None), seed, strict)
     began = time.perf_counter()
     group = mx.distributed.init()
-    if stage in (StageName.calibrate, StageName.distill):
+    if measuring:
         if group.size() > 1:
             raise DataError(f"--stage {stage.value} runs in one process; start it without mlx.launch")
         reader = _backbone(loaded, layers, backbone)
@@ -227,6 +259,7 @@ def train(
             seed=seed,
             steps_per_report=steps_per_report,
             steps_per_eval=steps_per_eval,
+            eval_density=eval_density,
             save_every=save_every,
             stop_on_collapse=stop_on_collapse,
         )
@@ -234,9 +267,9 @@ def train(
         train_data = {name: encode(tokenizer, picked.records(name), max_seq_length) for name in files}
         valid_data = {}
         for name in files if eval_prompts else ():
-            held = _held_out(tokenizer, picked.records(name, "valid")[: 2 * eval_prompts], max_seq_length, encode)
+            held = _held_out(tokenizer, picked.records(name, "valid"), max_seq_length, encode, eval_prompts)
             if len(held) > 1:
-                valid_data[name] = held[:eval_prompts]
+                valid_data[name] = held
             elif held_out:
                 note(f"{name}: held out are {len(held)} prompts, too few to evaluate on; raise --held-out")
         result = run_paired(loaded, train_data, valid_data, named_weights(weight or [], set(files)), options)
@@ -273,17 +306,26 @@ class _Picked:
 def _chats(tokenizer: TokenizerWrapper, records: list[Record], length: int) -> list[Encoded]:
     from ifprune_mlx.train.encoding import encode_all
 
-    return encode_all(tokenizer, records, length, note)
+    return encode_all(tokenizer, records, length, note if len(records) > 1 else lambda line: None)
 
 
-def _held_out(tokenizer: TokenizerWrapper, records: list[Record], length: int, encode: Encode) -> list[Encoded]:
-    """What of the held-out records can be evaluated on, which may be nothing."""
+def _held_out(
+    tokenizer: TokenizerWrapper, records: list[Record], length: int, encode: Encode, count: int
+) -> list[Encoded]:
+    """Up to `count` examples to evaluate on, of as many prompts or texts: a neighbouring chunk of the same text would
+    be no mismatch."""
     from ifprune_mlx import DataError
 
-    try:
-        return encode(tokenizer, records, length)
-    except DataError:
-        return []
+    found: list[Encoded] = []
+    once = {record.key: record for record in reversed(records)}
+    for record in reversed(once.values()):
+        if len(found) == count:
+            break
+        try:
+            found += encode(tokenizer, [record], length)[:1]
+        except DataError:  # nothing of it lies within the length
+            continue
+    return found
 
 
 def _chunks(tokenizer: TokenizerWrapper, records: list[Record], length: int) -> list[Encoded]:
@@ -344,7 +386,7 @@ def _targets(
 
     domains = []
     for name in picked.files:
-        domains.append(_chats(tokenizer, picked.records(name)[: None if picked._limit else 2000], max_seq_length))
+        domains.append(_chats(tokenizer, picked.records(name), max_seq_length))
         note(f"{name}: {len(domains[-1])} chats")
     # In turn, so that a run that is stopped early has measured every domain alike.
     longest = max(map(len, domains))

@@ -43,6 +43,7 @@ class Paired:
     seed: int
     steps_per_report: int
     steps_per_eval: int
+    eval_density: float | None
     save_every: int
     stop_on_collapse: bool
 
@@ -71,7 +72,7 @@ def run_paired(
         seed=options.seed,
     )
     predictor = _predictor(model, options)
-    prior = static_prior(model, predictor)
+    prior = static_prior(model, predictor, options.start)
     model.prior = prior
     mixture = Mixture({name: (items, weights.get(name, 1.0)) for name, items in train.items()}, options.seed)
     run = Run(
@@ -86,7 +87,9 @@ def run_paired(
         grad_checkpoint=options.grad_checkpoint,
     )
     if run.leader and predictor is not None and predictor.head.layers is None and "learned" in options.arms:
-        copy_backbone(_predictor_folder(model, options), options.output / "predictor")
+        copy_backbone(
+            _predictor_folder(model, options) or model.checkpoint.path / "predictor", options.output / "predictor"
+        )
     if run.step and run.leader:
         note(f"goes on after step {run.step} of {settings.iterations}")
     collapsed = _Loop(run, valid, options).go()
@@ -124,7 +127,8 @@ class _Loop:
     def __init__(self, run: Run, valid: Domains, options: Paired) -> None:
         self._run, self._valid, self._options = run, valid, options
         self._base: Evaluation | None = None
-        self._density = sum(run.settings.densities[0]) / 2
+        last = sum(run.settings.densities[-1]) / 2
+        self._density = last if options.eval_density is None else options.eval_density
         self._since: list[dict[str, Any]] = []
 
     def go(self) -> bool:
@@ -154,9 +158,9 @@ class _Loop:
 
     def _report(self, left: float) -> None:
         """Losses since the last report, and where the arms differ."""
+        lines, self._since = self._since, []
         if not self._run.leader:
             return
-        lines, self._since = self._since, []
         tokens = sum(_tokens(line) for line in lines)
         parts = []
         for arm in self._run.arms:
@@ -206,8 +210,10 @@ def _tuned(model: Model, options: Paired) -> Tuned:
     return Adapted(model, rank=options.rank, scale=options.scale, seed=options.seed)
 
 
-def _predictor_folder(model: Model, options: Paired) -> Path:
-    return options.predictor or model.checkpoint.path / "predictor"
+def _predictor_folder(model: Model, options: Paired) -> Path | None:
+    """The predictor asked for, or the one that an earlier run trained along; None for the checkpoint's."""
+    earlier = None if options.start is None else options.start / "predictor"
+    return options.predictor or (earlier if earlier is not None and earlier.is_dir() else None)
 
 
 def _predictor(model: Model, options: Paired) -> SparsityPredictor | None:
@@ -215,20 +221,21 @@ def _predictor(model: Model, options: Paired) -> SparsityPredictor | None:
     from ifprune_mlx import DataError
     from ifprune_mlx.predictor import load_predictor
 
-    if options.predictor is None:
+    folder = _predictor_folder(model, options)
+    if folder is None:
         if model.predictor is None and "learned" in options.arms:
             raise DataError(
                 "the learned arm begins with a predictor; give --predictor FOLDER, as --stage distill makes one, "
                 "or leave the arm out with --selector static"
             )
         return model.predictor
-    if options.head_learning_rate and options.predictor.resolve() == (options.output / "predictor").resolve():
+    if options.head_learning_rate and folder.resolve() == (options.output / "predictor").resolve():
         raise DataError(
-            f"--predictor {options.predictor}: is where this run writes the head that it learns; give another --output"
+            f"--predictor {folder}: is where this run writes the head that it learns; give another --output"
         )
     widths = [spec.d_ffn for spec in model.checkpoint.layout.ffns]
     assert model.tokenizer is not None
-    return load_predictor(options.predictor, model.module, model.tokenizer, model.context_length, widths)
+    return load_predictor(folder, model.module, model.tokenizer, model.context_length, widths)
 
 
 def _tokens(line: dict[str, Any]) -> int:

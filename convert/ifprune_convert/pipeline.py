@@ -33,6 +33,7 @@ from . import layout
 from .adapter import Adapter, open_adapter
 from .calibrate import calibrate
 from .prior import read_prior
+from .shards import Shards
 from .skeleton import build_skeleton
 from .source import Source
 
@@ -43,7 +44,6 @@ QUANTIZATION_MODES = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mx
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 # The lowest of 0.7, 0.8, 0.85 and 0.9 at which the training-free selector stayed fluent on SmolLM2 (docs/log.md).
 DEFAULT_DENSITY = 0.9
-_SHARD_BYTES = 256_000_000
 _FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
 
@@ -191,8 +191,7 @@ class _Writer:
     def write_rest(self, skeleton: nn.Module) -> None:
         """Write everything but the sliced FFNs, in shards, quantized where mlx-lm would."""
         modules = dict(skeleton.named_modules())
-        shards: list[Path] = []
-        shard: dict[str, mx.array] = {}
+        shards = Shards(self._folder)
         for name in list(self._remaining):
             array = self._take(name)
             stem, _, leaf = name.rpartition(".")
@@ -204,24 +203,13 @@ class _Writer:
                 and hasattr(module, "to_quantized")
                 and array.shape[-1] % quantization.group_size == 0
             ):
-                shard |= layout.packed(stem, array, quantization)
+                tensors = layout.packed(stem, array, quantization)
             else:
-                shard[name] = array
+                tensors = {name: array}
             del array
-            mx.eval(shard)
-            if sum(tensor.nbytes for tensor in shard.values()) >= _SHARD_BYTES:
-                shards.append(self._write_shard(len(shards), shard))
-                shard = {}
-        if shard:
-            shards.append(self._write_shard(len(shards), shard))
-        for index, file in enumerate(shards):
-            file.rename(self._folder / f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors")
-
-    def _write_shard(self, index: int, shard: dict[str, mx.array]) -> Path:
-        file = self._folder / f"shard-{index}.safetensors"
-        mx.save_safetensors(str(file), shard, {"format": "mlx"})
-        mx.clear_cache()
-        return file
+            shards.add(tensors)
+            del tensors
+        shards.finish()
 
     def _refuse_weights(self, spec: FFNSpec) -> NoReturn:
         what = f"{self._source.path}: the weights of {spec.path} contain NaN or infinity"

@@ -104,11 +104,17 @@ class Arm:
         ]
         norms = [float(norm) for _, _, norm in clipped]
         if not np.isfinite(norms).all():
-            raise IfpruneError(f"the gradient of arm {self.name} is not a number; lower the learning rate")
-        for optimizer, gradients, _ in clipped:
-            values = {name: self.parameters[name] for name in gradients}
-            self.parameters |= optimizer.apply_gradients(gradients, values)
+            raise IfpruneError(
+                f"the gradient of arm {self.name} is not a number; lower the learning rate, or give --dtype bfloat16 "
+                "or float32 if it is float16"
+            )
         self.gradients = {}
+        del parts
+        while clipped:
+            optimizer, gradients, _ = clipped.pop()
+            self.parameters |= optimizer.apply_gradients(gradients, {name: self.parameters[name] for name in gradients})
+            # Old weights and gradients must be gone before the new ones are computed.
+            del gradients
         mx.eval(self.parameters, [optimizer.state for optimizer in self.optimizers])
         return norms[0]
 
@@ -216,7 +222,7 @@ class Stepper:
         Args:
             keep: per FFN, *k*.
             taught: what `teach` gave.
-            targets: tokens to be predicted in the whole step; the loss is divided by it.
+            targets: tokens to be predicted in the whole step; the gradients are divided by it.
             learn_head: whether the head's gradients are wanted too.
         """
         joint = learn_head and arm.name == "learned"
@@ -236,10 +242,12 @@ class Stepper:
             else:
                 assert hidden is not None
                 self._adapted.choose(*self._straight_through(parameters, hidden, keep))
-            return self._loss(example, taught, targets)
+            return self._loss(example, taught)
 
         with recomputed(self._adapted.model.layers) if self._grad_checkpoint else nullcontext():
             (_, ce, kl), gradients = mx.value_and_grad(loss)(moving)
+        # Divided here and not in the loss, where gradients a thousand times smaller would underflow in float16.
+        gradients = {name: value.astype(mx.float32) / targets for name, value in gradients.items()}
         mx.eval(ce, kl, gradients)
         arm.accumulate(gradients)
         return Measured(float(ce), float(kl))
@@ -285,15 +293,15 @@ class Stepper:
             masks.append((mx.arange(count) < k).astype(mx.float32) + (soft - mx.stop_gradient(soft)))
         return chosen, masks
 
-    def _loss(self, example: Encoded, taught: Taught | None, targets: int) -> tuple[mx.array, mx.array, mx.array]:
+    def _loss(self, example: Encoded, taught: Taught | None) -> tuple[mx.array, mx.array, mx.array]:
         tokens, rows, wanted = answer_rows(example)
         said = log_softmax(answer_logits(self._adapted.model.module, tokens, rows))
         ce = -mx.take_along_axis(said, wanted[:, None], axis=-1).sum()
         if taught is None:
-            return ce / targets, ce, mx.array(0.0)
+            return ce, ce, mx.array(0.0)
         kl = -(taught.probabilities * said).sum() - taught.entropy
         share = self._objective.teacher
-        return ((1 - share) * ce + share * kl) / targets, ce, kl
+        return (1 - share) * ce + share * kl, ce, kl
 
 
 def _clipped(gradients: Parameters, largest: float) -> tuple[Parameters, mx.array]:

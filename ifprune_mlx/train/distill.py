@@ -9,6 +9,7 @@ regularisation lets it: with no signal the predictor *is* the static selector. K
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -19,7 +20,7 @@ from ifprune_mlx.errors import DataError
 from ifprune_mlx.predictor import Head
 from ifprune_mlx.train.targets import Floats, Targets, log_importance
 
-_CHUNK = 4096
+Rows = npt.NDArray[np.intp]
 
 
 @dataclass(frozen=True)
@@ -61,62 +62,95 @@ def distill(
     count = len(targets.features)
     if count < 20:
         raise DataError(f"{count} chats are too few to distil from; measure at least 20, better a thousand")
-    y = log_importance(targets.importance, targets.widths)
     order = np.random.default_rng(seed).permutation(count)
     valid, train = np.split(order, [max(int(held_out * count), 1)])
     width = targets.features.shape[1] // 2
     x = {"last": targets.features[:, :width], "mean": targets.features[:, width:], "both": targets.features}[pooling]
-    explained = _explained(x, y, train, valid, rank, penalties)
+    problem = _Problem(x, targets, train)
+    explained = {penalty: problem.fit(penalty, rank).explained(x, targets, valid) for penalty in penalties}
     penalty = max(explained, key=lambda candidate: explained[candidate])
-    head = _head(_Ridge(x, y, penalty, rank), x, pooling, targets)
-    return Fit(head, penalty, explained)
+    ridge = _Problem(x, targets, np.arange(count)).fit(penalty, rank)
+    return Fit(_head(ridge, x, pooling, targets), penalty, explained)
 
 
-class _Ridge:
-    """`y ~ mean(y) + V (W standardised(x))`, V orthonormal `[neurons, r]`: the best such fit of rank r."""
+class _Problem:
+    """Regression of log importance y `[n, neurons]` on features x `[n, features]`, over some of the chats.
 
-    def __init__(self, x: Floats, y: Floats, penalty: float, rank: int) -> None:
-        self.x_mean = x.mean(axis=0)
-        self.x_scale = x.std(axis=0) + 1e-6
-        self.y_mean = y.mean(axis=0)
-        z = (x - self.x_mean) / self.x_scale
-        # In the dual the largest matrix is [n, n] or [features, features], never neurons squared.
-        gram = z.T @ z + np.float32(penalty * len(z)) * np.eye(z.shape[1], dtype=np.float32)
-        factor = np.linalg.cholesky(gram.astype(np.float64))
-        cross = np.concatenate(
-            [z.T @ (y[:, i : i + _CHUNK] - self.y_mean[i : i + _CHUNK]) for i in range(0, y.shape[1], _CHUNK)], axis=1
-        )
-        whitened = np.linalg.solve(factor, cross.astype(np.float64))  # [features, neurons]
-        # Right singular vectors of the fit, through the small side.
-        values, vectors = np.linalg.eigh(whitened @ whitened.T)
+    y is never held as a whole, but made FFN by FFN from the half-precision targets; what all penalties share is its
+    Gram matrix over chats, `[n, n]`.
+    """
+
+    def __init__(self, x: Floats, targets: Targets, rows: Rows) -> None:
+        self._targets, self._rows = targets, rows
+        self.x_mean = x[rows].mean(axis=0)
+        self.x_scale = x[rows].std(axis=0) + 1e-6
+        self._z = ((x[rows] - self.x_mean) / self.x_scale).astype(np.float64)
+        self._gram = np.zeros((len(rows), len(rows)))
+        means = []
+        for y in _log_importance(targets, rows):
+            means.append(y.mean(axis=0))
+            centred = y - means[-1]
+            self._gram += centred @ centred.T
+        self.y_mean = np.concatenate(means)
+
+    def fit(self, penalty: float, rank: int) -> _Ridge:
+        """The best fit of that rank under a penalty, given as a share of the features' mean variance."""
+        z = self._z
+        normal = z.T @ z + penalty * len(z) * np.eye(z.shape[1])
+        factor = np.linalg.cholesky(normal)
+        project = np.linalg.solve(factor, z.T)  # [features, n]; times y, the whitened fit
+        # Right singular vectors of the whitened fit `project @ y`, through its small side.
+        values, vectors = np.linalg.eigh(project @ self._gram @ project.T)
         top = vectors[:, np.argsort(values)[::-1][: min(rank, len(values))]]
-        projected = top.T @ whitened  # [r, neurons]
-        scale = np.maximum(np.linalg.norm(projected, axis=1, keepdims=True), 1e-12)
-        self.v = (projected / scale).T.astype(np.float32)
-        self.w = (np.linalg.solve(factor.T, top) * scale.T).T.astype(np.float32)  # [r, features]
+        towards = (top.T @ project).astype(np.float32)  # [r, n]
+        scale = np.zeros((len(towards), 1))
+        parts = []
+        start = 0
+        for y in _log_importance(self._targets, self._rows):
+            parts.append(towards @ (y - self.y_mean[start : start + y.shape[1]]))
+            start += y.shape[1]
+            scale += (parts[-1].astype(np.float64) ** 2).sum(axis=1, keepdims=True)
+        scale = np.maximum(np.sqrt(scale), 1e-12)
+        v = (np.concatenate(parts, axis=1) / scale).T.astype(np.float32)
+        w = (np.linalg.solve(factor.T, top) * scale.T).T.astype(np.float32)
+        return _Ridge(self.x_mean, self.x_scale, self.y_mean, w, v)
 
-    def predict(self, x: Floats) -> Floats:
-        """The part of y that depends on x, float32 `[n, neurons]`."""
-        delta: Floats = ((x - self.x_mean) / self.x_scale) @ self.w.T @ self.v.T
-        return delta
+
+@dataclass(frozen=True)
+class _Ridge:
+    """`y ~ y_mean + V (W standardised(x))`: V orthonormal `[neurons, r]`, W `[r, features]`."""
+
+    x_mean: Floats
+    x_scale: Floats
+    y_mean: Floats
+    w: Floats
+    v: Floats
+
+    def inner(self, x: Floats) -> Floats:
+        """`W standardised(x)`, float32 `[n, r]`."""
+        found: Floats = ((x - self.x_mean) / self.x_scale) @ self.w.T
+        return found
+
+    def explained(self, x: Floats, targets: Targets, rows: Rows) -> float:
+        """Share of the variance about the mean that is predicted, over some chats."""
+        inner = self.inner(x[rows])
+        total = left = 0.0
+        start = 0
+        for y in _log_importance(targets, rows):
+            part = slice(start, start + y.shape[1])
+            start = part.stop
+            centred = y - self.y_mean[part]
+            total += float((centred**2).sum())
+            left += float(((centred - inner @ self.v[part].T) ** 2).sum())
+        return 1 - left / max(total, 1e-12)
 
 
-def _explained(
-    x: Floats,
-    y: Floats,
-    train: npt.NDArray[np.intp],
-    valid: npt.NDArray[np.intp],
-    rank: int,
-    penalties: tuple[float, ...],
-) -> dict[float, float]:
-    result = {}
-    for penalty in penalties:
-        ridge = _Ridge(x[train], y[train], penalty, rank)
-        residual = y[valid] - ridge.y_mean
-        total = float((residual**2).sum())
-        residual -= ridge.predict(x[valid])
-        result[penalty] = 1 - float((residual**2).sum()) / max(total, 1e-12)
-    return result
+def _log_importance(targets: Targets, rows: Rows) -> Iterator[Floats]:
+    """`log_importance` of some chats, FFN by FFN, float32 `[n, d_ffn]`."""
+    start = 0
+    for width in targets.widths:
+        yield log_importance(targets.importance[rows, start : start + width], (width,))
+        start += width
 
 
 def _head(ridge: _Ridge, x: Floats, pooling: str, targets: Targets) -> Head:
@@ -125,8 +159,7 @@ def _head(ridge: _Ridge, x: Floats, pooling: str, targets: Targets) -> Head:
     The two layers are scaled so that the inner values are about 1: an optimizer like Adam, whose steps have the same
     size everywhere, then moves both layers alike.
     """
-    inner = ((x - ridge.x_mean) / ridge.x_scale) @ ridge.w.T
-    size = max(float(np.sqrt((inner**2).mean())), 1e-12)
+    size = max(float(np.sqrt((ridge.inner(x) ** 2).mean())), 1e-12)
     first = ridge.w / ridge.x_scale / size
     return Head(
         first=mx.array(first),

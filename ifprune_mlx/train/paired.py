@@ -25,13 +25,13 @@ from mlx import nn
 from mlx.optimizers import AdamW, cosine_decay, join_schedules, linear_schedule
 
 from ifprune_mlx.errors import DataError
-from ifprune_mlx.files import read_safetensors_header, write_atomic
+from ifprune_mlx.files import read_safetensors_header, sha256_file, write_atomic
 from ifprune_mlx.model import Model
 from ifprune_mlx.predictor import SparsityPredictor
 from ifprune_mlx.train.arms import ARMS, Arm, Measured, Objective, Stepper, head_parameters
 from ifprune_mlx.train.encoding import Encoded
 from ifprune_mlx.train.mixture import Batch, Mixture, batches
-from ifprune_mlx.train.priors import save_prior
+from ifprune_mlx.train.priors import load_prior, save_prior
 from ifprune_mlx.train.tuned import Tuned
 
 STATE, METRICS = "state.safetensors", "metrics.jsonl"
@@ -119,6 +119,8 @@ class Run:
         self._identity = json.dumps(
             {
                 "checkpoint": adapted.model.checkpoint.id,
+                "float type": str(adapted.model.dtype),
+                "start": None if start is None else _hash_of_start(start),
                 "settings": asdict(settings),
                 "objective": asdict(objective),
                 **adapted.identity,
@@ -298,10 +300,15 @@ class Run:
         }
 
 
-def static_prior(model: Model, predictor: SparsityPredictor | None) -> list[np.ndarray[Any, Any]]:
+def static_prior(
+    model: Model, predictor: SparsityPredictor | None, start: Path | None = None
+) -> list[np.ndarray[Any, Any]]:
     """What the static arm ranks neurons by: the predictor's own prior, which is what it says to no instruction in
     particular, if it has one; so that the arms differ in what depends on the instruction alone. Else the checkpoint's.
+    A run that begins with an earlier one's adapters (`start`) keeps its prior, which they were healed on.
     """
+    if start is not None and (start / "prior.safetensors").is_file():
+        return load_prior(start / "prior.safetensors")
     if predictor is None or predictor.head.second_bias is None:
         return list(model.prior)
     flat = np.exp(np.array(predictor.head.second_bias.astype(mx.float32)))
@@ -321,6 +328,13 @@ def _summed(gradients: dict[str, mx.array], group: Any) -> dict[str, mx.array]:
     # A list, since MLX would take the dots in names for those of a tree.
     means = nn.utils.average_gradients(list(gradients.values()), group)
     return {name: value * group.size() for name, value in zip(gradients, means, strict=True)}
+
+
+def _hash_of_start(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted((folder / "adapters").rglob("*.safetensors")):
+        digest.update(f"{file.relative_to(folder)} {sha256_file(file)}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def _hash_of_arrays(arrays: Sequence[np.ndarray[Any, Any]]) -> str:

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from ifprune_mlx.errors import DataError
-from ifprune_mlx.files import write_atomic
+from ifprune_mlx.files import read_safetensors_header, write_atomic
 from ifprune_mlx.selection import Scores
 from ifprune_mlx.train.targets import Targets, log_importance
 
@@ -33,3 +33,15 @@ def save_prior(file: Path, prior: Sequence[Scores]) -> None:
     arrays = {f"prior.{index}": mx.array(scores.astype(np.float32)) for index, scores in enumerate(prior)}
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(file, lambda path: mx.save_safetensors(str(path), arrays), DataError)
+
+
+def load_prior(file: Path) -> list[Scores]:
+    """Read what `save_prior` wrote.
+
+    Raises:
+        DataError: if the file is damaged.
+    """
+    read_safetensors_header(file, DataError)
+    arrays = mx.load(str(file))
+    assert isinstance(arrays, dict)
+    return [np.array(arrays[f"prior.{index}"].astype(mx.float32)) for index in range(len(arrays))]

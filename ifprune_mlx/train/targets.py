@@ -45,7 +45,7 @@ class Targets:
 
     Attributes:
         features: float32 `[n, 2 d]`.
-        importance: float16 `[n, neurons]`, memory-mapped where it is large.
+        importance: float16 `[n, neurons]`, each FFN's divided by its mean.
         domains: per chat, its label.
         layers: how many first layers the features come from; None if from a backbone of its own.
         widths: `d_ffn` of every FFN.
@@ -68,7 +68,7 @@ def measure(
     count: int | None = None,
     backbone: Backbone | None = None,
 ) -> Targets:
-    """Run chats through the dense model, or go on where an earlier run for the same ones stopped.
+    """Run chats forwards and backwards, or go on where an earlier run for the same ones stopped.
 
     Args:
         examples: chats of one instruction and one answer.
@@ -115,19 +115,24 @@ def load(folder: Path) -> Targets:
     described = _described(folder)
     if described is None:
         raise DataError(f"{folder}: holds no targets; measure them first")
-    features, importance = [], []
-    for file in sorted(folder.glob("part-*.safetensors")):
-        read_safetensors_header(file, DataError)
+    files = sorted(folder.glob("part-*.safetensors"))
+    if not files:
+        raise DataError(f"{folder}: no part is finished yet; measure the targets first")
+    shapes = [{name: info.shape for name, info in read_safetensors_header(f, DataError).tensors.items()} for f in files]
+    count = sum(shape["features"][0] for shape in shapes)
+    # Filled part by part: the importance of a large model is gigabytes, which must not be in memory twice.
+    features = np.empty((count, shapes[0]["features"][1]), np.float32)
+    importance = np.empty((count, shapes[0]["importance"][1]), np.float16)
+    start = 0
+    for file in files:
         arrays = mx.load(str(file))
         assert isinstance(arrays, dict)
-        features.append(np.array(arrays["features"]))
-        importance.append(np.array(arrays["importance"]))
-    if not features:
-        raise DataError(f"{folder}: no part is finished yet; measure the targets first")
-    count = sum(len(part) for part in features)
+        part = slice(start, start + len(arrays["features"]))
+        features[part], importance[part] = np.array(arrays["features"]), np.array(arrays["importance"])
+        start = part.stop
     return Targets(
-        np.concatenate(features),
-        np.concatenate(importance),
+        features,
+        importance,
         list(described["domains"][:count]),
         None if described["layers"] is None else int(described["layers"]),
         tuple(described["widths"]),
@@ -198,6 +203,11 @@ def _measure_part(
         features.append(backbone.features(chat.instruction))
         mx.eval(features[-1])
         importance.append(np.concatenate(attribution(model, chat, masks)).astype(np.float16))
+        if not (np.isfinite(importance[-1]).all() and mx.isfinite(features[-1]).all()):
+            raise DataError(
+                f"the gradients of a chat of domain {chat.domain!r} are not finite ({chat.instruction[:60]!r}); "
+                "measure with --dtype bfloat16 or float32, or leave the chat out"
+            )
     tensors = {"features": mx.stack(features), "importance": mx.array(np.stack(importance))}
     write_atomic(file, lambda path: mx.save_safetensors(str(path), tensors), DataError)
 

@@ -44,6 +44,7 @@ def environment(cache: Path, **changes: str) -> dict[str, str]:
         "PYTHONPATH": packages,
         "PYTHONDONTWRITEBYTECODE": "1",
         "IFPRUNE_CACHE": str(cache),
+        "IFPRUNE_DATA": str(cache / "data"),
         "HF_HUB_OFFLINE": "1",
         "PIP_NO_INDEX": "1",
     }
@@ -61,7 +62,7 @@ def start(
     """Start the command line with pipes for stdin, stdout and stderr.
 
     Args:
-        cache: its IFPRUNE_CACHE.
+        cache: its IFPRUNE_CACHE; its IFPRUNE_DATA lies within.
         env: changes to the environment.
         prelude: Python statements that the process runs first.
         options: for the interpreter.

@@ -22,9 +22,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from ifprune_convert.export import export_selection
 from ifprune_convert.pipeline import Options, convert
 from ifprune_convert.readers import open_source
-from ifprune_mlx import Selection
+from ifprune_mlx import Checkpoint, Selection, TaskStore
 from ifprune_mlx.checkpoint import write_manifest
 from tests.cli.process import Argument, full_disk, run
 from tests.convert.tiny_adapter import write_adapter
@@ -875,6 +876,320 @@ def weights_as_selection(at: Place) -> Bad:
 def missing_selection(at: Place) -> Bad:
     file = at / "none.safetensors"
     return Bad(at.generate(at.sound, "--selection", file), (str(file), "no such selection file", "ifprune select"))
+
+
+# Named tasks.
+
+
+def task(at: Place, name: str = "poetry") -> Path:
+    """A task of the sound checkpoint in a data folder of the case's own, which `own_data` names."""
+    ids = tuple(np.arange(8, dtype=np.int32) for _ in range(2))
+    return TaskStore(Checkpoint.open(at.sound), at / "data").save(name, Selection(ids, (128, 128), "static"))
+
+
+def own_data(at: Place) -> dict[str, str]:
+    return {"IFPRUNE_DATA": str(at / "data")}
+
+
+@case
+def unknown_task(at: Place) -> Bad:
+    task(at)
+    words = ("no task poety", str(at.sound), "it has poetry", "--save poety")
+    return Bad(at.generate(at.sound, "--task", "poety"), words, env=own_data(at))
+
+
+@case
+def task_that_another_checkpoint_has(at: Place) -> Bad:
+    file = task(at)
+    folder = at.checkpoint()
+    edit_json(folder / "config.json", lambda config: config.update(comment="another"))
+    write_manifest(folder, source="test", licence=None)
+    words = ("no task poetry", str(folder), "has none", str(file), "--save poetry")
+    return Bad(at.generate(folder, "--task", "poetry"), words, env=own_data(at))
+
+
+@case
+def task_of_another_shape(at: Place) -> Bad:
+    file = task(at)
+    ids = tuple(np.arange(8, dtype=np.int32) for _ in range(3))
+    Selection(ids, (128, 128, 128), "static").save(file)
+    words = (str(file), "3 FFNs", "made for another model", "make it again")
+    return Bad(at.generate(at.sound, "--task", "poetry"), words, env=own_data(at))
+
+
+@case
+def corrupt_task(at: Place) -> Bad:
+    file = task(at)
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 0x40
+    file.write_bytes(content)
+    return Bad(at.generate(at.sound, "--task", "poetry"), ("task poetry", str(file), "again"), env=own_data(at))
+
+
+@case
+def task_cut_short(at: Place) -> Bad:
+    file = task(at)
+    cut(file, 3)
+    words = ("task poetry", str(file), "cut short", "again")
+    return Bad(at.generate(at.sound, "--task", "poetry"), words, env=own_data(at))
+
+
+@case
+def task_in_the_folder_above(at: Place) -> Bad:
+    file = task(at)
+    file.rename(file.parent.parent / file.name)
+    words = ("'../poetry' cannot name a task", "use letters")
+    return Bad(at.generate(at.sound, "--task", "../poetry"), words, env=own_data(at))
+
+
+@case
+def task_by_an_absolute_name(at: Place) -> Bad:
+    file = task(at).with_suffix("")
+    return Bad(at.generate(at.sound, "--task", file), ("cannot name a task", "use letters"), env=own_data(at))
+
+
+@case
+def task_in_a_folder_for_chat(at: Place) -> Bad:
+    return Bad(["chat", "--model", at.sound, "--task", "a/b"], ("'a/b' cannot name a task", "use letters"))
+
+
+@case
+def task_name_that_is_not_utf8(at: Place) -> Bad:
+    return Bad(at.select("--save", b"caf\xe9"), ("cannot name a task", "use letters"))
+
+
+@case
+def task_saved_outside(at: Place) -> Bad:
+    words = ("'../../poetry' cannot name a task", "use letters")
+    return Bad(at.select("--save", "../../poetry"), words, env=own_data(at))
+
+
+@case
+def task_with_a_hidden_name(at: Place) -> Bad:
+    return Bad(
+        at.select("--save", ".poetry"), ("'.poetry' cannot name a task", "beginning with a dot"), env=own_data(at)
+    )
+
+
+@case
+def task_with_a_long_name(at: Place) -> Bad:
+    return Bad(at.select("--save", "x" * 65), ("cannot name a task", "at most 64"), env=own_data(at))
+
+
+@case
+def removed_task_that_is_not_there(at: Place) -> Bad:
+    arguments: list[Argument] = ["tasks", "--json", "--model", at.sound, "--remove", "poetry"]
+    return Bad(arguments, ("no task poetry", "has none"), env=own_data(at))
+
+
+@case
+def removed_task_outside(at: Place) -> Bad:
+    task(at)
+    arguments: list[Argument] = ["tasks", "--json", "--model", at.sound, "--remove", "../x"]
+    return Bad(arguments, ("'../x' cannot name a task", "use letters"), env=own_data(at))
+
+
+@case
+def data_folder_below_a_file(at: Place) -> Bad:
+    (at / "data").write_text("a file")
+    return Bad(at.select("--save", "poetry"), (str(at / "data"), "cannot be made", "IFPRUNE_DATA"), env=own_data(at))
+
+
+@case
+def data_folder_that_is_read_only(at: Place) -> Bad:
+    where = "/proc/ifprune" if os.path.isdir("/proc") else "/dev/null"  # noqa: PTH112
+    return Bad(at.select("--save", "poetry"), (where, "cannot be made", "IFPRUNE_DATA"), env={"IFPRUNE_DATA": where})
+
+
+@case
+def full_disk_for_a_task(at: Place) -> Bad:
+    file = task(at)
+    words = ("task poetry", str(file), "cannot be written", "free space")
+    return Bad(at.select("--save", "poetry"), words, env=own_data(at), prelude=full_disk(100))
+
+
+@case
+def task_and_selection(at: Place) -> Bad:
+    arguments = at.generate(at.sound, "--selection", at / "s.safetensors", "--task", "poetry")
+    return Bad(arguments, ("--selection and --task", "give one of them"))
+
+
+@case
+def task_and_density(at: Place) -> Bad:
+    arguments = at.generate(at.sound, "--task", "poetry", "--density", "0.5")
+    return Bad(arguments, ("--task and --density", "give one of them"))
+
+
+@case
+def task_and_policy(at: Place) -> Bad:
+    arguments: list[Argument] = ["chat", "--model", at.sound, "--task", "poetry", "--policy", "turn"]
+    return Bad(arguments, ("--task and --policy", "give one of them"))
+
+
+@case
+def empty_prompt_to_compare_with(at: Place) -> Bad:
+    return Bad(at.select("--with-prompt", " "), ("the prompt is empty", "write something"))
+
+
+@case
+def prompt_to_compare_with_that_is_not_utf8(at: Place) -> Bad:
+    return Bad(at.select("--with-prompt", b"caf\xe9"), ("--with-prompt is not UTF-8", "--with-prompt -"))
+
+
+@case
+def prompt_to_compare_with_beyond_the_context(at: Place) -> Bad:
+    words = ("the prompt has", "context holds 512", "shorten")
+    return Bad(at.select("--with-prompt", "word " * 200, "--save", "poetry"), words, env=own_data(at))
+
+
+# Exports.
+
+
+def export(at: Place, *more: Argument) -> list[Argument]:
+    return ["export", "--json", "--model", at.sound, "--mlx-path", at / "plain", *more]
+
+
+def exported(at: Place, name: str = "plain") -> Path:
+    """An earlier export."""
+    ids = (np.arange(8, dtype=np.int32),) * 2
+    export_selection(Checkpoint.open(at.sound), Selection(ids, (128, 128), "static"), at / name)
+    return at / name
+
+
+@case
+def export_of_no_selection(at: Place) -> Bad:
+    return Bad(export(at), ("nothing says which neurons", "give --selection FILE or --prompt TEXT"))
+
+
+@case
+def export_of_two_selections(at: Place) -> Bad:
+    file = selection(at, 128, 128)
+    return Bad(export(at, "--selection", file, "--prompt", "x"), ("--selection and --prompt", "give one of them"))
+
+
+@case
+def export_of_a_selection_at_a_density(at: Place) -> Bad:
+    file = selection(at, 128, 128)
+    return Bad(export(at, "--selection", file, "--density", "0.5"), ("--selection and --density", "give one of them"))
+
+
+@case
+def export_without_an_output(at: Place) -> Bad:
+    arguments: list[Argument] = ["export", "--model", at.sound, "--prompt", "x"]
+    return Bad(arguments, ("--mlx-path", "ifprune export --help"), code=2)
+
+
+@case
+def export_of_an_empty_prompt(at: Place) -> Bad:
+    return Bad(export(at, "--prompt", " "), ("the prompt is empty", "write something"))
+
+
+@case
+def export_of_another_models_selection(at: Place) -> Bad:
+    file = selection(at, 128, 64)
+    return Bad(export(at, "--selection", file), (str(file), "made for another model", "ifprune select"))
+
+
+@case
+def export_of_a_damaged_selection(at: Place) -> Bad:
+    file = selection(at, 128, 128)
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 0x40
+    file.write_bytes(content)
+    return Bad(export(at, "--selection", file), (str(file), "again"))
+
+
+@case
+def export_of_junk(at: Place) -> Bad:
+    file = at / "s.safetensors"
+    file.write_bytes(np.random.default_rng(3).bytes(5000))
+    return Bad(export(at, "--selection", file), (str(file), "not a safetensors file", "again"))
+
+
+@case
+def export_of_a_selection_that_differs_by_layer(at: Place) -> Bad:
+    file = at / "s.safetensors"
+    Selection((np.arange(8, dtype=np.int32), np.arange(16, dtype=np.int32)), (128, 128), "mine").save(file)
+    words = (str(at.sound), "keeps 8, 16 neurons", "mlx-lm's llama", "the same number in every FFN")
+    return Bad(export(at, "--selection", file), words)
+
+
+@case
+def export_of_a_damaged_checkpoint(at: Place) -> Bad:
+    folder, file = at.checkpoint(), selection(at, 128, 128)
+    edit_tensors(folder / MODEL, lambda arrays: arrays.pop("model.norm.weight"))
+    words = (str(folder), "model.norm.weight", "convert the source again")
+    return Bad(export(at, "--model", folder, "--selection", file), words)
+
+
+@case
+def export_of_a_checkpoint_whose_config_names_no_model(at: Place) -> Bad:
+    folder, file = at.checkpoint(), selection(at, 128, 128)
+    edit_json(folder / "config.json", lambda config: config.update(model_type="\x00junk"))
+    write_manifest(folder, source="test", licence=None)
+    return Bad(export(at, "--model", folder, "--selection", file), (str(folder), "no model_type"))
+
+
+@case
+def export_of_a_plain_model(at: Place) -> Bad:
+    file = selection(at, 128, 128)
+    words = ("config.json", "no ifpruning section", "ifprune convert")
+    return Bad(export(at, "--model", exported(at, "earlier"), "--selection", file), words)
+
+
+@case
+def requantized_export_of_floats(at: Place) -> Bad:
+    file = selection(at, 128, 128)
+    words = (str(at.sound), "not quantized", "leave out --requantize-down")
+    return Bad(export(at, "--selection", file, "--requantize-down"), words)
+
+
+@case
+def export_that_exists(at: Place) -> Bad:
+    file, out = selection(at, 128, 128), exported(at)
+    return Bad(export(at, "--selection", file), (str(out), "already exists", "--overwrite"))
+
+
+@case
+def export_over_a_checkpoint(at: Place) -> Bad:
+    folder, file = at.checkpoint(), selection(at, 128, 128)
+    arguments = export(at, "--model", folder, "--selection", file, "--mlx-path", folder, "--overwrite")
+    return Bad(arguments, (str(folder), "was not written by `ifprune export`", "choose another folder"))
+
+
+@case
+def export_over_a_dense_model(at: Place) -> Bad:
+    folder, file = at.dense(), selection(at, 128, 128)
+    arguments = export(at, "--selection", file, "--mlx-path", folder, "--overwrite")
+    return Bad(arguments, (str(folder), "was not written by `ifprune export`", "choose another folder"))
+
+
+@case
+def export_below_a_file(at: Place) -> Bad:
+    file = selection(at, 128, 128)
+    arguments = export(at, "--selection", file, "--mlx-path", file / "model")
+    return Bad(arguments, (str(file / "model"), "cannot be written", "write elsewhere"))
+
+
+@case
+def export_where_nothing_can_be_made(at: Place) -> Bad:
+    where = "/proc/ifprune/model" if os.path.isdir("/proc") else "/dev/null/model"  # noqa: PTH112
+    arguments = export(at, "--selection", selection(at, 128, 128), "--mlx-path", where)
+    return Bad(arguments, (where, "cannot be written", "write elsewhere"))
+
+
+@case
+def full_disk_for_an_export(at: Place) -> Bad:
+    file = selection(at, 128, 128)
+    words = (str(at / "plain"), "cannot be written", "free space")
+    return Bad(export(at, "--selection", file), words, prelude=full_disk(50_000))
+
+
+@case
+def full_disk_for_an_export_over_another(at: Place) -> Bad:
+    file, out = selection(at, 128, 128), exported(at)
+    words = (str(out), "cannot be written", "nothing was changed")
+    return Bad(export(at, "--selection", file, "--overwrite"), words, prelude=full_disk(50_000))
 
 
 # Saved chats.

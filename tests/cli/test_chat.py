@@ -240,6 +240,44 @@ def test_saved_selections(piped: Piped) -> None:
     assert "start with --policy first" in errors(done)[0]
 
 
+def test_named_tasks(piped: Piped) -> None:
+    a, cache = piped.folder / "a.json", piped.folder / "cache"
+    assert notes(piped("/task")) == ["no tasks yet; `ifprune select --prompt TEXT --save NAME` saves one"]
+    wanted = {}
+    for name, density in (("maths", "0.5"), ("poetry", "0.25")):
+        options = ("--density", density, "--save", name, "--json")
+        made = run("select", "--prompt", name, "--model", piped.checkpoint, *options, cache=cache)
+        wanted[name] = json.loads(made.stdout)["selection"]
+    done = piped("one", "/task", "/task maths", "two", f"/save {a}", "/task ../maths", "/task nope")
+    assert "tasks: maths, poetry" in notes(done)
+    assert f"uses task maths: {wanted['maths']}, activation, density 0.50" in notes(done)
+    assert piped.saved("a.json")["selection"]["hash"] == wanted["maths"]
+    bad, unknown = errors(done)
+    assert "'../maths' cannot name a task" in bad
+    assert "no task nope" in unknown
+    assert "it has maths, poetry" in unknown
+    # From the beginning, and it stays, until another is asked for.
+    done = piped("/density", "one", "/reset", "/density 0.9", "two", f"/save {a}", options=("--task", "poetry"))
+    assert notes(done)[0].startswith("density 0.25, ")
+    assert "the selection is fixed" in errors(done)[0]
+    assert (piped.saved("a.json")["policy"], piped.saved("a.json")["selection"]["hash"]) == ("task", wanted["poetry"])
+    piped("/task maths", "two", "three", f"/save {a}", options=("--task", "poetry"))
+    assert (piped.saved("a.json")["policy"], piped.saved("a.json")["selection"]["hash"]) == ("task", wanted["maths"])
+    for policy in ("turn", "auto"):
+        done = piped("/task maths", options=("--policy", policy))
+        assert f"policy {policy} selects anew at every message; to use a task" in errors(done)[0]
+
+
+def test_a_given_task_goes_before_what_was_saved(piped: Piped) -> None:
+    a, cache = piped.folder / "a.json", piped.folder / "cache"
+    made = run("select", "--prompt", "maths", "--model", piped.checkpoint, "--save", "maths", "--json", cache=cache)
+    piped("one", f"/save {a}", options=("--policy", "turn"))
+    done = piped("two", "three", f"/save {a}", options=("--load", str(a), "--task", "maths"))
+    assert done.returncode == 0
+    state = piped.saved("a.json")
+    assert (state["policy"], state["selection"]["hash"]) == ("task", json.loads(made.stdout)["selection"])
+
+
 @pytest.mark.parametrize("selector", ["static", "activation"])
 @pytest.mark.parametrize("at_end", [False, True])
 def test_stopping_while_the_prompt_is_read(tiny: tuple[Model, Any], selector: str, at_end: bool) -> None:

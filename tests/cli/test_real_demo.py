@@ -24,7 +24,8 @@ def dense_nll(model: Model, prompt: list[int], answer: list[int]) -> float:
     return float((mx.logsumexp(logits, axis=-1) - picked).mean())
 
 
-def test_the_demo_answers_fluently_on_three_selections(smollm2: Path) -> None:
+def test_the_demo_answers_fluently_on_three_selections(smollm2: Path, smollm2_base: Path) -> None:
+    """The published model, dense, is the judge."""
     done = run_here("demo", "--model", smollm2, "--json")
     assert done.returncode == 0, done.stderr
     answers = json.loads(done.stdout.splitlines()[-1])["answers"]
@@ -32,7 +33,8 @@ def test_the_demo_answers_fluently_on_three_selections(smollm2: Path) -> None:
     assert len({item["selection"] for item in answers}) == 3
     assert all(item["active_parameters"] < item["total_parameters"] for item in answers)
     assert all(item["completion_tokens"] >= 40 for item in answers)
-    model, tokenizer = load(smollm2)
+    assert all(item["selector"] == "learned" for item in answers)
+    model, tokenizer = load(smollm2_base)
     for item, (_, question) in zip(answers, PROMPTS, strict=True):
         messages = [{"role": "user", "content": question}]
         prompt = render_messages(tokenizer, messages)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from ifprune_cli.demo import PROMPTS
 from ifprune_cli.main import app
-from ifprune_mlx import Checkpoint, Selection
+from ifprune_mlx import Checkpoint, Selection, TaskStore
 from tests.cli.process import run, run_here
 from tests.cli.test_generate import KEYS as GENERATE_KEYS
 from tests.cli.test_generate import answer, succeed
@@ -55,6 +55,61 @@ def test_select_plain_output_is_the_hash(tiny_checkpoint: Path, tmp_path: Path) 
     assert done.stdout == f"{Selection.load(file).hash}\n"
     assert "overlap with static: 100.0 %" in done.stderr
     assert f"ifprune generate --selection {file}" in done.stderr
+
+
+def test_select_compares_with_prompts_tasks_and_files(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    base = ("select", "--model", tiny_checkpoint, "--density", "0.25", "--json", "--prompt")
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("poem", "sum", "random")}
+    succeed(*base, "write a poem", "--save-to", files["poem"], "--save", "poetry")
+    succeed(*base, "2 + 2", "--save-to", files["sum"])
+    succeed(*base, "x", "--selector", "random", "--density", "0.5", "--save-to", files["random"], "--save", "static")
+    poem, total, other = (Selection.load(file) for file in files.values())
+    prompts = ("--with-prompt", "write a poem", "--with-prompt", "2 + 2", "--with-prompt", "poetry")
+    value = answer(succeed(*base, "2 + 2", *prompts, "--compare", files["random"], "--layers"))
+    assert value["selection"] == total.hash
+    # A name that two have is the first one's; the other is called by its kind as well.
+    names = ["static", "poetry", "task static", str(files["random"]), "write a poem", "2 + 2", "prompt poetry"]
+    found, layers = value["overlap_with"], value["overlap_by_layer"]
+    assert list(found) == list(layers) == names
+    assert found["poetry"] == found["write a poem"] == total.overlap(poem) < 1
+    assert found["task static"] == found[str(files["random"])] == total.overlap(other)
+    assert found["2 + 2"] == 1
+    assert layers["poetry"] == total.overlap_by_layer(poem)
+    assert "overlap_by_layer" not in answer(succeed(*base, "2 + 2"))
+
+
+def test_select_prints_overlaps_by_layer(tiny_checkpoint: Path) -> None:
+    long = "tell me\nall about " + 30 * "rivers "
+    base = ("select", "--model", tiny_checkpoint, "--density", "0.25", "--prompt", "2 + 2")
+    options = ("--with-prompt", long, "--with-prompt", "write a poem")
+    layers = answer(succeed(*base, *options, "--layers", "--json"))["overlap_by_layer"]
+    done = succeed(*base, *options, "--layers")
+    hash_, head, *rows = done.stdout.splitlines()
+    assert len(hash_) == 16
+    assert head == " FFN  neurons     kept    static tell me all about rivers ... write a poem"
+    shares = zip(layers["static"], layers[long], layers["write a poem"], strict=True)
+    assert [row.split() for row in rows] == [
+        [str(index), "128", "32", *(f"{share:.3f}" for share in of_layer)] for index, of_layer in enumerate(shares)
+    ]
+    assert {len(row) for row in rows} == {len(head)}
+    notes = done.stderr.splitlines()
+    assert [line.partition(": ")[0] for line in notes[1:]] == [
+        "overlap with static",
+        f"overlap with {' '.join(long.split())[:57]}...",
+        "overlap with write a poem",
+    ]
+
+
+def test_select_saves_a_task(tiny_checkpoint: Path) -> None:
+    base = ("select", "--model", tiny_checkpoint, "--prompt")
+    done = succeed(*base, "write a poem", "--density", "0.5", "--save", "poetry")
+    assert "saved as task poetry; use it with: ifprune generate --task poetry" in done.stderr
+    store = TaskStore(Checkpoint.open(tiny_checkpoint))
+    assert done.stdout == f"{store.load('poetry').hash}\n"
+    # Saved again, it is compared with what it was.
+    done = succeed(*base, "2 + 2", "--density", "0.5", "--save", "poetry", "--json")
+    assert 0 < answer(done)["overlap_with"]["poetry"] < 1
+    assert store.load("poetry").hash == answer(done)["selection"]
 
 
 # info

@@ -147,7 +147,7 @@ def test_a_gguf_file_converts(tmp_path: Path, kind: Kind, dtype: mx.Dtype | None
 
 
 def test_several_shards_are_numbered(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ifprune_convert.pipeline._SHARD_BYTES", 30_000)
+    monkeypatch.setattr("ifprune_convert.shards.SHARD_BYTES", 30_000)
     checkpoint = converted(source, tmp_path / "out")
     names = sorted(file.name for file in checkpoint.path.glob("model-*"))
     assert len(names) > 1

@@ -30,6 +30,9 @@ EXPORTS = [
     "SparsityPredictor",
     "Stats",
     "Switch",
+    "Task",
+    "TaskError",
+    "TaskStore",
     "generate",
     "load",
     "make_selector",
@@ -48,7 +51,7 @@ def test_every_export_is_documented() -> None:
 
 def test_every_error_is_an_ifprune_error() -> None:
     errors = [getattr(ifprune_mlx, name) for name in EXPORTS if name.endswith("Error")]
-    assert len(errors) == 9
+    assert len(errors) == 10
     assert all(issubclass(error, ifprune_mlx.IfpruneError) for error in errors)
 
 

@@ -77,6 +77,7 @@ def test_task_uses_its_selection_whatever_is_said(tiny: Tiny) -> None:
     selection = random_selection(WIDTHS, (40, 40), seed=7, selector="static")
     chat = session(tiny, selection=selection)
     assert chat.policy == "task"
+    assert chat.keep == selection.keep
     stats = [say(chat, text) for text in ("One", "Two")]
     assert [entry.selection for entry in stats] == [selection.hash] * 2
     assert stats[0].density == 40 / 128

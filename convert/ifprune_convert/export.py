@@ -1,0 +1,301 @@
+"""Writes one selection of an IFP checkpoint as a plain mlx-lm model, which needs no ifprune: the converter's inverse.
+
+One FFN at a time, into a hidden folder beside the output that is renamed once stock mlx-lm accepts what is in it. What
+is packed keeps its bytes, but for down: mlx-lm's down is `[d_model, d_ffn]`, its groups run across neurons, and so it
+is stored as floats, or quantized anew where that is asked for.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.utils import load_model, save_config
+
+from ifprune_mlx.checkpoint import SECTION, Checkpoint, Quantization
+from ifprune_mlx.errors import CheckpointError, IfpruneError, SelectionError
+from ifprune_mlx.files import new_folder, read_safetensors_header
+from ifprune_mlx.selection import Ids, Selection
+from ifprune_mlx.store import read_rows
+
+from . import layout
+from .shards import Shards
+from .skeleton import build_skeleton, parameter_shapes
+from .wording import listing
+
+Report = Callable[[int, int], None]
+"""Called with (bytes of the checkpoint read, bytes to read)."""
+
+_FLOATS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+# Of the shards: says what they hold, and tells an export, which may be overwritten, from other folders.
+_MARK = "ifprune_selection"
+_COPIED = {".json", ".jinja", ".model", ".txt"}
+
+
+@dataclass(frozen=True)
+class Export:
+    """What came out.
+
+    Attributes:
+        path: the folder.
+        bytes: of all its files.
+        parameters: of the plain model, however they are packed.
+        quantization: of its packed layers, in mlx-lm's words; None if there are none.
+        seconds: wall time.
+    """
+
+    path: Path
+    bytes: int
+    parameters: int
+    quantization: dict[str, Any] | None
+    seconds: float
+
+
+def export_selection(
+    checkpoint: Checkpoint,
+    selection: Selection,
+    out: Path,
+    *,
+    dtype: mx.Dtype | None = None,
+    requantize_down: bool = False,
+    overwrite: bool = False,
+    report: Report | None = None,
+) -> Export:
+    """Write the plain mlx-lm model `out`, whose FFNs have the selection's neurons and no others, in ascending order.
+
+    Args:
+        dtype: float type to cast to, as loading does; None keeps the checkpoint's.
+        requantize_down: of a quantized checkpoint, pack the down projections too, in groups across neurons. They were
+            packed before, so this rounds them a second time.
+        overwrite: replace an earlier export.
+
+    Raises:
+        IfpruneError: naming what cannot be used or written; `out` is then as it was.
+    """
+    start = time.perf_counter()
+    checkpoint.check(selection)
+    check_output(out, overwrite)
+    packing = _down_packing(checkpoint, selection) if requantize_down else None
+    config = _plain_config(checkpoint, selection, packing)
+    with new_folder(out, overwrite=overwrite) as folder:
+        for name in checkpoint.manifest["files"]:  # tokenizer, chat template, generation config
+            if "/" not in name and name != "config.json" and Path(name).suffix in _COPIED:
+                shutil.copyfile(checkpoint.path / name, folder / name)
+        metadata = {_MARK: selection.hash, "ifprune_selector": selection.selector}
+        shards = Shards(folder, metadata)
+        done = 0
+        for tensors, read in _tensors(checkpoint, selection, dtype, packing):
+            shards.add(tensors)
+            done += read
+            if report is not None:
+                report(done, checkpoint.weight_bytes)
+        parameters = checkpoint.active_parameters(selection.keep)
+        totals = {"total_size": shards.bytes, "total_parameters": parameters}
+        index = {"metadata": totals, "weight_map": dict(sorted(shards.finish().items()))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(_card(checkpoint, selection, out.absolute().name), encoding="utf-8")
+        save_config(config, folder / "config.json")  # last: without it no loader takes a folder for a model
+        _check_loads(checkpoint, folder)
+    size = sum(file.stat().st_size for file in out.iterdir())
+    return Export(out, size, parameters, config.get("quantization"), time.perf_counter() - start)
+
+
+def check_output(out: Path, overwrite: bool) -> None:
+    """Raise IfpruneError unless `out` is free, or may be replaced: only an earlier export may."""
+    if not (out.exists() or out.is_symlink()):
+        return
+    if not overwrite:
+        raise IfpruneError(f"{out}: already exists; choose another folder, or pass --overwrite to replace it")
+    if not out.is_dir() or (any(out.iterdir()) and not _is_export(out)):
+        raise IfpruneError(
+            f"{out}: was not written by `ifprune export`, so --overwrite does not replace it; "
+            "choose another folder, or remove this one first"
+        )
+
+
+def _is_export(folder: Path) -> bool:
+    shards = sorted(folder.glob("model-*.safetensors"))
+    try:
+        return bool(shards) and all(_MARK in read_safetensors_header(shard).metadata for shard in shards)
+    except IfpruneError:
+        return False
+
+
+def _down_packing(checkpoint: Checkpoint, selection: Selection) -> Quantization:
+    """How to quantize the down projections again."""
+    packing = checkpoint.layout.down
+    if packing is None:
+        raise CheckpointError(f"{checkpoint.path}: is not quantized; leave out --requantize-down")
+    for k in selection.keep:
+        if k % packing.group_size:
+            raise SelectionError(
+                f"the selection keeps {k} neurons of an FFN, which do not divide into groups of {packing.group_size}; "
+                "leave out --requantize-down, or choose another density"
+            )
+    return packing
+
+
+def _plain_config(checkpoint: Checkpoint, selection: Selection, packing: Quantization | None) -> dict[str, Any]:
+    """The checkpoint's config without its section, for FFNs of the selection's widths.
+
+    How a config says a width is mlx-lm's affair: a candidate serves if mlx-lm's model of it has all the wanted shapes.
+
+    Raises:
+        SelectionError: if no value of `intermediate_size` serves.
+    """
+    config = {name: value for name, value in checkpoint.config.items() if name != SECTION}
+    specs = checkpoint.layout.ffns
+    if checkpoint.layout.down is not None:
+        entries = {} if packing is not None else {f"{spec.path}.{spec.down}": False for spec in specs}
+        config["quantization"] = config.get("quantization", checkpoint.layout.down.to_dict()) | entries
+    wanted = _shapes(checkpoint, config)
+    for spec, k in zip(specs, selection.keep, strict=True):
+        wanted[f"{spec.path}.{spec.down}.weight"] = (spec.d_model, k)
+        for leaf in (spec.gate, spec.up):
+            wanted[f"{spec.path}.{leaf}.weight"] = (k, spec.d_model)
+            if spec.bias:
+                wanted[f"{spec.path}.{leaf}.bias"] = (k,)
+    widths = sorted(set(selection.keep))
+    for k in widths:
+        # The language model of some families has a config of its own inside.
+        for section in ("text_config", None):
+            candidate = copy.deepcopy(config)
+            place = candidate if section is None else candidate.get(section)
+            if isinstance(place, dict):
+                place["intermediate_size"] = k
+                if _shapes(checkpoint, candidate) == wanted:
+                    return candidate
+    raise SelectionError(
+        f"{checkpoint.path}: the selection keeps {listing([str(k) for k in widths])} neurons, layer by layer, which no "
+        f"config of mlx-lm's {config['model_type']} can say; use one that keeps the same number in every FFN"
+    )
+
+
+def _shapes(checkpoint: Checkpoint, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter of mlx-lm's model of a config, before any quantization."""
+    tensors = sum(len(header.tensors) for header in checkpoint.headers.values())
+    # A copy, since some model classes write into the sections of their config.
+    return parameter_shapes(build_skeleton(checkpoint.path, copy.deepcopy(config), tensors))
+
+
+def _tensors(
+    checkpoint: Checkpoint, selection: Selection, dtype: mx.Dtype | None, packing: Quantization | None
+) -> Iterator[tuple[dict[str, mx.array], int]]:
+    """The plain model's tensors by mlx-lm's names, a few at a time, each with the bytes that were read for them."""
+    for index, ids in enumerate(selection.ids):
+        header = checkpoint.headers[checkpoint.neurons_file(index).name]
+        yield (
+            _ffn(checkpoint, index, ids, dtype, packing),
+            sum(info.end - info.start for info in header.tensors.values()),
+        )
+    for file, header in checkpoint.headers.items():
+        if not file.startswith("model-"):
+            continue
+        try:
+            arrays = mx.load(str(checkpoint.path / file))
+            assert isinstance(arrays, dict)
+            for name, info in header.tensors.items():
+                array = arrays.pop(name)
+                if dtype is not None and array.dtype in _FLOATS.values():
+                    array = array.astype(dtype)
+                mx.eval(array)
+                yield {name: array}, info.end - info.start
+        except RuntimeError as exc:
+            raise CheckpointError(
+                f"{checkpoint.path / file}: cannot be read ({exc}); copy or convert the checkpoint again"
+            ) from None
+
+
+def _ffn(
+    checkpoint: Checkpoint, index: int, ids: Ids, dtype: mx.Dtype | None, packing: Quantization | None
+) -> dict[str, mx.array]:
+    """The tensors of one plain FFN: gate and up `[k, ...]`, the rows of `ids`; down `[d_model, k]`."""
+    spec = checkpoint.layout.ffns[index]
+    leaves = {kind: f"{spec.path}.{leaf}" for kind, leaf in (("gate", spec.gate), ("up", spec.up), ("down", spec.down))}
+    rows, down_bias = read_rows(checkpoint, index, dtype)
+    chosen = mx.array(ids)
+    tensors: dict[str, mx.array] = {}
+    down: dict[str, mx.array] = {}
+    for name, array in rows.items():
+        kind, _, part = name.partition(".")
+        if kind == "down":
+            down[part] = mx.take(array, chosen, axis=0)
+        else:
+            tensors[f"{leaves[kind]}.{part}"] = mx.take(array, chosen, axis=0)
+    tensors |= layout.packed(leaves["down"], mx.contiguous(_floats(checkpoint, down, dtype).T), packing)
+    if down_bias is not None:
+        tensors[f"{leaves['down']}.bias"] = down_bias
+    return tensors
+
+
+def _floats(checkpoint: Checkpoint, down: dict[str, mx.array], dtype: mx.Dtype | None) -> mx.array:
+    """Rows of down projections `[k, d_model]` as floats, of the type that the model computes in."""
+    packed = checkpoint.layout.down
+    if packed is None:
+        return down["weight"]
+    if packed.has_biases:
+        dtype = down["scales"].dtype
+    elif dtype is None:
+        # Scales of the other modes are bytes: the type is that of what is not packed, such as norms.
+        headers = (header for name, header in checkpoint.headers.items() if name.startswith("model-"))
+        types = Counter(info.dtype for header in headers for info in header.tensors.values() if info.dtype in _FLOATS)
+        dtype = _FLOATS[types.most_common(1)[0][0]] if types else None
+    return mx.dequantize(
+        down["weight"],
+        down["scales"],
+        down.get("biases"),
+        group_size=packed.group_size,
+        bits=packed.bits,
+        mode=packed.mode,
+        dtype=dtype,
+    )
+
+
+def _check_loads(checkpoint: Checkpoint, folder: Path) -> None:
+    """Let stock mlx-lm build the model and match every tensor, without reading one."""
+    try:
+        load_model(folder, lazy=True)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, OSError) as exc:
+        reason = " ".join(str(exc).split())[:300] or type(exc).__name__
+        raise CheckpointError(
+            f"{checkpoint.path}: mlx-lm cannot load what it holds ({reason}); its files do not belong together, "
+            "convert the source again"
+        ) from None
+
+
+def _card(checkpoint: Checkpoint, selection: Selection, name: str) -> str:
+    """The model card: where the model comes from, and how to run it."""
+    licence = checkpoint.manifest["licence"]
+    front = ["library_name: mlx", "pipeline_tag: text-generation", "tags: [mlx]"]
+    if licence is not None:
+        front.append(f"license: {json.dumps(licence)}")
+    kept = f"{sum(selection.keep)} of {sum(selection.widths)} neurons in {len(selection.keep)} FFNs"
+    rows = {
+        "source": checkpoint.manifest["source"],
+        "IFP checkpoint": checkpoint.id,
+        "selection": selection.hash,
+        "selector": selection.selector,
+        "density": f"{selection.density:.3f} ({kept})",
+        "parameters": f"{checkpoint.active_parameters(selection.keep):,}",
+        "written by": f"ifprune-mlx {version('ifprune-mlx')}",
+    }
+    table = [f"| {what} | {' '.join(str(value).split())} |" for what, value in rows.items()]
+    return "\n".join(
+        [
+            *("---", *front, "---", "", f"# {name}", ""),
+            "A larger model with the feed-forward neurons of one selection and no others (Instruction-Following",
+            "Pruning, [arXiv 2501.02086](https://arxiv.org/abs/2501.02086)), as a plain model for mlx-lm. It is meant",
+            "for the instructions that the selection was made for.",
+            *("", "| | |", "|---|---|", *table, ""),
+            *("```", f'mlx_lm.generate --model {name} --prompt "..."', "```", ""),
+        ]
+    )
