@@ -1,4 +1,4 @@
-"""Tasks on the real SmolLM2: it knows what everyone knows, and scores are those of a plain loop."""
+"""Tasks on the real SmolLM2 as published: it knows what everyone knows, and scores are those of a plain loop."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ CHOICES = [
 SUMS = [("What is 2 + 3?", 5), ("What is 10 - 4?", 6), ("How many days are there in a week?", 7)]
 
 
-def test_easy_questions(smollm2: Path, tmp_path: Path) -> None:
+def test_easy_questions(smollm2_base: Path, tmp_path: Path) -> None:
     choices, exact = tmp_path / "choices.jsonl", tmp_path / "exact.jsonl"
     values = [{"query": query, "choices": options, "gold": gold} for query, options, gold in CHOICES]
     choices.write_text("\n".join(map(json.dumps, values)))
     exact.write_text("\n".join(json.dumps({"question": question, "answer": number}) for question, number in SUMS))
     arguments = ["--choices", f"easy={choices}", "--exact", f"sums={exact}", "--max-tokens", "24", "--json", "-"]
     selectors = ["--selectors", "dense,activation,random", "--density", "0.5"]
-    done = run_here("evaluate", "--model", smollm2, *arguments, *selectors)
+    done = run_here("evaluate", "--model", smollm2_base, *arguments, *selectors)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["tasks"]
     value = {(row["selector"], row["task"], row["metric"]): row["value"] for row in rows}
@@ -45,7 +45,7 @@ def test_easy_questions(smollm2: Path, tmp_path: Path) -> None:
     assert value["dense", "easy", "margin"] > value["random", "easy", "margin"]
 
 
-def test_scores_equal_a_plain_loop(smollm2: Path, tmp_path: Path) -> None:
+def test_scores_equal_a_plain_loop(smollm2_base: Path, tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
     begins = ["The cup did not fit the box as the cup", "The cup did not fit the box as the box"]
     values = [
@@ -53,7 +53,7 @@ def test_scores_equal_a_plain_loop(smollm2: Path, tmp_path: Path) -> None:
         {"context_options": begins, "continuation": "was too small.", "gold": 1},
     ]
     file.write_text("\n".join(map(json.dumps, values)))
-    model, tokenizer = load(smollm2)
+    model, tokenizer = load(smollm2_base)
     for question in read_choices(file):
         found = option_scores(model, encode_choices(tokenizer, question))
         prompt = render_messages(tokenizer, [{"role": "user", "content": question.query}])
