@@ -1,4 +1,4 @@
-"""JSON lines: a file of test questions, read whole or not at all. Knows files and JSON; what a line means, its caller.
+"""JSON lines, and a file of test questions, read whole or not at all. Knows files and JSON, not what they mean.
 
 A test set of which some lines are passed over is another test set, so that the first bad line ends it.
 """
@@ -32,7 +32,7 @@ def parse_json_lines(path: str | Path, parse: Callable[[dict[str, Any]], T], exp
     """
     path = Path(path)
     result = []
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(text_lines(path), 1):
         if not line.strip():
             continue
         try:
@@ -63,8 +63,13 @@ def filled_text(value: Any, what: str) -> str:
     return value
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """Lines of a text file. Only line feeds end them: JSON strings may hold Unicode's other line breaks."""
+def text_lines(path: Path) -> Iterator[str]:
+    """Lines of a UTF-8 file, packed as .gz or .bz2 or not. Only line feeds end them: JSON strings may hold Unicode's
+    other line breaks.
+
+    Raises:
+        DataError: if it cannot be read to its end as UTF-8.
+    """
     number = 0
     if path.exists() and not path.is_file():
         raise DataError(f"{path}: is no ordinary file; give a file of JSON lines")

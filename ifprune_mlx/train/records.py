@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import hashlib
 import json
 import unicodedata
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
 from ifprune_mlx.errors import DataError
+from ifprune_mlx.json_lines import text_lines
 
 Message = dict[str, str]
 
@@ -68,7 +65,7 @@ def read_records(
     """
     path = Path(path)
     records, first_bad = [], None
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(text_lines(path), 1):
         if not line.strip():
             continue
         try:
@@ -99,29 +96,6 @@ def split(record: Record, share: float) -> str:
 
 class _BadLine(Exception):
     """Why a line cannot be used."""
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """Lines of a UTF-8 text file. Only line feeds end them: JSON strings may hold Unicode's other line breaks."""
-    number = 0
-    if path.exists() and not path.is_file():
-        raise DataError(f"{path}: is no ordinary file; give a file of JSON lines")
-    try:
-        with _open(path) as file:
-            for number, line in enumerate(file, 1):
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError:
-        raise DataError(f"{path}, line {number}: not UTF-8 text; convert the file, for example with iconv") from None
-    except (EOFError, zlib.error) as exc:
-        raise DataError(f"{path}: damaged after line {number} ({exc}); copy or download it again") from None
-    except OSError as exc:
-        raise DataError(f"{path}: cannot be read ({exc.strerror or exc})") from None
-
-
-def _open(path: Path) -> BufferedIOBase:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")
-    return bz2.open(path, "rb") if path.suffix == ".bz2" else path.open("rb")
 
 
 def _record(line: str, domain: str) -> Record:
