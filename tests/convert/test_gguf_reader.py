@@ -21,7 +21,15 @@ from mlx_lm.utils import _get_classes
 from ifprune_convert.readers import gguf as reader
 from ifprune_convert.readers import open_source
 from ifprune_mlx.errors import SourceError
-from tests.tiny_gguf import CONFIG, TOKENS, make_model, write_gguf
+from tests.gguf_blocks import SCALES, decode_block
+from tests.tiny_gguf import (
+    CONFIG,
+    TOKENS,
+    make_model,
+    sentencepiece_metadata,
+    train_sentencepiece,
+    write_gguf,
+)
 
 TEXTS = [
     "def f(x):\n\treturn x ** 2  # été",
@@ -31,10 +39,24 @@ TEXTS = [
 ]
 
 
+# The last setting differs from the width of a head in the 27B models only, which the number of layers gives away.
+GEMMA2 = {
+    "model_type": "gemma2", "head_dim": 32, "attn_logit_softcapping": 4.0, "final_logit_softcapping": 3.0,
+    "query_pre_attn_scalar": 32,
+}  # fmt: skip
+GEMMA3 = {
+    "model_type": "gemma3_text", "head_dim": 32, "sliding_window": 3, "sliding_window_pattern": 2,
+    "rope_local_base_freq": 500.0, "query_pre_attn_scalar": 32,
+}  # fmt: skip
+
+
 def rebuild(source: Any) -> Any:
     model_class, args_class = _get_classes(source.config)
     model = model_class(args_class.from_dict(source.config))
-    model.load_weights([(name, source.take(name)) for name in source.shapes], strict=True)
+    weights = {name: source.take(name) for name in source.shapes}
+    if hasattr(model, "sanitize"):
+        weights = model.sanitize(weights)
+    model.load_weights(list(weights.items()), strict=True)
     return model
 
 
@@ -53,6 +75,12 @@ def llama() -> tuple[dict[str, Any], Any]:
         {"model_type": "qwen2"},
         {"model_type": "qwen2", "tie_word_embeddings": False},
         {"model_type": "qwen3", "head_dim": 32},
+        {"model_type": "gemma", "head_dim": 32},
+        GEMMA2,
+        {**GEMMA2, "num_hidden_layers": 46, "query_pre_attn_scalar": 16},
+        GEMMA3,
+        {**GEMMA3, "tie_word_embeddings": False},
+        {**GEMMA3, "num_hidden_layers": 62, "query_pre_attn_scalar": 16},
     ],
     ids=lambda extra: "-".join(map(str, extra.values())),
 )
@@ -88,18 +116,23 @@ def test_quantized_tensors_are_dequantized_exactly(
         assert np.array_equal(np.array(taken), expected), name
 
 
-@pytest.mark.parametrize("kind", [Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K])
-def test_k_quants_are_read(tmp_path: Path, kind: Kind) -> None:
-    config = {**CONFIG, "model_type": "qwen2", "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
+@pytest.mark.parametrize("kind", SCALES)
+def test_every_quantized_type_is_what_its_definition_says(tmp_path: Path, kind: Kind) -> None:
+    config = {**CONFIG, "model_type": "qwen2", "hidden_size": 256, "intermediate_size": 32, "num_hidden_layers": 1}
     block, size = gguf.GGML_QUANT_SIZES[kind]
-    raw = np.random.default_rng(0).integers(0, 60, (256, 256 // block * size), dtype=np.uint8)
+    dice = np.random.default_rng(0)
+    raw = dice.integers(0, 256, (32, 256 // block, size), dtype=np.uint8)
+    for at in SCALES[kind]:
+        raw[..., at : at + 2] = dice.normal(0, 1e-2, (*raw.shape[:2], 1)).astype(np.float16).view(np.uint8)
 
     def edit(values: dict[str, Any], tensors: dict[str, tuple[Any, Kind]]) -> None:
-        tensors["blk.0.ffn_up.weight"] = (raw, kind)
+        tensors["blk.0.ffn_up.weight"] = (raw.reshape(32, -1), kind)
 
     path = write_gguf(tmp_path / "m.gguf", config, make_model(config), edit=edit)
     taken = np.array(open_source(path).take("model.layers.0.mlp.up_proj.weight"))
-    assert np.array_equal(taken, dequantize(raw, kind), equal_nan=True)
+    expected = np.array([[x for part in row for x in decode_block(bytes(part), kind)] for row in raw])
+    assert taken.shape == expected.shape
+    np.testing.assert_allclose(taken, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [(Kind.F16, mx.float16), (Kind.BF16, mx.bfloat16)])
@@ -206,6 +239,118 @@ def test_the_rebuilt_tokenizer_round_trips_and_renders(
     }  # fmt: skip
 
 
+def test_gemma3_windows(tmp_path: Path) -> None:
+    config = {**CONFIG, **GEMMA3, "num_hidden_layers": 6}
+    model = make_model(config)
+
+    def opened(**values: Any) -> dict[str, Any]:
+        edit = change(**{f"gemma3__{key}": value for key, value in values.items()})
+        return open_source(write_gguf(tmp_path / "m.gguf", config, model, edit=edit)).config
+
+    default = opened(attention__sliding_window_pattern=None, rope__freq_base_swa=None)
+    assert (default["sliding_window_pattern"], default["rope_local_base_freq"]) == (6, 10000.0)
+    flags = opened(attention__sliding_window_pattern=[True, True, False] * 2)
+    assert flags["sliding_window_pattern"] == 3
+    none = opened(attention__sliding_window=None)
+    assert "sliding_window" not in none
+    assert none["sliding_window_pattern"] == 1
+    scaled = opened(rope__scaling__type="linear", rope__scaling__factor=8.0)
+    assert scaled["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
+    for bad in (7, [True] * 6, [True, False] * 2, [True, False, True, True, False, True]):
+        with pytest.raises(SourceError, match="windows do not recur within 6 layers"):
+            opened(attention__sliding_window_pattern=bad)
+
+
+def test_gemma2_has_no_place_for_rope_scaling(tmp_path: Path) -> None:
+    config = {**CONFIG, **GEMMA2}
+    edit = change(gemma2__rope__scaling__type="linear", gemma2__rope__scaling__factor=8.0)
+    with pytest.raises(SourceError, match="mlx-lm's gemma2 has no place"):
+        open_source(write_gguf(tmp_path / "m.gguf", config, make_model(config), edit=edit))
+
+
+def gemma_source(folder: Path, metadata: dict[str, Any]) -> Any:
+    config = {**CONFIG, **GEMMA3, "vocab_size": len(metadata["tokenizer.ggml.tokens"])}
+    edit = change(**{key.replace(".", "__"): value for key, value in metadata.items()})
+    return open_source(write_gguf(folder / "m.gguf", config, make_model(config), edit=edit))
+
+
+def random_texts() -> list[str]:
+    dice = random.Random(0)
+    letters = [
+        "the",
+        "hen",
+        "aaa",
+        "ab",
+        "12",
+        " ",
+        " ",
+        "  ",
+        "\n",
+        "\n\n",
+        "\t",
+        "<b>",
+        *"abet12(x)=é東京текс😀€\u200b",
+    ]
+    mixed = ["".join(dice.choices(letters, k=dice.randrange(1, 60))) for _ in range(400)]
+    repeated = [letter * count for letter in (*letters, "▁") for count in range(1, 40)]
+    return [*TEXTS, "", " ", *mixed, *repeated]
+
+
+@pytest.mark.parametrize("byte_fallback", [True, False])
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_sentencepiece_vocabulary_gives_the_ids_of_sentencepiece(
+    tmp_path: Path, prefix: bool, byte_fallback: bool
+) -> None:
+    reference = train_sentencepiece(prefix=prefix, byte_fallback=byte_fallback)
+    source = gemma_source(tmp_path, sentencepiece_metadata(reference, prefix=prefix))
+    source.write_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(source.config))
+    tokenizer = load_tokenizer(tmp_path, eos_token_ids=source.config["eos_token_id"])
+    for text in random_texts():
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert ids == reference.encode(text), text
+        decoded = tokenizer.decode(ids)
+        if byte_fallback:  # else SentencePiece shows what is unknown in its own way
+            assert decoded == reference.decode(ids)
+        detokenizer = tokenizer.detokenizer
+        for token in ids:
+            detokenizer.add_token(token)
+        detokenizer.finalize()
+        # With a prefix, mlx-lm's own detokenizer drops all spaces at the beginning, and not one.
+        assert detokenizer.text == (decoded.lstrip(" ") if prefix else decoded)
+    # Text begins with bos, and a turn ends an answer, where the file says nothing of either.
+    assert tokenizer.encode("the hen") == [reference.bos_id(), *reference.encode("the hen")]
+    turn = reference.piece_to_id("<end_of_turn>")
+    assert tokenizer.eos_token_ids == {reference.eos_id(), turn}
+    assert tokenizer.encode("<end_of_turn>", add_special_tokens=False) == [turn]
+    assert (tokenizer.bos_token, tokenizer.unk_token, tokenizer.pad_token) == ("<s>", "<unk>", "<pad>")
+
+
+def test_a_sentencepiece_vocabulary_that_contradicts_itself(tmp_path: Path) -> None:
+    sound = sentencepiece_metadata(train_sentencepiece(prefix=False), prefix=False)
+    scores = sound["tokenizer.ggml.scores"]
+    tokens = ["twice" if token == "<0x41>" else token for token in sound["tokenizer.ggml.tokens"]]
+    no_bytes = [5 if kind == 6 else kind for kind in sound["tokenizer.ggml.token_type"]]
+    for values, words in (
+        ({"scores": scores[:-1]}, f"{len(scores)} tokens and {len(scores) - 1} scores"),
+        ({"scores": [float("nan"), *scores[1:]]}, "scores not finite"),
+        ({"tokens": tokens}, "256 byte tokens, but not one for each byte"),
+        ({"token_type": no_bytes, "unknown_token_id": None}, "neither byte tokens nor one for what is unknown"),
+    ):
+        source = gemma_source(tmp_path, sound | {f"tokenizer.ggml.{key}": value for key, value in values.items()})
+        with pytest.raises(SourceError, match=words):
+            source.write_tokenizer(tmp_path)
+    for values, words in (
+        ({"scores": [1, 2, 3]}, "scores is not a list of float"),
+        ({"scores": None}, r"lacks the metadata tokenizer\.ggml\.scores"),
+        ({"remove_extra_whitespaces": True}, "remove_extra_whitespaces"),
+        ({"eot_token_id": 10_000}, "eot_token_id is 10000"),
+    ):
+        changed = sound | {f"tokenizer.ggml.{key}": value for key, value in values.items()}
+        with pytest.raises(SourceError, match=words):
+            gemma_source(tmp_path, changed)
+
+
 @pytest.mark.parametrize("adds", [True, False])
 def test_bos_is_added_where_the_file_says_so(tmp_path: Path, llama: tuple[dict[str, Any], Any], adds: bool) -> None:
     def edit(values: dict[str, Any], tensors: dict[str, tuple[Any, Kind]]) -> None:
@@ -247,7 +392,7 @@ def foreign_type(metadata: dict[str, Any], tensors: dict[str, tuple[Any, Kind]])
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (change(general__architecture="gemma2"), ["'gemma2'", "llama, qwen2, qwen3"]),
+        (change(general__architecture="phi3"), ["'phi3'", "llama, qwen2, qwen3, gemma, gemma2, gemma3"]),
         (change(general__type="adapter"), ["adapter"]),
         (change(split__count=3), ["3 parts", "llama-gguf-split"]),
         (change(llama__block_count=None), ["lacks the metadata llama.block_count"]),
@@ -259,7 +404,9 @@ def foreign_type(metadata: dict[str, Any], tensors: dict[str, tuple[Any, Kind]])
         (change(llama__rope__dimension_count=8), ["8 of it rotated"]),
         (change(llama__expert_count=8), ["llama.expert_count"]),
         (change(llama__attention__layer_norm_rms_epsilon=0.0), ["layer_norm_rms_epsilon is 0.0"]),
-        (change(tokenizer__ggml__model="llama"), ["kind ('llama') is not supported yet", "safetensors folder"]),
+        (change(tokenizer__ggml__model="t5"), ["kind ('t5') is not supported yet", "safetensors folder"]),
+        (change(tokenizer__ggml__model="llama"), ["lacks the metadata tokenizer.ggml.scores"]),
+        (change(llama__attn_logit_softcapping=50.0), ["llama.attn_logit_softcapping"]),
         (change(tokenizer__ggml__pre="tekken"), ["'tekken'", "not supported yet", "safetensors folder"]),
         (change(tokenizer__ggml__pre=None), ["not supported yet"]),
         (change(tokenizer__ggml__model=None), ["has no tokenizer"]),
@@ -332,6 +479,15 @@ def read_whole(path: Path, folder: Path) -> bool:
             raise
         return False
     return True
+
+
+@pytest.mark.parametrize("error", [-2, -1, 1, 1 << 40])
+def test_a_wrong_number_of_tensors_is_refused(tmp_path: Path, llama: tuple[dict[str, Any], Any], error: int) -> None:
+    path = write_gguf(tmp_path / "m.gguf", *llama)
+    content = bytearray(path.read_bytes())
+    content[8:16] = (int.from_bytes(content[8:16], "little") + error).to_bytes(8, "little")
+    path.write_bytes(content)
+    assert not read_whole(path, tmp_path)
 
 
 def test_a_file_cut_anywhere_is_refused(tmp_path: Path, llama: tuple[dict[str, Any], Any]) -> None:

@@ -62,6 +62,10 @@ class _Cursor:
     def integer(self, code: str) -> int:
         return int(self.numbers(code, 1)[0])
 
+    def padding(self, end: int) -> bytes:
+        """What lies from here to `end` and is not zero: nothing, in a sound file."""
+        return self._data[self.offset : end].strip(b"\0")
+
     def text(self) -> str:
         length = self.integer("Q")
         if length > _MAX_STRING_BYTES:
@@ -150,6 +154,8 @@ def _parse_header(path: Path, cursor: _Cursor, size: int) -> tuple[dict[str, Any
         expected_offset += _round_up(length, alignment)
 
     base = _round_up(cursor.offset, alignment)
+    if cursor.padding(base):
+        raise cursor.damaged("more tensors than it counts")
     tensors = {name: Tensor(name, kind, shape, base + start, n) for name, kind, shape, start, n in entries}
     if len(tensors) != len(entries):
         raise cursor.damaged("a tensor twice")

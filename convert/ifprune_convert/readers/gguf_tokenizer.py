@@ -1,6 +1,7 @@
 """The tokenizer that lies in a GGUF file's metadata, rebuilt as Hugging Face files.
 
-Knows byte-level BPE with the pre-tokenizers in the table below; every other kind is refused.
+Knows byte-level BPE with the pre-tokenizers in the table below, and by `gguf_sentencepiece` SentencePiece's BPE; every
+other kind is refused.
 """
 
 from __future__ import annotations
@@ -14,8 +15,13 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from ifprune_mlx.errors import SourceError
 
 from .gguf_header import AGAIN, ORIGINAL, Metadata
+from .gguf_sentencepiece import build_sentencepiece
 
 _CONTROL, _USER_DEFINED = 3, 4
+# `tokenizer.ggml.model` of the two kinds.
+_BYTE_LEVEL, _SENTENCEPIECE = "gpt2", "llama"
+# Gemma's end of turn, which only some files name; llama.cpp finds it by this text, too.
+_TURN_END = "<end_of_turn>"
 _GPT2_SPLIT = pre_tokenizers.ByteLevel(add_prefix_space=False)
 _LLAMA3 = "llama-bpe"
 # Digits stay single in Qwen's tokens and come in threes in Llama's; the rest of the expression is the same.
@@ -71,15 +77,28 @@ def check_tokenizer_kind(metadata: Metadata) -> None:
     if kind is None:
         raise SourceError(f"{metadata.path}: has no tokenizer; {ORIGINAL}")
     before = metadata.values.get("tokenizer.ggml.pre")
-    if kind != "gpt2" or not isinstance(before, str) or before not in _PRE_TOKENIZERS:
-        name = f"{kind!r} with pre-tokenizer {before!r}" if kind == "gpt2" else repr(kind)
+    if kind == _BYTE_LEVEL:
+        lists = {"tokens": str, "merges": str, "token_type": int}
+        known = isinstance(before, str) and before in _PRE_TOKENIZERS
+    else:
+        lists = {"tokens": str, "scores": float, "token_type": int}
+        known = kind == _SENTENCEPIECE
+    if not known:
+        name = f"{kind!r} with pre-tokenizer {before!r}" if kind == _BYTE_LEVEL else repr(kind)
         raise SourceError(f"{metadata.path}: this GGUF's tokenizer kind ({name}) is not supported yet; {ORIGINAL}")
-    for key, item in (("tokens", str), ("merges", str), ("token_type", int)):
+    for key, item in lists.items():
         value = metadata.required(f"tokenizer.ggml.{key}", list)
         if not all(isinstance(entry, item) for entry in value):
             raise SourceError(
                 f"{metadata.path}: metadata tokenizer.ggml.{key} is not a list of {item.__name__}; {AGAIN}"
             )
+    if kind == _SENTENCEPIECE:
+        for key in ("precompiled_charsmap", "remove_extra_whitespaces"):
+            if metadata.values.get(f"tokenizer.ggml.{key}"):
+                raise SourceError(
+                    f"{metadata.path}: its tokenizer changes text first (tokenizer.ggml.{key}), "
+                    f"which is not supported; {ORIGINAL}"
+                )
 
 
 def special_ids(metadata: Metadata, vocab_size: int) -> dict[str, int]:
@@ -91,8 +110,16 @@ def special_ids(metadata: Metadata, vocab_size: int) -> dict[str, int]:
 
 def end_ids(metadata: Metadata, special: dict[str, int], vocab_size: int) -> list[int]:
     """The ids that end an answer: end of sequence, of turn and of message."""
-    ends = [special.get("eos"), *(_token_id(metadata, f"{key}_token_id", vocab_size) for key in ("eot", "eom"))]
-    return list(dict.fromkeys(token for token in ends if token is not None))
+    turn, message = (_token_id(metadata, f"{key}_token_id", vocab_size) for key in ("eot", "eom"))
+    if turn is None and _is_sentencepiece(metadata):
+        tokens, types = (metadata.values[f"tokenizer.ggml.{key}"] for key in ("tokens", "token_type"))
+        pairs = enumerate(zip(tokens, types, strict=False))  # their lengths are compared when the tokenizer is built
+        turn = next((at for at, pair in pairs if at < vocab_size and pair == (_TURN_END, _CONTROL)), None)
+    return list(dict.fromkeys(token for token in (special.get("eos"), turn, message) if token is not None))
+
+
+def _is_sentencepiece(metadata: Metadata) -> bool:
+    return bool(metadata.values["tokenizer.ggml.model"] == _SENTENCEPIECE)
 
 
 def _token_id(metadata: Metadata, key: str, vocab_size: int) -> int | None:
@@ -108,7 +135,9 @@ def _token_id(metadata: Metadata, key: str, vocab_size: int) -> int | None:
 def _adds_bos(metadata: Metadata) -> bool:
     """Whether text starts with the bos token; llama.cpp's default where the file does not say."""
     adds = metadata.optional("tokenizer.ggml.add_bos_token", bool)
-    return metadata.values["tokenizer.ggml.pre"] == _LLAMA3 if adds is None else bool(adds)
+    if adds is None:
+        return _is_sentencepiece(metadata) or metadata.values["tokenizer.ggml.pre"] == _LLAMA3
+    return bool(adds)
 
 
 def _adds_eos(metadata: Metadata) -> bool:
@@ -116,22 +145,39 @@ def _adds_eos(metadata: Metadata) -> bool:
 
 
 def _build_tokenizer(metadata: Metadata, vocab_size: int) -> tuple[Tokenizer, dict[str, int]]:
-    """The byte-level BPE tokenizer that the metadata describes, and the ids of its special tokens."""
+    """The tokenizer that the metadata describes, and the ids of its special tokens."""
     path, values = metadata.path, metadata.values
-    before = values["tokenizer.ggml.pre"]
     tokens: list[str] = values["tokenizer.ggml.tokens"]
     types: list[int] = values["tokenizer.ggml.token_type"]
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    if not len(vocabulary) == len(tokens) == len(types) <= vocab_size:
+    different = len(set(tokens))
+    if not different == len(tokens) == len(types) <= vocab_size:
         raise SourceError(
-            f"{path}: the vocabulary has {len(tokens)} tokens, {len(vocabulary)} of them different, {len(types)} types "
+            f"{path}: the vocabulary has {len(tokens)} tokens, {different} of them different, {len(types)} types "
             f"and {vocab_size} embeddings; {AGAIN}"
         )
+    special = special_ids(metadata, vocab_size)
+    if _is_sentencepiece(metadata):
+        prefix = metadata.optional("tokenizer.ggml.add_space_prefix", bool)
+        unknown = tokens[special["unk"]] if "unk" in special else None
+        scores: list[float] = values["tokenizer.ggml.scores"]
+        tokenizer = build_sentencepiece(path, tokens, scores, types, prefix is not False, unknown)
+        plain = None
+    else:
+        tokenizer = _build_byte_level(metadata, tokens, types)
+        plain = processors.ByteLevel(trim_offsets=False)
+    if (processor := _post_processor(metadata, tokens, special, plain)) is not None:
+        tokenizer.post_processor = processor
+    return tokenizer, special
+
+
+def _build_byte_level(metadata: Metadata, tokens: list[str], types: list[int]) -> Tokenizer:
+    path, values = metadata.path, metadata.values
+    before = values["tokenizer.ggml.pre"]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
     # A token may begin with the separator, but is never empty.
     merges = [
         (merge[:cut], merge[cut + 1 :]) for merge in values["tokenizer.ggml.merges"] if (cut := merge.find(" ", 1)) > 0
     ]
-    special = special_ids(metadata, vocab_size)
     try:
         if len(merges) != len(values["tokenizer.ggml.merges"]):
             raise ValueError("a merge that is not two tokens")
@@ -142,19 +188,19 @@ def _build_tokenizer(metadata: Metadata, vocab_size: int) -> tuple[Tokenizer, di
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = _PRE_TOKENIZERS[before]
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = _post_processor(metadata, tokens, special)
     added = [
         AddedToken(token, special=kind == _CONTROL, normalized=False)
         for token, kind in zip(tokens, types, strict=True)
         if kind in (_CONTROL, _USER_DEFINED)
     ]
     tokenizer.add_tokens(added)
-    return tokenizer, special
+    return tokenizer
 
 
-def _post_processor(metadata: Metadata, tokens: list[str], special: dict[str, int]) -> processors.PostProcessor:
-    """Puts bos before and eos after a text, where the file says so."""
-    plain = processors.ByteLevel(trim_offsets=False)
+def _post_processor(
+    metadata: Metadata, tokens: list[str], special: dict[str, int], plain: processors.PostProcessor | None
+) -> processors.PostProcessor | None:
+    """Puts bos before and eos after a text, where the file says so, once `plain` is done."""
     bos = tokens[special["bos"]] if _adds_bos(metadata) and "bos" in special else None
     eos = tokens[special["eos"]] if _adds_eos(metadata) and "eos" in special else None
     if bos is None and eos is None:
@@ -163,7 +209,7 @@ def _post_processor(metadata: Metadata, tokens: list[str], special: dict[str, in
     pair = single + [token if token != "$A" else "$B" for token in single]
     used = {token: special[role] for role, token in (("bos", bos), ("eos", eos)) if token is not None}
     template = processors.TemplateProcessing(single=single, pair=pair, special_tokens=list(used.items()))
-    return processors.Sequence([plain, template])
+    return template if plain is None else processors.Sequence([plain, template])
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
