@@ -129,6 +129,12 @@ def write_atomic(path: Path, write: Callable[[Path], object], error: type[Ifprun
             temporary.unlink(missing_ok=True)
 
 
+def check_free(path: Path, overwrite: bool, error: type[IfpruneError] = IfpruneError) -> None:
+    """Raise IfpruneError (or the given subclass) if something is at `path` and may not be replaced."""
+    if (path.exists() or path.is_symlink()) and not overwrite:
+        raise error(f"{path}: already exists; choose another folder, or pass --overwrite to replace it")
+
+
 @contextmanager
 def new_folder(path: Path, *, overwrite: bool, error: type[IfpruneError] = IfpruneError) -> Iterator[Path]:
     """Yield a hidden sibling folder to fill; on success it is renamed to `path`, on failure it is removed.
@@ -140,8 +146,7 @@ def new_folder(path: Path, *, overwrite: bool, error: type[IfpruneError] = Ifpru
         IfpruneError: (or the given subclass) if `path` exists and `overwrite` is false, or nothing can be written.
     """
     path = path.absolute()
-    if (path.exists() or path.is_symlink()) and not overwrite:
-        raise error(f"{path}: already exists; choose another folder, or pass --overwrite to replace it")
+    check_free(path, overwrite, error)
     prefix = f".{path.name}.partial-"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,14 +14,18 @@ if TYPE_CHECKING:
     from ifprune_mlx import Checkpoint, Model, Selection
 
 
-def checkpoint_path(model: str | None, *, trained: bool = True) -> str | Path:
-    """The given model, or the embedded default, which is fetched and converted if this is its first use.
+def checkpoint_path(model: str | None, *, trained: bool = True) -> Path:
+    """The folder of the given model, downloaded if it is one of the hub, or of the embedded default, which is fetched
+    and converted if this is its first use.
 
     Args:
         trained: of the embedded model, the one with the trained predictor; else the one that training begins with.
     """
     if model is not None:
-        return model
+        from ifprune_mlx.hub import resolve
+
+        with progress("download", "B") as update:
+            return resolve(model, progress=update)
     from ifprune_convert.embedded import ensure_embedded
 
     with progress("convert", "weights") as update:
@@ -31,9 +35,8 @@ def checkpoint_path(model: str | None, *, trained: bool = True) -> str | Path:
 def open_checkpoint(model: str | None) -> Checkpoint:
     """Open the given checkpoint, or the embedded default, without loading weights."""
     from ifprune_mlx import Checkpoint
-    from ifprune_mlx.hub import resolve
 
-    return Checkpoint.open(resolve(checkpoint_path(model)))
+    return Checkpoint.open(checkpoint_path(model))
 
 
 def check_selection(model: Model | Checkpoint, selection: Selection, file: Path) -> None:

@@ -41,8 +41,8 @@ def open_source(path: Path, *, trust_remote_code: bool = False) -> Source:
     except OSError as exc:
         raise SourceError(f"{path}: cannot be read ({exc.strerror or exc}); check its permissions") from None
     raise SourceError(
-        f"{path}: no such file or folder; to convert a model from the hub, download it first, "
-        "e.g. `hf download ORG/NAME --local-dir FOLDER`, and pass that folder"
+        f"{path}: no such file or folder; a model of the hub is named by its id, ORG/NAME, "
+        "or by the folder that `hf download` put it into"
     )
 
 
