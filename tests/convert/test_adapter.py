@@ -13,7 +13,8 @@ from mlx_lm import lora
 from mlx_lm.utils import load as load_with_adapter
 from mlx_lm.utils import load_model
 
-from ifprune_convert import adapter as module
+from ifprune_convert import fusing
+from ifprune_convert.adapter import open_adapter
 from ifprune_convert.pipeline import Options, convert
 from ifprune_convert.readers import open_source
 from ifprune_convert.skeleton import build_skeleton
@@ -118,7 +119,7 @@ def test_only_what_the_adapter_holds_is_changed(tmp_path: Path) -> None:
 
 
 def test_large_weights_are_fused_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_CHUNK", 1000)
+    monkeypatch.setattr(fusing, "_CHUNK", 1000)
     source = write_source(tmp_path / "source")
     check(source, write_adapter(tmp_path / "adapter", source, "dora"), tmp_path / "out")
 
@@ -211,7 +212,7 @@ def test_every_tensor_is_used_and_none_stays(tmp_path: Path) -> None:
     folder = write_source(tmp_path / "source")
     adapter = write_adapter(tmp_path / "adapter", folder)
     source = open_source(folder)
-    opened = module.open_adapter(adapter, build_skeleton(folder, source.config, len(source.shapes)), source.shapes)
+    opened = open_adapter(adapter, build_skeleton(folder, source.config, len(source.shapes)), source.shapes)
     changed = [name for name in source.shapes if name in opened]
     assert len(changed) == 2 * 7
     for name in changed:

@@ -1,0 +1,237 @@
+"""Opens predictor folders of two layouts, and puts them into a checkpoint as it keeps them.
+
+One is our own, copied as it is: an mlx-lm model folder with `head.safetensors`. The other is what the inference code of
+the paper's authors saves from PyTorch, as safetensors: `feature_extractor.*` (a Hugging Face model, whose config.json
+and tokenizer files lie in the folder), `prediction_head1.*` and `prediction_head2.*` (linear layers, nothing between
+them, on the last token's state). The backbone's names are those of mlx-lm's own `sanitize`. Pickles are never read.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ifprune_mlx.checkpoint import read_json_object, refuse_custom_code
+from ifprune_mlx.errors import PredictorError, SourceError
+from ifprune_mlx.files import read_safetensors_header
+from ifprune_mlx.predictor import Head, SparsityPredictor
+
+from .fusing import all_finite
+from .rope import with_flat_rope
+from .shards import Shards
+from .skeleton import build_skeleton, check_shapes, parameter_shapes
+from .wording import first_line, listing, reason
+
+_HEAD = "head.safetensors"
+_BACKBONE = "feature_extractor."
+_HEADS = ("prediction_head1.weight", "prediction_head1.bias", "prediction_head2.weight", "prediction_head2.bias")
+_OUTPUT = "lm_head.weight"
+_TEXTS = {".json", ".jinja", ".model", ".txt"}
+_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+_FLOATS = ("F32", "F16", "BF16")
+_SAVE = "save it again with safetensors.torch.save_file"
+
+
+@dataclass(frozen=True)
+class ReadyPredictor:
+    """A folder of our own layout."""
+
+    folder: Path
+
+    def write(self, target: Path) -> None:
+        """Copy it to the new folder `target`.
+
+        Raises:
+            PredictorError: if a file is damaged.
+        """
+        target.mkdir()
+        for file in sorted(self.folder.iterdir()):
+            if file.is_file() and file.suffix in _TEXTS | {".safetensors"}:
+                shutil.copyfile(file, target / file.name)
+                if file.suffix == ".safetensors":
+                    read_safetensors_header(target / file.name, PredictorError)
+        Head.load(target / _HEAD)
+
+
+@dataclass(frozen=True)
+class TorchPredictor:
+    """A folder of the authors' layout.
+
+    Attributes:
+        config: the backbone's, as it is to be written.
+        backbone: its tensors by mlx-lm's names, not evaluated.
+        head: its arrays not evaluated.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    backbone: dict[str, mx.array]
+    head: Head
+
+    def write(self, target: Path) -> None:
+        """Write it to the new folder `target` in our own layout; can be done once.
+
+        Raises:
+            PredictorError: if a tensor holds NaN or infinity, or the tokenizer cannot be used.
+        """
+        target.mkdir()
+        for file in sorted(self.folder.iterdir()):
+            if file.is_file() and file.suffix in _TEXTS and not file.name.endswith(".safetensors.index.json"):
+                shutil.copyfile(file, target / file.name)
+        (target / "config.json").write_text(json.dumps(self.config, indent=1) + "\n", encoding="utf-8")
+        shards = Shards(target)
+        for name in list(self.backbone):
+            # A view into a larger tensor (a fused matrix that `sanitize` split) would keep all of it in memory.
+            array = mx.contiguous(self.backbone.pop(name))
+            self._check_numbers(name, array)
+            shards.add({name: array})
+            del array
+        shards.finish()
+        head = (self.head.first, self.head.first_bias, self.head.second, self.head.second_bias)
+        for name, given in zip(_HEADS, head, strict=True):
+            if given is not None:
+                self._check_numbers(name, given)
+        self.head.save(target / _HEAD)
+        try:
+            SparsityPredictor.load(target)
+        except PredictorError as exc:
+            # What cannot be loaded there is what was given here.
+            raise PredictorError(str(exc).replace(str(target), str(self.folder))) from None
+
+    def _check_numbers(self, name: str, array: mx.array) -> None:
+        try:
+            finite = all_finite(array)
+        except RuntimeError as exc:
+            raise PredictorError(f"{self.folder}: tensor {name} cannot be read ({first_line(exc)})") from None
+        if not finite:
+            raise PredictorError(f"{self.folder}: tensor {name} contains NaN or infinity; train or save it again")
+
+
+def open_predictor(folder: Path, widths: Sequence[int]) -> ReadyPredictor | TorchPredictor:
+    """Open a predictor folder of either layout, checked as a whole.
+
+    Args:
+        widths: `d_ffn` of every FFN of the model that it is to select for.
+
+    Raises:
+        PredictorError: naming the file, if something is missing, damaged, or belongs to another model.
+    """
+    if not folder.is_dir():
+        raise PredictorError(f"{folder}: no such predictor folder; give the folder of a trained sparsity predictor")
+    if (folder / _HEAD).is_file():
+        head = Head.load(folder / _HEAD)
+        if head.layers is None:
+            SparsityPredictor.load(folder)
+        head.check_widths(widths, folder)
+        return ReadyPredictor(folder)
+    names = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
+    files = [folder / name for name in names if name.endswith(".safetensors")]
+    if not files:
+        if pickles := [name for name in names if Path(name).suffix in _PICKLES]:
+            raise PredictorError(
+                f"{folder / pickles[0]}: is a Python pickle, which can run code when read and is never opened; {_SAVE}"
+            )
+        raise PredictorError(
+            f"{folder}: has neither {_HEAD} nor PyTorch's tensors as *.safetensors; "
+            "give the folder of a trained sparsity predictor"
+        )
+    return _open_torch(folder, files, widths)
+
+
+def _open_torch(folder: Path, files: list[Path], widths: Sequence[int]) -> TorchPredictor:
+    tensors = _load_lazily(folder, files)
+    backbone = {name.removeprefix(_BACKBONE): tensors.pop(name) for name in list(tensors) if name.startswith(_BACKBONE)}
+    if missing := [name for name in (_HEADS[0], _HEADS[2]) if name not in tensors]:
+        raise PredictorError(
+            f"{folder}: has neither {_HEAD} nor the tensors {listing(missing)}; "
+            "give the folder of a trained sparsity predictor"
+        )
+    if unknown := sorted(tensors.keys() - set(_HEADS)):
+        raise PredictorError(
+            f"{folder}: holds {listing(unknown)}; a predictor of PyTorch has {_BACKBONE}*, and weight and bias of "
+            "prediction_head1 and prediction_head2, only"
+        )
+    first, first_bias, second, second_bias = (tensors.get(name) for name in _HEADS)
+    assert first is not None
+    assert second is not None
+    if second.ndim != 2 or second.shape[0] != sum(widths):
+        raise PredictorError(
+            f"{folder}: {_HEADS[2]} has shape {list(second.shape)}, and the model has {len(widths)} FFNs with "
+            f"{sum(widths)} neurons in all; the predictor was trained for another model, "
+            "convert with --predictor DIR of this one's"
+        )
+    try:
+        head = Head(first, first_bias, second, second_bias, tuple(widths))
+    except PredictorError as exc:
+        raise PredictorError(f"{folder}: {exc}; the predictor's tensors do not belong together") from None
+    if not (folder / "config.json").is_file():
+        raise PredictorError(f"{folder}: has no config.json; copy the backbone's there, and its tokenizer files")
+    config = read_json_object(folder / "config.json", PredictorError)
+    refuse_custom_code(config, folder, PredictorError)
+    if any(config.get(key) for key in ("quantization", "quantization_config")):
+        raise PredictorError(f"{folder}: its backbone is quantized; save the unquantized one")
+    try:
+        # Only hidden states are used, and an output layer of its own, where the family can do without, is dead weight.
+        config = with_flat_rope(folder, config) | {"tie_word_embeddings": True}
+        arranged = _arrange(folder, config, backbone)
+    except SourceError as exc:
+        raise PredictorError(str(exc)) from None
+    return TorchPredictor(folder, config, arranged, head)
+
+
+def _load_lazily(folder: Path, files: list[Path]) -> dict[str, mx.array]:
+    tensors: dict[str, mx.array] = {}
+    for file in files:
+        infos = read_safetensors_header(file, PredictorError).tensors
+        for name, info in infos.items():
+            if name in tensors:
+                raise PredictorError(f"{folder}: tensor {name} is in two files; remove the stale one")
+            if info.dtype not in _FLOATS:
+                raise PredictorError(
+                    f"{file}: tensor {name} has type {info.dtype}; save it in float32, float16 or bfloat16"
+                )
+        try:
+            loaded = mx.load(str(file))
+        except (RuntimeError, ValueError) as exc:
+            raise PredictorError(f"{file}: cannot be loaded ({first_line(exc)}); {_SAVE}") from None
+        assert isinstance(loaded, dict)
+        tensors |= loaded
+    return tensors
+
+
+def _arrange(folder: Path, config: dict[str, Any], tensors: dict[str, mx.array]) -> dict[str, mx.array]:
+    """The backbone's tensors under the names that mlx-lm's class wants.
+
+    They may be those of a whole language model or of its inner model, and come with an output layer or without. All are
+    tried, and that with the most tensors in place is it; at equal numbers, the one without an output layer.
+
+    Raises:
+        SourceError: if mlx-lm does not know the family, or the tensors are not just those that it wants.
+    """
+    best: tuple[int, dict[str, tuple[int, ...]], dict[str, mx.array]] | None = None
+    failure = ""
+    for prefix in ("", "model."):
+        for dropped in (_OUTPUT, ""):
+            model = build_skeleton(folder, config, len(tensors))
+            given = {n if n == _OUTPUT else prefix + n: array for n, array in tensors.items() if n != dropped}
+            sanitize: Callable[[dict[str, mx.array]], dict[str, mx.array]] | None = getattr(model, "sanitize", None)
+            try:
+                arranged = given if sanitize is None else sanitize(given)
+            except Exception as exc:  # it indexes and reshapes what a complete model would have
+                failure = failure or reason(exc)
+                continue
+            expected = parameter_shapes(model)
+            fits = len(expected.keys() & arranged.keys())
+            if best is None or fits > best[0]:
+                best = fits, expected, arranged
+    if best is None:
+        raise SourceError(f"{folder}: mlx-lm cannot arrange the backbone's tensors ({failure}); save it again")
+    _, expected, arranged = best
+    check_shapes(folder, expected, {name: tuple(array.shape) for name, array in arranged.items()})
+    return arranged
