@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ifprune_mlx.choices import ChoiceQuestion
     from ifprune_mlx.evaluate import Evaluation
     from ifprune_mlx.exact import ExactQuestion
+    from ifprune_mlx.harness import HarnessTask
     from ifprune_mlx.tasks import TaskRow
     from ifprune_mlx.train.encoding import Encoded
     from ifprune_mlx.train.records import Record
@@ -42,6 +43,7 @@ class _Wanted:
     records: Records
     choices: dict[str, list[ChoiceQuestion]]
     exact: dict[str, list[ExactQuestion]]
+    harness: list[HarnessTask]
     limit: int | None
     max_length: int
     max_tokens: int
@@ -50,7 +52,7 @@ class _Wanted:
     @property
     def has_tasks(self) -> bool:
         """Whether there is anything beside losses."""
-        return bool(self.choices or self.exact)
+        return bool(self.choices or self.exact or self.harness)
 
 
 def evaluate(
@@ -71,6 +73,24 @@ def evaluate(
             metavar="NAME=FILE",
             help="A task with one right answer, which is generated: JSON lines with prompt or question, and answer; "
             "repeatable.",
+        ),
+    ] = None,
+    lm_eval: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            "--lm-eval",
+            metavar="TASK",
+            help="A task or group of lm-evaluation-harness, several with commas between; repeatable. Of each task "
+            "--limit takes the first questions, as lm-eval does. Needs ifprune-mlx[evaluate].",
+        ),
+    ] = None,
+    lm_eval_tasks: Annotated[
+        Optional[list[Path]],
+        typer.Option(
+            "--lm-eval-tasks",
+            metavar="FOLDER",
+            help="Of your own lm-evaluation-harness tasks: YAML files, and the Python functions that they name, which "
+            "run; repeatable.",
         ),
     ] = None,
     model: ModelOption = None,
@@ -126,13 +146,18 @@ def evaluate(
     from ifprune_mlx.evaluate import available_rows
 
     # Whatever can be wrong is better found before hours of measuring than after them.
-    if not (data or choices or exact):
-        raise DataError("evaluate needs data; give --data, --choices or --exact NAME=FILE.jsonl, once for every domain")
+    if not (data or choices or exact or lm_eval):
+        raise DataError(
+            "evaluate needs data; give --data, --choices or --exact NAME=FILE.jsonl, once for every domain, "
+            "or --lm-eval TASK"
+        )
     if density is not None and densities is not None:
         raise IfpruneError("--density and --densities contradict each other; give one of them")
     _check_outputs(json, plot, bool(data))
     shares = [density] if densities is None else _densities(densities)
-    wanted = _read(data or [], choices or [], exact or [], limit, max_length, max_tokens, seed)
+    wanted = _read(
+        data or [], choices or [], exact or [], _harness(lm_eval, lm_eval_tasks), limit, max_length, max_tokens, seed
+    )
     names = None if selectors is None else _names(selectors, wanted)
     arms = {"healed-static": (healed_static, "static"), "healed-dense": (healed_dense, "dense")}
     for given in filter(None, (healed_static, healed_dense)):
@@ -176,7 +201,7 @@ class _Measured:
         from ifprune_mlx.choices import encode_choices
         from ifprune_mlx.exact import encode_exact
 
-        self._model, self._tokenizer, self._wanted = model, tokenizer, wanted
+        self._model, self._tokenizer, self._wanted, self._report = model, tokenizer, wanted, report
         limit, seed, context = wanted.limit, wanted.seed, model.context_length
         self._examples = sample(model, tokenizer, wanted.records, limit, wanted.max_length, seed, report)
         take = partial(pick, context=context, limit=limit, seed=seed, report=report)
@@ -187,12 +212,19 @@ class _Measured:
 
     @property
     def tokens(self) -> list[list[int]]:
-        """Everything that is read, as token ids."""
+        """Everything that is read, as token ids; of lm-eval's tasks samples."""
+        from ifprune_mlx.prompts import render_messages
+
         options = [option for choices in self._choices.values() for choice in choices for option in choice.options]
         return [
             *(example.tokens.tolist() for examples in self._examples.values() for example in examples),
             *(list(instruction.tokens) for given in self._instructions.values() for instruction in given),
             *(list(option.tokens) for option in options),
+            *(
+                render_messages(self._tokenizer, [{"role": "user", "content": text}])
+                for task in self._wanted.harness
+                for text in task.texts
+            ),
         ]
 
     def at(self, keep: tuple[int, ...], names: Sequence[str], label: str) -> Evaluation:
@@ -239,6 +271,21 @@ class _Measured:
                     max_tokens=self._wanted.max_tokens,
                     seed=seed,
                     progress=update,
+                )
+        for task in self._wanted.harness:
+            from ifprune_mlx.harness import score_harness
+
+            with progress(f"{label} {task.name}", "requests") as update:
+                result += score_harness(
+                    self._model,
+                    self._tokenizer,
+                    task,
+                    rows,
+                    keep,
+                    limit=self._wanted.limit,
+                    seed=seed,
+                    progress=update,
+                    report=self._report,
                 )
         return result
 
@@ -291,6 +338,7 @@ def _read(
     data: Sequence[str],
     choices: Sequence[str],
     exact: Sequence[str],
+    harness: list[HarnessTask],
     limit: int | None,
     max_length: int,
     max_tokens: int,
@@ -310,15 +358,43 @@ def _read(
     for name in exact_files:
         if name in choice_files:
             raise DataError(f"--exact {name}: task {name!r} is given with --choices, too; give one another name")
+    for name in [name for task in harness for name in (task.name, *task.tasks)]:
+        if name in choice_files or name in exact_files:
+            raise DataError(f"--lm-eval {name}: another task is called {name!r}, too; give that another name")
     return _Wanted(
         read_data(data),
         {name: read_choices(path) for name, path in choice_files.items()},
         {name: read_exact(path) for name, path in exact_files.items()},
+        harness,
         limit,
         max_length,
         max_tokens,
         seed,
     )
+
+
+def _harness(names: Sequence[str] | None, folders: Sequence[Path] | None) -> list[HarnessTask]:
+    """The tasks of `--lm-eval`, with their data.
+
+    Raises:
+        IfpruneError: if the package is missing, a folder comes without tasks, or a task cannot be loaded.
+    """
+    from ifprune_mlx import IfpruneError
+
+    if not names:
+        if folders:
+            raise IfpruneError("--lm-eval-tasks only says where tasks are; name some of them with --lm-eval")
+        return []
+    try:
+        from ifprune_mlx.harness import load_tasks
+    except ModuleNotFoundError as exc:
+        raise IfpruneError(
+            f"--lm-eval needs the package {str(exc.name).split('.')[0]}; pip install 'ifprune-mlx[evaluate]'"
+        ) from None
+    split = [name.strip() for given in names for name in given.split(",") if name.strip()]
+    if not split:
+        raise IfpruneError("--lm-eval is empty; give names of tasks, which `lm-eval ls tasks` lists")
+    return load_tasks(split, folders or [])
 
 
 def _names(selectors: str, wanted: _Wanted) -> list[str]:
@@ -339,7 +415,7 @@ def _names(selectors: str, wanted: _Wanted) -> list[str]:
     if not names:
         raise IfpruneError(f"--selectors is empty; choose from {', '.join(known)}")
     if wanted.has_tasks and not set(names) & set(TASK_ROWS):
-        raise IfpruneError(f"--selectors has none that --choices and --exact can measure: {', '.join(TASK_ROWS)}")
+        raise IfpruneError(f"--selectors has none that tasks can be measured with: {', '.join(TASK_ROWS)}")
     return names
 
 

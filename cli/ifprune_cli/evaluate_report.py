@@ -17,6 +17,8 @@ _METRICS = {
     "margin": "nats per token, the right option's mean log likelihood minus the best other one's",
     "cut_off": "share of the answers that ended at --max-tokens",
 }
+_OF_HARNESS = "as lm-evaluation-harness defines it"
+_LOWER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter", "wer")
 _LEVELS = ("dense", "healed-dense")
 
 
@@ -135,12 +137,17 @@ def _tasks(result: Evaluation) -> list[list[str]]:
         row = summary.row
         if (row.task, row.metric) not in blocks:
             head = f"{row.task}, {row.metric.replace('_', '-')} ({len(row.per_question)} questions), "
-            head += f"density {result.density:.3f}: {_METRICS[row.metric]}"
+            head += f"density {result.density:.3f}: {_explained(row.metric)}"
             columns = ["mean [95 % interval]", "minus static"]
             blocks[row.task, row.metric] = [head, _line("", [f"{name:>24}" for name in columns])]
         cells = [_cell(summary.figure, ""), _cell(summary.minus_static, "+")]
         blocks[row.task, row.metric].append(_line(row.selector, [f"{cell:>24}" for cell in cells]).rstrip())
     return list(blocks.values())
+
+
+def _explained(metric: str) -> str:
+    told = _METRICS.get(metric, _OF_HARNESS)
+    return f"{told}; lower is better" if metric.split(",", maxsplit=1)[0] in _LOWER_IS_BETTER else told
 
 
 def _cell(figure: Figure | None, sign: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as encoder
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -106,6 +107,16 @@ def train(
             help="A small mlx-lm model that the predictor reads with, instead of the first layers (distill).",
         ),
     ] = None,
+    backbone_config: Annotated[
+        Optional[str],
+        typer.Option(
+            "--backbone-config",
+            metavar="FILE|small",
+            help="Train a small model from random weights for the predictor to read with, by --iters steps of "
+            "--batch-size chats: a config.json of mlx-lm's, or small, a llama of 4 layers and width 256; with the "
+            "model's tokenizer (distill).",
+        ),
+    ] = None,
     pooling: Annotated[
         PoolingName,
         typer.Option("--pooling", help="The head reads the last token's hidden state, the mean, or both (distill)."),
@@ -159,7 +170,9 @@ def train(
     learning_rate: Annotated[
         Optional[float],
         typer.Option(
-            "--learning-rate", min=0.0, help="Of the adapters or weights.  [default: 5e-4; fine-tune type full: 1e-4]"
+            "--learning-rate",
+            min=0.0,
+            help="Of the adapters or weights.  [default: 5e-4; full weights: 1e-4; --backbone-config: 1e-3]",
         ),
     ] = None,
     head_learning_rate: Annotated[
@@ -230,12 +243,23 @@ def train(
     began = time.perf_counter()
     group = mx.distributed.init()
     if measuring:
-        if group.size() > 1:
-            raise DataError(f"--stage {stage.value} runs in one process; start it without mlx.launch")
-        reader = _backbone(loaded, layers, backbone)
-        targets = _targets(loaded, tokenizer, picked, output, layers, reader, max_seq_length, chats)
+        _check_alone(group.size(), stage)
+        reader = _backbone(loaded, layers, backbone, backbone_config)
+        targets, instructions = _targets(loaded, tokenizer, picked, output, layers, reader, max_seq_length, chats)
         if stage is StageName.calibrate:
             result = _calibrate(targets, output)
+        elif backbone_config is not None:
+            result = _scratch(
+                _Scratch(targets, instructions, backbone_config, output, steps_per_eval, save_every),
+                tokenizer,
+                iterations=iters,
+                batch_size=batch_size,
+                learning_rate=1e-3 if learning_rate is None else learning_rate,
+                warmup=warmup,
+                rank=rank,
+                pooling=pooling.value,
+                seed=seed,
+            )
         else:
             result = _distill(targets, output, rank, pooling.value, backbone, seed)
     else:
@@ -359,11 +383,20 @@ def named_weights(values: list[str], domains: set[str]) -> dict[str, float]:
     return weights
 
 
-def _backbone(loaded: Model, layers: int, folder: Path | None) -> Backbone | None:
-    """A backbone of its own; None for the model's first layers."""
+def _check_alone(processes: int, stage: StageName) -> None:
+    from ifprune_mlx import DataError
+
+    if processes > 1:
+        raise DataError(f"--stage {stage.value} runs in one process; start it without mlx.launch")
+
+
+def _backbone(loaded: Model, layers: int, folder: Path | None, config: str | None) -> Backbone | None:
+    """A backbone of its own; None for the model's first layers, also where one is going to be trained."""
     from ifprune_mlx import DataError
     from ifprune_mlx.train.backbone import Backbone
 
+    if folder is not None and config is not None:
+        raise DataError("--backbone and --backbone-config contradict each other; give one of them")
     if folder is not None:
         return Backbone.load(folder)
     depth = len(loaded.layers)
@@ -381,7 +414,8 @@ def _targets(
     backbone: Backbone | None,
     max_seq_length: int,
     count: int | None,
-) -> Targets:
+) -> tuple[Targets, list[str]]:
+    """What was measured, and the instructions of the same chats."""
     from ifprune_mlx.train.targets import measure
 
     domains = []
@@ -392,7 +426,8 @@ def _targets(
     longest = max(map(len, domains))
     ordered = [domain[index] for index in range(longest) for domain in domains if index < len(domain)]
     with progress("measure", "chats") as update:
-        return measure(loaded, ordered, output / "targets", layers, update, count=count, backbone=backbone)
+        targets = measure(loaded, ordered, output / "targets", layers, update, count=count, backbone=backbone)
+    return targets, [chat.instruction for chat in ordered[: len(targets.features)]]
 
 
 def _calibrate(targets: Targets, output: Path) -> dict[str, Any]:
@@ -438,3 +473,46 @@ def _distill(
         f"predicts {100 * explained:.1f} %"
     )
     return result | {"told": told}
+
+
+@dataclass(frozen=True)
+class _Scratch:
+    """What a backbone is trained on from scratch, and where."""
+
+    targets: Targets
+    instructions: list[str]
+    config: str
+    output: Path
+    steps_per_eval: int
+    save_every: int
+
+
+def _scratch(given: _Scratch, tokenizer: TokenizerWrapper, **settings_of: Any) -> dict[str, Any]:
+    from ifprune_mlx.train.distill import distill
+    from ifprune_mlx.train.scratch import ScratchRun, Settings, backbone_config, train_scratch
+
+    settings, targets, output = Settings(**settings_of), given.targets, given.output
+    config = backbone_config(given.config, tokenizer)
+    run = ScratchRun(targets, given.instructions, config, tokenizer, settings, output)
+    fit = distill(targets, rank=settings.rank, pooling=settings.pooling, held_out=settings.held_out, seed=settings.seed)
+    ridge = fit.explained[fit.penalty]
+    note(f"a ridge on the first {targets.layers} layers explains {100 * ridge:.1f} % between answers held out")
+    with progress("train", "steps") as update:
+        found = train_scratch(
+            run, steps_per_eval=given.steps_per_eval, save_every=given.save_every, progress=update, report=note
+        )
+    told = (
+        f"{len(targets.features)} chats, {parameters(found.parameters)} parameters; of what differs between held-out "
+        f"answers it predicts {100 * found.explained:.1f} % (after step {found.step}), a ridge on the first "
+        f"{targets.layers} layers {100 * ridge:.1f} %"
+    )
+    return {
+        "path": str(output / "predictor"),
+        "chats": len(targets.features),
+        "parameters": found.parameters,
+        "pooling": settings.pooling,
+        "explained": found.explained,
+        "best_step": found.step,
+        "ridge_explained": ridge,
+        "told": told,
+    }

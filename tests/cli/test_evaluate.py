@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -370,3 +371,56 @@ def test_bad_input_is_one_line(name: str, tiny_checkpoint: Path, files: dict[str
     assert (len(lines), done.stdout) == (1, "")
     assert "Traceback" not in done.stderr
     assert all(word in lines[0] for word in words), lines
+
+
+def write_yaml_task(folder: Path, name: str, data: Path) -> None:
+    """A task of lm-evaluation-harness that reads a file of multiple choice questions."""
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.yaml").write_text(
+        f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: '{data}'}}}}\ntest_split: test\n"
+        "output_type: multiple_choice\ndoc_to_text: '{{query}}'\ndoc_to_choice: '{{choices}}'\ndoc_to_target: gold\n"
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tasks_of_the_harness_stand_beside_our_own(
+    with_predictor: Path, tasks: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    for name in ("theirs", "more"):
+        write_yaml_task(tmp_path / "mine", name, tasks["pick"])
+    arguments = [
+        "--lm-eval",
+        "theirs, more",
+        "--lm-eval-tasks",
+        tmp_path / "mine",
+        "--choices",
+        f"pick={tasks['pick']}",
+    ]
+    arguments += ["--selectors", "dense,learned,mismatched", "--limit", "3", "--densities", "0.25,0.5"]
+    done = succeed("evaluate", "--model", with_predictor, *arguments, "--healed-static", with_predictor, "--json", "-")
+    for point in answer(done)["curve"]:
+        rows = {(row["selector"], row["task"], row["metric"]): row for row in point["tasks"]}
+        for name in ("theirs", "more"):
+            for row in ("dense", "learned", "mismatched", "healed-static"):
+                assert rows[row, name, "acc"]["n"] == 3
+        assert rows["dense", "theirs", "acc"]["value"] == rows["dense", "more", "acc"]["value"]
+    table = succeed("evaluate", "--model", with_predictor, *arguments).stdout
+    assert "theirs, acc (3 questions), density 0.250: as lm-evaluation-harness defines it" in table
+    taken = ["--lm-eval", "theirs", "--lm-eval-tasks", tmp_path / "mine", "--choices", f"theirs={tasks['pick']}"]
+    done = run_here("evaluate", "--model", with_predictor, *taken)
+    assert (done.returncode, "another task is called 'theirs'" in done.stderr) == (1, True)
+
+
+def test_without_the_harness_one_line_says_what_to_install(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "ifprune_mlx.harness", raising=False)
+    done = run_here("evaluate", "--model", tiny_checkpoint, "--lm-eval", "arc_easy")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "--lm-eval needs the package lm_eval; pip install 'ifprune-mlx[evaluate]'" in done.stderr
+    done = run_here("evaluate", "--model", tiny_checkpoint, "--lm-eval-tasks", ".", "--data", "x=y")
+    assert "name some of them with --lm-eval" in done.stderr
