@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from datetime import datetime, timezone
 from functools import cached_property
 from importlib.metadata import version
@@ -71,15 +71,14 @@ class Layout:
 
     def to_dict(self) -> dict[str, Any]:
         """The section as JSON."""
-        quantization = None
-        if self.gate_up is not None and self.down is not None:
-            quantization = {"gate_up": self.gate_up.to_dict(), "down": self.down.to_dict()}
+        kinds = {"gate_up": self.gate_up, "down": self.down}
+        quantization = {kind: None if packed is None else packed.to_dict() for kind, packed in kinds.items()}
         return {
             "format_version": FORMAT_VERSION,
             "ffns": [spec.to_dict() for spec in self.ffns],
             "density": self.density,
             "selector": self.selector,
-            "quantization": quantization,
+            "quantization": quantization if any(quantization.values()) else None,
         }
 
     @classmethod
@@ -98,11 +97,11 @@ class Layout:
             )
         known = {"format_version", "ffns", "density", "selector", "quantization"}
         _exact_keys(section, known, f"{where}, section {SECTION}")
-        ffn_keys = {field.name for field in fields(FFNSpec)}
+        ffn_keys = {field.name for field in fields(FFNSpec) if field.default is MISSING}
         specs = []
         try:
             for entry in section["ffns"]:
-                _exact_keys(entry, ffn_keys, f"{where}, section {SECTION}, ffns")
+                _exact_keys(entry, ffn_keys, f"{where}, section {SECTION}, ffns", {"fused"})
                 specs.append(FFNSpec(**entry))
             if not specs or any(min(spec.d_ffn, spec.d_model) < 1 for spec in specs):
                 raise CheckpointError(f"{where}: section {SECTION} lists no usable FFN; convert the source again")
@@ -114,7 +113,10 @@ class Layout:
             gate_up = down = None
             if quantization is not None:
                 _exact_keys(quantization, {"gate_up", "down"}, f"{where}, section {SECTION}, quantization")
-                gate_up, down = (Quantization(**quantization[kind]) for kind in ("gate_up", "down"))
+                gate_up, down = (
+                    None if quantization[kind] is None else Quantization(**quantization[kind])
+                    for kind in ("gate_up", "down")
+                )
         except BudgetError as exc:
             raise CheckpointError(f"{where}: {exc}") from None
         except CheckpointError:
@@ -126,8 +128,10 @@ class Layout:
         return cls(tuple(specs), density, section["selector"], gate_up, down)
 
 
-def _exact_keys(section: Mapping[str, Any], known: set[str], where: str) -> None:
-    unknown, missing = sorted(set(section) - known), sorted(known - set(section))
+def _exact_keys(
+    section: Mapping[str, Any], known: set[str], where: str, optional: frozenset[str] | set[str] = frozenset()
+) -> None:
+    unknown, missing = sorted(set(section) - known - optional), sorted(known - set(section))
     if unknown:
         raise CheckpointError(
             f"{where}: unknown key {unknown[0]!r}; it was made by another release, update ifprune-mlx"

@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx import nn
 
 from .checkpoint import Quantization
-from .families import FFNSpec
+from .families import FFNSpec, join_fused
 from .slots import FFNSlots
 
 Observer = Callable[[mx.array], "mx.array | None"]
@@ -25,20 +25,22 @@ class SlicedProjection(nn.Module):
     """One projection over the active slots.
 
     Args:
-        slots: the FFN's neurons; shared by its three leaves, and no parameter of the module tree.
-        kind: `gate`, `up` or `down`.
+        slots: the FFN's neurons; shared by its leaves, and no parameter of the module tree.
+        kind: `gate`, `up` or `down`; `gate_up` where the model has one leaf for the two.
         quantization: how the rows are packed, or None for float rows.
+        fused: how a `gate_up` leaf lays out its output; see `FFNSpec`.
     """
 
-    def __init__(self, slots: FFNSlots, kind: str, quantization: Quantization | None) -> None:
+    def __init__(self, slots: FFNSlots, kind: str, quantization: Quantization | None, fused: str | None = None) -> None:
         super().__init__()
         self.slots = slots
         self.kind = kind
         self.quantization = quantization
+        self.fused = fused
         self.observer: Observer | None = None
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Gate and up: `[..., d_model]` -> `[..., k]`; down: `[..., k]` -> `[..., d_model]`."""
+        """Gate, up: `[..., d_model]` -> `[..., k]`, both in one `[..., 2 k]`; down: `[..., k]` -> `[..., d_model]`."""
         return self.project(self.observed(x), self.slots.active)
 
     def observed(self, x: mx.array) -> mx.array:
@@ -48,7 +50,12 @@ class SlicedProjection(nn.Module):
 
     def project(self, x: mx.array, rows: Callable[[str], mx.array | None]) -> mx.array:
         """The projection over the rows that `rows` gives for the name of an array, None where the FFN has none."""
-        kind, packed = self.kind, self.quantization
+        if self.fused is None:
+            return self._project(self.kind, x, rows)
+        return join_fused(self._project("gate", x, rows), self._project("up", x, rows), self.fused, axis=-1)
+
+    def _project(self, kind: str, x: mx.array, rows: Callable[[str], mx.array | None]) -> mx.array:
+        packed = self.quantization
         weight = rows(f"{kind}.weight")
         assert weight is not None
         inwards = kind != "down"
@@ -107,7 +114,10 @@ def replace_leaves(
         The new down leaf, whose observer sees the FFN's hidden activations.
     """
     ffn = module_at(model, spec.path)
-    ffn[spec.gate] = SlicedProjection(slots, "gate", gate_up)
-    ffn[spec.up] = SlicedProjection(slots, "up", gate_up)
+    if spec.fused is None:
+        ffn[spec.gate] = SlicedProjection(slots, "gate", gate_up)
+        ffn[spec.up] = SlicedProjection(slots, "up", gate_up)
+    else:
+        ffn[spec.gate] = SlicedProjection(slots, "gate_up", gate_up, spec.fused)
     ffn[spec.down] = leaf = SlicedProjection(slots, "down", down)
     return leaf

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx import nn
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map_with_path
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import _get_classes, load_model, load_tokenizer
 
@@ -83,6 +85,11 @@ class Model:
     def layers(self) -> Any:
         """The decoder layers, as mlx-lm's caches want them."""
         return self.module.layers
+
+    def make_cache(self) -> list[Any]:
+        """An empty cache as the family wants it; mlx-lm's `make_prompt_cache` asks for it."""
+        cache: list[Any] = make_prompt_cache(self.module)
+        return cache
 
     @property
     def config(self) -> dict[str, Any]:
@@ -221,7 +228,12 @@ def load_checkpoint(
     module = _load_module(checkpoint, slots, leaves)
     if dtype is not None:
         floats = (mx.float32, mx.float16, mx.bfloat16)
-        module.update(tree_map(lambda a: a.astype(dtype) if a.dtype in floats else a, module.parameters()))
+        may_cast = getattr(module, "cast_predicate", lambda _: True)
+
+        def cast(name: str, array: mx.array) -> mx.array:
+            return array.astype(dtype) if array.dtype in floats and may_cast(name) else array
+
+        module.update(tree_map_with_path(cast, module.parameters()))
         mx.eval(module.parameters())
     return Model(checkpoint, module, slots, leaves)
 
@@ -239,6 +251,14 @@ def _load_module(checkpoint: Checkpoint, slots: Sequence[FFNSlots], leaves: list
                 super().__init__(args)
                 for spec, ffn_slots in zip(layout.ffns, slots, strict=True):
                     leaves.append(replace_leaves(self, spec, ffn_slots, layout.gate_up, layout.down))
+
+            def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+                """The weights as they are: a checkpoint holds them as the family's own `sanitize` left them."""
+                # It is called for what it does to the model itself, such as dropping a tied output layer; that it may
+                # miss the weights of FFNs, which are elsewhere, does not matter.
+                with suppress(Exception):
+                    super().sanitize(dict(weights))
+                return weights
 
         return Sliced, arguments
 

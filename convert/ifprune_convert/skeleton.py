@@ -47,6 +47,11 @@ def build_skeleton(path: Path, config: dict[str, Any], tensor_count: int) -> Mod
             f"{path}: mlx-lm {version('mlx-lm')} has no model_type {model_type!r}; "
             "update mlx-lm, or convert a model of a family that it supports"
         ) from None
+    except SystemExit:  # mlx-lm's olmo ends the process where a package of its own is missing
+        raise SourceError(
+            f"{path}: mlx-lm needs another package for a {model_type} model; see what it printed, install it and "
+            "try again"
+        ) from None
     try:
         model = model_class(args_class.from_dict(config))
     except Exception as exc:  # a wrong config can fail anywhere inside the model class

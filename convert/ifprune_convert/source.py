@@ -6,9 +6,11 @@ Knows the shape of the contract only; each reader in `readers/` fulfils it for o
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import mlx.core as mx
+
+from ifprune_mlx.checkpoint import Quantization
 
 
 class Source(Protocol):
@@ -32,4 +34,22 @@ class Source(Protocol):
 
     def write_tokenizer(self, folder: Path) -> None:
         """Write tokenizer files, chat template and generation config into `folder`, as mlx-lm reads them."""
+        ...
+
+
+@runtime_checkable
+class PackedSource(Source, Protocol):
+    """A checkpoint some of whose weights are quantized already, as mlx-lm packs them.
+
+    `shapes` and `take` know only of weights as floats; scales and biases of groups are not among them.
+    """
+
+    packed: dict[str, Quantization]
+    """How the weights of a module are packed, by the module's path."""
+
+    def take_packed(self, path: str) -> dict[str, mx.array]:
+        """The packed weight of a module, evaluated: `weight`, `scales` and, where the mode has them, `biases`.
+
+        Takes the place of `take(f"{path}.weight")`.
+        """
         ...

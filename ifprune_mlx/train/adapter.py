@@ -25,7 +25,7 @@ class AdaptedProjection(ChosenProjection):
     def __init__(self, base: SlicedProjection, chosen: Chosen, d_model: int, rank: int, scale: float) -> None:
         super().__init__(base, chosen)
         d_ffn = base.slots.d_ffn
-        inputs, outputs = (d_ffn, d_model) if base.kind == "down" else (d_model, d_ffn)
+        inputs, outputs = (d_ffn, d_model) if base.kind == "down" else (d_model, 2 * d_ffn if base.fused else d_ffn)
         bound = inputs**-0.5
         self.lora_a = mx.random.uniform(-bound, bound, (inputs, rank))
         self.lora_b = mx.zeros((rank, outputs))
@@ -37,7 +37,7 @@ class AdaptedProjection(ChosenProjection):
         ids = self.chosen.neurons()
         a, b = self.lora_a, self.lora_b
         if ids is not None:
-            a, b = (mx.take(a, ids, axis=0), b) if self.kind == "down" else (a, mx.take(b, ids, axis=1))
+            a, b = (mx.take(a, ids, axis=0), b) if self.kind == "down" else (a, mx.take(b, self.outputs(ids), axis=1))
         y = self.project(x, self.chosen.rows)
         return y + (self.scale * ((x @ a) @ b)).astype(y.dtype)
 

@@ -13,6 +13,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ifprune_mlx.errors import DataError
+from ifprune_mlx.families import join_fused
 from ifprune_mlx.ffn import SlicedProjection
 from ifprune_mlx.model import Model
 from ifprune_mlx.train.tuned import WEIGHTS, Chosen, ChosenProjection, Parameters, Tuned
@@ -22,16 +23,24 @@ class WholeProjection(ChosenProjection):
     """A sliced projection whose rows are parameters of the module.
 
     `weight` `[d_ffn, d_model]`, neuron-major also for down, and `bias`, if there is one, `[d_ffn]`, that of down
-    `[d_model]`; in the source's neuron order.
+    `[d_model]`; in the source's neuron order. A common leaf of gate and up has `[2 d_ffn, ...]`, laid out as it was.
     """
 
     def __init__(self, base: SlicedProjection, chosen: Chosen) -> None:
         super().__init__(base, chosen)
-        rows, kind = base.slots.rows, base.kind
-        self.weight = rows[f"{kind}.weight"]
-        bias = base.slots.down_bias if kind == "down" else rows.get(f"{kind}.bias")
+        weight = self._whole("weight")
+        assert weight is not None
+        self.weight: mx.array = weight
+        bias = base.slots.down_bias if base.kind == "down" else self._whole("bias")
         if bias is not None:
             self.bias = bias
+
+    def _whole(self, name: str) -> mx.array | None:
+        rows = self.slots.rows
+        if self.fused is None:
+            return rows.get(f"{self.kind}.{name}")
+        gate, up = rows.get(f"gate.{name}"), rows.get(f"up.{name}")
+        return None if gate is None or up is None else join_fused(gate, up, self.fused)
 
     def __call__(self, x: mx.array) -> mx.array:
         """As `SlicedProjection`, over the chosen neurons."""
@@ -39,8 +48,9 @@ class WholeProjection(ChosenProjection):
         weight, bias = self.weight, self.get("bias")
         ids, inwards = self.chosen.neurons(), self.kind != "down"
         if ids is not None:
-            weight = mx.take(weight, ids, axis=0)
-            bias = mx.take(bias, ids, axis=0) if bias is not None and inwards else bias
+            chosen = self.outputs(ids) if inwards else ids
+            weight = mx.take(weight, chosen, axis=0)
+            bias = mx.take(bias, chosen, axis=0) if bias is not None and inwards else bias
         y = x @ (weight.T if inwards else weight)
         return y if bias is None else y + bias
 

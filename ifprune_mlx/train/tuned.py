@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from ifprune_mlx.errors import DataError
-from ifprune_mlx.families import FFNSpec
+from ifprune_mlx.families import FFNSpec, join_fused, split_fused
 from ifprune_mlx.ffn import SlicedProjection, module_at
 from ifprune_mlx.files import read_safetensors_header, write_atomic
 from ifprune_mlx.model import Model
@@ -70,8 +70,15 @@ class ChosenProjection(SlicedProjection):
     """A sliced projection over the chosen neurons; what it multiplies by is its subclasses' matter."""
 
     def __init__(self, base: SlicedProjection, chosen: Chosen) -> None:
-        super().__init__(base.slots, base.kind, base.quantization)
+        super().__init__(base.slots, base.kind, base.quantization, base.fused)
         self.chosen = chosen
+
+    def outputs(self, ids: mx.array) -> mx.array:
+        """Where the outputs of neurons `[m]` lie in the whole projection's, int32 `[m]`, of a common leaf `[2 m]`."""
+        if self.fused is None:
+            return ids
+        gate, up = split_fused(mx.arange(2 * self.slots.d_ffn), self.fused)
+        return join_fused(mx.take(gate, ids), mx.take(up, ids), self.fused)
 
     def observed(self, x: mx.array) -> mx.array:
         """The input, or what the observer puts in its place; the down projection's times the mask."""
@@ -140,7 +147,7 @@ class Tuned(ABC):
         model = self.model
         for index, (spec, chosen) in enumerate(zip(model.checkpoint.layout.ffns, self.chosen, strict=True)):
             ffn = module_at(model.module, spec.path)
-            for name in (spec.gate, spec.up, spec.down):
+            for name in spec.leaves:
                 ffn[name] = leaf(ffn[name], chosen, spec)
             model.down_leaves[index] = ffn[spec.down]
 

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import yaml
 
-from ifprune_convert.pipeline import Options, quantization_of
+from ifprune_convert.packing import quantization_of
+from ifprune_convert.pipeline import Options
 from ifprune_mlx import Instruction, load, make_selector
 from ifprune_mlx.files import read_safetensors_header
 from ifprune_mlx.predictor import Head, load_predictor

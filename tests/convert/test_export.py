@@ -17,7 +17,8 @@ from mlx_lm.utils import load_model
 
 from ifprune_convert import export
 from ifprune_convert.export import Export, export_selection
-from ifprune_convert.pipeline import Options, quantization_of
+from ifprune_convert.packing import quantization_of
+from ifprune_convert.pipeline import Options
 from ifprune_convert.pipeline import convert as run_convert
 from ifprune_convert.readers import open_source
 from ifprune_mlx import Checkpoint, CheckpointError, IfpruneError, Selection, SelectionError

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ifprune_convert import layout
-from ifprune_convert.pipeline import quantization_of
+from ifprune_convert.packing import quantization_of
 from ifprune_mlx.checkpoint import Quantization
 from ifprune_mlx.errors import SourceError
 

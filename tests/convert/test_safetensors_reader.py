@@ -228,7 +228,7 @@ def test_without_a_tokenizer(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"quantization": {"group_size": 64, "bits": 4}}, "is quantized"),
+        ({"quantization": {"group_size": 64, "bits": 4, "mode": "odd"}}, "lacks"),
         ({"quantization_config": {"quant_method": "gptq"}}, "is quantized"),
         ({"text_config": {"quantization_config": {"bits": 4}}}, "is quantized"),
         ({"ifpruning": {"format_version": 1}}, "is an IFP checkpoint already"),
@@ -367,7 +367,7 @@ def test_pickles_are_never_opened(tmp_path: Path, suffix: str) -> None:
 
 
 def test_paths_that_are_no_checkpoint(tmp_path: Path, folder: Path) -> None:
-    assert "hf download" in refusal(tmp_path / "org" / "name")
+    assert "named by its id, ORG/NAME" in refusal(tmp_path / "org" / "name")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     assert "no such file or folder" in refusal(tmp_path / "link")
     assert "pass the folder" in refusal(folder / "model.safetensors")

@@ -15,7 +15,8 @@ from mlx import nn
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import load_adapters
 
-from ifprune_convert.pipeline import Options, quantization_of
+from ifprune_convert.packing import quantization_of
+from ifprune_convert.pipeline import Options
 from ifprune_mlx import DataError
 from ifprune_mlx.ffn import module_at
 from ifprune_mlx.train.adapter import Adapted, Parameters

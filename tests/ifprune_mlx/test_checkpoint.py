@@ -13,7 +13,8 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from ifprune_convert.pipeline import Options, quantization_of
+from ifprune_convert.packing import quantization_of
+from ifprune_convert.pipeline import Options
 from ifprune_mlx import Checkpoint, CheckpointError, load
 from ifprune_mlx.checkpoint import Quantization
 from ifprune_mlx.files import sha256_file

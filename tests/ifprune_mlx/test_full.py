@@ -15,7 +15,8 @@ import pytest
 from mlx import nn
 from mlx.utils import tree_flatten
 
-from ifprune_convert.pipeline import Options, convert, quantization_of
+from ifprune_convert.packing import quantization_of
+from ifprune_convert.pipeline import Options, convert
 from ifprune_convert.readers import open_source
 from ifprune_mlx import DataError
 from ifprune_mlx.checkpoint import Checkpoint

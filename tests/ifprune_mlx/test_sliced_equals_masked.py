@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ifprune_convert.pipeline import Options, quantization_of
+from ifprune_convert.packing import quantization_of
+from ifprune_convert.pipeline import Options
 from ifprune_mlx.selection import Selection, keep_count
 from tests.tiny import CONFIGS, write_checkpoint
 

@@ -8,7 +8,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from ifprune_convert.pipeline import Options, quantization_of
+from ifprune_convert.packing import quantization_of
+from ifprune_convert.pipeline import Options
 from ifprune_mlx import Model
 from ifprune_mlx.checkpoint import Checkpoint
 from ifprune_mlx.errors import SelectionError

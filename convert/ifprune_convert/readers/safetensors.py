@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,23 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.utils import load_config
 
+from ifprune_convert.layout import unpacked
+from ifprune_convert.packing import packed_modules
+from ifprune_convert.rope import with_flat_rope
 from ifprune_convert.skeleton import build_skeleton, check_shapes, parameter_shapes
 from ifprune_convert.wording import first_line, listing, reason
+from ifprune_mlx.checkpoint import Quantization
 from ifprune_mlx.errors import SourceError
 from ifprune_mlx.files import read_safetensors_header
 
-_INDEX = "model.safetensors.index.json"
+from .spm_tokenizer import REPLACED, write_spm_tokenizer
+
+INDEX = "model.safetensors.index.json"
 _FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 # A folder can be tokenized if it has one of these; the others only refine it.
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _TOKENIZER_FILES = (
-    *_VOCABULARIES,
+    *VOCABULARIES,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "merges.txt",
@@ -38,7 +45,7 @@ _MAX_LICENCE_LINE = 80
 
 
 class SafetensorsSource:
-    """A folder of unquantized safetensors, under mlx-lm's parameter names; see `Source` for the contract."""
+    """A folder of safetensors, under mlx-lm's parameter names; see `PackedSource` for the contract."""
 
     def __init__(self, path: Path, *, trust_remote_code: bool = False) -> None:
         """Check the folder and map its tensors, without reading any.
@@ -48,15 +55,15 @@ class SafetensorsSource:
                 kind that cannot be converted.
         """
         self.path = path
-        self.config = _read_config(path)
-        _refuse_unsupported(path, self.config, trust_remote_code)
-        if not any((path / name).is_file() for name in _VOCABULARIES):
-            raise SourceError(f"{path}: has no tokenizer; download {', '.join(_VOCABULARIES[:2])} (or vocab.json) too")
+        self.config = with_flat_rope(path, check_config(path, trust_remote_code))
+        if not any((path / name).is_file() for name in VOCABULARIES):
+            raise SourceError(f"{path}: has no tokenizer; download {', '.join(VOCABULARIES[:2])} (or vocab.json) too")
         shards = _find_shards(path)
         _check_shards(path, shards)
         self.licence = _read_licence(path)
-        self._arrays = _load_lazily(path, self.config, shards)
-        self._shapes = {name: tuple(array.shape) for name, array in self._arrays.items()}
+        self._arrays, self._shapes, self.packed = _load_lazily(path, self.config, shards)
+        types = Counter(array.dtype for array in self._arrays.values() if array.dtype in _FLOATS)
+        self._float = types.most_common(1)[0][0] if types else mx.float16
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -64,12 +71,29 @@ class SafetensorsSource:
         return dict(self._shapes)
 
     def take(self, name: str) -> mx.array:
-        """The tensor of that name, evaluated, in its stored type: float32, float16 or bfloat16.
+        """The tensor of that name, evaluated, in its stored type, float32, float16 or bfloat16; if packed, unpacked.
 
         Raises:
             KeyError: if there is no such tensor, or it was taken before.
             SourceError: if the file can no longer be read.
         """
+        stem, _, leaf = name.rpartition(".")
+        if leaf == "weight" and stem in self.packed:
+            array = unpacked(self.take_packed(stem), self.packed[stem], self._float)
+            mx.eval(array)
+            return array
+        return self._take(name)
+
+    def take_packed(self, path: str) -> dict[str, mx.array]:
+        """The packed weight of a module, evaluated: uint32 `weight`, `scales` and, where the mode has them, `biases`.
+
+        Raises:
+            KeyError: if the module's weight is not packed, or was taken before.
+            SourceError: if the file can no longer be read.
+        """
+        return {part: self._take(f"{path}.{part}") for part in _parts(self.packed[path])}
+
+    def _take(self, name: str) -> mx.array:
         # A view into a larger tensor (a fused matrix that `sanitize` split) would keep all of it in memory.
         array = mx.contiguous(self._arrays.pop(name))
         try:
@@ -81,10 +105,15 @@ class SafetensorsSource:
     def write_tokenizer(self, folder: Path) -> None:
         """Copy the tokenizer files, chat template and generation config into `folder`.
 
+        A SentencePiece model that comes alone gets a tokenizer.json beside it, which gives the same ids.
+
         Raises:
-            SourceError: if one of them cannot be read, or is JSON in name only.
+            SourceError: if one of them cannot be read, or is JSON in name only, or of an unknown kind.
         """
+        sentencepiece = not any((self.path / name).is_file() for name in ("tokenizer.json", "vocab.json"))
         for name in _TOKENIZER_FILES:
+            if sentencepiece and name in REPLACED:
+                continue
             file = self.path / name
             if not file.is_file():
                 continue
@@ -97,6 +126,19 @@ class SafetensorsSource:
             except (ValueError, RecursionError):
                 raise SourceError(f"{file}: is not valid JSON; copy or download it again") from None
             (folder / name).write_bytes(content)
+        if sentencepiece:
+            write_spm_tokenizer(self.path, folder)
+
+
+def check_config(path: Path, trust_remote_code: bool) -> dict[str, Any]:
+    """The config of a folder, which needs nothing else in it yet.
+
+    Raises:
+        SourceError: if config.json is missing or malformed, or of a model that this version does not convert.
+    """
+    config = _read_config(path)
+    _refuse_unsupported(path, config, trust_remote_code)
+    return config
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -120,12 +162,14 @@ def _refuse_unsupported(path: Path, config: dict[str, Any], trust_remote_code: b
         raise SourceError(f"{path}: is an IFP checkpoint already; convert the dense model that it was made from")
     text_config = config.get("text_config")
     nested = text_config if isinstance(text_config, dict) else {}
-    quantized = any(part.get(key) for part in (config, nested) for key in ("quantization", "quantization_config"))
-    if quantized or (path / "hf_quant_config.json").exists():
+    foreign = nested.get("quantization") or any(part.get("quantization_config") for part in (config, nested))
+    if not config.get("quantization") and (foreign or (path / "hf_quant_config.json").exists()):
         raise SourceError(
-            f"{path}: is quantized, which this version does not read; "
-            "convert from the unquantized checkpoint, and quantize then"
+            f"{path}: is quantized in another way than mlx-lm's; "
+            "convert from the unquantized checkpoint, and quantize then, or convert it with `mlx_lm.convert` first"
         )
+    if config.get("quantize_activations"):
+        raise SourceError(f"{path}: quantizes activations too, which is not supported; convert the unquantized model")
     if (model_file := config.get("model_file")) is not None:
         unread = "code from a checkpoint is not supported yet" if trust_remote_code else "such code is never run"
         raise SourceError(
@@ -137,7 +181,7 @@ def _refuse_unsupported(path: Path, config: dict[str, Any], trust_remote_code: b
 def _find_shards(path: Path) -> dict[str, set[str] | None]:
     """The weight files by name, each with the tensors that the index places there, or None without an index."""
     shards: dict[str, set[str] | None] = {}
-    index = path / _INDEX
+    index = path / INDEX
     if index.is_file():
         try:
             weight_map: Any = json.loads(index.read_bytes())["weight_map"]
@@ -165,7 +209,7 @@ def _find_shards(path: Path) -> dict[str, set[str] | None]:
             missing += [name for name in wanted if name not in names and name not in missing]
         if len(names) > 1 and len(numbered) != len(names):
             raise SourceError(
-                f"{path}: has several weight files and no {_INDEX} to say which belong together "
+                f"{path}: has several weight files and no {INDEX} to say which belong together "
                 f"({listing(names)}); download the index, or remove what is not the model"
             )
         shards = dict.fromkeys(names)
@@ -180,7 +224,7 @@ def _check_shards(path: Path, shards: dict[str, set[str] | None]) -> None:
     for shard, placed in shards.items():
         header = read_safetensors_header(path / shard, SourceError)
         if placed is not None and (absent := sorted(placed - header.tensors.keys())):
-            raise SourceError(f"{path / shard}: lacks {listing(absent)}, which {_INDEX} places there; download both")
+            raise SourceError(f"{path / shard}: lacks {listing(absent)}, which {INDEX} places there; download both")
         for tensor in header.tensors:
             if tensor in home:
                 raise SourceError(
@@ -189,8 +233,17 @@ def _check_shards(path: Path, shards: dict[str, set[str] | None]) -> None:
             home[tensor] = shard
 
 
-def _load_lazily(path: Path, config: dict[str, Any], shards: Iterable[str]) -> dict[str, mx.array]:
-    """All tensors as lazy arrays under mlx-lm's names, checked against mlx-lm's model."""
+_Shapes = dict[str, tuple[int, ...]]
+
+
+def _load_lazily(
+    path: Path, config: dict[str, Any], shards: Iterable[str]
+) -> tuple[dict[str, mx.array], _Shapes, dict[str, Quantization]]:
+    """All tensors as lazy arrays under mlx-lm's names, checked against mlx-lm's model.
+
+    Returns:
+        The arrays; the shapes of the model's parameters, as floats; and which modules' weights are packed, and how.
+    """
     weights: dict[str, mx.array] = {}
     for shard in shards:
         try:
@@ -209,14 +262,54 @@ def _load_lazily(path: Path, config: dict[str, Any], shards: Iterable[str]) -> d
                 f"{path}: mlx-lm cannot arrange the tensors of this {config['model_type']} model ({reason(exc)}); "
                 "one may be missing or of a wrong shape: download the model again"
             ) from None
-    check_shapes(path, parameter_shapes(model), {name: tuple(array.shape) for name, array in weights.items()})
+    expected = parameter_shapes(model)
+    packed = _packed_modules(path, config, weights)
+    parts = {f"{stem}.{part}": stem for stem, packing in packed.items() for part in _parts(packing)}
+    shapes = {name: tuple(array.shape) for name, array in weights.items() if name not in parts}
+    for stem, packing in packed.items():
+        shapes[f"{stem}.weight"] = _unpacked_shape(path, stem, packing, weights)
+    check_shapes(path, expected, shapes)
     for name, array in weights.items():
-        if array.dtype not in _FLOATS:
+        if name not in parts and array.dtype not in _FLOATS:
             raise SourceError(
                 f"{path}: tensor {name} has type {str(array.dtype).removeprefix('mlx.core.')}; "
                 "convert from a checkpoint in float32, float16 or bfloat16"
             )
-    return weights
+    return weights, shapes, packed
+
+
+def _packed_modules(path: Path, config: dict[str, Any], weights: dict[str, mx.array]) -> dict[str, Quantization]:
+    if not config.get("quantization"):
+        return {}
+    try:
+        return packed_modules(config, [name.removesuffix(".scales") for name in weights if name.endswith(".scales")])
+    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise SourceError(
+            f"{path / 'config.json'}: its section `quantization` cannot be used ({reason(exc)}); "
+            "convert the unquantized model"
+        ) from None
+
+
+def _unpacked_shape(path: Path, stem: str, packing: Quantization, weights: dict[str, mx.array]) -> tuple[int, ...]:
+    """The shape of a packed weight as floats, if its tensors agree on one."""
+    missing = [f"{stem}.{part}" for part in _parts(packing) if f"{stem}.{part}" not in weights]
+    if missing:
+        raise SourceError(
+            f"{path}: lacks {listing(missing)}, which its quantization asks for; download the model again"
+        )
+    weight, *others = (weights[f"{stem}.{part}"] for part in _parts(packing))
+    shape = (*weight.shape[:-1], weight.shape[-1] * 32 // packing.bits)
+    groups = (*shape[:-1], shape[-1] // packing.group_size)
+    if weight.dtype != mx.uint32 or any(tuple(array.shape) != groups for array in others):
+        raise SourceError(
+            f"{path}: {stem} is not packed in {packing.bits} bits and groups of {packing.group_size}, as config.json "
+            "says; the two may belong to different models"
+        )
+    return shape
+
+
+def _parts(packing: Quantization) -> tuple[str, ...]:
+    return ("weight", "scales", "biases") if packing.has_biases else ("weight", "scales")
 
 
 def _read_licence(path: Path) -> str | None:
