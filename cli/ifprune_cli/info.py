@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .console import parameters, progress, result_json
 from .loading import open_checkpoint
 from .options import ModelOption
+
+if TYPE_CHECKING:
+    from ifprune_mlx.checkpoint import Quantization
 
 _DENSITIES = (0.27, 0.5, 0.7, 0.9, 1.0)
 
@@ -51,9 +54,9 @@ def info(
         )
         return
     widths = sorted({spec.d_ffn for spec in layout.ffns})
-    packed = (
-        "float" if layout.down is None else "{mode}, {bits} bit, groups of {group_size}".format(**layout.down.to_dict())
-    )
+    packed = _packing(layout.gate_up)
+    if layout.down != layout.gate_up:
+        packed += f" (down projections {_packing(layout.down)}: they were packed across neurons)"
     prior = "calibrated on chats" if checkpoint.prior_method == "calibrated" else "from the weights alone"
     rows = [
         ("checkpoint", str(checkpoint.path)),
@@ -73,3 +76,9 @@ def info(
         print(f"  at {density:<4g}   {parameters(active)} active parameters")
     if verify:
         print("verified    every file has the manifest's sha256")
+
+
+def _packing(quantization: Quantization | None) -> str:
+    if quantization is None:
+        return "float"
+    return "{mode}, {bits} bit, groups of {group_size}".format(**quantization.to_dict())

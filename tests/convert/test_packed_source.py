@@ -24,6 +24,7 @@ from ifprune_mlx.checkpoint import Checkpoint, Quantization
 from ifprune_mlx.errors import SourceError
 from ifprune_mlx.model import Model, load_checkpoint
 from ifprune_mlx.selection import Selection, keep_count
+from tests.cli.process import run_here
 from tests.tiny import write_source
 
 PACKINGS = [("affine", 64, 4), ("affine", 32, 8), ("mxfp4", 32, 4), ("nvfp4", 16, 4)]
@@ -255,3 +256,10 @@ def test_smollm2_that_mlx_lm_quantized(
     found = nll(model, tokens)
     print(f"{mode} {bits} bit: stock {expected:.4f}, ours {found:.4f} nats per token")
     assert abs(found - expected) < 0.01
+
+
+def test_info_says_how_down_is_stored(tmp_path: Path) -> None:
+    source = quantized(tmp_path, "llama", ("affine", 64, 4))
+    convert(open_source(source), tmp_path / "ifp", Options())
+    done = run_here("info", "--model", tmp_path / "ifp")
+    assert "affine, 4 bit, groups of 64 (down projections affine, 8 bit, groups of 64" in done.stdout

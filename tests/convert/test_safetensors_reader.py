@@ -228,7 +228,6 @@ def test_without_a_tokenizer(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"quantization": {"group_size": 64, "bits": 4, "mode": "odd"}}, "lacks"),
         ({"quantization_config": {"quant_method": "gptq"}}, "is quantized"),
         ({"text_config": {"quantization_config": {"bits": 4}}}, "is quantized"),
         ({"ifpruning": {"format_version": 1}}, "is an IFP checkpoint already"),
