@@ -33,7 +33,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from .asking import Choosers
 from .errors import IfpruneError
 from .evaluate import answer_nll
-from .history import DENSE, History
+from .history import History
 from .json_lines import filled_text, parse_json_lines
 from .model import Model, Progress
 from .prompts import render_messages
@@ -42,7 +42,6 @@ from .tasks import TaskRow
 
 EXPECTED = "query, choices and gold, or context_options, continuation and gold"
 # Prompt tokens read at a time.
-_STEP = 512
 
 
 @dataclass(frozen=True)
@@ -177,7 +176,7 @@ def option_scores(model: Model, question: AskedChoice, selected: Selected | None
     prompt = question.instruction.tokens
     history = selected.history if selected is not None else None
     if history is None:
-        history = _read(model, prompt[:-1])
+        history = History.empty(model).read(model, prompt[:-1])
     scores = []
     for option in question.options:
         tokens = np.array([*prompt, *option.tokens], np.int32)
@@ -186,17 +185,6 @@ def option_scores(model: Model, question: AskedChoice, selected: Selected | None
         losses = answer_nll(model, tokens, mask, history=copy.deepcopy(history))
         scores.append(-float(losses.mean(dtype=np.float64)))
     return scores
-
-
-def _read(model: Model, tokens: Sequence[int]) -> History:
-    """A history that has read tokens under the active selection."""
-    history = History.empty(model)
-    for start in range(0, len(tokens), _STEP):
-        chunk = list(tokens[start : start + _STEP])
-        model(mx.array([chunk]), cache=history.kv)
-        mx.eval([cache.state for cache in history.kv])
-        history.append(chunk, DENSE if model.selection is None else model.selection.hash)
-    return history
 
 
 def _encode(tokenizer: TokenizerWrapper, text: str) -> list[int]:

@@ -36,7 +36,7 @@ from .asking import Choosers
 from .errors import DataError, IfpruneError
 from .evaluate import answer_nll
 from .generation import Request, answer
-from .history import DENSE, History
+from .history import History
 from .model import Model, Progress
 from .selectors import Instruction, Selected, make_selector
 from .tasks import TaskRow
@@ -262,7 +262,7 @@ class HarnessLM(LM):
         ):
             history = selected.history if selected is not None else None
             if history is None:
-                history = self._read(History.empty(self._model), prompt.tokens[:-1])
+                history = History.empty(self._model).read(self._model, prompt.tokens[:-1])
             for place, (tokens, start) in zip(places, options, strict=True):
                 # A copy, since not every kind of cache can be cut back to the prompt.
                 result[place] = _likelihood(self._model, copy.deepcopy(history), tokens, start)
@@ -373,15 +373,6 @@ class HarnessLM(LM):
                 "give a model of a longer one, or leave the task out"
             )
         return [(whole[surplus:], start - surplus) for whole, start in result]
-
-    def _read(self, history: History, tokens: Sequence[int]) -> History:
-        """Let a history read tokens under the active selection."""
-        for begin in range(0, len(tokens), _STEP):
-            chunk = list(tokens[begin : begin + _STEP])
-            self._model(mx.array([chunk]), cache=history.kv)
-            mx.eval([cache.state for cache in history.kv])
-            history.append(chunk, DENSE if self._model.selection is None else self._model.selection.hash)
-        return history
 
     def _sum(self, tokens: Sequence[int], start: int, history: History | None) -> float:
         """Log likelihood of the tokens from `start` on."""

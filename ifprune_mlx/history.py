@@ -6,6 +6,7 @@ A KV cache belongs to the selection that computed it; `History` never forgets wh
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from .files import read_safetensors_header, write_atomic
 from .model import Model
 
 DENSE = "dense"
+_STEP = 512
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,15 @@ class History:
     def clear(self, model: Model) -> None:
         """Forget everything, also what `kv` may hold beyond `tokens` after a failed call."""
         self.kv, self.tokens, self.spans = make_prompt_cache(model.module, self.max_kv_size), [], []
+
+    def read(self, model: Model, tokens: Sequence[int]) -> History:
+        """Read tokens under the model's active selection; itself, for chaining."""
+        for start in range(0, len(tokens), _STEP):
+            chunk = list(tokens[start : start + _STEP])
+            model(mx.array([chunk]), cache=self.kv)
+            mx.eval([cache.state for cache in self.kv])
+            self.append(chunk, DENSE if model.selection is None else model.selection.hash)
+        return self
 
     def append(self, tokens: list[int], owner: str) -> None:
         """Note that `kv` now also holds `tokens`, computed by `owner`."""

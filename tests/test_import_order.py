@@ -53,7 +53,7 @@ ORDER = (
 TRAIN = (
     *("records", "encoding", "mixture"),
     *("answers", "backbone", "targets", "distill", "priors"),
-    *("tuned", "adapter", "full", "recompute", "arms", "paired", "watch", "scratch"),
+    *("tuned", "adapter", "full", "recompute", "arms", "run_files", "paired", "watch", "scratch"),
 )
 FILES = sorted((name, file) for name, folder in PACKAGES.items() for file in folder.rglob("*.py"))
 # Of the packages themselves; everything that may import them is below them.

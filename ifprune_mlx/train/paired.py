@@ -22,7 +22,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx import nn
-from mlx.optimizers import AdamW, cosine_decay, join_schedules, linear_schedule
+from mlx.optimizers import AdamW
 
 from ifprune_mlx.errors import DataError
 from ifprune_mlx.files import read_safetensors_header, sha256_file, write_atomic
@@ -32,9 +32,17 @@ from ifprune_mlx.train.arms import ARMS, Arm, Measured, Objective, Stepper, head
 from ifprune_mlx.train.encoding import Encoded
 from ifprune_mlx.train.mixture import Batch, Mixture, batches
 from ifprune_mlx.train.priors import load_prior, save_prior
+from ifprune_mlx.train.run_files import METRICS, STATE, cut_metrics, differences, hash_of_arrays, schedule, sweep
 from ifprune_mlx.train.tuned import Tuned
 
-STATE, METRICS = "state.safetensors", "metrics.jsonl"
+_WRITTEN = (
+    STATE,
+    METRICS,
+    "prior.safetensors",
+    "predictor/head.safetensors",
+    "adapters/*/adapters.safetensors",
+    "adapters/*/adapter_config.json",
+)
 
 
 @dataclass(frozen=True)
@@ -126,7 +134,7 @@ class Run:
                 **adapted.identity,
                 "data": mixture.fingerprint,
                 "tokens": _hash_of_tokens(mixture),
-                "prior": _hash_of_arrays(prior),
+                "prior": hash_of_arrays(prior),
                 "predictor": None if predictor is None else _hash_of_predictor(predictor),
             },
             sort_keys=True,
@@ -241,7 +249,7 @@ class Run:
         # An optimizer counts its own steps, and that of the head begins late.
         late = settings.iterations - math.ceil(settings.head_start * settings.iterations)
         optimizers = tuple(
-            AdamW(_schedule(rate, steps, settings.warmup), betas=[0.9, 0.98], weight_decay=0.0, bias_correction=True)
+            AdamW(schedule(rate, steps, settings.warmup), betas=[0.9, 0.98], weight_decay=0.0, bias_correction=True)
             for rate, steps in (
                 (settings.learning_rate, settings.iterations),
                 (settings.head_learning_rate, max(late, 1)),
@@ -253,15 +261,15 @@ class Run:
         file = self.folder / STATE
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.leader:
-            _sweep(self.folder)
+            sweep(self.folder, _WRITTEN)
         if not file.is_file():
             if self.leader:
-                _cut(self.folder / METRICS, -1)
+                cut_metrics(self.folder, -1)
             return None
         metadata = read_safetensors_header(file, DataError).metadata
         if metadata.get("run") != self._identity:
             raise DataError(
-                f"{self.folder}: holds a run with {_differences(metadata.get('run', ''), self._identity)}; "
+                f"{self.folder}: holds a run with {differences(metadata.get('run', ''), self._identity)}; "
                 "give the same again to go on with it, or another --output"
             )
         arrays = mx.load(str(file))
@@ -271,7 +279,7 @@ class Run:
             arm.restore({name.removeprefix(prefix): a for name, a in arrays.items() if name.startswith(prefix)})
         self.step, self.tokens = int(metadata["step"]), int(metadata["tokens"])
         if self.leader:
-            _cut(self.folder / METRICS, self.step or -1)
+            cut_metrics(self.folder, self.step or -1)
         position: dict[str, Any] = json.loads(metadata["position"])
         return position
 
@@ -315,14 +323,6 @@ def static_prior(
     return list(np.split(flat, np.cumsum(predictor.head.widths)[:-1]))
 
 
-def _schedule(rate: float, steps: int, warmup: int) -> Any:
-    warmup = min(warmup, steps - 1)
-    cosine = cosine_decay(rate, max(steps - warmup, 1), rate / 10)
-    if warmup < 1:
-        return cosine
-    return join_schedules([linear_schedule(rate / (warmup + 1), rate, warmup), cosine], [warmup])
-
-
 def _summed(gradients: dict[str, mx.array], group: Any) -> dict[str, mx.array]:
     """Sums over processes: each divided its loss by the tokens of all."""
     # A list, since MLX would take the dots in names for those of a tree.
@@ -337,55 +337,12 @@ def _hash_of_start(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _hash_of_arrays(arrays: Sequence[np.ndarray[Any, Any]]) -> str:
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()[:16]
-
-
 def _hash_of_predictor(predictor: SparsityPredictor) -> str:
     head = predictor.head
-    digest = _hash_of_arrays([np.array(array) for array in head_parameters(head).values()])
+    digest = hash_of_arrays([np.array(array) for array in head_parameters(head).values()])
     return f"{digest} {head.pooling} {head.activation} {head.layers}"
 
 
 def _hash_of_tokens(mixture: Mixture[Encoded]) -> str:
     examples = [example for items in mixture.items.values() for example in items]
-    return _hash_of_arrays([part for example in examples for part in (example.tokens, example.mask)])
-
-
-def _differences(theirs: str, ours: str) -> str:
-    """What two runs differ in, in words."""
-    try:
-        old, new = json.loads(theirs), json.loads(ours)
-    except ValueError:
-        return "other settings"
-    flat_old, flat_new = (
-        {**{k: v for k, v in run.items() if not isinstance(v, dict)}, **run.get("settings", {}), **run["objective"]}
-        for run in (old, new)
-    )
-    names = [name for name in flat_new | flat_old if flat_old.get(name) != flat_new.get(name)]
-    return "another " + ", ".join(name.replace("_", " ") for name in names)
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what a kill left half written."""
-    names = (STATE, METRICS, "prior.safetensors", "predictor/head.safetensors")
-    for name in map(Path, (*names, "adapters/*/adapters.safetensors", "adapters/*/adapter_config.json")):
-        for stale in folder.glob(str(name.with_name(f".{name.stem}-*{name.suffix}"))):
-            stale.unlink()
-
-
-def _cut(file: Path, step: int) -> None:
-    """Drop what the metrics say of steps after the state; a line that a kill left half written goes too."""
-    if not file.is_file():
-        return
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            if json.loads(line).get("step", -1) <= step:
-                kept.append(line)
-        except ValueError:
-            continue
-    write_atomic(file, lambda path: path.write_text("".join(kept), encoding="utf-8"), DataError)
+    return hash_of_arrays([part for example in examples for part in (example.tokens, example.mask)])

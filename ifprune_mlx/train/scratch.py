@@ -33,7 +33,7 @@ from ifprune_mlx.files import read_safetensors_header, write_atomic
 from ifprune_mlx.predictor import Head, hidden_states, instruction_tokens
 from ifprune_mlx.train.distill import Rows
 from ifprune_mlx.train.mixture import shuffled
-from ifprune_mlx.train.paired import METRICS, STATE, _cut, _differences, _hash_of_arrays, _schedule
+from ifprune_mlx.train.run_files import METRICS, STATE, cut_metrics, differences, hash_of_arrays, schedule, sweep
 from ifprune_mlx.train.targets import Floats, Targets, log_importance
 
 SMALL: dict[str, Any] = {
@@ -161,7 +161,7 @@ class ScratchRun:
         self._mean, self._variance = self._moments()
         self._scorer = self._begin()
         self._optimizer = AdamW(
-            _schedule(settings.learning_rate, settings.iterations, settings.warmup),
+            schedule(settings.learning_rate, settings.iterations, settings.warmup),
             betas=[0.9, 0.98],
             weight_decay=0.0,
             bias_correction=True,
@@ -174,10 +174,9 @@ class ScratchRun:
             {
                 "backbone": json.dumps(config, sort_keys=True),
                 "settings": asdict(settings),
-                "objective": {},
                 "widths": list(targets.widths),
-                "importance": _hash_of_arrays([targets.importance]),
-                "tokens": _hash_of_arrays(self._tokens),
+                "importance": hash_of_arrays([targets.importance]),
+                "tokens": hash_of_arrays(self._tokens),
             },
             sort_keys=True,
         )
@@ -313,23 +312,14 @@ class ScratchRun:
     def _restore(self) -> None:
         file = self.folder / STATE
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name in (
-            STATE,
-            METRICS,
-            *(f"predictor/{n}" for n in ("config.json", "model.safetensors", "head.safetensors")),
-        ):
-            path = self.folder / name
-            for stale in path.parent.glob(f".{path.stem}-*{path.suffix}"):  # what a kill left half written
-                stale.unlink()
+        predictor = (f"predictor/{name}" for name in ("config.json", "model.safetensors", "head.safetensors"))
+        sweep(self.folder, (STATE, METRICS, *predictor))
         if not file.is_file():
-            _cut(self.folder / METRICS, -1)
+            cut_metrics(self.folder, -1)
             return
         metadata = read_safetensors_header(file, DataError).metadata
         if metadata.get("run") != self._identity:
-            try:
-                what = _differences(metadata.get("run", ""), self._identity)
-            except (AttributeError, KeyError):
-                what = "another purpose"
+            what = differences(metadata.get("run", ""), self._identity)
             raise DataError(
                 f"{self.folder}: holds a run with {what}; give the same again to go on, or another --output"
             )
@@ -345,7 +335,7 @@ class ScratchRun:
         self.step = int(metadata["step"])
         found = json.loads(metadata["best"])
         self.best = None if found is None else (float(found[0]), int(found[1]))
-        _cut(self.folder / METRICS, self.step or -1)
+        cut_metrics(self.folder, self.step or -1)
 
 
 def train_scratch(

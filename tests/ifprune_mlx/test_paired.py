@@ -21,8 +21,9 @@ from ifprune_mlx.train.arms import ARMS, Objective
 from ifprune_mlx.train.encoding import Encoded, encode
 from ifprune_mlx.train.full import Full
 from ifprune_mlx.train.mixture import Mixture
-from ifprune_mlx.train.paired import METRICS, STATE, Run, Settings, static_prior
+from ifprune_mlx.train.paired import Run, Settings, static_prior
 from ifprune_mlx.train.records import Record
+from ifprune_mlx.train.run_files import METRICS, STATE
 from tests.tiny import write_checkpoint
 
 WIDTHS = (128, 128)
