@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .generation import GenerationResponse, Stats, generate, stream_generate
     from .history import History
     from .model import Model, Switch, load
+    from .ownership import ModelBusyError
     from .predictor import SparsityPredictor
     from .selection import Selection
     from .selectors import Instruction, Selected, Selector, make_selector
@@ -54,6 +55,7 @@ _MODULES = {
     "generation": ("GenerationResponse", "Stats", "generate", "stream_generate"),
     "history": ("History",),
     "model": ("Model", "Switch", "load"),
+    "ownership": ("ModelBusyError",),
     "predictor": ("SparsityPredictor",),
     "selection": ("Selection",),
     "selectors": ("Instruction", "Selected", "Selector", "make_selector"),
@@ -73,6 +75,7 @@ __all__ = [
     "IfpruneError",
     "Instruction",
     "Model",
+    "ModelBusyError",
     "PredictorError",
     "PromptError",
     "Selected",

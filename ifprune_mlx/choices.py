@@ -41,7 +41,6 @@ from .selectors import Instruction, Selected
 from .tasks import TaskRow
 
 EXPECTED = "query, choices and gold, or context_options, continuation and gold"
-# Prompt tokens read at a time.
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx import nn
-from mlx_lm.models.switch_layers import SwitchLinear
 
 from .errors import SourceError
 
@@ -102,19 +101,21 @@ def find_ffns(model: nn.Module, model_type: str) -> list[FFNSpec]:
         SourceError: with the reason, if there is none.
     """
     specs = []
-    mixing = False
+    mixing = set()
     for path, module in model.named_modules():
         if _EXPERT.search(path):  # which tokens it sees is a router's choice; no instruction's
             continue
         for spec in _candidates(path, module):
             verdict = _try_out(module, spec)
-            mixing |= verdict is _MIXING
+            if verdict is _MIXING:
+                mixing.add(spec.down)
             if isinstance(verdict, FFNSpec):
                 specs.append(verdict)
                 break
-    if not specs:
+    # Layers of one make may differ in that (gemma3n: only some have sparse activations); half a model is none.
+    if not specs or any(spec.down in mixing for spec in specs):
         raise SourceError(
-            f"model type {model_type} cannot be sliced: {_reason(model, mixing)}; use it with mlx-lm itself"
+            f"model type {model_type} cannot be sliced: {_reason(model, bool(mixing))}; use it with mlx-lm itself"
         )
     return sorted(specs, key=lambda spec: [int(part) if part.isdigit() else 0 for part in re.split(r"\.", spec.path)])
 
@@ -207,6 +208,8 @@ def _reason(model: nn.Module, mixing: bool) -> str:
     if mixing:
         return "its FFN computes each neuron from all of them, so leaving some out changes the others"
     modules = [module for _, module in model.named_modules()]
+    from mlx_lm.models.switch_layers import SwitchLinear  # here, since looking at a checkpoint needs no mlx-lm
+
     routed = any(_EXPERT.search(path) for path, _ in model.named_modules())
     if routed or any(isinstance(module, SwitchLinear) for module in modules):
         return "its FFNs are routed experts only (a pure mixture of experts)"

@@ -6,8 +6,9 @@ mixes KV entries of two selections unless it is told to.
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,6 +154,7 @@ def stream_generate(
     Raises:
         PromptError: if the prompt is empty or longer than the context.
         BudgetError, SelectionError, PredictorError: as the parts raise them.
+        ModelBusyError: while another answer of the model is under way.
     """
     tokens = encode_prompt(tokenizer, prompt)
     history = prompt_cache if prompt_cache is not None else History.empty(model, max_kv_size)
@@ -173,7 +175,12 @@ def stream_generate(
         keep=model.keep(density, active_parameters, memory),
         on_switch=on_switch,
     )
-    yield from answer(model, tokenizer, history, request, max_tokens, cancel=cancel, progress=progress, **kwargs)
+    steps = answer(model, tokenizer, history, request, max_tokens, cancel=cancel, progress=progress, **kwargs)
+    thread = threading.get_ident()
+    try:
+        yield from model.ownership.during(steps)
+    finally:
+        history.settle(model, thread)
 
 
 def answer(
@@ -186,7 +193,7 @@ def answer(
     cancel: Callable[[], bool] | None = None,
     progress: Progress | None = None,
     **options: Any,
-) -> Iterator[GenerationResponse]:
+) -> Generator[GenerationResponse, None, None]:
     """Compute one request and bring `history` up to date with it. See `stream_generate` for arguments and errors."""
     _check(model, request, max_tokens)
     run = _Run(model, history, request, cancel, progress)

@@ -6,6 +6,7 @@ A KV cache belongs to the selection that computed it; `History` never forgets wh
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,6 +70,17 @@ class History:
             mx.eval([cache.state for cache in self.kv])
             self.append(chunk, DENSE if model.selection is None else model.selection.hash)
         return self
+
+    def settle(self, model: Model, thread: int) -> None:
+        """Compute what the cache still has to, so that the next answer may come from any thread.
+
+        Args:
+            thread: the one that read; in another, which cannot compute it, everything is forgotten.
+        """
+        if threading.get_ident() == thread:
+            mx.eval([cache.state for cache in self.kv])
+        else:
+            self.clear(model)
 
     def append(self, tokens: list[int], owner: str) -> None:
         """Note that `kv` now also holds `tokens`, computed by `owner`."""

@@ -1,7 +1,7 @@
 """Loads an IFP checkpoint as an mlx-lm model whose FFNs can be switched between selections and dense.
 
 The module is mlx-lm's own class with its projection leaves replaced. Knows how to switch; not what to select.
-One model has one owner: it is not safe to use from two threads at once.
+One operation at a time has a model, in whatever thread (`ifprune_mlx.ownership`); a second one raises.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from .checkpoint import Checkpoint, Layout
 from .errors import CheckpointError
 from .ffn import SlicedProjection, replace_leaves
 from .hub import resolve
+from .ownership import Ownership
 from .predictor import SparsityPredictor, load_predictor
 from .selection import Scores, Selection
 from .slots import FFNSlots, plan_switch
@@ -59,6 +60,11 @@ class Model:
     It is callable like an mlx-lm model and has its `layers` and caches, so mlx-lm's own functions take it, or
     `model.module`, as they take theirs.
 
+    Any thread may use it, one at a time: everything that `load` and an answer leave behind is computed, as MLX asks of
+    arrays that change threads. From its first token to its last an answer has the model to itself; `switch`, `close`, a
+    call of the model and another answer then raise ModelBusyError, in the same thread as well, and do no harm.
+    `Session.astream` waits for its turn instead. MLX's random numbers are seeded per thread (`mx.random.seed`).
+
     Attributes:
         checkpoint: what it was loaded from.
         module: the mlx-lm model, with sliced leaves.
@@ -66,15 +72,24 @@ class Model:
         selection: the active selection; None while the model is dense.
         slots: the neurons of every FFN in memory.
         down_leaves: the down projection of every FFN, whose observer sees its hidden activations.
+        ownership: whose turn it is; shared with the module, which asks it before every call.
     """
 
-    def __init__(self, checkpoint: Checkpoint, module: nn.Module, slots: list[FFNSlots], down: list[SlicedProjection]):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        module: nn.Module,
+        slots: list[FFNSlots],
+        down: list[SlicedProjection],
+        ownership: Ownership,
+    ) -> None:
         self.checkpoint = checkpoint
         self.tokenizer: TokenizerWrapper | None = None
         self.module = module
         self.selection: Selection | None = None
         self.down_leaves = down
         self.slots = slots
+        self.ownership = ownership
 
     def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
         """As the mlx-lm model: tokens int `[B, L]` (and `cache=`) -> logits `[B, L, vocabulary]`."""
@@ -137,7 +152,9 @@ class Model:
         tokenizer = self.tokenizer or _load_tokenizer(self.checkpoint, False)
         widths = [spec.d_ffn for spec in self.checkpoint.layout.ffns]
         folder = self.checkpoint.path / "predictor"
-        return load_predictor(folder, self.module, tokenizer, self.context_length, widths)
+        predictor = load_predictor(folder, self.module, tokenizer, self.context_length, widths)
+        mx.eval(predictor.backbone, vars(predictor.head))
+        return predictor
 
     def keep(
         self, density: float | None = None, active_parameters: int | None = None, memory: int | None = None
@@ -154,7 +171,12 @@ class Model:
 
         Raises:
             SelectionError: if the selection belongs to a model of another shape.
+            ModelBusyError: if an answer is under way.
         """
+        with self.ownership.held():
+            return self._switch(selection)
+
+    def _switch(self, selection: Selection | None) -> Switch:
         start = time.perf_counter()
         if selection is None:
             for slots in self.slots:
@@ -173,14 +195,20 @@ class Model:
         return Switch(time.perf_counter() - start, neurons, moved, overlap)
 
     def close(self) -> None:
-        """Give the weights back; the model cannot be used afterwards."""
-        for slots in self.slots:
-            slots.rows.clear()
-        self.slots = []
-        self.down_leaves = []
-        self.module = nn.Module()
-        self.__dict__.pop("predictor", None)
-        mx.clear_cache()
+        """Give the weights back; the model cannot be used afterwards.
+
+        Raises:
+            ModelBusyError: if an answer is under way.
+        """
+        with self.ownership.held():
+            for slots in self.slots:
+                slots.rows.clear()
+            self.slots = []
+            self.down_leaves = []
+            self.module = nn.Module()
+            self.__dict__.pop("predictor", None)
+            mx.clear_cache()
+        self.ownership.close()
 
     def _priors(self, kind: str) -> list[Scores]:
         arrays = mx.load(str(self.checkpoint.priors_file))
@@ -225,7 +253,8 @@ def load_checkpoint(
         if progress is not None:
             progress(index + 1, len(ffns))
     leaves: list[SlicedProjection] = []
-    module = _load_module(checkpoint, slots, leaves)
+    ownership = Ownership()
+    module = _load_module(checkpoint, slots, leaves, ownership)
     if dtype is not None:
         floats = (mx.float32, mx.float16, mx.bfloat16)
         may_cast = getattr(module, "cast_predicate", lambda _: True)
@@ -234,11 +263,14 @@ def load_checkpoint(
             return array.astype(dtype) if array.dtype in floats and may_cast(name) else array
 
         module.update(tree_map_with_path(cast, module.parameters()))
-        mx.eval(module.parameters())
-    return Model(checkpoint, module, slots, leaves)
+    # All of it, not only its parameters: rope tables are none, and another thread could not compute them later.
+    mx.eval(module)
+    return Model(checkpoint, module, slots, leaves, ownership)
 
 
-def _load_module(checkpoint: Checkpoint, slots: Sequence[FFNSlots], leaves: list[SlicedProjection]) -> nn.Module:
+def _load_module(
+    checkpoint: Checkpoint, slots: Sequence[FFNSlots], leaves: list[SlicedProjection], ownership: Ownership
+) -> nn.Module:
     layout: Layout = checkpoint.layout
 
     def classes(config: dict[str, Any]) -> tuple[type[nn.Module], type]:
@@ -252,12 +284,17 @@ def _load_module(checkpoint: Checkpoint, slots: Sequence[FFNSlots], leaves: list
                 for spec, ffn_slots in zip(layout.ffns, slots, strict=True):
                     leaves.append(replace_leaves(self, spec, ffn_slots, layout.gate_up, layout.down))
 
+            @wraps(base.__call__)  # mlx-lm looks at the signature
+            def __call__(self, *args: Any, **kwargs: Any) -> Any:
+                ownership.check()
+                return super().__call__(*args, **kwargs)
+
             def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
                 """The weights as they are: a checkpoint holds them as the family's own `sanitize` left them."""
                 # It is called for what it does to the model itself, such as dropping a tied output layer; that it may
                 # miss the weights of FFNs, which are elsewhere, does not matter.
                 with suppress(Exception):
-                    super().sanitize(dict(weights))
+                    super().sanitize({name: mx.zeros(array.shape, array.dtype) for name, array in weights.items()})
                 return weights
 
         return Sliced, arguments

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import AsyncGenerator, Generator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from .files import write_atomic
 from .generation import REPREFILL, GenerationResponse, Request, Stats, answer
 from .history import History
 from .model import Model, Progress
+from .ownership import ModelBusyError, Operation
 from .prompts import render_messages
 from .selection import Selection
 from .selectors import FixedSelector, Selector, make_selector
@@ -33,6 +35,10 @@ SWITCH_BELOW = 0.75
 
 class Session:
     """One chat with one model.
+
+    Several sessions may share a model, and any thread may use them, one answer at a time: see `Model`. While an answer
+    of this one is under way, only `cancel`, `save` and its attributes may be used; what would change it raises
+    ModelBusyError.
 
     Args:
         model, tokenizer: from `ifprune_mlx.load`.
@@ -95,7 +101,7 @@ class Session:
             self._selector = selector
         self._selection: Selection | None = None
         self._instruction: str | None = None
-        self._cancelled = False
+        self._stop: threading.Event | None = None  # of the answer under way
         self._history = History.empty(model, max_kv_size)
 
     @property
@@ -110,62 +116,54 @@ class Session:
 
     def stream(
         self, text: str, *, max_tokens: int = 256, progress: Progress | None = None
-    ) -> Iterator[GenerationResponse]:
-        """Answer one user message, token by token.
+    ) -> Operation[GenerationResponse]:
+        """Answer one user message, token by token, in the thread that reads it; `close` ends the answer early.
 
         The message and the answer join `messages` when the answer ends, is cancelled, or its consumer stops; a message
         that is cancelled before the first token, or cannot be answered (an error), leaves the conversation as it was.
 
         Raises:
             PromptError: if the message is empty or the conversation no longer fits the context.
+            ModelBusyError: if another answer of this model is under way, or another thread reads or closes this one.
         """
-        self._cancelled = False
-        if not text.strip():
-            raise PromptError("the message is empty; write something to answer")
-        user = {"role": "user", "content": text}
-        request = self._request(text, [*self._system(), *self.messages, user])
-        said = ""
-        answered = False
-        try:
-            responses = answer(
-                self.model,
-                self.tokenizer,
-                self._history,
-                request,
-                max_tokens,
-                cancel=lambda: self._cancelled,
-                progress=progress,
-                **self.options,
-            )
-            for response in responses:
-                said += response.text
-                # Cancelled before the first token, the model may still have what an earlier conversation made active.
-                answered = response.generation_tokens > 0
-                if response.stats is not None:
-                    self.stats = response.stats
-                yield response
-        except GeneratorExit:
-            raise
-        except BaseException:
-            answered = False
-            raise
-        finally:
-            if answered:
-                self.messages += [user, {"role": "assistant", "content": said}]
-                if not self.dense:
-                    self._selection = self.model.selection
-                    self._instruction = request.instruction
+        return self.model.ownership.during(self._answer(text, max_tokens, progress, threading.Event()))
+
+    def astream(
+        self, text: str, *, max_tokens: int = 256, progress: Progress | None = None
+    ) -> AsyncGenerator[GenerationResponse, None]:
+        """As `stream`, for asyncio: the answer is computed in the model's worker thread, the event loop stays free.
+
+        A token is computed when it is asked for, and MLX has the next one under way by then, never more. Answers of one
+        model wait for each other, first come, first served, across sessions and event loops, but not for a `stream`.
+        Cancelling the task, or `aclose`, ends the answer after the token in work and gives the model on; after leaving
+        the loop early call `aclose` (or use `contextlib.aclosing`), else the model is busy until the event loop does.
+
+        Args:
+            progress: called in the worker thread. So are the session's sampler and logits processors, whose random
+                numbers MLX seeds per thread.
+
+        Raises:
+            PromptError: as `stream`.
+        """
+        stop = threading.Event()
+        return self.model.ownership.in_worker(self._answer(text, max_tokens, progress, stop), stop.set)
 
     def ask(self, text: str, **kwargs: Any) -> str:
         """The whole answer to one message; takes what `stream` takes."""
         return "".join(response.text for response in self.stream(text, **kwargs))
 
     def cancel(self) -> None:
-        """End the answer under way after the token in work; what was said stays in the conversation."""
-        self._cancelled = True
+        """End the answer under way after the token in work; what was said stays in the conversation.
+
+        May be called from any thread. An `astream` that waits for its turn is ended by cancelling its task.
+        """
+        stop = self._stop
+        if stop is not None:
+            stop.set()
 
     def reset(self) -> None:
         """Forget the conversation; the next message selects anew."""
+        self._check_idle()
         self.messages = []
         self._history = History.empty(self.model, self._max_kv_size)
         self._instruction = None
@@ -175,6 +173,7 @@ class Session:
 
     def reselect(self, instruction: str | None = None) -> None:
         """Select anew at the next message: by it, or by the given instruction."""
+        self._check_idle()
         if self.policy == "task":
             raise IfpruneError(
                 "the selection is fixed in this conversation; start one without --selection or --task to select"
@@ -184,6 +183,7 @@ class Session:
 
     def use(self, selection: Selection) -> None:
         """Go on with a given selection (policy `first`: it stays; otherwise until the next message selects)."""
+        self._check_idle()
         self.model.check(selection)
         self._selection = selection
         self.dense = False
@@ -192,6 +192,7 @@ class Session:
         self, density: float | None = None, active_parameters: int | None = None, memory: int | None = None
     ) -> None:
         """Change the budget; the next message chooses anew, by the instruction that chose before."""
+        self._check_idle()
         if self.policy == "task":
             raise IfpruneError("the selection is fixed in this conversation, and its density with it")
         self._keep = self.model.keep(density, active_parameters, memory)
@@ -231,6 +232,7 @@ class Session:
         Raises:
             ChatFileError: if it is missing, damaged, or belongs to another checkpoint.
         """
+        self._check_idle()
         path = Path(path)
         if not path.is_file():
             raise ChatFileError(f"{path}: no such saved chat")
@@ -269,6 +271,53 @@ class Session:
         elif self.policy == "task":
             self._selector = make_selector(self.model)
         self.policy = policy
+
+    def _answer(
+        self, text: str, max_tokens: int, progress: Progress | None, stop: threading.Event
+    ) -> Generator[GenerationResponse, None, None]:
+        """What `stream` says, as one operation of `Ownership`; `stop` ends it early."""
+        if not text.strip():
+            raise PromptError("the message is empty; write something to answer")
+        user = {"role": "user", "content": text}
+        request = self._request(text, [*self._system(), *self.messages, user])
+        said = ""
+        answered = False
+        self._stop, thread = stop, threading.get_ident()
+        try:
+            responses = answer(
+                self.model,
+                self.tokenizer,
+                self._history,
+                request,
+                max_tokens,
+                cancel=stop.is_set,
+                progress=progress,
+                **self.options,
+            )
+            for response in responses:
+                said += response.text
+                # Cancelled before the first token, the model may still have what an earlier conversation made active.
+                answered = response.generation_tokens > 0
+                if response.stats is not None:
+                    self.stats = response.stats
+                yield response
+        except GeneratorExit:
+            raise
+        except BaseException:
+            answered = False
+            raise
+        finally:
+            self._stop = None
+            self._history.settle(self.model, thread)
+            if answered:
+                self.messages += [user, {"role": "assistant", "content": said}]
+                if not self.dense:
+                    self._selection = self.model.selection
+                    self._instruction = request.instruction
+
+    def _check_idle(self) -> None:
+        if self._stop is not None:
+            raise ModelBusyError("an answer of this conversation is under way; cancel it or wait for its end first")
 
     def _system(self) -> list[dict[str, str]]:
         return [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []

@@ -1,14 +1,18 @@
-"""A tiny config for the model types of mlx-lm, made from what each one's `ModelArgs` asks for."""
+"""Tiny models of the model types of mlx-lm, their configs made from what each one's `ModelArgs` asks for."""
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import pkgutil
+import json
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any
 
-import mlx_lm.models
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.utils import _get_classes
+
+from tests.tiny import write_tokenizer
 
 # What a required field is given, by its name; a default stands, unless it is named in SHAPES.
 VALUES: dict[str, Any] = {
@@ -136,7 +140,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "rope_local_base_freq": 10000.0,
         "final_logit_softcapping": 30.0,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "activation_sparsity_pattern": [0.95] * 4,
+        "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
         "hidden_size_per_layer_input": 16,
         "altup_num_inputs": 2,
         "altup_coef_clip": 120.0,
@@ -317,14 +321,35 @@ WRAPPERS = {
     "qwen3_vl": "qwen3",
 }
 _INNER = ("TextConfig", "TextArgs", "TextModelArgs")
-# Importing it ends the process where the package `ai2-olmo` is missing; too large for a test; no model of text.
-_LEFT_OUT = {"olmo", "gptj"}
 
 
-def model_types() -> list[str]:
-    """The model types that the installed mlx-lm has, as far as a tiny config for them is known."""
-    names = [module.name for module in pkgutil.iter_modules(mlx_lm.models.__path__)]
-    return sorted(name for name in names if name not in _LEFT_OUT and tiny_config(name) is not None)
+def family_model(model_type: str) -> Any:
+    """A dense model with random weights, float32."""
+    config = tiny_config(model_type)
+    assert config is not None
+    mx.random.seed(1)
+    model_class, arguments = _get_classes(config)
+    model = model_class(arguments.from_dict(json.loads(json.dumps(config))))
+    # Some arrays begin as zeros or ones, under which a model forgets what is to be compared.
+    arrays = {
+        name: array + 0.05 * mx.random.normal(array.shape)
+        for name, array in tree_flatten(model.parameters())
+        if array.dtype == mx.float32
+    }
+    model.load_weights(list(arrays.items()), strict=False)
+    mx.eval(model.parameters())
+    model.eval()
+    return model
+
+
+def write_family(folder: Path, model_type: str) -> Any:
+    """The same as a dense folder; returns the model."""
+    model = family_model(model_type)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(tiny_config(model_type)))
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
+    write_tokenizer(folder)
+    return model
 
 
 def tiny_config(model_type: str) -> dict[str, Any] | None:

@@ -27,6 +27,12 @@ def test_embed(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert said.count("\n> ") == said.count("[activation: ") == 2
 
 
+def test_async_chat(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    said = example("async_chat.py", tiny_checkpoint, tmp_path)
+    assert said.count("\n> ") == 3
+    assert said.endswith(" ...\n")
+
+
 def check_tasks(checkpoint: Path, folder: Path) -> None:
     """The first run saves the task; the second finds it, and says the same on the same selection."""
     first, second = (example("tasks.py", checkpoint, folder) for _ in range(2))

@@ -17,6 +17,7 @@ PACKAGES = {
 # The modules of `ifprune_mlx`, each of which may import only those before it. A new module takes its place here.
 ORDER = (
     "errors",
+    "ownership",
     "files",
     "json_lines",
     "selection",

@@ -106,6 +106,8 @@ def open_adapter(folder: Path, skeleton: nn.Module, shapes: Mapping[str, tuple[i
         rank, scale = _lora_parameters(folder / _CONFIG, config)
         stems = _check_pairs(file, tensors, ("lora_a", "lora_b", *(("m",) if kind == "dora" else ())))
         modules = adapted_modules(file, stems, skeleton)
+        if absent := [stem for stem in modules if f"{stem}.weight" not in shapes]:
+            raise SourceError(f"{file}: changes {listing(absent)}, whose weights the model does not have; {OTHER}")
         _check_low_rank(file, tensors, modules, shapes, rank)
         arrays = load_lazily(file)
         for stem, module in modules.items():

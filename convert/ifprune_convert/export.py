@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from mlx import nn
 from mlx_lm.utils import load_model, save_config
 
 from ifprune_mlx.checkpoint import SECTION, Checkpoint, Quantization
@@ -134,7 +135,7 @@ def _down_packing(checkpoint: Checkpoint, selection: Selection) -> Quantization:
     """How to quantize the down projections again."""
     packing = checkpoint.layout.down
     if packing is None:
-        raise CheckpointError(f"{checkpoint.path}: is not quantized; leave out --requantize-down")
+        raise CheckpointError(f"{checkpoint.path}: its down projections are not quantized; leave out --requantize-down")
     for k in selection.keep:
         if k % packing.group_size:
             raise SelectionError(
@@ -156,11 +157,12 @@ def _plain_config(checkpoint: Checkpoint, selection: Selection, packing: Quantiz
     specs = checkpoint.layout.ffns
     if "quantization" in config:
         section = config["quantization"] = dict(config["quantization"])
-        # Only what differs from the section's own words needs any.
+        # Only what differs from the section's own words needs any; older releases of mlx-lm leave the mode out.
+        common = {"mode": "affine"} | section
         for spec in specs:
             for leaf in spec.leaves:
                 packed = packing if leaf == spec.down else checkpoint.layout.gate_up
-                if packed is None or any(section[name] != value for name, value in packed.to_dict().items()):
+                if packed is None or any(common[name] != value for name, value in packed.to_dict().items()):
                     section[f"{spec.path}.{leaf}"] = False if packed is None else packed.to_dict()
     wanted = _shapes(checkpoint, config)
     for spec, k in zip(specs, selection.keep, strict=True):
@@ -175,32 +177,41 @@ def _plain_config(checkpoint: Checkpoint, selection: Selection, packing: Quantiz
     for candidate in _narrower(config, specs, selection.keep):
         if _shapes(checkpoint, candidate) == wanted:
             return candidate
+    wish = "use one that keeps the same number in every FFN" if len(widths) > 1 else "it can be run by ifprune only"
     raise SelectionError(
         f"{checkpoint.path}: the selection keeps {listing([str(k) for k in widths])} neurons, layer by layer, which no "
-        f"config of mlx-lm's {config['model_type']} can say; use one that keeps the same number in every FFN"
+        f"config of mlx-lm's {config['model_type']} can say; {wish}"
     )
 
 
 def _narrower(config: dict[str, Any], specs: Sequence[FFNSpec], keep: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Copies of a config that may say the widths of a selection: one number that was a width is another.
+    """Copies of a config that may say the widths of a selection: one number that was a width is another, or all are.
 
     Some families say the width twice as large, and the language model of some has a config of its own inside.
     """
-    for width, k in sorted({(spec.d_ffn, k) for spec, k in zip(specs, keep, strict=True)}):
+    pairs = sorted({(spec.d_ffn, k) for spec, k in zip(specs, keep, strict=True)})
+    together = copy.deepcopy(config)
+    for width, k in pairs:
         for section in ("text_config", None):
             place = config if section is None else config.get(section)
             for name, value in place.items() if isinstance(place, dict) else ():
                 if type(value) is int and value in (width, 2 * width):
                     candidate = copy.deepcopy(config)
-                    (candidate if section is None else candidate[section])[name] = value // width * k
+                    for changed in (candidate, together):
+                        (changed if section is None else changed[section])[name] = value // width * k
                     yield candidate
+    yield together
 
 
 def _shapes(checkpoint: Checkpoint, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter of mlx-lm's model of a config, before any quantization."""
+    return parameter_shapes(_skeleton(checkpoint, config))
+
+
+def _skeleton(checkpoint: Checkpoint, config: dict[str, Any]) -> nn.Module:
     tensors = sum(len(header.tensors) for header in checkpoint.headers.values())
     # A copy, since some model classes write into the sections of their config.
-    return parameter_shapes(build_skeleton(checkpoint.path, copy.deepcopy(config), tensors))
+    return build_skeleton(checkpoint.path, copy.deepcopy(config), tensors)
 
 
 def _tensors(
@@ -213,6 +224,7 @@ def _tensors(
             _ffn(checkpoint, index, ids, dtype, packing),
             sum(info.end - info.start for info in header.tensors.values()),
         )
+    may_cast = getattr(_skeleton(checkpoint, checkpoint.config), "cast_predicate", lambda _: True)
     for file, header in checkpoint.headers.items():
         if not file.startswith("model-"):
             continue
@@ -221,7 +233,7 @@ def _tensors(
             assert isinstance(arrays, dict)
             for name, info in header.tensors.items():
                 array = arrays.pop(name)
-                if dtype is not None and array.dtype in _FLOATS.values():
+                if dtype is not None and array.dtype in _FLOATS.values() and may_cast(name):
                     array = array.astype(dtype)
                 mx.eval(array)
                 yield {name: array}, info.end - info.start

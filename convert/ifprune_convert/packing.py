@@ -125,6 +125,7 @@ def _as_packed(source: PackedSource, specs: Sequence[FFNSpec], float_down: bool)
         down = None if group is None else Quantization(group, _DOWN_BITS, "affine")
     sliced = {f"{spec.path}.{leaf}" for spec in specs for leaf in spec.leaves}
     section = {name: value for name, value in source.config["quantization"].items() if name not in sliced}
+    section.setdefault("mode", "affine")  # which older releases of mlx-lm leave out
     return Packing(found.pop(), down, packed.get, section)
 
 

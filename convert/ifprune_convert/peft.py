@@ -258,15 +258,21 @@ def _mlx_names(skeleton: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> di
     """mlx-lm's names for tensors of a PyTorch model, '' where it has none that holds just the same numbers."""
     # Some families' `sanitize` changes the model as well.
     sanitize = getattr(copy.deepcopy(skeleton), "sanitize", None)
-    probes = {name: mx.zeros(shape) for name, shape in shapes.items()}
     if sanitize is None:
         return {name: name for name in shapes}
+    probes = {name: mx.broadcast_to(mx.array(1.0), shape) for name, shape in shapes.items()}
     try:
         renamed = sanitize(dict(probes))
-    except Exception:  # it wants a whole model; then only names that are equal can be told
-        return {name: name for name in shapes}
+    except Exception:  # it wants a whole model, and what it would make of these tensors cannot be told
+        return dict.fromkeys(shapes, "")
     by_array = {id(array): name for name, array in renamed.items()}
-    return {name: by_array.get(id(probe), "") for name, probe in probes.items()}
+    # Some multiply weights in place. One tensor of each kind is looked at, since all of a large model would take long.
+    kinds = {re.sub(r"\d+", "#", name): probe for name, probe in probes.items()}
+    changed = {kind for kind, probe in kinds.items() if not bool((mx.min(probe) == 1) & (mx.max(probe) == 1))}
+    return {
+        name: "" if re.sub(r"\d+", "#", name) in changed else by_array.get(id(probe), "")
+        for name, probe in probes.items()
+    }
 
 
 def _updates(

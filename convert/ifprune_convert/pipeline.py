@@ -107,6 +107,7 @@ def convert(source: Source, out: Path, options: Options, report: Report | None =
         _write_tokenizer(folder, source)
         if predictor is not None:
             predictor.write(folder / "predictor")
+            del predictor  # its head can be as large as an FFN, and would stay in memory
         writer = _Writer(source, skeleton, adapter, folder, options, packing, report)
         priors = [writer.write_ffn(index, spec, len(specs)) for index, spec in enumerate(specs)]
         writer.write_rest()
@@ -237,7 +238,7 @@ class _Writer:
     def _take(self, name: str) -> mx.array:
         array = self._source.take(name)
         dtype = self._options.dtype if self._may_cast(name) else None
-        if dtype is None and self._source.path.suffix == ".gguf" and array.dtype == mx.float32:
+        if dtype is None and self._source.dequantizes and array.dtype == mx.float32:
             dtype = mx.float16
         if self._adapter is not None and name in self._adapter:
             array = self._adapter.fuse(name, array, dtype or array.dtype)

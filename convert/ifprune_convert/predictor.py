@@ -219,7 +219,9 @@ def _arrange(folder: Path, config: dict[str, Any], tensors: dict[str, mx.array])
     for prefix in ("", "model."):
         for dropped in (_OUTPUT, ""):
             model = build_skeleton(folder, config, len(tensors))
-            given = {n if n == _OUTPUT else prefix + n: array for n, array in tensors.items() if n != dropped}
+            # New arrays each time: some families multiply theirs in place.
+            kept = {name: mx.contiguous(array) for name, array in tensors.items() if name != dropped}
+            given = {name if name == _OUTPUT else prefix + name: array for name, array in kept.items()}
             sanitize: Callable[[dict[str, mx.array]], dict[str, mx.array]] | None = getattr(model, "sanitize", None)
             try:
                 arranged = given if sanitize is None else sanitize(given)

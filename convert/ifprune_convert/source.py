@@ -22,6 +22,8 @@ class Source(Protocol):
     """What mlx-lm's `ModelArgs.from_dict` reads, `model_type` included."""
     licence: str | None
     """The licence that the source names, if it names one."""
+    dequantizes: bool
+    """Whether its float32 tensors were unpacked from fewer bits, so that float16 holds them."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

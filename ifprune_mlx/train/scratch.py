@@ -224,7 +224,7 @@ class ScratchRun:
             left += float(mx.square(self._scorer(tokens, lengths) - wanted).sum())
             total += float(mx.square(wanted - self._mean).sum())
         explained = 1 - left / max(total, 1e-12)
-        if self.best is None or explained > self.best[0]:
+        if math.isfinite(explained) and (self.best is None or explained > self.best[0]):
             self.best = explained, self.step
             self._write_predictor()
         return explained
@@ -377,7 +377,8 @@ def train_scratch(
             run.save()
         if progress is not None:
             progress(run.step, total)
-    assert run.best is not None
+    if run.best is None:
+        raise DataError(f"{run.folder}: no evaluation gave a number; lower --learning-rate, in another --output")
     return Result(run.best[0], run.best[1], run.parameters)
 
 

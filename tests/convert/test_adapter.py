@@ -23,6 +23,7 @@ from ifprune_mlx.checkpoint import Quantization
 from ifprune_mlx.errors import SourceError
 from tests.cli.process import run
 from tests.convert.tiny_adapter import write_adapter
+from tests.family_configs import write_family
 from tests.tiny import CONFIGS, write_source
 from tests.tiny_gguf import CONFIG as GGUF_CONFIG
 from tests.tiny_gguf import make_model, write_gguf
@@ -300,3 +301,21 @@ def test_tensors_that_are_refused(tmp_path: Path, change: Any, words: str) -> No
     with pytest.raises(SourceError, match=f"{adapter / 'adapters.safetensors'}: .*{words}"):
         converted(source, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_layer_that_the_model_does_not_have(tmp_path: Path) -> None:
+    """Gemma 3's class has an `lm_head` until its weights are loaded, also where it is tied to the embedding."""
+    write_family(tmp_path / "source", "gemma3_text")
+    weights = mx.load(str(tmp_path / "source" / "model.safetensors"))
+    del weights["lm_head.weight"]
+    mx.save_safetensors(str(tmp_path / "source" / "model.safetensors"), weights, {"format": "mlx"})
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    mx.save_safetensors(
+        str(adapter / "adapters.safetensors"),
+        {"lm_head.lora_a": mx.zeros((64, 4)), "lm_head.lora_b": mx.zeros((4, 320))},
+    )
+    config = {"fine_tune_type": "lora", "num_layers": 4, "lora_parameters": {"rank": 4, "scale": 1.0, "dropout": 0.0}}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(SourceError, match="changes lm_head, whose weights the model does not have"):
+        convert(open_source(tmp_path / "source"), tmp_path / "out", Options(adapter=adapter))

@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 from mlx_lm.utils import load_model
 
@@ -25,6 +26,7 @@ from ifprune_mlx import Checkpoint, CheckpointError, IfpruneError, Selection, Se
 from ifprune_mlx.checkpoint import write_manifest
 from ifprune_mlx.model import load_checkpoint
 from tests.cli.process import run, start
+from tests.family_configs import write_family
 from tests.ifprune_mlx.reference import TOLERANCE, greedy, logits, open_model, random_selection
 from tests.tiny import CONFIGS, write_checkpoint, write_source
 from tests.tiny_predictor import write_predictor
@@ -294,7 +296,7 @@ def test_what_cannot_be_exported(tmp_path: Path, checkpoint: Path, packed: Path)
         exported(checkpoint, random_selection([128] * 3, [40] * 3, 1), out)
     with pytest.raises(SelectionError, match=r"keeps 40, 48 neurons.*mlx-lm's llama.*same number in every FFN"):
         exported(checkpoint, selection_of(checkpoint, (48, 40)), out)
-    with pytest.raises(CheckpointError, match=r"is not quantized; leave out --requantize-down"):
+    with pytest.raises(CheckpointError, match=r"are not quantized; leave out --requantize-down"):
         exported(checkpoint, selection_of(checkpoint), out, requantize_down=True)
     with pytest.raises(SelectionError, match=r"keeps 40 neurons.*groups of 32; leave out --requantize-down"):
         exported(packed, selection_of(packed), out, requantize_down=True)
@@ -377,3 +379,26 @@ def test_a_killed_export_leaves_nothing_that_loads(tmp_path: Path, checkpoint: P
     assert run(*arguments, cache=tmp_path).returncode == 0
     assert not leftovers(out)
     load_model(out)
+
+
+@pytest.mark.parametrize("model_type", ["glm4_moe", "phi3", "gemma4", "qwen3_5"])
+def test_families_of_several_widths_and_nested_configs(tmp_path: Path, model_type: str) -> None:
+    write_family(tmp_path / "source", model_type)
+    made = run_convert(open_source(tmp_path / "source"), tmp_path / "ifp", Options()).checkpoint
+    # The experts of a mixture are as wide as its shared expert: no config can say that only the latter is narrower.
+    share = 1 if model_type == "glm4_moe" else 2
+    ids = tuple(np.arange(spec.d_ffn // share, dtype=np.int32) for spec in made.layout.ffns)
+    selection = Selection(ids, tuple(spec.d_ffn for spec in made.layout.ffns), "random")
+    export_selection(made, selection, tmp_path / "export", dtype=mx.float16)
+    exported, _ = load_model(tmp_path / "export")
+    model = load_checkpoint(made, dtype=mx.float16)
+    model.switch(selection)
+    if model_type != "glm4_moe":  # MLX's CPU build runs routed experts in float32 only
+        tokens = mx.array([[1, 40, 300, 7, 99]])
+        difference = mx.abs(exported(tokens).astype(mx.float32) - model(tokens).astype(mx.float32)).max()
+        assert float(difference) < 0.05
+    # What mlx-lm says must not be cast, such as the bias that routes tokens, stays float32 in both.
+    both = (tree_flatten(found.parameters()) for found in (exported, model.module))
+    kept, ours = ({name for name, array in arrays if array.dtype == mx.float32} for arrays in both)
+    assert kept == ours
+    assert bool(kept) == (model_type in ("glm4_moe", "qwen3_5"))

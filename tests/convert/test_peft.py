@@ -21,6 +21,7 @@ from ifprune_convert.readers import open_source
 from ifprune_mlx import Checkpoint, load
 from ifprune_mlx.errors import SourceError
 from tests.convert.tiny_peft import PREFIX, write_peft
+from tests.family_configs import write_family
 from tests.tiny import CONFIGS, make_model, write_source, write_tokenizer
 
 TOKENS = mx.array([[5, 9, 77, 300, 12, 41]])
@@ -201,6 +202,14 @@ def test_names_that_mlx_lm_changes(tmp_path: Path) -> None:
     vision = write_peft(tmp_path / "vision", {"model.vision_tower.layers.0.attention.q_proj": (4, 64, 64)})
     with pytest.raises(SourceError, match=r"changes model\.vision_tower\S+, which the model in mlx-lm does not have"):
         converted(source, vision, tmp_path / "again")
+
+
+def test_families_that_scale_their_weights_are_refused(tmp_path: Path) -> None:
+    """mlx-lm multiplies Falcon-H1's weights while loading: what an adapter adds in PyTorch is not what it adds here."""
+    write_family(tmp_path / "source", "falcon_h1")
+    adapter = write_peft(tmp_path / "adapter", {"model.layers.0.feed_forward.gate_proj": (4, 64, 128)})
+    with pytest.raises(SourceError, match="which the model in mlx-lm does not have"):
+        converted(tmp_path / "source", adapter, tmp_path / "out")
 
 
 def test_the_manifest_names_the_adapter(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx import nn
-from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 
 from ifprune_convert.packing import quantization_of
@@ -22,8 +20,7 @@ from ifprune_mlx.families import HALVES, INTERLEAVED, find_ffns, join_fused, spl
 from ifprune_mlx.ffn import MaskedDown, module_at, replace_leaves
 from ifprune_mlx.selection import Selection, keep_count
 from ifprune_mlx.slots import FFNSlots, plan_switch
-from tests.family_configs import tiny_config
-from tests.tiny import write_tokenizer
+from tests.family_configs import family_model, tiny_config, write_family
 
 from .reference import logits, open_model, random_selection
 
@@ -126,33 +123,6 @@ PROMPT = [1, 40, 300, 7, 7, 99, 250, 3, 18, 120, 64, 201]
 STEPS = [77, 5, 310]
 
 
-def dense_model(model_type: str) -> tuple[Any, dict[str, Any]]:
-    config = tiny_config(model_type)
-    assert config is not None
-    mx.random.seed(1)
-    model_class, arguments = _get_classes(config)
-    model = model_class(arguments.from_dict(json.loads(json.dumps(config))))
-    # Some arrays begin as zeros or ones, under which a model forgets what is to be compared.
-    arrays = {
-        name: array + 0.05 * mx.random.normal(array.shape)
-        for name, array in tree_flatten(model.parameters())
-        if array.dtype == mx.float32
-    }
-    model.load_weights(list(arrays.items()), strict=False)
-    mx.eval(model.parameters())
-    model.eval()
-    return model, config
-
-
-def write_source(folder: Path, model_type: str) -> Any:
-    model, config = dense_model(model_type)
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
-    write_tokenizer(folder)
-    return model
-
-
 def mask(model: Any, checkpoint: Path, selection: Selection) -> None:
     """Wrap the down projections of a stock model, or change the masks of those that were wrapped."""
     for spec, ids in zip(Checkpoint.open(checkpoint).layout.ffns, selection.ids, strict=True):
@@ -169,7 +139,7 @@ def widths_of(model: Any, model_type: str) -> list[int]:
 
 @pytest.mark.parametrize("model_type", SLICED)
 def test_sliced_logits_equal_those_of_the_masked_stock_model(tmp_path: Path, model_type: str) -> None:
-    dense = write_source(tmp_path / "source", model_type)
+    dense = write_family(tmp_path / "source", model_type)
     specs = find_ffns(dense, model_type)
     leaves, fused, widths = SLICED[model_type]
     assert (specs[-1].leaves, specs[-1].fused, [spec.d_ffn for spec in specs]) == (leaves, fused, widths)
@@ -202,7 +172,7 @@ def test_what_cannot_be_sliced_is_refused_with_the_reason(model_type: str) -> No
 
 def test_interleaved_leaves_are_found_and_sliced_exactly() -> None:
     """phi3small's. Its own attention ends the process on MLX's CPU build, so only the FFN is run here."""
-    model, _ = dense_model("phi3small")
+    model = family_model("phi3small")
     spec = find_ffns(model, "phi3small")[1]
     assert (spec.leaves, spec.fused, spec.d_ffn, spec.bias) == (("up_proj", "down_proj"), INTERLEAVED, 128, True)
 
@@ -249,7 +219,7 @@ def test_looking_for_ffns_evaluates_no_weights_and_changes_nothing() -> None:
 
 @pytest.mark.parametrize("model_type", ["phi3", "granitemoehybrid", "gemma4", "openelm"])
 def test_quantized_checkpoints_of_odd_families_load_and_slice(tmp_path: Path, model_type: str) -> None:
-    dense = write_source(tmp_path / "source", model_type)
+    dense = write_family(tmp_path / "source", model_type)
     options = Options(quantization=quantization_of("affine", 32, 8))
     convert(open_source(tmp_path / "source"), tmp_path / "ifp", options)
     model = open_model(tmp_path / "ifp")

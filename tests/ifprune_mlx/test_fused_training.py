@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
-from mlx_lm.utils import _get_classes
 
 from ifprune_convert.pipeline import Options, convert
 from ifprune_convert.readers import open_source
@@ -18,8 +15,7 @@ from ifprune_mlx.model import Model
 from ifprune_mlx.train.adapter import Adapted
 from ifprune_mlx.train.full import Full
 from ifprune_mlx.train.tuned import Tuned
-from tests.family_configs import tiny_config
-from tests.tiny import write_tokenizer
+from tests.family_configs import write_family
 
 from .reference import open_model, random_selection
 
@@ -28,14 +24,8 @@ TOKENS = [1, 40, 300, 7, 7, 99, 250, 3]
 
 @pytest.fixture(scope="module", params=["phi3", "glm4"])
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp(request.param)
-    config = tiny_config(request.param)
-    mx.random.seed(0)
-    model_class, arguments = _get_classes(config)
-    model = model_class(arguments.from_dict(config))
-    (folder / "config.json").write_text(json.dumps(config))
-    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
-    write_tokenizer(folder)
+    folder = tmp_path_factory.mktemp("fused") / request.param
+    write_family(folder, request.param)
     return folder
 
 

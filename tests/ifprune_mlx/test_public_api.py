@@ -19,6 +19,7 @@ EXPORTS = [
     "IfpruneError",
     "Instruction",
     "Model",
+    "ModelBusyError",
     "PredictorError",
     "PromptError",
     "Selected",
@@ -51,7 +52,7 @@ def test_every_export_is_documented() -> None:
 
 def test_every_error_is_an_ifprune_error() -> None:
     errors = [getattr(ifprune_mlx, name) for name in EXPORTS if name.endswith("Error")]
-    assert len(errors) == 10
+    assert len(errors) == 11
     assert all(issubclass(error, ifprune_mlx.IfpruneError) for error in errors)
 
 

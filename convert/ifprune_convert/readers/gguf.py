@@ -34,6 +34,8 @@ _CHUNK_BYTES = 1 << 25
 class GGUFSource:
     """A GGUF file, under mlx-lm's parameter names; see `Source` for the contract."""
 
+    dequantizes = True
+
     def __init__(self, path: Path) -> None:
         """Check the file's header, tensors and tokenizer kind, without reading a tensor of the model.
 

@@ -16,6 +16,7 @@ from ifprune_mlx.errors import SourceError
 from .gguf_header import AGAIN
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
+_LONGEST_PIECE = 256
 _SPACE = "\u2581"
 
 
@@ -70,7 +71,12 @@ def build_sentencepiece(
 
 def _merges(vocabulary: dict[str, int], scores: list[float], types: list[int]) -> list[tuple[str, str]]:
     """Every way to make a normal piece of two, the best score first."""
-    normal = {piece: number for piece, number in vocabulary.items() if types[number] == _NORMAL}
+    # Longer ones are no pieces of a language, and would take forever.
+    normal = {
+        piece: number
+        for piece, number in vocabulary.items()
+        if types[number] == _NORMAL and len(piece) <= _LONGEST_PIECE
+    }
     found = [
         (-scores[number], normal[piece[:cut]], normal[piece[cut:]], piece, cut)
         for piece, number in normal.items()

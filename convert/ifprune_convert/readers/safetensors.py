@@ -47,6 +47,8 @@ _MAX_LICENCE_LINE = 80
 class SafetensorsSource:
     """A folder of safetensors, under mlx-lm's parameter names; see `PackedSource` for the contract."""
 
+    dequantizes = False
+
     def __init__(self, path: Path, *, trust_remote_code: bool = False) -> None:
         """Check the folder and map its tensors, without reading any.
 
