@@ -29,6 +29,7 @@ from .selection import Scores
 
 _FORMAT = 1
 _METADATA = "ifprune_predictor"
+_ROWS = 1 << 16
 POOLINGS = ("last", "mean", "both")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
@@ -94,7 +95,10 @@ class Head:
         inner = self.first.astype(mx.float32) @ pooled
         if self.first_bias is not None:
             inner = inner + self.first_bias
-        scores = self.second.astype(mx.float32) @ _ACTIVATIONS[self.activation](inner)
+        inner = _ACTIVATIONS[self.activation](inner)
+        # In pieces: of a 9B model, the whole of `second` in float32 is 0.7 GB.
+        rows = (self.second[start : start + _ROWS] for start in range(0, self.second.shape[0], _ROWS))
+        scores = mx.concatenate([piece.astype(mx.float32) @ inner for piece in rows])
         return scores if self.second_bias is None else scores + self.second_bias
 
     def save(self, path: Path) -> None:

@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import resource
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +41,34 @@ CONFIG: dict[str, Any] = {
     "max_position_embeddings": 8192,
     "tie_word_embeddings": False,
 }
+Shapes = dict[str, tuple[int, ...]]
+# Numbers of noise that are repeated; prime, so that no two rows or layers begin at the same one.
+BLOCK = 2_097_143
+ONES = {"F16": b"\x00\x3c", "BF16": b"\x80\x3f"}
 _INTERVAL_S = 0.02
 
 
+@dataclass(frozen=True)
+class Watched:
+    """What a child process took, with all below it. Memory in bytes.
+
+    Attributes:
+        cpu_seconds: of all threads; on a busy machine far less than `seconds`.
+        peak_anonymous_rss: what the system cannot drop and read again, by samples.
+        peak_rss: the kernel's own peak of all that was resident.
+        answer: the JSON object on its standard output.
+    """
+
+    seconds: float
+    cpu_seconds: float
+    peak_anonymous_rss: int
+    peak_rss: int
+    samples: int
+    answer: dict[str, Any]
+
+
 def write_checkpoint(folder: Path, layers: int, vocabulary: int) -> int:
-    """Write config, tokenizer, and one shard per layer, never more than a few megabytes of it in memory.
+    """Write config, tokenizer, and one float16 shard per layer, never more than a few megabytes of it in memory.
 
     Returns:
         Bytes of weights.
@@ -50,21 +76,13 @@ def write_checkpoint(folder: Path, layers: int, vocabulary: int) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     config = CONFIG | {"num_hidden_layers": layers, "vocab_size": vocabulary}
     (folder / "config.json").write_text(json.dumps(config, indent=1))
-    _write_tokenizer(folder)
-    shards = list(_shards(config))
-    noise = np.random.default_rng(0).normal(0, 0.02, 1 << 21).astype(np.float16).tobytes()
-    weight_map, total = {}, 0
-    for number, shapes in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        total += _write_shard(folder / name, shapes, noise)
-        weight_map |= dict.fromkeys(shapes, name)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return total
+    write_tokenizer(folder)
+    noise = np.random.default_rng(0).normal(0, 0.02, BLOCK).astype(np.float16)
+    return write_shards(folder, list(llama_shapes(config)), "F16", noise.tobytes())
 
 
-def _shards(config: dict[str, Any]) -> Iterator[dict[str, tuple[int, ...]]]:
-    """The tensors of each shard, with their shapes."""
+def llama_shapes(config: dict[str, Any]) -> Iterator[Shapes]:
+    """The tensors of a llama by name: the embeddings, each layer, and what comes last."""
     width, hidden, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     queries, keys = head * config["num_attention_heads"], head * config["num_key_value_heads"]
     yield {"model.embed_tokens.weight": (config["vocab_size"], width)}
@@ -81,26 +99,61 @@ def _shards(config: dict[str, Any]) -> Iterator[dict[str, tuple[int, ...]]]:
             "mlp.down_proj": (width, hidden),
         }
         yield {f"model.layers.{layer}.{name}.weight": shape for name, shape in shapes.items()}
-    yield {"model.norm.weight": (width,), "lm_head.weight": (config["vocab_size"], width)}
+    last: Shapes = {"model.norm.weight": (width,)}
+    if not config["tie_word_embeddings"]:
+        last["lm_head.weight"] = (config["vocab_size"], width)
+    yield last
 
 
-def _write_shard(file: Path, shapes: dict[str, tuple[int, ...]], noise: bytes) -> int:
+def write_shards(folder: Path, shards: list[Shapes], dtype: str, noise: bytes) -> int:
+    """Write `model-*.safetensors` and their index.
+
+    Args:
+        dtype: a type of 2 bytes, in the words of safetensors.
+        noise: bytes of such numbers, repeated without end from tensor to tensor.
+
+    Returns:
+        Bytes of weights.
+    """
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, shapes in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        total += write_safetensors(folder / name, shapes, dtype, noise, total)
+        weight_map |= dict.fromkeys(shapes, name)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return total
+
+
+def write_safetensors(file: Path, shapes: Shapes, dtype: str, noise: bytes, start: int = 0) -> int:
+    """Write one file of tensors; `start` is how many bytes of the endless noise were used before. Norms are ones.
+
+    Returns:
+        Bytes of weights.
+    """
     header, end = {}, 0
     for name, shape in shapes.items():
-        start, end = end, end + 2 * int(np.prod(shape))
-        header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [start, end]}
+        begin, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    block = memoryview(noise)
     with file.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
-        for entry in header.values():
-            left = entry["data_offsets"][1] - entry["data_offsets"][0]
+        for name, shape in shapes.items():
+            left = 2 * math.prod(shape)
+            if name.endswith("norm.weight"):
+                start += out.write(ONES[dtype] * (left // 2))
+                continue
             while left:
-                left -= out.write(noise[:left])
+                at = start % len(noise)
+                done = out.write(block[at : at + left])
+                start, left = start + done, left - done
     return end
 
 
-def _write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
     """Every byte is a token."""
     vocabulary = {token: i for i, token in enumerate(["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
@@ -111,26 +164,70 @@ def _write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def start_conversion(source: Path, out: Path, *options: str) -> subprocess.Popen[bytes]:
-    """`ifprune convert --json` as its own process."""
+def start_ifprune(*arguments: str) -> subprocess.Popen[bytes]:
+    """`ifprune` as its own process, whose standard output is a pipe."""
     paths = [str(ROOT), str(ROOT / "convert"), str(ROOT / "cli"), os.environ.get("PYTHONPATH", "")]
-    command = [sys.executable, "-m", "ifprune_cli.main", "convert", "--json"]
     return subprocess.Popen(
-        [*command, "--model", str(source), "--mlx-path", str(out), *options],
+        [sys.executable, "-m", "ifprune_cli.main", *arguments],
         stdout=subprocess.PIPE,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
     )
 
 
-def anonymous_rss(process: int) -> int:
-    """Bytes of anonymous memory of a process and all below it; 0 for those that are gone."""
+def start_conversion(source: Path, out: Path, *options: str) -> subprocess.Popen[bytes]:
+    """`ifprune convert --json` as its own process."""
+    return start_ifprune("convert", "--json", "--model", str(source), "--mlx-path", str(out), *options)
+
+
+def process_memory(process: int, field: str, parent: bytes | None = None) -> int:
+    """Bytes of a field of Linux' process status, of a process and all below it; 0 for those that are gone.
+
+    Args:
+        parent: the command line of the parent, if it is counted too.
+    """
     try:
+        command = Path(f"/proc/{process}/cmdline").read_bytes()
+        # A child that was forked and does not run a program of its own yet shows the memory of its parent once more.
+        if command == parent:
+            return 0
         status = Path(f"/proc/{process}/status").read_text()
         children = [Path(task, "children").read_text().split() for task in Path(f"/proc/{process}/task").iterdir()]
     except OSError:
         return 0
-    own = next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon:")), 0)
-    return own + sum(anonymous_rss(int(child)) for group in children for child in group)
+    own = next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(f"{field}:")), 0)
+    return own + sum(process_memory(int(child), field, command) for group in children for child in group)
+
+
+def watch(process: subprocess.Popen[bytes]) -> Watched:
+    """Wait for an `ifprune ... --json` that was just started, and say what it took.
+
+    Raises:
+        SystemExit: if it fails.
+    """
+    start, cpu = time.perf_counter(), _children_cpu()
+    anonymous = resident = samples = 0
+    try:
+        while process.poll() is None:
+            anonymous = max(anonymous, process_memory(process.pid, "RssAnon"))
+            resident = max(resident, process_memory(process.pid, "VmHWM"))
+            samples += 1
+            time.sleep(_INTERVAL_S)
+    finally:
+        process.kill()
+        process.wait()
+    seconds, cpu = time.perf_counter() - start, _children_cpu() - cpu
+    assert process.stdout is not None
+    with process.stdout as stdout:
+        answer = stdout.read()
+    if process.returncode:
+        raise SystemExit(f"the process ended with code {process.returncode}")
+    return Watched(round(seconds, 2), round(cpu, 2), anonymous, resident, samples, json.loads(answer.splitlines()[-1]))
+
+
+def _children_cpu() -> float:
+    """CPU seconds of all children that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def measure(source: Path, out: Path, *options: str) -> dict[str, Any]:
@@ -139,25 +236,8 @@ def measure(source: Path, out: Path, *options: str) -> dict[str, Any]:
     Raises:
         SystemExit: if the conversion fails.
     """
-    start = time.perf_counter()
-    process = start_conversion(source, out, *options)
-    peak = samples = 0
-    while process.poll() is None:
-        peak = max(peak, anonymous_rss(process.pid))
-        samples += 1
-        time.sleep(_INTERVAL_S)
-    seconds = time.perf_counter() - start
-    assert process.stdout is not None
-    with process.stdout as stdout:
-        answer = stdout.read()
-    if process.returncode:
-        raise SystemExit(f"the conversion ended with code {process.returncode}")
-    return {
-        "peak_anonymous_rss": peak,
-        "seconds": round(seconds, 2),
-        "samples": samples,
-        "converted": json.loads(answer),
-    }
+    took = asdict(watch(start_conversion(source, out, *options)))
+    return took | {"converted": took.pop("answer")}
 
 
 def kill_half_way(source: Path, out: Path, layers: int) -> None:
