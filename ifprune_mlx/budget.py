@@ -1,11 +1,12 @@
 """From what a user can afford to *k* per FFN: a density, a number of active parameters, or bytes of memory.
 
-Pure arithmetic on a checkpoint's shapes.
+Arithmetic on a checkpoint's shapes, and on the memory that this machine has.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import re
 
 from .checkpoint import Checkpoint
@@ -26,6 +27,21 @@ def parse_quantity(text: str, what: str) -> int:
     if not 1 <= value < math.inf:
         raise BudgetError(f"{what} {text!r} is not a positive quantity; write it like 3B, 250M or 6GB")
     return int(value)
+
+
+def physical_memory() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def check_memory(checkpoint: Checkpoint) -> None:
+    """Raise BudgetError if the weights alone are more than this machine's memory: it would swap without end."""
+    have = physical_memory()
+    if checkpoint.weight_bytes > have:
+        raise BudgetError(
+            f"{checkpoint.path}: its weights take {checkpoint.weight_bytes / 1e9:.1f} GB, and this machine has "
+            f"{have / 1e9:.1f} GB of memory; convert the source with -q, or with fewer --q-bits"
+        )
 
 
 def resolve_keep(

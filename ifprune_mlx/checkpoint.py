@@ -172,6 +172,8 @@ class Checkpoint:
         """
         path = Path(path).expanduser()
         if not path.is_dir():
+            if path.suffix.lower() == ".gguf" and path.is_file():
+                raise CheckpointError(f"{path}: is a GGUF file; convert it first: ifprune convert --model {path}")
             what = "is a file" if path.is_file() else "no such folder"
             raise CheckpointError(f"{path}: {what}; give the folder of an IFP checkpoint (see `ifprune convert`)")
         config_file = path / "config.json"

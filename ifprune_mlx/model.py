@@ -22,7 +22,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import _get_classes, load_model, load_tokenizer
 
-from .budget import resolve_keep
+from .budget import check_memory, resolve_keep
 from .checkpoint import Checkpoint, Layout
 from .errors import CheckpointError
 from .ffn import SlicedProjection, replace_leaves
@@ -234,8 +234,10 @@ def load(
 
     Raises:
         CheckpointError: if the checkpoint is damaged or not one, naming the file and what to do.
+        BudgetError: if its weights are more than the machine's memory.
     """
     checkpoint = Checkpoint.open(resolve(path_or_repo, revision))
+    check_memory(checkpoint)
     tokenizer = _load_tokenizer(checkpoint, trust_remote_code)
     model = load_checkpoint(checkpoint, dtype=dtype, progress=progress)
     model.tokenizer = tokenizer
@@ -302,6 +304,8 @@ def _load_module(
     try:
         module, _ = load_model(checkpoint.path, get_model_classes=classes)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, OSError) as exc:
+        if "alloc" in str(exc).lower():  # out of memory, and no fault of the files
+            raise
         reason = " ".join(str(exc).split())[:300] or type(exc).__name__
         raise CheckpointError(
             f"{checkpoint.path}: mlx-lm cannot build the model ({reason}); its files do not belong together, "

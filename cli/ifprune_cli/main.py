@@ -143,6 +143,7 @@ def _quiet_libraries() -> None:
     """Keep other libraries' chatter out of our output."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # each try of a download that fails; the last is our own error
 
 
 if __name__ == "__main__":

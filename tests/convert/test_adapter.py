@@ -249,7 +249,7 @@ def test_an_adapter_and_a_ready_prior_through_the_command_line(tmp_path: Path) -
     assert [ids.tolist() for ids in Selection.load(selection).ids] == [list(range(64, 128))] * 2
 
 
-# What is refused; `tests/cli/test_bad_input.py` has the commonest through the command line.
+# What is refused; `tests/cli/bad_input` has the commonest through the command line.
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from ifprune_convert.pipeline import Options
-from ifprune_mlx import BudgetError, Checkpoint
-from ifprune_mlx.budget import parse_quantity, resolve_keep
+from ifprune_mlx import BudgetError, Checkpoint, load
+from ifprune_mlx.budget import check_memory, parse_quantity, physical_memory, resolve_keep
 from ifprune_mlx.selection import keep_count
 from tests.tiny import write_checkpoint
 
@@ -139,3 +139,12 @@ def test_a_model_resolves_its_budgets_the_same_way(tmp_path: Path) -> None:
     assert model.keep(active_parameters=model.total_parameters) == (128, 128)
     with pytest.raises(BudgetError):
         model.keep(memory=5)
+
+
+def test_a_checkpoint_larger_than_memory_is_refused(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = Checkpoint.open(tiny_checkpoint)
+    check_memory(checkpoint)
+    assert 10**9 < physical_memory() < 10**13
+    monkeypatch.setattr("ifprune_mlx.budget.physical_memory", lambda: checkpoint.weight_bytes - 1)
+    with pytest.raises(BudgetError, match=r"this machine has .* GB of memory; convert the source with -q"):
+        load(tiny_checkpoint)

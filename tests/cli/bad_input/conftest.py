@@ -86,11 +86,13 @@ def check(outcomes: dict[str, Future[Outcome]]) -> Check:
     def check_outcome(name: str) -> None:
         outcome = outcomes[name].result()
         done = outcome.done
-        assert "Traceback" not in done.stderr, done.stderr
+        for word in outcome.bad.absent:
+            assert word not in done.stderr, done.stderr
         errors = [line for line in done.stderr.splitlines() if line.startswith("ifprune: ")]
         assert len(errors) == 1, done.stderr
         assert done.stderr.splitlines()[-1] == errors[0]
         assert done.returncode == outcome.bad.code
+        assert errors[0].startswith("ifprune: error: ") or done.returncode == 2
         for word in outcome.bad.words:
             assert word in errors[0]
         assert done.stdout == ""

@@ -24,10 +24,12 @@ from tests.tiny_gguf import make_model, write_gguf
 
 MODEL, NEURONS = "model-00001-of-00001.safetensors", "neurons-00002-of-00002.safetensors"
 
+Edit = Callable[[dict[str, Any], dict[str, tuple[Any, Any]]], None]
+
 
 @dataclass(frozen=True)
 class Bad:
-    """A command that must fail, and what its error line must contain."""
+    """A command that must fail, what its error line must contain, and what stderr must not contain anywhere."""
 
     arguments: list[Argument]
     words: tuple[str, ...]
@@ -35,6 +37,7 @@ class Bad:
     stdin: bytes = b""
     env: dict[str, str] = field(default_factory=dict)
     prelude: str | None = None
+    absent: tuple[str, ...] = ("Traceback",)
 
 
 class Place:
@@ -73,11 +76,25 @@ class Place:
         edit_json(folder / "config.json", lambda config: config.update(changes))
         return folder
 
-    def gguf(self, **metadata: Any) -> Path:
-        """A GGUF file, its metadata changed."""
+    def gguf(self, edit: Edit | None = None, **metadata: Any) -> Path:
+        """A GGUF file, its metadata changed (`__` for a dot; None takes it away), and then what `edit` changes."""
+
+        def change(values: dict[str, Any], tensors: dict[str, tuple[Any, Any]]) -> None:
+            for key, value in metadata.items():
+                values[key.replace("__", ".")] = value
+                if value is None:
+                    del values[key.replace("__", ".")]
+            if edit is not None:
+                edit(values, tensors)
+
         config = {**GGUF_CONFIG, "model_type": "llama"}
-        edit = lambda values, tensors: values.update({k.replace("__", "."): v for k, v in metadata.items()})  # noqa: E731
-        return write_gguf(self / "model.gguf", config, make_model(config), edit=edit)
+        return write_gguf(self / "model.gguf", config, make_model(config), edit=change)
+
+    def upload(self, folder: Path) -> str:
+        """Put a folder's files on the hub; returns the name of the repository, which is the case's own."""
+        name = f"org/{self.folder.name}"
+        self.hub.add(name, folder)
+        return name
 
     def generate(self, model: Argument, *more: Argument, prompt: Argument = "hello") -> list[Argument]:
         return ["generate", "--json", "--model", model, "--prompt", prompt, *more]

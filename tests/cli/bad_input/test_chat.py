@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.cli.bad_input.table import (
-    Bad,
-    Check,
-    Place,
-    Table,
-)
+from tests.cli.bad_input.table import Bad, Check, Place, Table, cut, own_data, task
 from tests.cli.process import Argument
 
 TABLE = Table()
@@ -30,6 +25,14 @@ def task_and_policy(at: Place) -> Bad:
     return Bad(arguments, ("--task and --policy", "give one of them"))
 
 
+@case
+def corrupt_task_to_chat_on(at: Place) -> Bad:
+    file = task(at)
+    cut(file, 3)
+    words = ("task poetry", str(file), "cut short", "again")
+    return Bad(["chat", "--model", at.sound, "--task", "poetry"], words, env=own_data(at))
+
+
 # Saved chats.
 
 
@@ -46,6 +49,21 @@ def corrupt_saved_chat(at: Place) -> Bad:
 @case
 def saved_chat_of_another_kind(at: Place) -> Bad:
     return Bad(chat(at, '{"messages": []}'), (str(at / "chat.json"), "not a saved chat", "give a file"))
+
+
+# Models.
+
+
+@case
+def gguf_to_chat_with(at: Place) -> Bad:
+    file = at.gguf()
+    return Bad(["chat", "--model", file], (str(file), "is a GGUF file", "ifprune convert --model"))
+
+
+@case
+def private_model_to_chat_with(at: Place) -> Bad:
+    words = ("private/model", "no such repository on the hub, or a private one", "hf auth login")
+    return Bad(["chat", "--model", "private/model"], words, env=at.online)
 
 
 @pytest.mark.parametrize("name", TABLE)

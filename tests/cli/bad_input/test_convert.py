@@ -8,15 +8,12 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from mlx_lm.convert import convert as mlx_lm_convert
 
-from tests.cli.bad_input.table import (
-    Bad,
-    Check,
-    Place,
-    Table,
-    cut,
-)
+from tests.cli.bad_input.table import Bad, Check, Place, Table, cut, edit_json
 from tests.cli.process import full_disk
+from tests.family_configs import tiny_config
+from tests.tiny import write_source
 from tests.tiny_predictor import write_predictor
 
 TABLE = Table()
@@ -94,35 +91,9 @@ def source_shard_cut_short(at: Place) -> Bad:
 
 
 @case
-def gguf_cut_in_the_middle(at: Place) -> Bad:
-    file = at.gguf()
-    cut(file, file.stat().st_size // 2)
-    return Bad(at.convert(file), (str(file), "cut short", "again"))
-
-
-@case
-def gguf_with_a_wrong_magic(at: Place) -> Bad:
-    file = at.gguf()
-    file.write_bytes(b"GGUX" + file.read_bytes()[4:])
-    return Bad(at.convert(file), (str(file), "is not a GGUF file", "again"))
-
-
-@case
-def gguf_of_an_unknown_architecture(at: Place) -> Bad:
-    file = at.gguf(general__architecture="mamba")
-    return Bad(at.convert(file), (str(file), "'mamba'", "llama, qwen2, qwen3"))
-
-
-@case
 def unknown_model_type(at: Place) -> Bad:
     folder = at.dense(model_type="gpt9")
     return Bad(at.convert(folder), (str(folder), "'gpt9'", "update mlx-lm"))
-
-
-@case
-def quantized_source(at: Place) -> Bad:
-    folder = at.dense(quantization={"group_size": 64, "bits": 4})
-    return Bad(at.convert(folder), (str(folder), "is quantized", "unquantized checkpoint"))
 
 
 @case
@@ -304,6 +275,146 @@ def full_disk_for_an_overwrite(at: Place) -> Bad:
     at.checkpoint().rename(at / "out")
     words = (str(at / "out"), "cannot be written", "free space", "nothing was changed")
     return Bad(at.convert(at.source, "--overwrite"), words, prelude=full_disk(5_000))
+
+
+# Predictors of PyTorch.
+
+
+def torch_predictor(at: Place, neurons: int) -> Path:
+    """The heads of a predictor in PyTorch's layout, without its backbone."""
+    folder = at / "torch"
+    folder.mkdir()
+    heads = {"prediction_head1.weight": mx.zeros((16, 64)), "prediction_head2.weight": mx.zeros((neurons, 16))}
+    mx.save_safetensors(str(folder / "predictor.safetensors"), heads, {"format": "pt"})
+    return folder
+
+
+@case
+def predictor_of_pytorch_as_pickles(at: Place) -> Bad:
+    folder = at / "torch"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "qwen2"}')
+    file = pickle_file(at, "torch/pytorch_model.bin")
+    return Bad(at.convert(at.source, "--predictor", folder), (str(file), "pickle", "never opened", "safetensors"))
+
+
+@case
+def predictor_of_pytorch_for_another_model(at: Place) -> Bad:
+    folder = torch_predictor(at, 3 * 128)
+    words = (str(folder), "[384, 16]", "256 neurons", "trained for another model", "--predictor")
+    return Bad(at.convert(at.source, "--predictor", folder), words)
+
+
+@case
+def predictor_of_pytorch_without_its_config(at: Place) -> Bad:
+    folder = torch_predictor(at, 2 * 128)
+    return Bad(at.convert(at.source, "--predictor", folder), (str(folder), "no config.json", "copy the backbone's"))
+
+
+@case
+def predictor_whose_head_is_cut_short(at: Place) -> Bad:
+    folder = write_predictor(at / "predictor")
+    cut(folder / "head.safetensors")
+    words = (str(folder / "head.safetensors"), "cut short", "again")
+    return Bad(at.convert(at.source, "--predictor", folder), words)
+
+
+@case
+def model_as_predictor(at: Place) -> Bad:
+    words = (str(at.source), "give the folder of a trained sparsity predictor")
+    return Bad(at.convert(at.source, "--predictor", at.source), words)
+
+
+# Models that mlx-lm quantized.
+
+
+def packed(at: Place) -> Path:
+    """The sound dense folder as `mlx_lm.convert -q` makes it: groups of 64, 4 bits."""
+    mlx_lm_convert(str(at.source), str(at / "packed"), quantize=True, q_group_size=64, q_bits=4)
+    return at / "packed"
+
+
+@case
+def quantizing_what_is_quantized(at: Place) -> Bad:
+    folder = packed(at)
+    return Bad(at.convert(folder, "-q"), (str(folder), "is quantized already", "leave out --quantize"))
+
+
+@case
+def quantized_source(at: Place) -> Bad:
+    """One whose groups lack their offsets."""
+    folder, name = packed(at), "model.layers.1.mlp.up_proj.biases"
+    arrays = mx.load(str(folder / "model.safetensors"))
+    assert isinstance(arrays, dict)
+    mx.eval(arrays)
+    del arrays[name]
+    (folder / "model.safetensors.index.json").unlink()
+    mx.save_safetensors(str(folder / "model.safetensors"), arrays, {"format": "mlx"})
+    return Bad(at.convert(folder), (str(folder), f"lacks {name}", "its quantization asks for", "again"))
+
+
+@case
+def quantized_source_whose_config_says_other_bits(at: Place) -> Bad:
+    folder = packed(at)
+    edit_json(folder / "config.json", lambda config: config["quantization"].update(bits=8))
+    return Bad(at.convert(folder), (str(folder), "is not packed in 8 bits and groups of 64", "different models"))
+
+
+@case
+def quantized_source_whose_config_says_another_mode(at: Place) -> Bad:
+    folder = packed(at)
+    edit_json(folder / "config.json", lambda config: config["quantization"].update(mode="int1"))
+    return Bad(at.convert(folder), (str(folder / "config.json"), "`quantization` cannot be used", "unquantized model"))
+
+
+@case
+def source_that_gptq_quantized(at: Place) -> Bad:
+    folder = at.dense(quantization_config={"quant_method": "gptq", "bits": 4})
+    return Bad(at.convert(folder), (str(folder), "another way than mlx-lm's", "unquantized checkpoint"))
+
+
+@case
+def float_down_of_floats(at: Place) -> Bad:
+    words = (str(at.source), "is not quantized", "leave out --float-down")
+    return Bad(at.convert(at.source, "--float-down"), words)
+
+
+# Families that cannot be sliced.
+
+GPT2 = {
+    "model_type": "gpt2", "n_ctx": 64, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64, "vocab_size": 320,
+    "layer_norm_epsilon": 1e-5,
+}  # fmt: skip
+
+
+def of_family(at: Place, model_type: str) -> Path:
+    config = tiny_config(model_type)
+    assert config is not None
+    return write_source(at / "family", **config)
+
+
+@case
+def mixture_of_experts_alone(at: Place) -> Bad:
+    words = ("olmoe cannot be sliced", "expert", "use it with mlx-lm itself")
+    return Bad(at.convert(of_family(at, "olmoe")), words)
+
+
+@case
+def model_without_gates(at: Place) -> Bad:
+    words = ("gpt2 cannot be sliced", "gate", "use it with mlx-lm itself")
+    return Bad(at.convert(write_source(at / "family", **GPT2)), words)
+
+
+@case
+def model_that_mixes_its_neurons(at: Place) -> Bad:
+    return Bad(at.convert(of_family(at, "gemma3n")), ("gemma3n cannot be sliced", "use it with mlx-lm itself"))
+
+
+@case
+def model_with_code_of_its_own(at: Place) -> Bad:
+    folder = at.dense(model_file="odd.py")
+    (folder / "odd.py").write_text("raise SystemExit")
+    return Bad(at.convert(folder, "--trust-remote-code"), (str(folder), "its own code (odd.py)", "family that mlx-lm"))
 
 
 @pytest.mark.parametrize("name", TABLE)

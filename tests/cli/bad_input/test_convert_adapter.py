@@ -9,15 +9,9 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from tests.cli.bad_input.table import (
-    Bad,
-    Check,
-    Place,
-    Table,
-    cut,
-    edit_json,
-)
+from tests.cli.bad_input.table import Bad, Check, Place, Table, cut, edit_json
 from tests.convert.tiny_adapter import write_adapter
+from tests.convert.tiny_peft import write_peft
 
 TABLE = Table()
 case = TABLE.case
@@ -162,6 +156,80 @@ def full_adapter_of_a_wider_model(at: Place) -> Bad:
     folder = adapter(at, lambda tensors: tensors.update({name: mx.zeros((192, 64))}), kind="full")
     words = (str(folder / ADAPTER), name, "[192, 64]", "[128, 64]", "give the one of this model")
     return Bad(at.convert(at.source, "--adapter", folder), words)
+
+
+# Adapters of PEFT.
+
+UP = "model.layers.1.mlp.up_proj"
+
+
+def peft(at: Place, name: str = UP, outputs: int = 128, **config: Any) -> Path:
+    """A PEFT adapter of one linear layer."""
+    return write_peft(at / "peft", {name: (4, 64, outputs)}, **config)
+
+
+@case
+def peft_adapter_of_another_type(at: Place) -> Bad:
+    folder = peft(at, peft_type="IA3")
+    return Bad(at.convert(at.source, "--adapter", folder), (str(folder), "type 'IA3'", "only LORA", "merge it"))
+
+
+@case
+def peft_adapter_as_a_pickle(at: Place) -> Bad:
+    folder = peft(at)
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.bin").write_bytes(b"\x80\x04cos\nsystem\n")
+    return Bad(at.convert(at.source, "--adapter", folder), (str(folder), "pickle", "safe_serialization=True"))
+
+
+@case
+def peft_adapter_of_a_deeper_model(at: Place) -> Bad:
+    folder = peft(at, "model.layers.7.mlp.up_proj")
+    words = (str(folder), "model.layers.7.mlp.up_proj", "does not have as such", "merge it")
+    return Bad(at.convert(at.source, "--adapter", folder), words)
+
+
+@case
+def peft_adapter_of_a_wider_model(at: Place) -> Bad:
+    folder = peft(at, outputs=192)
+    words = (str(folder), UP, "[192, 64]", "[128, 64]", "give the one of this model")
+    return Bad(at.convert(at.source, "--adapter", folder), words)
+
+
+@case
+def peft_adapter_cut_short(at: Place) -> Bad:
+    folder = peft(at)
+    cut(folder / "adapter_model.safetensors")
+    words = (str(folder / "adapter_model.safetensors"), "cut short", "again")
+    return Bad(at.convert(at.source, "--adapter", folder), words)
+
+
+@case
+def peft_adapter_of_junk(at: Place) -> Bad:
+    folder = peft(at)
+    (folder / "adapter_model.safetensors").write_bytes(b"\x93" * 5000)
+    words = (str(folder / "adapter_model.safetensors"), "not a safetensors file", "again")
+    return Bad(at.convert(at.source, "--adapter", folder), words)
+
+
+@case
+def peft_adapter_with_a_setting_that_is_not_read(at: Place) -> Bad:
+    folder = peft(at, alora_invocation_tokens=[1, 2])
+    words = (str(folder / ADAPTER_CONFIG), "alora_invocation_tokens", "cannot be fused here", "merge it")
+    return Bad(at.convert(at.source, "--adapter", folder), words)
+
+
+@case
+def peft_adapter_of_another_model_than_a_gguf(at: Place) -> Bad:
+    folder, file = peft(at), at.gguf()
+    words = (str(folder), UP, "[128, 64]", "[96, 64]", "give the one of this model")
+    return Bad(at.convert(file, "--adapter", folder), words)
+
+
+@case
+def hub_id_as_adapter(at: Place) -> Bad:
+    words = ("someone/adapter", "no such adapter folder", "give the folder")
+    return Bad(at.convert(at.source, "--adapter", "someone/adapter"), words)
 
 
 @pytest.mark.parametrize("name", TABLE)

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.cli.bad_input.table import (
-    Bad,
-    Check,
-    Place,
-    Table,
-)
+from tests.cli.bad_input.table import Bad, Check, Place, Table
 
 TABLE = Table()
 case = TABLE.case

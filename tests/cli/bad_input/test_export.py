@@ -9,18 +9,12 @@ import numpy as np
 import pytest
 
 from ifprune_convert.export import export_selection
+from ifprune_convert.packing import quantization_of
+from ifprune_convert.pipeline import Options, convert
+from ifprune_convert.readers import open_source
 from ifprune_mlx import Checkpoint, Selection
 from ifprune_mlx.checkpoint import write_manifest
-from tests.cli.bad_input.table import (
-    MODEL,
-    Bad,
-    Check,
-    Place,
-    Table,
-    edit_json,
-    edit_tensors,
-    selection,
-)
+from tests.cli.bad_input.table import MODEL, Bad, Check, Place, Table, edit_json, edit_tensors, selection
 from tests.cli.process import Argument, full_disk
 
 TABLE = Table()
@@ -172,6 +166,29 @@ def full_disk_for_an_export_over_another(at: Place) -> Bad:
     file, out = selection(at, 128, 128), exported(at)
     words = (str(out), "cannot be written", "nothing was changed")
     return Bad(export(at, "--selection", file, "--overwrite"), words, prelude=full_disk(50_000))
+
+
+@case
+def export_over_somebody_elses_folder(at: Place) -> Bad:
+    (at / "plain").mkdir()
+    (at / "plain" / "thesis.txt").write_text("years of work")
+    arguments = export(at, "--selection", selection(at, 128, 128), "--overwrite")
+    return Bad(arguments, (str(at / "plain"), "was not written by `ifprune export`", "choose another folder"))
+
+
+@case
+def export_over_a_file(at: Place) -> Bad:
+    (at / "plain").write_text("years of work")
+    arguments = export(at, "--selection", selection(at, 128, 128), "--overwrite")
+    return Bad(arguments, (str(at / "plain"), "was not written by `ifprune export`", "choose another folder"))
+
+
+@case
+def requantized_export_whose_neurons_do_not_fill_a_group(at: Place) -> Bad:
+    packed, file = at / "packed", selection(at, 128, 128)
+    convert(open_source(at.source), packed, Options(quantization=quantization_of("affine", None, None)))
+    arguments = export(at, "--model", packed, "--selection", file, "--requantize-down")
+    return Bad(arguments, ("8 neurons", "groups of 64", "--requantize-down"))
 
 
 @pytest.mark.parametrize("name", TABLE)

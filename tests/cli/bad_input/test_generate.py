@@ -101,7 +101,8 @@ def file_as_model(at: Place) -> Bad:
 
 @case
 def hub_id_while_offline(at: Place) -> Bad:
-    return Bad(at.generate("someone/some-model"), ("someone/some-model", "cannot be reached", "give a local"))
+    words = ("someone/some-model", "no such folder here", "HF_HUB_OFFLINE is set; unset it")
+    return Bad(at.generate("someone/some-model"), words)
 
 
 # Predictors.
@@ -322,6 +323,90 @@ def task_and_selection(at: Place) -> Bad:
 def task_and_density(at: Place) -> Bad:
     arguments = at.generate(at.sound, "--task", "poetry", "--density", "0.5")
     return Bad(arguments, ("--task and --density", "give one of them"))
+
+
+@case
+def task_without_a_name(at: Place) -> Bad:
+    task(at)
+    return Bad(at.generate(at.sound, "--task", ""), ("'' cannot name a task", "use letters"), env=own_data(at))
+
+
+@case
+def task_by_a_name_with_a_line_break(at: Place) -> Bad:
+    task(at)
+    words = (r"'poetry\n' cannot name a task", "use letters")
+    return Bad(at.generate(at.sound, "--task", "poetry\n"), words, env=own_data(at))
+
+
+@case
+def task_that_is_a_folder(at: Place) -> Bad:
+    file = task(at)
+    file.unlink()
+    file.mkdir()
+    return Bad(at.generate(at.sound, "--task", "poetry"), ("no task poetry", "--save poetry"), env=own_data(at))
+
+
+@case
+def task_of_junk(at: Place) -> Bad:
+    file = task(at)
+    file.write_bytes(b"\x93" * 5000)
+    words = ("task poetry", str(file), "not a safetensors file", "again")
+    return Bad(at.generate(at.sound, "--task", "poetry"), words, env=own_data(at))
+
+
+# Models that are no IFP checkpoints, and models of the hub.
+
+
+@case
+def gguf_as_model(at: Place) -> Bad:
+    file = at.gguf()
+    return Bad(at.generate(file), (str(file), "is a GGUF file", "ifprune convert --model"))
+
+
+@case
+def folder_of_pickles_as_model(at: Place) -> Bad:
+    folder = at.dense()
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    return Bad(at.generate(folder), ("config.json", "no ifpruning section", "ifprune convert"))
+
+
+@case
+def model_that_the_hub_lacks(at: Place) -> Bad:
+    words = ("org/no-such-model", "no such repository on the hub", "check the name")
+    return Bad(at.generate("org/no-such-model"), words, env=at.online)
+
+
+@case
+def dense_model_of_the_hub(at: Place) -> Bad:
+    name = at.upload(at.source)
+    words = (name, "no IFP checkpoint", f"ifprune convert --model {name}")
+    return Bad(at.generate(name), words, env=at.online)
+
+
+@case
+def checkpoint_that_is_larger_than_the_disk(at: Place) -> Bad:
+    name = at.upload(at.sound)
+    at.hub.sizes[name, NEURONS] = 10**18
+    return Bad(at.generate(name), (name, "1000000.0 TB to download", "free some space"), env=at.online)
+
+
+@case
+def checkpoint_that_comes_damaged(at: Place) -> Bad:
+    name = at.upload(at.sound)
+    at.hub.repositories[name][NEURONS] = bytes(reversed(at.hub.repositories[name][NEURONS]))
+    return Bad(at.generate(name), (NEURONS, "again"), env=at.online)
+
+
+@case
+def hub_id_with_a_revision(at: Place) -> Bad:
+    return Bad(at.generate("org/model@v1"), ("org/model@v1", "no such folder"), env=at.online)
+
+
+@case
+def checkpoint_of_the_hub_that_names_files_elsewhere(at: Place) -> Bad:
+    name = at.upload(at.sound)
+    at.hub.repositories[name]["../../../stray.json"] = b"{}"
+    return Bad(at.generate(name), (name, "stray.json"), env=at.online)
 
 
 @pytest.mark.parametrize("name", TABLE)

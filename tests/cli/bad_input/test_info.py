@@ -4,15 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.cli.bad_input.table import (
-    NEURONS,
-    Bad,
-    Check,
-    Place,
-    Table,
-    edit_json,
-    edit_tensors,
-)
+from tests.cli.bad_input.table import NEURONS, Bad, Check, Place, Table, edit_json, edit_tensors
 
 TABLE = Table()
 case = TABLE.case
@@ -60,6 +52,30 @@ def flipped_byte_found_by_verify(at: Place) -> Bad:
     content[-5] ^= 1
     (folder / NEURONS).write_bytes(content)
     return Bad(["info", "--verify", "--model", folder], (str(folder), NEURONS, "sha256", "again"))
+
+
+@case
+def manifest_that_names_files_elsewhere(at: Place) -> Bad:
+    folder = at.checkpoint()
+    (at / "stray.json").write_text("{}")
+    stray = {"../stray.json": {"size": 2, "sha256": "0" * 64}}
+    edit_json(folder / "manifest.json", lambda manifest: manifest["files"].update(stray))
+    return Bad(
+        ["info", "--model", folder], ("manifest.json", "../stray.json", "leaves the checkpoint", "do not use it")
+    )
+
+
+@case
+def gated_checkpoint(at: Place) -> Bad:
+    name = at.upload(at.sound)
+    at.hub.gated.add(name)
+    return Bad(["info", "--model", name], (name, "grant access", "hf auth login"), env=at.online)
+
+
+@case
+def gguf_to_look_at(at: Place) -> Bad:
+    file = at.gguf()
+    return Bad(["info", "--model", file], (str(file), "is a GGUF file", "ifprune convert --model"))
 
 
 @pytest.mark.parametrize("name", TABLE)

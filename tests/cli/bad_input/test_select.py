@@ -6,15 +6,7 @@ import os
 
 import pytest
 
-from tests.cli.bad_input.table import (
-    Bad,
-    Check,
-    Place,
-    Table,
-    own_data,
-    selection,
-    task,
-)
+from tests.cli.bad_input.table import Bad, Check, Place, Table, own_data, selection, task
 from tests.cli.process import full_disk
 
 TABLE = Table()
@@ -127,6 +119,40 @@ def prompt_to_compare_with_that_is_not_utf8(at: Place) -> Bad:
 def prompt_to_compare_with_beyond_the_context(at: Place) -> Bad:
     words = ("the prompt has", "context holds 512", "shorten")
     return Bad(at.select("--with-prompt", "word " * 200, "--save", "poetry"), words, env=own_data(at))
+
+
+@case
+def task_saved_without_a_name(at: Place) -> Bad:
+    return Bad(at.select("--save", ""), ("'' cannot name a task", "use letters"), env=own_data(at))
+
+
+@case
+def task_named_by_two_dots(at: Place) -> Bad:
+    return Bad(at.select("--save", ".."), ("'..' cannot name a task", "beginning with a dot"), env=own_data(at))
+
+
+@case
+def task_named_with_a_backslash(at: Place) -> Bad:
+    return Bad(at.select("--save", "..\\poetry"), ("cannot name a task", "use letters"), env=own_data(at))
+
+
+@case
+def task_named_in_letters_that_look_alike(at: Place) -> Bad:
+    words = ("cannot name a task", "use letters")
+    return Bad(at.select("--save", "poetr\u0443\u202e\u2215"), words, env=own_data(at))
+
+
+@case
+def task_with_a_name_of_a_hundred_thousand_letters(at: Place) -> Bad:
+    return Bad(at.select("--save", "x" * 100_000), ("xxx...' cannot name a task", "at most 64"), env=own_data(at))
+
+
+@case
+def task_saved_where_a_folder_lies(at: Place) -> Bad:
+    file = task(at)
+    file.unlink()
+    file.mkdir()
+    return Bad(at.select("--save", "poetry"), ("task poetry", str(file), "cannot be written"), env=own_data(at))
 
 
 @pytest.mark.parametrize("name", TABLE)
