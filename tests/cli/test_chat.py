@@ -403,7 +403,10 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(roomy_checkpoint: Path, tmp_pa
     with Terminal(roomy_checkpoint, tmp_path / "cache", *LONG) as terminal:
         terminal.expect(b"/help for commands")
         terminal.stop_an_answer("hello")
-        terminal.stop_an_answer("hello again")
+        # The random model may say nothing that can be seen after an answer as long as a busy machine lets it become.
+        terminal.expect(PROMPT)
+        terminal.send("/reset\r")
+        terminal.stop_an_answer("hello")
         terminal.expect(PROMPT)
         terminal.send("\x03")
         terminal.expect(b"Ctrl-D or /quit leaves the chat")
