@@ -173,7 +173,8 @@ def download(
 
     names = list(names)
     assert names
-    assert not any(Path(name).suffix in PICKLES for name in names)
+    if pickles := [name for name in names if Path(name).suffix in PICKLES]:
+        raise error(f"{repository.name}: {pickles[0]} is a Python pickle, which is never downloaded")
     missing = [name for name in names if cached_folder(repository.name, name, repository.commit) is None]
     size = sum(repository.files[name] for name in missing)
     cache = Path(constants.HF_HUB_CACHE)

@@ -20,6 +20,7 @@ import mlx.core as mx
 from ifprune_mlx.checkpoint import read_json_object, refuse_custom_code
 from ifprune_mlx.errors import PredictorError, SourceError
 from ifprune_mlx.files import read_safetensors_header
+from ifprune_mlx.hub import PICKLES
 from ifprune_mlx.predictor import Head, SparsityPredictor
 
 from .fusing import all_finite
@@ -33,7 +34,6 @@ _BACKBONE = "feature_extractor."
 _HEADS = ("prediction_head1.weight", "prediction_head1.bias", "prediction_head2.weight", "prediction_head2.bias")
 _OUTPUT = "lm_head.weight"
 _TEXTS = {".json", ".jinja", ".model", ".txt"}
-_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _FLOATS = ("F32", "F16", "BF16")
 _SAVE = "save it again with safetensors.torch.save_file"
 
@@ -133,7 +133,7 @@ def open_predictor(folder: Path, widths: Sequence[int]) -> ReadyPredictor | Torc
     names = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
     files = [folder / name for name in names if name.endswith(".safetensors")]
     if not files:
-        if pickles := [name for name in names if Path(name).suffix in _PICKLES]:
+        if pickles := [name for name in names if Path(name).suffix in PICKLES]:
             raise PredictorError(
                 f"{folder / pickles[0]}: is a Python pickle, which can run code when read and is never opened; {_SAVE}"
             )

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from ifprune_convert.source import Source
 from ifprune_mlx.errors import SourceError
+from ifprune_mlx.hub import PICKLES
 
 __all__ = ["open_source"]
 
-_PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 _PICKLE_REASON = (
     "weights in this format are Python pickles, which can run code when read, so they are never opened; "
     "use the model's safetensors or GGUF version"
@@ -47,7 +47,7 @@ def open_source(path: Path, *, trust_remote_code: bool = False) -> Source:
 
 
 def _open_file(path: Path) -> Source:
-    if path.suffix.lower() in _PICKLE_SUFFIXES:
+    if path.suffix.lower() in PICKLES:
         raise SourceError(f"{path}: {_PICKLE_REASON}")
     with path.open("rb") as file:
         magic = file.read(4)
@@ -73,6 +73,6 @@ def _open_folder(path: Path, trust_remote_code: bool) -> Source:
     ggufs = [name for name in names if name.lower().endswith(".gguf")]
     if ggufs:
         raise SourceError(f"{path}: holds GGUF files; pass one of them, e.g. {path / ggufs[0]}")
-    if suffixes & _PICKLE_SUFFIXES:
+    if suffixes & PICKLES:
         raise SourceError(f"{path}: {_PICKLE_REASON}")
     raise SourceError(f"{path}: no weights here; pass a folder with config.json and *.safetensors, or a .gguf file")
