@@ -1,4 +1,4 @@
-"""From what a user can afford to *k* per FFN: a density, a number of active parameters, or bytes of memory.
+"""From what a user can afford to *k* per FFN and to what stays in memory (DESIGN.md section 3, idea 3).
 
 Arithmetic on a checkpoint's shapes, and on the memory that this machine has.
 """
@@ -8,11 +8,14 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Sequence
 
 from .checkpoint import Checkpoint
 from .errors import BudgetError
 from .selection import keep_count, keep_multiple
 
+RAM, SSD = "ram", "ssd"
+RESIDENCIES = (RAM, SSD)
 _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 
 
@@ -34,14 +37,54 @@ def physical_memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def check_memory(checkpoint: Checkpoint) -> None:
-    """Raise BudgetError if the weights alone are more than this machine's memory: it would swap without end."""
-    have = physical_memory()
-    if checkpoint.weight_bytes > have:
+def resident_bytes(checkpoint: Checkpoint, residency: str, keep: Sequence[int]) -> int:
+    """Bytes of weights that stay in memory, the predictor's included, as they are typed on disk.
+
+    Args:
+        residency: `ram` keeps every neuron; `ssd` keeps `keep[l]` of each FFN, but all of those FFNs that the predictor
+            reads with.
+    """
+    total = checkpoint.weight_bytes + checkpoint.predictor_bytes
+    if residency == RAM:
+        return total
+    for index, (spec, k) in enumerate(zip(checkpoint.layout.ffns, keep, strict=True)):
+        if index >= checkpoint.predictor_layers:
+            total -= (spec.d_ffn - k) * checkpoint.neuron_bytes(index)
+    return total
+
+
+def choose_residency(checkpoint: Checkpoint, residency: str | None, memory: int | None) -> str:
+    """The residency asked for; else `ram`, or `ssd` where a memory budget leaves no room for every neuron.
+
+    Raises:
+        BudgetError: if the weights that would stay in memory are more than this machine has: it would swap without end.
+    """
+    if residency is not None and residency not in RESIDENCIES:
+        raise BudgetError(f"unknown residency {residency!r}; choose {RAM} or {SSD}")
+    everything = [spec.d_ffn for spec in checkpoint.layout.ffns]
+    whole, have = resident_bytes(checkpoint, RAM, everything), physical_memory()
+    if residency is None:
+        residency = SSD if memory is not None and memory < whole else RAM
+    keep = resolve_keep(checkpoint, memory=memory, residency=residency)
+    part = resident_bytes(checkpoint, SSD, keep)
+    if (whole if residency == RAM else part) > have:
+        advice = "convert the source with -q, or with fewer --q-bits"
+        if residency == RAM and part <= have:
+            advice = f"load it with --residency ssd, which keeps {part / 1e9:.1f} GB of it in memory, or {advice}"
         raise BudgetError(
-            f"{checkpoint.path}: its weights take {checkpoint.weight_bytes / 1e9:.1f} GB, and this machine has "
-            f"{have / 1e9:.1f} GB of memory; convert the source with -q, or with fewer --q-bits"
+            f"{checkpoint.path}: its weights take {whole / 1e9:.1f} GB, and this machine has "
+            f"{have / 1e9:.1f} GB of memory; {advice}"
         )
+    return residency
+
+
+def spare_slots(checkpoint: Checkpoint, memory: int | None, keep: Sequence[int]) -> int:
+    """How many inactive neurons of every FFN a memory budget has room for in `ssd` residency."""
+    streamed = range(checkpoint.predictor_layers, len(checkpoint.layout.ffns))
+    if memory is None or not streamed:
+        return 0
+    left = memory - resident_bytes(checkpoint, SSD, keep)
+    return max(left // sum(checkpoint.neuron_bytes(index) for index in streamed), 0)
 
 
 def resolve_keep(
@@ -50,6 +93,7 @@ def resolve_keep(
     density: float | None = None,
     active_parameters: int | None = None,
     memory: int | None = None,
+    residency: str = RAM,
 ) -> tuple[int, ...]:
     """*k* for every FFN under the given budget; the checkpoint's own density where none is given.
 
@@ -57,18 +101,46 @@ def resolve_keep(
         density: kept / all neurons of each layer.
         active_parameters: the most parameters that may take part in a token; the largest density below it is taken.
         memory: bytes that the weights may take. In `ram` residency all neurons stay in memory whatever the density, so
-            this is a check and picks no density.
+            this is a check and picks no density. In `ssd` residency it lowers the checkpoint's own density if need be.
+        residency: see `resident_bytes`.
 
     Raises:
         BudgetError: if two budgets contradict each other or nothing fits.
     """
     if density is not None and active_parameters is not None:
         raise BudgetError("give a density or a number of active parameters, not both")
-    if memory is not None and memory < checkpoint.weight_bytes:
+    ffns = checkpoint.layout.ffns
+    everything = tuple(spec.d_ffn for spec in ffns)
+    if memory is not None and residency == RAM and memory < (size := resident_bytes(checkpoint, RAM, everything)):
         raise BudgetError(
-            f"memory budget {memory / 1e9:.3g} GB: this checkpoint keeps {checkpoint.weight_bytes / 1e9:.3g} GB of "
-            "weights in memory at any density; raise the budget, or convert the model with -q"
+            f"memory budget {memory / 1e9:.3g} GB: this checkpoint keeps {size / 1e9:.3g} GB of weights in memory at "
+            "any density; raise the budget, load it with --residency ssd, or convert the model with -q"
         )
+    keep = _keep(checkpoint, density, active_parameters)
+    if memory is None or residency == RAM or (size := resident_bytes(checkpoint, SSD, keep)) <= memory:
+        return keep
+    if density is not None or active_parameters is not None:
+        raise BudgetError(
+            f"memory budget {memory / 1e9:.3g} GB: {size / 1e9:.3g} GB of weights stay in memory at density "
+            f"{sum(keep) / sum(everything):.3g}; lower the density, or raise the budget"
+        )
+    streamed = range(checkpoint.predictor_layers, len(ffns))
+    none = [0 if index in streamed else k for index, k in enumerate(keep)]
+    fixed = resident_bytes(checkpoint, SSD, none)
+    neurons = sum(ffns[index].d_ffn * checkpoint.neuron_bytes(index) for index in streamed)
+    share = (memory - fixed) / neurons if neurons else 0.0
+    multiples = [keep_multiple(spec.d_ffn) for spec in ffns]
+    keep = tuple(int(share * spec.d_ffn) // multiple * multiple for spec, multiple in zip(ffns, multiples, strict=True))
+    if min(keep) < 1:
+        least = [min(multiple, spec.d_ffn) for spec, multiple in zip(ffns, multiples, strict=True)]
+        raise BudgetError(
+            f"memory budget {memory / 1e9:.3g} GB is too small: all but the neurons of this checkpoint takes "
+            f"{fixed / 1e9:.3g} GB; give at least {resident_bytes(checkpoint, SSD, least) / 1e9:.3g} GB"
+        )
+    return keep
+
+
+def _keep(checkpoint: Checkpoint, density: float | None, active_parameters: int | None) -> tuple[int, ...]:
     ffns = checkpoint.layout.ffns
     if active_parameters is None:
         wanted = checkpoint.layout.density if density is None else density

@@ -24,8 +24,11 @@ from .selection import Selection, keep_count
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+PREDICTOR_SETTINGS = "ifprune_predictor"
+"""The key of a predictor's settings in the metadata of its head."""
 SECTION = "ifpruning"
 _MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
+ORDERS = ("frequency",)
 SELECTOR_NAMES = ("learned", "activation", "static", "random")
 
 
@@ -61,6 +64,9 @@ class Layout:
         density: what selections keep unless the user says otherwise.
         selector: the default selector's name.
         gate_up, down: quantization of the two kinds of rows, or None for float rows.
+        order: how neurons lie in their files: None as in the source, or `frequency`, those selected most often first;
+            a tensor `order`, int32 `[d_ffn]`, then names the neuron in each row. Everything else keeps the source's
+            numbering.
     """
 
     ffns: tuple[FFNSpec, ...]
@@ -68,18 +74,20 @@ class Layout:
     selector: str
     gate_up: Quantization | None = None
     down: Quantization | None = None
+    order: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The section as JSON."""
         kinds = {"gate_up": self.gate_up, "down": self.down}
         quantization = {kind: None if packed is None else packed.to_dict() for kind, packed in kinds.items()}
-        return {
+        section = {
             "format_version": FORMAT_VERSION,
             "ffns": [spec.to_dict() for spec in self.ffns],
             "density": self.density,
             "selector": self.selector,
             "quantization": quantization if any(quantization.values()) else None,
         }
+        return section if self.order is None else section | {"order": self.order}
 
     @classmethod
     def from_dict(cls, section: Any, where: Path) -> Layout:
@@ -96,7 +104,7 @@ class Layout:
                 "update ifprune-mlx, or convert the source again"
             )
         known = {"format_version", "ffns", "density", "selector", "quantization"}
-        _exact_keys(section, known, f"{where}, section {SECTION}")
+        _exact_keys(section, known, f"{where}, section {SECTION}", {"order"})
         ffn_keys = {field.name for field in fields(FFNSpec) if field.default is MISSING}
         specs = []
         try:
@@ -109,6 +117,8 @@ class Layout:
             keep_count(density, 64)
             if section["selector"] not in SELECTOR_NAMES:
                 raise CheckpointError(f"{where}: unknown default selector {section['selector']!r}; update ifprune-mlx")
+            if section.get("order") not in (None, *ORDERS):
+                raise CheckpointError(f"{where}: unknown order of neurons {section['order']!r}; update ifprune-mlx")
             quantization = section["quantization"]
             gate_up = down = None
             if quantization is not None:
@@ -125,7 +135,7 @@ class Layout:
             raise CheckpointError(
                 f"{where}: section {SECTION} is malformed ({exc}); convert the source again"
             ) from None
-        return cls(tuple(specs), density, section["selector"], gate_up, down)
+        return cls(tuple(specs), density, section["selector"], gate_up, down, section.get("order"))
 
 
 def _exact_keys(
@@ -264,6 +274,29 @@ class Checkpoint:
         names = [name for name in self.headers if name != self.priors_file.name]
         return sum(info.end - info.start for name in names for info in self.headers[name].tensors.values())
 
+    def neuron_bytes(self, index: int) -> int:
+        """Bytes of one neuron of FFN `index` on disk, all its rows together."""
+        tensors = self.headers[self.neurons_file(index).name].tensors
+        rows = (info for name, info in tensors.items() if name not in ("order", "down.bias"))
+        return sum(info.end - info.start for info in rows) // self.layout.ffns[index].d_ffn
+
+    @cached_property
+    def predictor_bytes(self) -> int:
+        """Bytes of the predictor's files, the weights of a backbone of its own among them; 0 if there is none."""
+        files = {name: entry["size"] for name, entry in self.manifest["files"].items() if name.endswith(".safetensors")}
+        return sum(size for name, size in files.items() if name.startswith("predictor/"))
+
+    @cached_property
+    def predictor_layers(self) -> int:
+        """How many of the model's own first layers are the predictor's backbone; 0 if it has its own, or none."""
+        if not self.has_predictor:
+            return 0
+        header = read_safetensors_header(self.path / "predictor" / "head.safetensors", CheckpointError)
+        try:
+            return int(json.loads(header.metadata[PREDICTOR_SETTINGS])["layers"] or 0)
+        except (KeyError, TypeError, ValueError):
+            return 0  # loading the predictor says what is wrong
+
     @property
     def prior_method(self) -> str:
         """Where the prior comes from: `weights`, or `calibrated` on chats."""
@@ -329,6 +362,8 @@ def neuron_shapes(spec: FFNSpec, layout: Layout) -> dict[str, tuple[int, ...]]:
         shapes["gate_up.bias"] = (spec.d_ffn, 2)
     if spec.down_bias:
         shapes["down.bias"] = (spec.d_model,)
+    if layout.order is not None:
+        shapes["order"] = (spec.d_ffn,)
     return shapes
 
 

@@ -40,7 +40,13 @@ class SlicedProjection(nn.Module):
         self.observer: Observer | None = None
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Gate, up: `[..., d_model]` -> `[..., k]`, both in one `[..., 2 k]`; down: `[..., k]` -> `[..., d_model]`."""
+        """Gate, up: `[..., d_model]` -> `[..., k]`, both in one `[..., 2 k]`; down: `[..., k]` -> `[..., d_model]`.
+
+        Raises:
+            CheckpointError: in `ssd` residency, if the rows could not be read.
+        """
+        if self.slots.pending is not None:
+            self.slots.wait(x)
         return self.project(self.observed(x), self.slots.active)
 
     def observed(self, x: mx.array) -> mx.array:

@@ -280,6 +280,9 @@ class _Run:
                 yield GenerationResponse(**fields, stats=None if stop is None else self._stats(stop))
                 if stop is not None:
                     return
+        except IfpruneError:
+            self.history.clear(self.model)  # neurons could not be read: the layers' caches are out of step
+            raise
         finally:
             stream.close()
 

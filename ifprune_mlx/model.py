@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, wraps
@@ -18,20 +19,29 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten, tree_map_with_path
+from mlx_lm.generate import generation_stream
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import _get_classes, load_model, load_tokenizer
 
-from .budget import check_memory, resolve_keep
+from .budget import RAM, SSD, choose_residency, physical_memory, resolve_keep, spare_slots
 from .checkpoint import Checkpoint, Layout
-from .errors import CheckpointError
+from .errors import BudgetError, CheckpointError
 from .ffn import SlicedProjection, replace_leaves
 from .hub import resolve
-from .ownership import Ownership
+from .ownership import Ownership, begin_worker
 from .predictor import SparsityPredictor, load_predictor
 from .selection import Scores, Selection
-from .slots import FFNSlots, plan_switch
-from .store import read_rows
+from .slots import FFNSlots
+from .store import RowReader, read_rows
+
+# Freed buffers that MLX may keep: a 64th of the memory. Its own limit is the machine's, which is no limit on a Mac that
+# does other things as well.
+_CACHE_SHARE, _LEAST_CACHE = 64, 1 << 27
+_NOT_DENSE = (
+    "no selection is active, and with residency ssd not all neurons are in memory: a dense model and the activation "
+    "selector need residency ram"
+)
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) as long work advances."""
@@ -42,14 +52,16 @@ class Switch:
     """What making a selection active took.
 
     Attributes:
-        seconds: wall time.
+        seconds: wall time; in `ssd` residency reading goes on after it, while the first layers compute.
         neurons: neurons that became active and were not.
-        bytes: bytes of weights written.
+        missing: those of them that have to be read from the checkpoint.
+        bytes: bytes of weights written: what entered, and what made room for it where that stays in memory.
         overlap: share of the new selection that was active before; None if the model was dense.
     """
 
     seconds: float
     neurons: int
+    missing: int
     bytes: int
     overlap: float | None
 
@@ -73,6 +85,8 @@ class Model:
         slots: the neurons of every FFN in memory.
         down_leaves: the down projection of every FFN, whose observer sees its hidden activations.
         ownership: whose turn it is; shared with the module, which asks it before every call.
+        residency: `ram`, or `ssd`: only active neurons are in memory, and the model cannot be dense.
+        memory: bytes that its weights may take, if that was limited when it was loaded.
     """
 
     def __init__(
@@ -82,8 +96,14 @@ class Model:
         slots: list[FFNSlots],
         down: list[SlicedProjection],
         ownership: Ownership,
+        residency: str,
+        memory: int | None,
     ) -> None:
         self.checkpoint = checkpoint
+        self.residency = residency
+        self.memory = memory
+        self._reading: ThreadPoolExecutor | None = None
+        self._cache_limit: int | None = limit_cache()
         self.tokenizer: TokenizerWrapper | None = None
         self.module = module
         self.selection: Selection | None = None
@@ -159,8 +179,14 @@ class Model:
     def keep(
         self, density: float | None = None, active_parameters: int | None = None, memory: int | None = None
     ) -> tuple[int, ...]:
-        """*k* per FFN under a budget; see `ifprune_mlx.budget.resolve_keep`."""
-        return resolve_keep(self.checkpoint, density=density, active_parameters=active_parameters, memory=memory)
+        """*k* per FFN under a budget, by default the one it was loaded with; see `ifprune_mlx.budget.resolve_keep`."""
+        return resolve_keep(
+            self.checkpoint,
+            density=density,
+            active_parameters=active_parameters,
+            memory=self.memory if memory is None else memory,
+            residency=self.residency,
+        )
 
     def check(self, selection: Selection) -> None:
         """Raise SelectionError unless `selection` fits this model's FFNs."""
@@ -168,6 +194,9 @@ class Model:
 
     def switch(self, selection: Selection | None) -> Switch:
         """Make a selection active, or all neurons (None). Moves only the neurons that differ.
+
+        Outputs of the model that are still to be computed must be (`mx.eval`) before, or they see the new weights. In
+        `ssd` residency None leaves no neuron active, and the model has to be given a selection before it is called.
 
         Raises:
             SelectionError: if the selection belongs to a model of another shape.
@@ -182,25 +211,55 @@ class Model:
             for slots in self.slots:
                 slots.activate_all()
             self.selection = None
-            return Switch(time.perf_counter() - start, 0, 0, None)
+            return Switch(time.perf_counter() - start, 0, 0, 0, None)
         self.check(selection)
         overlap = selection.overlap(self.selection) if self.selection else None
-        neurons = moved = 0
+        _synchronize()
+        spare = spare_slots(self.checkpoint, self.memory, selection.keep) if self.residency == SSD else 0
+        neurons = missing = written = 0
         # Layer by layer, so that a scatter that has to copy holds one copy of one layer's array at most.
         for slots, ids in zip(self.slots, selection.ids, strict=True):
-            plan = plan_switch(slots.order, ids)
-            neurons += len(plan.entering)
-            moved += slots.apply(plan)
+            plan = slots.plan(ids, spare)
+            neurons += len(plan.leaving)
+            missing += len(plan.missing)
+            written += plan.rows_written * slots.row_bytes
+            if len(plan.missing):
+                # In layer order, while the layers before compute: see `FFNSlots.wait`.
+                slots.k = plan.k
+                slots.pending = self._reader().submit(slots.apply, plan)
+            else:
+                slots.apply(plan)
         self.selection = selection
-        return Switch(time.perf_counter() - start, neurons, moved, overlap)
+        return Switch(time.perf_counter() - start, neurons, missing, written, overlap)
 
-    def close(self) -> None:
-        """Give the weights back; the model cannot be used afterwards.
+    def first_layers_in_order(self, layers: int) -> None:
+        """Leave no selection active, and that many first FFNs dense in the source's order of neurons.
+
+        In that order what they compute does not depend on earlier selections, not even in its last digits.
 
         Raises:
             ModelBusyError: if an answer is under way.
         """
         with self.ownership.held():
+            self._switch(None)
+            _synchronize()
+            for slots in self.slots[:layers]:
+                slots.restore()
+
+    def _reader(self) -> ThreadPoolExecutor:
+        if self._reading is None:
+            self._reading = ThreadPoolExecutor(1, "ifprune-read", begin_worker)
+        return self._reading
+
+    def close(self) -> None:
+        """Give the weights and MLX's cache back; the model cannot be used afterwards.
+
+        Raises:
+            ModelBusyError: if an answer is under way.
+        """
+        with self.ownership.held():
+            if self._reading is not None:
+                self._reading.shutdown(cancel_futures=True)
             for slots in self.slots:
                 slots.rows.clear()
             self.slots = []
@@ -208,6 +267,9 @@ class Model:
             self.module = nn.Module()
             self.__dict__.pop("predictor", None)
             mx.clear_cache()
+            if self._cache_limit is not None:
+                mx.set_cache_limit(self._cache_limit)
+                self._cache_limit = None
         self.ownership.close()
 
     def _priors(self, kind: str) -> list[Scores]:
@@ -221,6 +283,8 @@ def load(
     *,
     dtype: mx.Dtype | None = None,
     revision: str | None = None,
+    residency: str | None = None,
+    memory: int | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> tuple[Model, TokenizerWrapper]:
@@ -229,29 +293,42 @@ def load(
     Args:
         path_or_repo: folder, or hub id.
         dtype: float type to cast the weights to; None keeps the checkpoint's.
+        residency: `ram` keeps every neuron in memory, `ssd` only the active ones; None takes `ssd` only where `memory`
+            asks for it.
+        memory: bytes that the weights may take. In `ssd` residency what is left keeps the neurons selected most often.
         trust_remote_code: let the tokenizer run code that comes with the checkpoint.
         progress: called with (FFNs loaded, FFNs).
 
     Raises:
         CheckpointError: if the checkpoint is damaged or not one, naming the file and what to do.
-        BudgetError: if its weights are more than the machine's memory.
+        BudgetError: if its weights are more than the machine's memory, or than `memory`.
     """
     checkpoint = Checkpoint.open(resolve(path_or_repo, revision))
-    check_memory(checkpoint)
+    residency = choose_residency(checkpoint, residency, memory)
     tokenizer = _load_tokenizer(checkpoint, trust_remote_code)
-    model = load_checkpoint(checkpoint, dtype=dtype, progress=progress)
+    model = load_checkpoint(checkpoint, dtype=dtype, residency=residency, memory=memory, progress=progress)
     model.tokenizer = tokenizer
     return model, tokenizer
 
 
 def load_checkpoint(
-    checkpoint: Checkpoint, *, dtype: mx.Dtype | None = None, progress: Progress | None = None
+    checkpoint: Checkpoint,
+    *,
+    dtype: mx.Dtype | None = None,
+    residency: str = RAM,
+    memory: int | None = None,
+    progress: Progress | None = None,
 ) -> Model:
     """Load an opened checkpoint's model, without its tokenizer. See `load`."""
     slots: list[FFNSlots] = []
     ffns = checkpoint.layout.ffns
     for index in range(len(ffns)):
-        slots.append(FFNSlots(*read_rows(checkpoint, index, dtype)))
+        # A predictor that reads with the model's first layers needs all of their neurons.
+        if residency == RAM or index < checkpoint.predictor_layers:
+            slots.append(FFNSlots(*read_rows(checkpoint, index, dtype)))
+        else:
+            reader = RowReader(checkpoint, index, dtype)
+            slots.append(FFNSlots(None, reader.down_bias, reader))
         if progress is not None:
             progress(index + 1, len(ffns))
     leaves: list[SlicedProjection] = []
@@ -267,7 +344,22 @@ def load_checkpoint(
         module.update(tree_map_with_path(cast, module.parameters()))
     # All of it, not only its parameters: rope tables are none, and another thread could not compute them later.
     mx.eval(module)
-    return Model(checkpoint, module, slots, leaves, ownership)
+    return Model(checkpoint, module, slots, leaves, ownership, residency, memory)
+
+
+def limit_cache() -> int:
+    """Let MLX keep no more than a share of this machine's memory in freed buffers; returns the limit before."""
+    limit = max(physical_memory() // _CACHE_SHARE, _LEAST_CACHE)
+    before = mx.set_cache_limit(limit)
+    if before < limit:
+        mx.set_cache_limit(before)
+    return before
+
+
+def _synchronize() -> None:
+    """Wait for what is under way on the streams that mlx-lm computes answers on."""
+    mx.synchronize()
+    mx.synchronize(generation_stream)
 
 
 def _load_module(
@@ -289,6 +381,8 @@ def _load_module(
             @wraps(base.__call__)  # mlx-lm looks at the signature
             def __call__(self, *args: Any, **kwargs: Any) -> Any:
                 ownership.check()
+                if any(entry.k == 0 for entry in slots):
+                    raise BudgetError(_NOT_DENSE)
                 return super().__call__(*args, **kwargs)
 
             def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:

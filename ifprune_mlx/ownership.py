@@ -64,7 +64,8 @@ class _Streams:
 _thread = threading.local()
 
 
-def _begin_worker() -> None:
+def begin_worker() -> None:
+    """What a thread that uses MLX begins with; an initializer for executors."""
     _thread.streams = _Streams()  # goes when the thread does, in it, whether by `close` or at the end of the program
 
 
@@ -144,6 +145,32 @@ class Ownership:
             # Runs after the step under way, and to its end also if the task is cancelled once more.
             await asyncio.shield(asyncio.wrap_future(worker.submit(end)))
 
+    def in_turn(self, work: Callable[[], None], after: Callable[[], None]) -> Future[object]:
+        """Call `work` in the model's worker thread when its turn comes; the model is its own until it returns.
+
+        Args:
+            after: called, in the same thread, when the model has been given on.
+
+        Returns:
+            Its place in line. A `cancel` that succeeds calls both off.
+        """
+        place = self._place()
+
+        def call(holder: object) -> None:
+            try:
+                with self._step():
+                    work()
+            finally:
+                self._release(holder)
+                after()
+
+        def begin(given: Future[object]) -> None:
+            if not given.cancelled():
+                self._worker().submit(call, given.result())
+
+        place.add_done_callback(begin)
+        return place
+
     def close(self) -> None:
         """End the worker thread, if there is one. The model must not be in use."""
         with self._lock:
@@ -167,13 +194,22 @@ class Ownership:
             self._holder = holder = object()
             return holder
 
-    async def _turn(self) -> object:
+    def _place(self) -> Future[object]:
+        """A place in line, whose result is the holder to be; done already if nobody has the model."""
+        place: Future[object] = Future()
         with self._lock:
-            if self._holder is None:
-                self._holder = holder = object()
-                return holder
-            place: Future[object] = Future()
-            self._waiting.append(place)
+            if self._holder is not None:
+                self._waiting.append(place)
+                return place
+            self._holder = holder = object()
+        place.set_running_or_notify_cancel()
+        place.set_result(holder)
+        return place
+
+    async def _turn(self) -> object:
+        place = self._place()
+        if place.done():
+            return place.result()
         try:
             return await asyncio.wrap_future(place)
         except asyncio.CancelledError:
@@ -219,5 +255,5 @@ class Ownership:
     def _worker(self) -> ThreadPoolExecutor:
         with self._lock:
             if self._executor is None:
-                self._executor = ThreadPoolExecutor(1, "ifprune", initializer=_begin_worker)
+                self._executor = ThreadPoolExecutor(1, "ifprune", initializer=begin_worker)
             return self._executor

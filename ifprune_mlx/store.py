@@ -1,20 +1,35 @@
-"""Reads neuron rows from an IFP checkpoint into memory.
+"""Reads neuron rows from an IFP checkpoint into memory: all of an FFN's, or those that a switch misses.
 
-Knows how the file lays rows out (`gate_up` interleaved) and how memory does (`gate` and `up` apart, each
-contiguous, so that a row prefix of either is a view); knows nothing of selections.
+Knows how the file lays rows out (`gate_up` interleaved, neurons in an order of the converter's) and how memory does
+(`gate` and `up` apart, each contiguous, so that a row prefix of either is a view); knows nothing of selections.
 """
 
 from __future__ import annotations
 
-import mlx.core as mx
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from .buffers import Raw, from_raw, raw, raw_dtype
 from .checkpoint import Checkpoint
 from .errors import CheckpointError
+from .files import TensorInfo
+from .selection import Ids
 
 Rows = dict[str, mx.array]
 """Per-neuron arrays by name, `gate|up|down` + `.weight|.scales|.biases|.bias`; axis 0 is the neuron everywhere."""
 
 _FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+_DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32, "U8": mx.uint8}
+# Of the bytes that are wanted, how many more are read to make fewer ranges of them; a range more costs a disk access.
+_WASTE = 0.15
+# No gap above this is read over: about what an SSD reads in the time that an access takes.
+_GAP_BYTES = 1 << 16
+_READERS = 4
 
 
 def read_rows(checkpoint: Checkpoint, index: int, dtype: mx.Dtype | None = None) -> tuple[Rows, mx.array | None]:
@@ -30,13 +45,19 @@ def read_rows(checkpoint: Checkpoint, index: int, dtype: mx.Dtype | None = None)
         CheckpointError: if the file cannot be read.
     """
     file = checkpoint.neurons_file(index)
+    back = None
+    if checkpoint.layout.order is not None:
+        back = mx.array(read_positions(checkpoint, index))
     try:
         arrays = mx.load(str(file))
         assert isinstance(arrays, dict)
+        arrays.pop("order", None)
         down_bias = arrays.pop("down.bias", None)
         rows: Rows = {}
         for name in list(arrays):
             array = _cast(arrays.pop(name), dtype)
+            if back is not None:
+                array = mx.take(array, back, axis=0)
             kind, _, leaf = name.partition(".")
             if kind == "down":
                 rows[name] = array
@@ -51,6 +72,177 @@ def read_rows(checkpoint: Checkpoint, index: int, dtype: mx.Dtype | None = None)
     except RuntimeError as exc:
         raise CheckpointError(f"{file}: cannot be read ({exc}); copy or convert the checkpoint again") from None
     return rows, down_bias
+
+
+def read_positions(checkpoint: Checkpoint, index: int) -> npt.NDArray[np.int32]:
+    """Where each neuron of FFN `index` lies in its file, int32 `[d_ffn]`.
+
+    Raises:
+        CheckpointError: if the file's order names a neuron twice.
+    """
+    file, d_ffn = checkpoint.neurons_file(index), checkpoint.layout.ffns[index].d_ffn
+    if checkpoint.layout.order is None:
+        return np.arange(d_ffn, dtype=np.int32)
+    info = checkpoint.headers[file.name].tensors["order"]
+    order = np.frombuffer(_pread(file, info.start, info.end - info.start), "<i4")
+    positions = np.full(d_ffn, -1, np.int32)
+    positions[order[(order >= 0) & (order < d_ffn)]] = np.arange(d_ffn, dtype=np.int32)[(order >= 0) & (order < d_ffn)]
+    if (positions < 0).any():
+        raise CheckpointError(f"{file}: its order of neurons is damaged; copy or convert the checkpoint again")
+    return positions
+
+
+class RowReader:
+    """Reads some neurons of one FFN, in few ranges of its file.
+
+    Attributes:
+        down_bias: bias of the down projection `[d_model]`, read at once; None if it has none.
+        position: where in the file each neuron lies, int32 `[d_ffn]`.
+        bytes_read: bytes asked of the file so far, gaps between neurons included.
+
+    Raises:
+        CheckpointError: if the file cannot be read.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, index: int, dtype: mx.Dtype | None = None) -> None:
+        self._file = checkpoint.neurons_file(index)
+        self._dtype = dtype
+        tensors = checkpoint.headers[self._file.name].tensors
+        self._tensors = {name: info for name, info in tensors.items() if name not in ("order", "down.bias")}
+        unknown = sorted({info.dtype for info in self._tensors.values()} - set(_DTYPES))
+        if unknown:
+            raise CheckpointError(
+                f"{self._file}: tensors of type {unknown[0]} cannot be read; convert the source again"
+            )
+        self.position = read_positions(checkpoint, index)
+        self.bytes_read = 0
+        self.down_bias: mx.array | None = None
+        if (info := tensors.get("down.bias")) is not None:
+            values = np.frombuffer(_pread(self._file, info.start, info.end - info.start), _raw_type(info))
+            self.down_bias = _cast(from_raw(values, _DTYPES[info.dtype]), dtype)
+            mx.eval(self.down_bias)
+
+    def empty(self, slots: int) -> Rows:
+        """Arrays for that many neurons, as `read_rows` names and types them, computed."""
+        rows: Rows = {}
+        for name, info in self._tensors.items():
+            dtype = self._memory_dtype(info)
+            shape = (slots, *(info.shape[1:] if name.startswith("down.") else info.shape[2:]))
+            for memory_name in _memory_names(name):
+                # Not zeros of a broadcast: the array must have a buffer of its own.
+                rows[memory_name] = mx.contiguous(mx.zeros(shape, dtype))
+        mx.eval(list(rows.values()))
+        return rows
+
+    def read(self, neurons: Ids) -> dict[str, Raw]:
+        """The rows of these neurons by array name, as `ifprune_mlx.buffers.raw` shows them.
+
+        Args:
+            neurons: int32 `[n]`, in the source's numbering.
+
+        Raises:
+            CheckpointError: if the file cannot be read.
+        """
+        places = self.position[neurons]
+        at = np.argsort(places, kind="stable")
+        found: dict[str, Raw] = {}
+        try:
+            descriptor = os.open(self._file, os.O_RDONLY)
+            try:
+                if hasattr(os, "posix_fadvise"):  # no read-ahead beyond the ranges
+                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+                for name, info in self._tensors.items():
+                    values = np.empty((len(places), *info.shape[1:]), _raw_type(info))
+                    values[at] = self._ranges(descriptor, info, places[at])
+                    values = self._as_memory(values, info)
+                    if name.startswith("down."):
+                        found[name] = values
+                    else:
+                        gate, up = _memory_names(name)
+                        found |= {gate: values[:, 0], up: values[:, 1]}
+            finally:
+                os.close(descriptor)
+        except OSError as exc:
+            raise CheckpointError(
+                f"{self._file}: cannot be read ({exc.strerror or exc}); copy or convert the checkpoint again"
+            ) from None
+        return found
+
+    def _ranges(self, descriptor: int, info: TensorInfo, places: npt.NDArray[np.int32]) -> Raw:
+        """The rows at sorted places in the file."""
+        row_bytes = (info.end - info.start) // info.shape[0]
+        starts, stops = merged_ranges(places, row_bytes)
+        rows = np.empty((len(places), row_bytes), np.uint8)
+
+        def read(index: int) -> None:
+            first, last = places[starts[index]], places[stops[index] - 1]
+            block = np.empty((last - first + 1, row_bytes), np.uint8)
+            buffer, offset = memoryview(block).cast("B"), info.start + int(first) * row_bytes
+            while len(buffer):
+                count = os.preadv(descriptor, [buffer], offset)
+                if not count:
+                    raise OSError(f"it ends at byte {offset}")
+                buffer, offset = buffer[count:], offset + count
+            rows[starts[index] : stops[index]] = block[places[starts[index] : stops[index]] - first]
+            self.bytes_read += block.nbytes
+
+        if len(starts) > 1:
+            # The file system and the disk work on several requests at once.
+            with ThreadPoolExecutor(_READERS) as pool:
+                list(pool.map(read, range(len(starts))))
+        elif len(starts):
+            read(0)
+        return rows.view(_raw_type(info)).reshape(len(places), *info.shape[1:])
+
+    def _memory_dtype(self, info: TensorInfo) -> mx.Dtype:
+        dtype = _DTYPES[info.dtype]
+        return self._dtype if self._dtype is not None and dtype in _FLOATS else dtype
+
+    def _as_memory(self, values: Raw, info: TensorInfo) -> Raw:
+        if self._memory_dtype(info) == _DTYPES[info.dtype]:
+            return values
+        cast = from_raw(values, _DTYPES[info.dtype]).astype(self._memory_dtype(info))
+        mx.eval(cast)
+        return raw(cast)
+
+
+def merged_ranges(places: npt.NDArray[np.int32], row_bytes: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """Sorted rows as few ranges: the smallest gaps are read over, as long as little is read for nothing.
+
+    Returns:
+        Where in `places` each range starts, and where it stops.
+    """
+    gaps = np.diff(places).astype(np.int64) - 1
+    by_size = np.argsort(gaps, kind="stable")
+    wasted = np.cumsum(gaps[by_size]) <= _WASTE * len(places)
+    small = gaps[by_size] * row_bytes <= _GAP_BYTES
+    closed = np.zeros(len(gaps), dtype=bool)
+    closed[by_size[wasted & small]] = True
+    borders = np.flatnonzero(~closed) + 1
+    none = np.empty(0, np.intp)
+    if not len(places):
+        return none, none
+    return np.concatenate([[0], borders]).astype(np.intp), np.concatenate([borders, [len(places)]]).astype(np.intp)
+
+
+def _memory_names(name: str) -> tuple[str, ...]:
+    kind, _, leaf = name.partition(".")
+    return (name,) if kind == "down" else (f"gate.{leaf}", f"up.{leaf}")
+
+
+def _raw_type(info: TensorInfo) -> npt.DTypeLike:
+    return raw_dtype(_DTYPES[info.dtype])
+
+
+def _pread(file: Path, start: int, count: int) -> bytes:
+    try:
+        with file.open("rb") as opened:
+            opened.seek(start)
+            return opened.read(count)
+    except OSError as exc:
+        raise CheckpointError(
+            f"{file}: cannot be read ({exc.strerror or exc}); copy or convert the checkpoint again"
+        ) from None
 
 
 def _cast(array: mx.array, dtype: mx.Dtype | None) -> mx.array:

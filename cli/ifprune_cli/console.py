@@ -111,6 +111,11 @@ def parameters(count: int) -> str:
     return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
 
 
+def gigabytes(count: int) -> str:
+    """A number of bytes: 0.27 GB, 18.4 GB."""
+    return f"{count / 1e9:.3g} GB"
+
+
 def shortened(text: str, width: int) -> str:
     """One line of at most `width` characters."""
     indent = text[: len(text) - len(text.lstrip())]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .console import parameters, progress, result_json
+from .console import gigabytes, parameters, progress, result_json
 from .loading import open_checkpoint
 from .options import ModelOption
 
@@ -23,7 +23,7 @@ def info(
 ) -> None:
     """Show a checkpoint's shape, size, selectors, tasks, and what each density activates."""
     from ifprune_mlx import CheckpointError, TaskStore
-    from ifprune_mlx.budget import resolve_keep
+    from ifprune_mlx.budget import RAM, RESIDENCIES, SSD, physical_memory, resident_bytes, resolve_keep
 
     checkpoint = open_checkpoint(model)
     if verify:
@@ -37,7 +37,12 @@ def info(
             )
     selectors = (["learned"] if checkpoint.has_predictor else []) + ["activation", "static", "random"]
     tasks = TaskStore(checkpoint).tasks()
-    fits = [{"residency": "ram", "density": density, "resident": checkpoint.weight_bytes} for density in _DENSITIES]
+    keeps = {density: resolve_keep(checkpoint, density=density) for density in _DENSITIES}
+    fits = [
+        {"residency": residency, "density": density, "resident": resident_bytes(checkpoint, residency, keep)}
+        for residency in RESIDENCIES
+        for density, keep in keeps.items()
+    ]
     layout = checkpoint.layout
     if json:
         result_json(
@@ -71,9 +76,11 @@ def info(
     ]
     for name, value in rows:
         print(f"{name:<11} {value}")
-    for density in _DENSITIES:
-        active = checkpoint.active_parameters(resolve_keep(checkpoint, density=density))
-        print(f"  at {density:<4g}   {parameters(active)} active parameters")
+    whole = resident_bytes(checkpoint, RAM, keeps[1.0])
+    print(f"memory      {gigabytes(whole)} with residency ram, of {gigabytes(physical_memory())} in this machine")
+    for density, keep in keeps.items():
+        active, part = checkpoint.active_parameters(keep), resident_bytes(checkpoint, SSD, keep)
+        print(f"  at {density:<4g}   {parameters(active)} active parameters; {gigabytes(part)} with residency ssd")
     if verify:
         print("verified    every file has the manifest's sha256")
 

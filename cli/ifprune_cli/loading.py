@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .console import note, progress
-from .options import DtypeName
+from .options import DtypeName, ResidencyName
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -50,9 +50,15 @@ def check_selection(model: Model | Checkpoint, selection: Selection, file: Path)
 
 
 def load_model(
-    model: str | None, dtype: DtypeName | None, trust_remote_code: bool, *, trained: bool = True
+    model: str | None,
+    dtype: DtypeName | None,
+    trust_remote_code: bool,
+    *,
+    trained: bool = True,
+    residency: ResidencyName | None = None,
+    memory: int | None = None,
 ) -> tuple[Model, TokenizerWrapper]:
-    """Load the given checkpoint, or the embedded default; `trained` as in `checkpoint_path`."""
+    """Load the given checkpoint, or the embedded default; `trained` as in `checkpoint_path`, the rest as in `load`."""
     path = checkpoint_path(model, trained=trained)
     import mlx.core as mx
 
@@ -60,4 +66,11 @@ def load_model(
 
     cast = None if dtype is None else getattr(mx, dtype.value)
     with progress("load", "FFNs") as update:
-        return load(path, dtype=cast, trust_remote_code=trust_remote_code, progress=update)
+        return load(
+            path,
+            dtype=cast,
+            residency=None if residency is None else residency.value,
+            memory=memory,
+            trust_remote_code=trust_remote_code,
+            progress=update,
+        )

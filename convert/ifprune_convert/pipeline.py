@@ -31,6 +31,8 @@ from ifprune_mlx.train.records import Record
 from . import layout
 from .adapter import Adapter, open_adapter
 from .calibrate import calibrate
+from .frequency import order_by_frequency
+from .neurons import write_neurons
 from .packing import Packing, plan
 from .predictor import open_predictor
 from .prior import read_prior
@@ -39,7 +41,7 @@ from .skeleton import build_skeleton
 from .source import PackedSource, Source
 
 Report = Callable[[str, int, int], None]
-"""Called with (stage, done, total): stage `convert` counts bytes of the source, `calibrate` counts tokens."""
+"""Called with (stage, done, total): stage `convert` counts bytes of the source, `calibrate` tokens, `order` chats."""
 
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 # The lowest of 0.7, 0.8, 0.85 and 0.9 at which the training-free selector stayed fluent on SmolLM2 (docs/log.md).
@@ -59,8 +61,11 @@ class Options:
         density: the checkpoint's default density.
         adapter: folder of an adapter, of mlx-lm or PEFT, to fuse into the weights.
         predictor: folder of a trained sparsity predictor to put in, ours or one in the layout of the authors' code.
+        predictor_bits: bits to pack its head's second layer with, 8 or 4; None leaves it as it is.
         calibration: chats to measure the prior on; None takes it from the weights, unless `prior` is given.
         prior: ready importance per FFN, float32 `[d_ffn]` each, or the safetensors file that holds it.
+        order: chats by whose selections to put the neurons in order of frequency, for residency `ssd`; None keeps the
+            source's order.
         overwrite: replace an existing output folder.
     """
 
@@ -70,8 +75,10 @@ class Options:
     density: float = DEFAULT_DENSITY
     adapter: Path | None = None
     predictor: Path | None = None
+    predictor_bits: int | None = None
     calibration: list[Record] | None = None
     prior: list[Scores] | Path | None = None
+    order: list[Record] | None = None
     overwrite: bool = False
 
 
@@ -98,7 +105,7 @@ def convert(source: Source, out: Path, options: Options, report: Report | None =
     packing = plan(source, skeleton, specs, options.quantization, options.float_down)
     predictor = None
     if options.predictor is not None:
-        predictor = open_predictor(options.predictor, [spec.d_ffn for spec in specs])
+        predictor = open_predictor(options.predictor, [spec.d_ffn for spec in specs], options.predictor_bits)
     prior, method = _ready_prior(source, options, specs)
     adapter = None if options.adapter is None else open_adapter(options.adapter, skeleton, source.shapes)
     with new_folder(out, overwrite=options.overwrite, error=SourceError) as folder:
@@ -127,6 +134,9 @@ def convert(source: Source, out: Path, options: Options, report: Report | None =
             )
             model.close()
             _write_priors(folder, measured, down_norms, "calibrated")
+            write_manifest(folder, source=described, licence=source.licence)
+        if options.order is not None:
+            order_by_frequency(folder, options.order, lambda done, total: report("order", done, total))
             write_manifest(folder, source=described, licence=source.licence)
         Checkpoint.open(folder)
     return Conversion(Checkpoint.open(out), time.perf_counter() - start)
@@ -178,7 +188,7 @@ class _Writer:
             tensors["gate_up.bias"] = layout.gate_up_rows(*_apart(spec, [self._take(name) for name in names]))
         if spec.down_bias:
             tensors["down.bias"] = self._take(f"{spec.path}.{spec.down}.bias")
-        mx.save_safetensors(str(self._folder / neurons_file(index, count)), tensors, {"format": "mlx"})
+        write_neurons(self._folder / neurons_file(index, count), tensors)
         del tensors
         mx.clear_cache()
         return prior, norms

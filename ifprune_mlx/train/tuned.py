@@ -135,13 +135,7 @@ class Tuned(ABC):
         """Run all neurons again, in the source's order: switches leave them in another, in which floats add up to
         something else in the last digits."""
         self.choose(None)
-        self.model.switch(None)
-        for slots in self.model.slots:
-            back = mx.array(np.argsort(slots.order).astype(np.int32))
-            slots.order = np.arange(slots.d_ffn, dtype=np.int32)
-            for name in slots.rows:
-                slots.rows[name] = mx.take(slots.rows[name], back, axis=0)
-                mx.eval(slots.rows[name])
+        self.model.first_layers_in_order(len(self.model.slots))
 
     def _replace_leaves(self, leaf: Callable[[SlicedProjection, Chosen, FFNSpec], ChosenProjection]) -> None:
         model = self.model

@@ -8,7 +8,14 @@ import pytest
 
 from ifprune_convert.pipeline import Options
 from ifprune_mlx import BudgetError, Checkpoint, load
-from ifprune_mlx.budget import check_memory, parse_quantity, physical_memory, resolve_keep
+from ifprune_mlx.budget import (
+    choose_residency,
+    parse_quantity,
+    physical_memory,
+    resident_bytes,
+    resolve_keep,
+    spare_slots,
+)
 from ifprune_mlx.selection import keep_count
 from tests.tiny import write_checkpoint
 
@@ -121,9 +128,46 @@ def test_memory_is_a_check_and_picks_no_density(checkpoint: Checkpoint) -> None:
     needed = checkpoint.weight_bytes
     assert resolve_keep(checkpoint, memory=needed) == resolve_keep(checkpoint)
     assert resolve_keep(checkpoint, memory=needed, density=0.5) == resolve_keep(checkpoint, density=0.5)
-    with pytest.raises(BudgetError, match="raise the budget, or convert the model with -q") as caught:
+    with pytest.raises(BudgetError, match="load it with --residency ssd, or convert the model with -q") as caught:
         resolve_keep(checkpoint, memory=needed - 1)
     assert "\n" not in str(caught.value)
+
+
+def test_on_ssd_memory_lowers_the_density_to_what_fits(checkpoint: Checkpoint) -> None:
+    widths = [spec.d_ffn for spec in checkpoint.layout.ffns]
+    multiple = 8 if widths[0] < 512 else 32
+    own = resolve_keep(checkpoint)
+    for k in range(multiple, own[0] + 1, multiple):
+        exact = resident_bytes(checkpoint, "ssd", (k, k))
+        assert exact == checkpoint.weight_bytes - sum((width - k) * checkpoint.neuron_bytes(0) for width in widths)
+        assert resolve_keep(checkpoint, memory=exact, residency="ssd") == (k, k)
+        if k > multiple:
+            assert resolve_keep(checkpoint, memory=exact - 1, residency="ssd") == (k - multiple, k - multiple)
+    assert resolve_keep(checkpoint, memory=checkpoint.weight_bytes, residency="ssd") == own
+    least = resident_bytes(checkpoint, "ssd", (multiple, multiple))
+    with pytest.raises(BudgetError, match=r"is too small: .*; give at least"):
+        resolve_keep(checkpoint, memory=least - 1, residency="ssd")
+    with pytest.raises(BudgetError, match="lower the density, or raise the budget"):
+        resolve_keep(checkpoint, memory=least, density=0.5, residency="ssd")
+
+
+def test_a_memory_budget_picks_ssd_only_where_it_must(checkpoint: Checkpoint) -> None:
+    whole = checkpoint.weight_bytes
+    assert choose_residency(checkpoint, None, None) == "ram"
+    assert choose_residency(checkpoint, None, whole) == "ram"
+    assert choose_residency(checkpoint, None, whole - 1) == "ssd"
+    assert choose_residency(checkpoint, "ssd", None) == "ssd"
+    with pytest.raises(BudgetError, match="unknown residency 'disk'; choose ram or ssd"):
+        choose_residency(checkpoint, "disk", None)
+
+
+def test_what_a_budget_leaves_becomes_spare_slots(checkpoint: Checkpoint) -> None:
+    keep = resolve_keep(checkpoint)
+    part, row = resident_bytes(checkpoint, "ssd", keep), sum(checkpoint.neuron_bytes(index) for index in range(2))
+    assert spare_slots(checkpoint, None, keep) == 0
+    assert spare_slots(checkpoint, part, keep) == 0
+    assert spare_slots(checkpoint, part + 5 * row, keep) == 5
+    assert spare_slots(checkpoint, part + 5 * row - 1, keep) == 4
 
 
 def test_two_budgets_at_once_are_refused(checkpoint: Checkpoint) -> None:
@@ -143,8 +187,12 @@ def test_a_model_resolves_its_budgets_the_same_way(tmp_path: Path) -> None:
 
 def test_a_checkpoint_larger_than_memory_is_refused(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = Checkpoint.open(tiny_checkpoint)
-    check_memory(checkpoint)
     assert 10**9 < physical_memory() < 10**13
     monkeypatch.setattr("ifprune_mlx.budget.physical_memory", lambda: checkpoint.weight_bytes - 1)
+    with pytest.raises(BudgetError, match=r"machine has .* GB of memory; load it with --residency ssd, which keeps"):
+        load(tiny_checkpoint)
+    monkeypatch.setattr("ifprune_mlx.budget.physical_memory", lambda: 1)
     with pytest.raises(BudgetError, match=r"this machine has .* GB of memory; convert the source with -q"):
         load(tiny_checkpoint)
+    with pytest.raises(BudgetError, match=r"this machine has .* GB of memory; convert the source with -q"):
+        load(tiny_checkpoint, residency="ssd")

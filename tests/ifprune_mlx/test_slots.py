@@ -76,12 +76,17 @@ def test_growing_and_shrinking_move_only_what_is_missing() -> None:
         "gate.weight": mx.arange(8)[:, None] * mx.ones((1, 4)),
     }
     slots = FFNSlots(rows)
-    assert slots.apply(plan_switch(slots.order, np.array([0, 1, 7], np.int32))) == 2 * 2 * 16  # 2 and 7 change places
+    plans = [slots.plan(np.array([0, 1, 7], np.int32))]
+    slots.apply(plans[-1])  # 2 and 7 change places
     assert slots.order.tolist() == [0, 1, 7, 3, 4, 5, 6, 2]
-    assert slots.apply(plan_switch(slots.order, np.array([0, 1, 3, 7], np.int32))) == 0  # 3 lies right behind already
+    plans.append(slots.plan(np.array([0, 1, 3, 7], np.int32)))
+    slots.apply(plans[-1])  # 3 lies right behind already
     assert slots.k == 4
-    assert slots.apply(plan_switch(slots.order, np.array([0, 1], np.int32))) == 0  # a prefix of what is active
+    plans.append(slots.plan(np.array([0, 1], np.int32)))
+    slots.apply(plans[-1])  # a prefix of what is active
     assert slots.k == 2
+    assert [plan.rows_written for plan in plans] == [2, 0, 0]
+    assert slots.row_bytes == 2 * 16
     assert slots.ids().tolist() == [0, 1]
     assert slots.active("down.weight")[:, 0].tolist() == [0, 1]  # type: ignore[index]
     slots.activate_all()

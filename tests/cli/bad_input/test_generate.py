@@ -147,7 +147,23 @@ def active_parameters_that_are_no_number(at: Place) -> Bad:
 
 @case
 def too_little_memory(at: Place) -> Bad:
-    return Bad(at.generate(at.sound, "--memory", "1KB"), ("memory budget", "raise the budget"))
+    return Bad(at.generate(at.sound, "--memory", "1KB"), ("memory budget", "is too small", "give at least"))
+
+
+@case
+def too_little_memory_for_every_neuron(at: Place) -> Bad:
+    arguments = at.generate(at.sound, "--memory", "100KB", "--residency", "ram")
+    return Bad(arguments, ("memory budget", "raise the budget", "--residency ssd"))
+
+
+@case
+def dense_without_memory_for_it(at: Place) -> Bad:
+    return Bad(at.generate(at.sound, "--residency", "ssd", "--dense"), ("a dense model", "residency ram"))
+
+
+@case
+def a_residency_that_there_is_not(at: Place) -> Bad:
+    return Bad(at.generate(at.sound, "--residency", "tape"), ("--residency", "tape", "ram"), code=2)
 
 
 @case

@@ -1,0 +1,70 @@
+"""Puts the neurons of a checkpoint into the order of how often they are selected (DESIGN.md section 3, idea 3).
+
+What a switch reads from the disk then lies together. Knows a written checkpoint and the chats to select by.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from ifprune_mlx.checkpoint import SECTION, Checkpoint
+from ifprune_mlx.model import load
+from ifprune_mlx.prompts import render_messages
+from ifprune_mlx.selection import Ids
+from ifprune_mlx.selectors import Instruction, make_selector
+from ifprune_mlx.train.records import Record
+
+from .neurons import write_neurons
+
+
+def order_by_frequency(folder: Path, examples: Sequence[Record], progress: Callable[[int, int], None]) -> None:
+    """Reorder every neurons file of a checkpoint, and say so in its config. Its manifest is then out of date.
+
+    Every chat's first message selects, with the checkpoint's default selector and density. Neurons that are selected
+    equally often go by the prior.
+
+    Args:
+        progress: called with (chats, chats in all).
+    """
+    checkpoint = Checkpoint.open(folder)
+    for index, order in enumerate(_orders(checkpoint, examples, progress)):
+        file = checkpoint.neurons_file(index)
+        arrays = mx.load(str(file))
+        assert isinstance(arrays, dict)
+        down_bias = arrays.pop("down.bias", None)
+        tensors = {name: mx.take(arrays.pop(name), mx.array(order), axis=0) for name in list(arrays)}
+        tensors["order"] = mx.array(order)
+        if down_bias is not None:
+            tensors["down.bias"] = down_bias
+        mx.eval(tensors)
+        written = file.with_suffix(".new")
+        write_neurons(written, tensors)
+        del tensors
+        written.replace(file)
+        mx.clear_cache()
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config[SECTION]["order"] = "frequency"
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def _orders(checkpoint: Checkpoint, examples: Sequence[Record], progress: Callable[[int, int], None]) -> list[Ids]:
+    model, tokenizer = load(checkpoint.path)
+    try:
+        selector, keep = make_selector(model), model.keep()
+        counts = [np.zeros(spec.d_ffn) for spec in checkpoint.layout.ffns]
+        for done, example in enumerate(examples, 1):
+            message = next(message for message in example.messages if message["role"] == "user")
+            tokens = render_messages(tokenizer, [dict(message)])
+            selection = selector.select(Instruction(message["content"], tuple(tokens)), keep).selection
+            for count, ids in zip(counts, selection.ids, strict=True):
+                count[ids] += 1
+            progress(done, len(examples))
+        priors = model.prior
+    finally:
+        model.close()
+    return [np.lexsort((-prior, -count)).astype(np.int32) for count, prior in zip(counts, priors, strict=True)]
