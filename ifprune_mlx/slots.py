@@ -110,6 +110,7 @@ class FFNSlots:
         order: int32 `[slots]`, the neuron in each slot, or EMPTY.
         k: number of active slots.
         pending: the work of a switch that goes on in another thread; see `wait`.
+        bytes_moved: bytes of weights written since the FFN was loaded.
     """
 
     def __init__(self, rows: Rows | None, down_bias: mx.array | None = None, reader: Reader | None = None) -> None:
@@ -129,6 +130,7 @@ class FFNSlots:
         self.rows = rows
         self.k = len(self.order)
         self.pending: Future[None] | None = None
+        self.bytes_moved = 0
 
     @property
     def whole(self) -> bool:
@@ -178,6 +180,7 @@ class FFNSlots:
         self.k = plan.k
         if not len(plan.leaving):
             return
+        self.bytes_moved += plan.rows_written * self.row_bytes
         count = len(plan.entering)
         out, filled = plan.leaving[:count], plan.leaving[count:]
         for name in self.rows:

@@ -98,7 +98,6 @@ class RowReader:
     Attributes:
         down_bias: bias of the down projection `[d_model]`, read at once; None if it has none.
         position: where in the file each neuron lies, int32 `[d_ffn]`.
-        bytes_read: bytes asked of the file so far, gaps between neurons included.
 
     Raises:
         CheckpointError: if the file cannot be read.
@@ -115,7 +114,6 @@ class RowReader:
                 f"{self._file}: tensors of type {unknown[0]} cannot be read; convert the source again"
             )
         self.position = read_positions(checkpoint, index)
-        self.bytes_read = 0
         self.down_bias: mx.array | None = None
         if (info := tensors.get("down.bias")) is not None:
             values = np.frombuffer(_pread(self._file, info.start, info.end - info.start), _raw_type(info))
@@ -184,7 +182,6 @@ class RowReader:
                     raise OSError(f"it ends at byte {offset}")
                 buffer, offset = buffer[count:], offset + count
             rows[starts[index] : stops[index]] = block[places[starts[index] : stops[index]] - first]
-            self.bytes_read += block.nbytes
 
         if len(starts) > 1:
             # The file system and the disk work on several requests at once.
