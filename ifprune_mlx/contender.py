@@ -73,8 +73,6 @@ class Contender:
         else:
             self._model, _ = load(folder, dtype=dtype, residency=residency)
             self._module, self.config = self._model.module, self._model.config
-            learned = self._model.checkpoint.has_predictor
-            self._selector = make_selector(self._model, "learned" if learned else "random")
         self.load_s = time.perf_counter() - start
 
     def run(self, tokens: list[int], generate: int) -> dict[str, float]:
@@ -96,7 +94,9 @@ class Contender:
     def select(self, text: str, *, cached: bool) -> dict[str, Any]:
         """Seconds to select by a text; `cached`: as `ifprune` does, which knows the texts it has seen."""
         assert self._model is not None
-        assert self._selector is not None
+        if self._selector is None:
+            learned = self._model.checkpoint.has_predictor
+            self._selector = make_selector(self._model, "learned" if learned else "random")
         chooser = self._selector
         if not cached and self._model.predictor is not None:
             chooser = LearnedSelector(self._model, self._model.predictor)
@@ -125,6 +125,14 @@ class Contender:
             "written": done.bytes,
             "active": neurons * row[0],
         }
+
+    def first(self, selection: str, tokens: list[int]) -> dict[str, float]:
+        """Seconds from a selection to the first token; what has to be read is read while the first layers compute."""
+        assert self._model is not None
+        start = time.perf_counter()
+        self._model.switch(Selection.load(selection))
+        next(generate_step(mx.array(tokens), self._module, max_tokens=1, prompt_cache=make_prompt_cache(self._module)))
+        return {"seconds": time.perf_counter() - start}
 
     def memory(self) -> dict[str, int]:
         """Bytes: what the process has resident, its peak, and MLX's own figures."""

@@ -45,7 +45,7 @@ def make_noise(
 
 
 def make_plain(folder: Path, checkpoint: Checkpoint, keep: tuple[int, ...], report: Report) -> Plain:
-    """Write the plain models `folder/dense` and `folder/static`; which neurons these have makes no difference to speed."""
+    """Write the plain models `folder/dense` and `folder/static`; which neurons they have is no matter of speed."""
     widths = tuple(spec.d_ffn for spec in checkpoint.layout.ffns)
     for name, counts in (("dense", widths), ("static", keep)):
         ids = tuple(np.arange(count, dtype=np.int32) for count in counts)

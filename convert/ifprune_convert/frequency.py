@@ -32,7 +32,12 @@ def order_by_frequency(folder: Path, examples: Sequence[Record], progress: Calla
         progress: called with (chats, chats in all).
     """
     checkpoint = Checkpoint.open(folder)
-    for index, order in enumerate(_orders(checkpoint, examples, progress)):
+    reorder(checkpoint, _orders(checkpoint, examples, progress))
+
+
+def reorder(checkpoint: Checkpoint, orders: Sequence[Ids]) -> None:
+    """Put the neurons of each file into a given order, int32 `[d_ffn]` each. The manifest is then out of date."""
+    for index, order in enumerate(orders):
         file = checkpoint.neurons_file(index)
         arrays = mx.load(str(file))
         assert isinstance(arrays, dict)
@@ -47,9 +52,9 @@ def order_by_frequency(folder: Path, examples: Sequence[Record], progress: Calla
         del tensors
         written.replace(file)
         mx.clear_cache()
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config[SECTION]["order"] = "frequency"
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    section = checkpoint.config[SECTION] | {"order": "frequency"}
+    text = json.dumps(checkpoint.config | {SECTION: section}, indent=1) + "\n"
+    (checkpoint.path / "config.json").write_text(text, encoding="utf-8")
 
 
 def _orders(checkpoint: Checkpoint, examples: Sequence[Record], progress: Callable[[int, int], None]) -> list[Ids]:
