@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from .console import note, progress, result_json
-from .evaluate_report import chart, notes, tables
+from .evaluate_report import notes, tables
 from .loading import load_model, open_checkpoint
 from .options import DataOption, DensityOption, DtypeOption, ModelOption, TrustOption, named_files
 
@@ -135,7 +135,11 @@ def evaluate(
     trust_remote_code: TrustOption = False,
     plot: Annotated[
         Optional[Path],
-        typer.Option("--plot", metavar="FILE.svg", help="Draw the losses against the active parameters."),
+        typer.Option(
+            "--plot",
+            metavar="FILE",
+            help="Draw the losses against the active parameters (.png or .svg). Needs ifprune-mlx[plots].",
+        ),
     ] = None,
     json: Annotated[
         Optional[Path], typer.Option("--json", metavar="FILE", help="Write one JSON line to FILE; - is stdout.")
@@ -165,6 +169,8 @@ def evaluate(
     loaded, tokenizer = load_model(model, dtype, trust_remote_code)
     if names is None:
         names = available_rows(loaded, len(wanted.records))
+    if plot is not None and healed_static is None and set(names) == {"dense"}:
+        raise IfpruneError("--plot draws what depends on the density; add rows to --selectors, or leave it out")
     keeps = _keeps(loaded, shares, densities)
     measured = _Measured(loaded, tokenizer, wanted, note)
     results = [measured.at(keep, names, "evaluate") for keep in keeps]
@@ -183,12 +189,15 @@ def evaluate(
     if str(json) != "-":
         print("\n\n".join("\n".join(tables(result)) for result in results), flush=True)
     notes(results)
-    curve = list(zip(active, results, strict=True))
+    points = [{"active_parameters": count, **found.to_dict()} for count, found in zip(active, results, strict=True)]
+    curve = {"total_parameters": total, "curve": points}
     if json is not None:
-        points = [{"active_parameters": count, **result.to_dict()} for count, result in curve]
-        _write_json(json, results[0].to_dict() if densities is None else {"total_parameters": total, "curve": points})
+        _write_json(json, results[0].to_dict() if densities is None else curve)
     if plot is not None:
-        _write(plot, chart(name, curve, total))
+        from ifprune_mlx.atlas import Quality, quality_chart
+        from ifprune_mlx.plots import write_figure
+
+        write_figure(quality_chart(name, Quality.of(curve, "--plot")), plot)
 
 
 class _Measured:
@@ -463,26 +472,25 @@ def _check_same(folder: str, ours: list[list[int]], theirs: list[list[int]]) -> 
 def _check_outputs(json: Path | None, plot: Path | None, has_losses: bool) -> None:
     from ifprune_mlx import IfpruneError
 
-    for option, file in (("--json", json), ("--plot", plot)):
-        if file is not None and not file.parent.is_dir():
-            raise IfpruneError(f"{option} {file}: no such folder; make it first")
-    if plot is not None and plot.suffix != ".svg":
-        raise IfpruneError(f"--plot {plot}: charts are SVG files, which browsers show; give a name that ends in .svg")
-    if plot is not None and not has_losses:
+    if json is not None and not json.parent.is_dir():
+        raise IfpruneError(f"--json {json}: no such folder; make it first")
+    if plot is None:
+        return
+    from ifprune_mlx.plots import check_plot
+
+    check_plot(plot, "--plot")
+    if not has_losses:
         raise IfpruneError("--plot draws losses; give --data as well, or leave it out")
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     import json
 
-    if str(path) == "-":
-        result_json(value)
-    else:
-        _write(path, json.dumps(value) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
     from ifprune_mlx import IfpruneError
     from ifprune_mlx.files import write_atomic
 
+    if str(path) == "-":
+        result_json(value)
+        return
+    text = json.dumps(value) + "\n"
     write_atomic(path, lambda file: file.write_text(text, encoding="utf-8"), IfpruneError)

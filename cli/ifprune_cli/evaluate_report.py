@@ -1,15 +1,14 @@
-"""What `ifprune evaluate` shows a person: tables on stdout, notes on stderr, and the chart."""
+"""What `ifprune evaluate` shows a person: tables on stdout, notes on stderr."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .console import note, parameters
+from .console import note
 
 if TYPE_CHECKING:
     from ifprune_mlx.evaluate import Evaluation
-    from ifprune_mlx.plots import Panel
     from ifprune_mlx.tasks import Figure
 
 _METRICS = {
@@ -19,7 +18,6 @@ _METRICS = {
 }
 _OF_HARNESS = "as lm-evaluation-harness defines it"
 _LOWER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter", "wer")
-_LEVELS = ("dense", "healed-dense")
 
 
 def tables(result: Evaluation) -> list[str]:
@@ -49,47 +47,6 @@ def notes(results: Sequence[Evaluation]) -> None:
             ]
             if told:
                 note(f"overlap of {name}'s selections{where}: {', '.join(told)}")
-
-
-def panels(curve: Sequence[tuple[int, Evaluation]], total: int) -> list[Panel]:
-    """Losses against active parameters: one panel over all domains, where there are several, and one per domain.
-
-    Args:
-        curve: active parameters and what was measured with them.
-        total: parameters of the dense model, which has one loss whatever the density.
-    """
-    from ifprune_mlx.bootstrap import POOLED
-    from ifprune_mlx.plots import Panel, Series
-
-    ordered = sorted(curve, key=lambda point: point[0])
-    first = ordered[0][1]
-    domains = list(first.keys)
-    titles = {POOLED: "mean over domains"} if len(domains) > 1 else {}
-    titles |= {domain: domain for domain in domains}
-    result = []
-    for domain, title in titles.items():
-        series = []
-        for name in first.selectors:
-            if name in _LEVELS:
-                series.append(Series(name, ((total, first.nll(name, domain)),), level=True))
-            else:
-                series.append(Series(name, tuple((active, found.nll(name, domain)) for active, found in ordered)))
-        result.append(Panel(title, tuple(series)))
-    return result
-
-
-def chart(name: str, curve: Sequence[tuple[int, Evaluation]], total: int) -> str:
-    """The losses as an SVG file's text; see `panels`.
-
-    Args:
-        name: the model's.
-    """
-    from ifprune_mlx.plots import line_chart
-
-    title = f"{name}: loss of given answers"
-    return line_chart(
-        title, f"active parameters, of {parameters(total)}", "nats per answer token", panels(curve, total)
-    )
 
 
 def _losses(result: Evaluation) -> list[str]:

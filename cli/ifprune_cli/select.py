@@ -18,8 +18,12 @@ from .options import (
     DtypeOption,
     MemoryOption,
     ModelOption,
+    ResidencyOption,
     SeedOption,
+    Selecting,
+    SelectionCacheOption,
     SelectorOption,
+    SelectWindowOption,
     SystemPromptOption,
     TrustOption,
 )
@@ -35,9 +39,12 @@ def select(
     model: ModelOption = None,
     system_prompt: SystemPromptOption = None,
     selector: SelectorOption = None,
+    select_window: SelectWindowOption = None,
+    selection_cache: SelectionCacheOption = None,
     density: DensityOption = None,
     active_params: ActiveParamsOption = None,
     memory: MemoryOption = None,
+    residency: ResidencyOption = None,
     with_prompt: Annotated[
         Optional[list[str]],
         typer.Option("--with-prompt", metavar="TEXT", help="Print the overlap with what TEXT selects; repeatable."),
@@ -53,6 +60,15 @@ def select(
     save_to: Annotated[
         Optional[Path], typer.Option("--save-to", metavar="FILE", help="Save the selection (.safetensors).")
     ] = None,
+    plot: Annotated[
+        Optional[Path],
+        typer.Option(
+            "--plot",
+            metavar="FILE",
+            help="Draw where the kept neurons lie, or, with --with-prompt or --compare, the overlaps (.png or .svg). "
+            "Needs ifprune-mlx[plots].",
+        ),
+    ] = None,
     seed: SeedOption = 0,
     dtype: DtypeOption = None,
     trust_remote_code: TrustOption = False,
@@ -61,18 +77,15 @@ def select(
     """Select neurons for an instruction, compare them with other selections, and show or save them."""
     text = read_prompt(prompt)
     texts = dict.fromkeys(read_prompt(other, "--with-prompt") for other in with_prompt or [])
-    from ifprune_mlx import Instruction, Selection, SelectionError, TaskStore, make_selector
+    from ifprune_mlx import Instruction, Selection, TaskStore, make_selector
     from ifprune_mlx.prompts import check_prompt, render_messages
     from ifprune_mlx.selection import top_k
-    from ifprune_mlx.task_store import check_task_name
 
-    if save is not None:
-        check_task_name(save)
-    if save_to is not None and save_to.suffix != ".safetensors":
-        raise SelectionError(f"{save_to}: a selection file ends in .safetensors")
+    _check_outputs(save, save_to, plot)
     files = {file: Selection.load(file) for file in compare or []}
     budget = Budget(density, active_params, memory).arguments()
-    loaded, tokenizer = load_model(model, dtype, trust_remote_code)
+    loaded, tokenizer = load_model(model, dtype, trust_remote_code, residency=residency, memory=budget["memory"])
+    Selecting(select_window, selection_cache).apply(loaded)
     for file, other in files.items():
         check_selection(loaded, other, file)
     instructions = []
@@ -97,6 +110,8 @@ def select(
         selection.save(save_to)
     if save is not None:
         store.save(save, selection)
+    if plot is not None:
+        _draw(plot, text, selection, others if texts or files else {})
     if json:
         result_json(
             {
@@ -113,15 +128,53 @@ def select(
     print(selection.hash)
     if layers:
         print("\n".join(_table(selection, shares)), flush=True)
+    _notes(selection, others, seconds)
+    if save_to is not None:
+        note(f"saved to {save_to}; use it with: ifprune generate --selection {save_to} --prompt ...")
+    if plot is not None:
+        note(f"drawn in {plot}")
+    if save is not None:
+        note(f"saved as task {save}; use it with: ifprune generate --task {save} --prompt ...")
+
+
+def _check_outputs(save: str | None, save_to: Path | None, plot: Path | None) -> None:
+    """Raise IfpruneError for a name that a task, a selection file or a chart cannot have."""
+    from ifprune_mlx import SelectionError
+    from ifprune_mlx.plots import check_plot
+    from ifprune_mlx.task_store import check_task_name
+
+    if save is not None:
+        check_task_name(save)
+    if save_to is not None and save_to.suffix != ".safetensors":
+        raise SelectionError(f"{save_to}: a selection file ends in .safetensors")
+    if plot is not None:
+        check_plot(plot, "--plot")
+
+
+def _notes(selection: Selection, others: dict[str, Selection], seconds: float) -> None:
+    """How many neurons are kept, and how many of them the others keep, too."""
     widths = selection.widths
     kept = f"{sum(selection.keep)} of {sum(widths)} neurons in {len(widths)} FFNs"
     note(f"{selection.selector}, density {selection.density:.3f}: {kept}, selected in {seconds:.2f} s")
     for name, other in others.items():
         note(f"overlap with {shortened(name, 60)}: {100 * selection.overlap(other):.1f} %")
-    if save_to is not None:
-        note(f"saved to {save_to}; use it with: ifprune generate --selection {save_to} --prompt ...")
-    if save is not None:
-        note(f"saved as task {save}; use it with: ifprune generate --task {save} --prompt ...")
+
+
+def _draw(plot: Path, text: str, selection: Selection, others: dict[str, Selection]) -> None:
+    """One selection as strips, or it and others as a matrix of overlaps."""
+    from ifprune_mlx.atlas import selection_chart, selections_chart
+    from ifprune_mlx.plots import write_figure
+
+    if not others:
+        title = f"Kept for: {shortened(text, 60)} ({selection.selector}, density {selection.density:.2f})"
+        write_figure(selection_chart(title, selection), plot)
+        return
+    short: dict[str, Selection] = {}
+    for name, each in {text: selection, **others}.items():
+        label = shortened(name, _NAME_WIDTH)
+        # Two that begin alike are told apart by their place.
+        short[f"{label} ({len(short) + 1})" if label in short else label] = each
+    write_figure(selections_chart(f"Neurons in common ({selection.selector})", short), plot)
 
 
 def _tasks(store: TaskStore) -> dict[str, Selection]:

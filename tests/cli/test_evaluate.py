@@ -237,7 +237,7 @@ def test_a_curve_of_densities_with_its_chart(
         assert f"overlap of learned's selections, density {density}: " in done.stderr
     texts = xml_texts(plot)
     assert {"mean over domains", "code", "maths", *names.split(","), "healed-dense"} <= set(texts)
-    assert texts[0] == "checkpoint: loss of given answers"
+    assert "checkpoint: loss of given answers" in texts
 
 
 def test_a_chart_of_one_density_and_one_domain(tiny_checkpoint: Path, files: dict[str, Path], tmp_path: Path) -> None:
@@ -313,7 +313,7 @@ BAD = {
         ["evaluate", "--data", CODE, "--densities", "0.5,0.51"],
         ("same number of neurons",),
     ),
-    "a chart as PNG": (["evaluate", "--data", CODE, "--plot", "{folder}/x.png"], ("x.png", ".svg")),
+    "a chart as PDF": (["evaluate", "--data", CODE, "--plot", "{folder}/x.pdf"], ("x.pdf", ".png or .svg")),
     "a chart in no folder": (["evaluate", "--data", CODE, "--plot", "{folder}/none/x.svg"], ("no such folder",)),
     "a chart without losses": (
         ["evaluate", "--choices", "x={choices}", "--plot", "{folder}/x.svg"],
