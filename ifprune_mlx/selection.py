@@ -178,6 +178,17 @@ def top_k(scores: Sequence[Scores], keep: Sequence[int], selector: str) -> Selec
             raise SelectionError(
                 f"{selector} selector, layer {layer}: scores contain NaN or infinity; nothing selected"
             )
-        best = np.argsort(-values, kind="stable")[:k]
-        ids.append(np.sort(best).astype(np.int32))
+        ids.append(_best(values, k))
     return Selection(tuple(ids), tuple(len(values) for values in scores), selector)
+
+
+def _best(values: Scores, k: int) -> Ids:
+    """Sorted ids of the k largest values, the lower ids of equal ones."""
+    if not 0 < k < len(values):
+        return np.arange(len(values) if k > 0 else 0, dtype=np.int32)
+    least = np.partition(values, len(values) - k)[len(values) - k]
+    chosen = values >= least
+    surplus = np.count_nonzero(chosen) - k
+    if surplus:
+        chosen[np.flatnonzero(values == least)[-surplus:]] = False
+    return np.flatnonzero(chosen).astype(np.int32)

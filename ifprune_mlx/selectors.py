@@ -5,6 +5,8 @@ activation   no training: a dense prefill shows what the prompt uses; fused with
 static       the prior alone; the same for every instruction
 random       a control: arbitrary neurons, the same ones for the same instruction and seed
 fixed        a selection made earlier
+
+Those whose choice depends on the instruction's words alone are not asked the same twice: see `CachedSelector`.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 import numpy as np
@@ -23,6 +26,7 @@ from .importance import fuse_ranks, recorded
 from .model import Model
 from .predictor import SparsityPredictor
 from .selection import Selection, top_k
+from .selection_cache import SelectionCache
 
 _PREFILL_STEP = 512
 # Of ranks from 0.25 to 0.75 the even mix had the lowest NLL on SmolLM2 (docs/log.md).
@@ -69,6 +73,14 @@ class Selector(Protocol):
         ...
 
 
+class RepeatableSelector(Selector, Protocol):
+    """A selector that chooses the same whenever it reads the same; never one that looks at the history."""
+
+    def reads(self, instruction: Instruction) -> bytes:
+        """All that its choice depends on, beside the checkpoint and *k*."""
+        ...
+
+
 class LearnedSelector:
     """The trained sparsity predictor (paper, section 3)."""
 
@@ -81,8 +93,14 @@ class LearnedSelector:
     def select(self, instruction: Instruction, keep: Sequence[int]) -> Selected:
         """Score with the predictor, keep the best. A predictor that reads the model's own layers leaves it dense."""
         if self._predictor.head.layers is not None:
-            self._model.switch(None)
+            self._model.first_layers_in_order(self._predictor.head.layers)
         return Selected(top_k(self._predictor.scores(instruction.text), keep, self.name))
+
+    def reads(self, instruction: Instruction) -> bytes:
+        """The tokens, and the float type of a model whose own layers read them."""
+        tokens = np.array(self._predictor.tokens(instruction.text), dtype="<i4").tobytes()
+        own = self._predictor.head.layers is not None
+        return (f"{self._model.dtype}:" if own else ":").encode() + tokens
 
 
 class StaticSelector:
@@ -96,6 +114,10 @@ class StaticSelector:
     def select(self, instruction: Instruction, keep: Sequence[int]) -> Selected:
         """The most important neurons, whatever the instruction."""
         return Selected(top_k(self._model.prior, keep, self.name))
+
+    def reads(self, instruction: Instruction) -> bytes:
+        """Nothing."""
+        return b""
 
 
 class ActivationSelector:
@@ -147,13 +169,17 @@ class RandomSelector:
 
     def select(self, instruction: Instruction, keep: Sequence[int]) -> Selected:
         """Draw without replacement, from a generator seeded by the seed and the instruction."""
-        digest = hashlib.sha256(f"{self._seed}:{instruction.text}".encode()).digest()
+        digest = hashlib.sha256(self.reads(instruction)).digest()
         generator = np.random.default_rng(int.from_bytes(digest[:8], "little"))
         ids = [
             np.sort(generator.choice(width, size=k, replace=False)).astype(np.int32)
             for width, k in zip(self._widths, keep, strict=True)
         ]
         return Selected(Selection(tuple(ids), tuple(self._widths), self.name))
+
+    def reads(self, instruction: Instruction) -> bytes:
+        """The seed and the words."""
+        return f"{self._seed}:{instruction.text}".encode()
 
 
 class FixedSelector:
@@ -170,13 +196,61 @@ class FixedSelector:
         return Selected(self._selection)
 
 
+class CachedSelector:
+    """Asks another selector only for what is not in a cache.
+
+    A selection that is found leaves the model as it was: also that of a predictor which reads the model's own layers.
+
+    Args:
+        selector: must choose by the checkpoint alone, since a key names nothing else that it may have been made with.
+        cache: may be shared with other selectors, and other models.
+    """
+
+    def __init__(self, model: Model, selector: RepeatableSelector, cache: SelectionCache) -> None:
+        self.name = selector.name
+        self.cache = cache
+        self._model = model
+        self._selector = selector
+
+    def select(self, instruction: Instruction, keep: Sequence[int]) -> Selected:
+        """What the selector would choose."""
+        widths = tuple(spec.d_ffn for spec in self._model.checkpoint.layout.ffns)
+        key = self._key(instruction, keep)
+        selection = self.cache.get(key, widths, tuple(keep))
+        if selection is None:
+            selection = self._selector.select(instruction, keep).selection
+            self.cache.put(key, selection)
+        return Selected(selection)
+
+    def _key(self, instruction: Instruction, keep: Sequence[int]) -> str:
+        # The checkpoint's id is that of its predictor and prior as well.
+        digest = hashlib.sha256(f"ifprune-selecting-1:{self._model.checkpoint.id}:{self.name}:".encode())
+        digest.update(np.array([len(keep), *keep], dtype="<i8").tobytes())
+        digest.update(self._selector.reads(instruction))
+        return digest.hexdigest()
+
+
+# One per model, so that the selectors that every answer and conversation makes for itself share it.
+_caches: WeakKeyDictionary[Model, SelectionCache] = WeakKeyDictionary()
+
+
+def selection_cache(model: Model) -> SelectionCache:
+    """The cache that `make_selector` gives the selectors of a model; at first an empty one in memory."""
+    return _caches.setdefault(model, SelectionCache())
+
+
+def use_selection_cache(model: Model, cache: SelectionCache) -> None:
+    """Have `make_selector` give the selectors of a model another cache from now on, such as one on disk."""
+    _caches[model] = cache
+
+
 def default_selector(model: Model) -> str:
     """`learned` where the checkpoint has a predictor, else what its config names."""
     return "learned" if model.checkpoint.has_predictor else model.checkpoint.layout.selector
 
 
 def make_selector(model: Model, name: str | None = None, *, seed: int = 0) -> Selector:
-    """A selector by name; None takes the checkpoint's default.
+    """A selector by name; None takes the checkpoint's default. All but `activation` look into `selection_cache(model)`.
 
     Raises:
         IfpruneError: if the name is unknown.
@@ -190,11 +264,15 @@ def make_selector(model: Model, name: str | None = None, *, seed: int = 0) -> Se
                 f"{model.checkpoint.path}: has no trained predictor; use --selector activation, "
                 "or convert with --predictor DIR"
             )
-        return LearnedSelector(model, predictor)
+        return _cached(model, LearnedSelector(model, predictor))
     if name == "activation":
         return ActivationSelector(model)
     if name == "static":
-        return StaticSelector(model)
+        return _cached(model, StaticSelector(model))
     if name == "random":
-        return RandomSelector(model, seed)
+        return _cached(model, RandomSelector(model, seed))
     raise IfpruneError(f"unknown selector {name!r}; choose learned, activation, static or random")
+
+
+def _cached(model: Model, selector: RepeatableSelector) -> CachedSelector:
+    return CachedSelector(model, selector, selection_cache(model))

@@ -35,10 +35,14 @@ from .options import (
     OnSwitchName,
     PolicyName,
     PrefillStepOption,
+    ResidencyOption,
     Sampling,
     SeedOption,
+    Selecting,
+    SelectionCacheOption,
     SelectionOption,
     SelectorOption,
+    SelectWindowOption,
     SystemPromptOption,
     TaskOption,
     TempOption,
@@ -62,12 +66,15 @@ def chat(
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-m", help="Most tokens of each answer.")] = 512,
     system_prompt: SystemPromptOption = None,
     selector: SelectorOption = None,
+    select_window: SelectWindowOption = None,
+    selection_cache: SelectionCacheOption = None,
     selection: SelectionOption = None,
     task: TaskOption = None,
     dense: DenseOption = False,
     density: DensityOption = None,
     active_params: ActiveParamsOption = None,
     memory: MemoryOption = None,
+    residency: ResidencyOption = None,
     policy: Annotated[
         Optional[PolicyName],
         typer.Option(
@@ -113,8 +120,9 @@ def chat(
     budget = Budget(density, active_params, memory).arguments()
     sampling = Sampling(temp, top_p, min_p, top_k, seed, kv_bits, kv_group_size, prefill_step_size)
     options = sampling.arguments()
-    loaded, tokenizer = load_model(model, dtype, trust_remote_code)
+    loaded, tokenizer = load_model(model, dtype, trust_remote_code, residency=residency, memory=budget["memory"])
     sampling.check(loaded)
+    Selecting(select_window, selection_cache).apply(loaded)
     if selection is not None and chosen is not None:
         check_selection(loaded, chosen, selection)
     if task is not None:

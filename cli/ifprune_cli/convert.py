@@ -31,6 +31,21 @@ class ModeName(str, Enum):
     mxfp8 = "mxfp8"
 
 
+class OrderName(str, Enum):
+    """How neurons lie in their files."""
+
+    source = "source"
+    frequency = "frequency"
+
+
+class PredictorBits(str, Enum):
+    """What a predictor's head is packed with."""
+
+    eight = "8"
+    four = "4"
+    none = "none"
+
+
 def with_calibrate_value(arguments: Sequence[str]) -> list[str]:
     """Give a bare `--calibrate` its value; typer has no options whose value may be left out."""
     result: list[str] = []
@@ -87,6 +102,14 @@ def convert(
     predictor: Annotated[
         Optional[Path], typer.Option("--predictor", metavar="FOLDER", help="A trained sparsity predictor to put in.")
     ] = None,
+    predictor_bits: Annotated[
+        Optional[PredictorBits],
+        typer.Option(
+            "--predictor-bits",
+            help="Bits per weight of the predictor's head; 8 change 0.2 % of what is selected, 4 some 2 %.  "
+            "[default: 8 with -q, else none: as it is]",
+        ),
+    ] = None,
     calibrate: Annotated[
         Optional[str],
         typer.Option(
@@ -102,7 +125,23 @@ def convert(
             "--prior", metavar="FILE", help="A ready prior, such as priors.safetensors of another checkpoint of it."
         ),
     ] = None,
+    order: Annotated[
+        OrderName,
+        typer.Option(
+            "--order",
+            help="How neurons lie in the files. frequency: those selected most often on the --calibrate chats (or the "
+            "small set that ships) first, which --residency ssd reads faster.",
+        ),
+    ] = OrderName.source,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
+    upload_repo: Annotated[
+        Optional[str],
+        typer.Option(
+            "--upload-repo",
+            metavar="OWNER/NAME",
+            help="Upload the result to this new or empty repository of the Hugging Face hub.",
+        ),
+    ] = None,
     trust_remote_code: TrustOption = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -118,6 +157,7 @@ def convert(
     from ifprune_convert.pipeline import convert as run
     from ifprune_convert.readers import open_source
     from ifprune_convert.readers.hub import locate_source
+    from ifprune_convert.upload import check_upload, upload
     from ifprune_mlx import IfpruneError
 
     if not quantize and (q_bits is not None or q_group_size is not None or q_mode is not ModeName.affine):
@@ -132,11 +172,15 @@ def convert(
         density=DEFAULT_DENSITY if density is None else density,
         adapter=adapter,
         predictor=predictor,
+        predictor_bits=_head_bits(predictor, predictor_bits, quantize),
         calibration=examples,
         prior=prior,
+        order=(examples or shipped_examples()) if order is OrderName.frequency else None,
         overwrite=overwrite,
     )
     check_output(mlx_path, overwrite)
+    if upload_repo is not None:
+        check_upload(upload_repo)
     with progress("download", "B") as downloaded:
         path = locate_source(
             model,
@@ -156,14 +200,23 @@ def convert(
         weights_count = sum(math.prod(shape) for shape in source.shapes.values())
         if weights_count > _SLOW_WEIGHTS:
             note("calibrating on a CPU is slow at half precision and quantized; --dtype float32 without -q is quicker")
-    with progress("convert", "weights") as weights, progress("calibrate", "tokens") as tokens:
+    with (
+        progress("convert", "weights") as weights,
+        progress("calibrate", "tokens") as tokens,
+        progress("order", "chats") as chats,
+    ):
+        counters = {"convert": weights, "calibrate": tokens, "order": chats}
         conversion = run(
             source,
             mlx_path,
             options,
-            lambda stage, done, total: (tokens if stage == "calibrate" else weights)(done, total),
+            lambda stage, done, total: counters[stage](done, total),
         )
     checkpoint = conversion.checkpoint
+    page = None
+    if upload_repo is not None:
+        note(f"uploading {checkpoint.path} ({checkpoint.weight_bytes / 1e6:.0f} MB) to {upload_repo}")
+        page = upload(checkpoint, upload_repo, bars=sys.stderr.isatty())
     quantization = checkpoint.layout.gate_up or checkpoint.layout.down
     if json:
         result_json(
@@ -176,14 +229,29 @@ def convert(
                 "parameters": checkpoint.parameters,
                 "quantization": None if quantization is None else quantization.to_dict(),
             }
+            | ({} if page is None else {"uploaded": page})
         )
         return
     print(checkpoint.path)
     note(
         f"{parameters(checkpoint.parameters)} parameters, {len(checkpoint.layout.ffns)} FFNs, "
         f"{checkpoint.weight_bytes / 1e6:.0f} MB, in {conversion.seconds:.1f} s; "
-        f"try: ifprune chat --model {checkpoint.path}"
+        f"try: ifprune chat --model {checkpoint.path if page is None else upload_repo}"
     )
+    if page is not None:
+        note(f"uploaded to {page}")
+
+
+def _head_bits(predictor: Path | None, given: PredictorBits | None, quantize: bool) -> int | None:
+    """What to pack the predictor's head with; None leaves it as it is."""
+    from ifprune_mlx import IfpruneError
+
+    if predictor is None:
+        if given is not None:
+            raise IfpruneError(f"--predictor-bits {given.value} needs --predictor FOLDER as well")
+        return None
+    chosen = given or (PredictorBits.eight if quantize else PredictorBits.none)
+    return None if chosen is PredictorBits.none else int(chosen.value)
 
 
 def _bits(options: Options) -> float | None:

@@ -10,7 +10,15 @@ import typer
 
 from .console import note, report, result_json
 from .loading import load_model
-from .options import DensityOption, DtypeOption, ModelOption, SelectorOption
+from .options import (
+    DensityOption,
+    DtypeOption,
+    ModelOption,
+    Selecting,
+    SelectionCacheOption,
+    SelectorOption,
+    SelectWindowOption,
+)
 
 PROMPTS = (
     ("code", "Write a Python function that reverses a string, and explain how it works."),
@@ -22,6 +30,8 @@ PROMPTS = (
 def demo(
     model: ModelOption = None,
     selector: SelectorOption = None,
+    select_window: SelectWindowOption = None,
+    selection_cache: SelectionCacheOption = None,
     density: DensityOption = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-m", min=1, help="Most tokens of each answer.")] = 96,
     dtype: DtypeOption = None,
@@ -29,6 +39,7 @@ def demo(
 ) -> None:
     """Answer three instructions (code, maths, everyday), each on the neurons that it selects."""
     loaded, tokenizer = load_model(model, dtype, trust_remote_code=False)
+    Selecting(select_window, selection_cache).apply(loaded)
     from ifprune_mlx import stream_generate
 
     results: list[dict[str, Any]] = []

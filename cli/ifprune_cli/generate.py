@@ -23,10 +23,14 @@ from .options import (
     MinPOption,
     ModelOption,
     PrefillStepOption,
+    ResidencyOption,
     Sampling,
     SeedOption,
+    Selecting,
+    SelectionCacheOption,
     SelectionOption,
     SelectorOption,
+    SelectWindowOption,
     SystemPromptOption,
     TaskOption,
     TempOption,
@@ -45,12 +49,15 @@ def generate(
         bool, typer.Option("--ignore-chat-template", help="Take the prompt as it is.")
     ] = False,
     selector: SelectorOption = None,
+    select_window: SelectWindowOption = None,
+    selection_cache: SelectionCacheOption = None,
     selection: SelectionOption = None,
     task: TaskOption = None,
     dense: DenseOption = False,
     density: DensityOption = None,
     active_params: ActiveParamsOption = None,
     memory: MemoryOption = None,
+    residency: ResidencyOption = None,
     temp: TempOption = 0.0,
     top_p: TopPOption = 1.0,
     min_p: MinPOption = 0.0,
@@ -80,8 +87,9 @@ def generate(
     budget = Budget(density, active_params, memory).arguments()
     sampling = Sampling(temp, top_p, min_p, top_k, seed, kv_bits, kv_group_size, prefill_step_size)
     options = sampling.arguments()
-    loaded, tokenizer = load_model(model, dtype, trust_remote_code)
+    loaded, tokenizer = load_model(model, dtype, trust_remote_code, residency=residency, memory=budget["memory"])
     sampling.check(loaded)
+    Selecting(select_window, selection_cache).apply(loaded)
     if selection is not None and chosen is not None:
         check_selection(loaded, chosen, selection)
     if task is not None:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from .completion import task_names
+
 if TYPE_CHECKING:
     from ifprune_mlx import Model
 
@@ -29,6 +31,13 @@ class DtypeName(str, Enum):
     float16 = "float16"
     bfloat16 = "bfloat16"
     float32 = "float32"
+
+
+class ResidencyName(str, Enum):
+    """Where neurons are that are not active."""
+
+    ram = "ram"
+    ssd = "ssd"
 
 
 class PolicyName(str, Enum):
@@ -67,7 +76,12 @@ SelectionOption = Annotated[
 ]
 TaskOption = Annotated[
     Optional[str],
-    typer.Option("--task", metavar="NAME", help="Use a saved task (`ifprune tasks` lists them); no selector runs."),
+    typer.Option(
+        "--task",
+        metavar="NAME",
+        help="Use a saved task (`ifprune tasks` lists them); no selector runs.",
+        autocompletion=task_names,
+    ),
 ]
 DenseOption = Annotated[bool, typer.Option("--dense", help="Use all neurons.")]
 DensityOption = Annotated[
@@ -85,7 +99,19 @@ ActiveParamsOption = Annotated[
 ]
 MemoryOption = Annotated[
     Optional[str],
-    typer.Option("--memory", metavar="BYTES", help="Refuse unless the weights fit into this, such as 6GB."),
+    typer.Option(
+        "--memory",
+        metavar="BYTES",
+        help="Memory that the weights may take, such as 6GB. Where not all fit, only active neurons are kept in it.",
+    ),
+]
+ResidencyOption = Annotated[
+    Optional[ResidencyName],
+    typer.Option(
+        "--residency",
+        help="ram keeps every neuron in memory; ssd only the active ones, and reads others from the checkpoint when "
+        "the selection changes.  [default: ram, or ssd where --memory asks for it]",
+    ),
 ]
 SystemPromptOption = Annotated[
     Optional[str], typer.Option("--system-prompt", help="System prompt, put before the first message.")
@@ -213,3 +239,51 @@ class Sampling:
         if self.kv_bits is not None:
             options |= {"kv_bits": self.kv_bits, "kv_group_size": self.kv_group_size, "quantized_kv_start": 0}
         return options
+
+
+SelectWindowOption = Annotated[
+    Optional[int],
+    typer.Option(
+        "--select-window",
+        min=1,
+        metavar="N",
+        help="Most tokens that the learned selector's predictor reads, of the instruction's beginning and its end.  "
+        "[default: 256]",
+    ),
+]
+SelectionCacheOption = Annotated[
+    Optional[Path],
+    typer.Option(
+        "--selection-cache",
+        metavar="FOLDER",
+        help="Keep selections there, and do not select for the same instruction twice. Processes may share it.",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Selecting:
+    """How selecting is kept cheap, as given."""
+
+    window: int | None
+    cache: Path | None
+
+    def apply(self, model: Model) -> None:
+        """Have every selector that is made for the model do so.
+
+        Raises:
+            IfpruneError: if the model has no predictor to limit, or the folder cannot be used.
+        """
+        from ifprune_mlx.errors import IfpruneError
+        from ifprune_mlx.selection_cache import SelectionCache
+        from ifprune_mlx.selectors import use_selection_cache
+
+        if self.window is not None:
+            predictor = model.predictor
+            if predictor is None:
+                raise IfpruneError(
+                    f"--select-window {self.window}: {model.checkpoint.path} has no predictor; leave the option out"
+                )
+            predictor.window = self.window
+        if self.cache is not None:
+            use_selection_cache(model, SelectionCache(self.cache))

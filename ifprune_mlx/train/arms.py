@@ -137,6 +137,7 @@ class Arm:
 
 def head_parameters(head: Head) -> Parameters:
     """A head's arrays, float32, as an arm holds them."""
+    head = head.unpacked()
     arrays = {name: getattr(head, name) for name in _HEAD_ARRAYS}
     return {_HEAD + name: array.astype(mx.float32) for name, array in arrays.items() if array is not None}
 
@@ -144,7 +145,7 @@ def head_parameters(head: Head) -> Parameters:
 def head_with(head: Head, parameters: Parameters) -> Head:
     """A head of the same kind with these arrays."""
     arrays: dict[str, Any] = {name: parameters.get(_HEAD + name) for name in _HEAD_ARRAYS}
-    return replace(head, **arrays)
+    return replace(head.unpacked(), **arrays)
 
 
 @dataclass(frozen=True)

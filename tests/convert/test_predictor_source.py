@@ -19,7 +19,7 @@ from ifprune_convert.predictor import open_predictor
 from ifprune_mlx import PredictorError, SparsityPredictor, load, stream_generate
 from ifprune_mlx.predictor import hidden_states, load_backbone
 from ifprune_mlx.selection import top_k
-from tests.cli.process import run
+from tests.cli.process import run, run_here
 from tests.ifprune_mlx.predictor_reference import Array, reference_hidden, reference_tokens
 from tests.tiny import write_checkpoint, write_source
 
@@ -255,3 +255,82 @@ def test_what_is_refused_in_one_line(tmp_path: Path, defect: str) -> None:
         converted(folder)
     assert str(caught.value).startswith(str(folder))
     assert "\n" not in str(caught.value)
+
+
+# A quantized head.
+
+
+def write_wide(folder: Path, kind: str) -> Path:
+    """A predictor of either layout whose head has an inner layer of 64 values."""
+    write_torch(folder)
+    tensors = read(folder / "predictor.safetensors")
+    tensors["prediction_head1.weight"] = mx.random.normal((64, 64)) / 8
+    tensors["prediction_head1.bias"] = mx.random.normal((64,))
+    tensors["prediction_head2.weight"] = mx.random.normal((sum(WIDTHS), 64)) / 8
+    mx.save_safetensors(str(folder / "predictor.safetensors"), tensors, {"format": "pt"})
+    return folder if kind == "torch" else converted(folder)
+
+
+@pytest.mark.parametrize("kind", ["torch", "ours"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_head_is_packed_on_the_way(tmp_path: Path, kind: str, bits: int) -> None:
+    folder = write_wide(tmp_path / "wide", kind)
+    plain, packed = tmp_path / "plain", tmp_path / "packed"
+    open_predictor(folder, WIDTHS).write(plain)
+    open_predictor(folder, WIDTHS, bits).write(packed)
+    before, after = SparsityPredictor.load(plain), SparsityPredictor.load(packed)
+    assert before.head.quantization is None
+    assert after.head.quantization is not None
+    assert (after.head.quantization.bits, after.head.quantization.group_size) == (bits, 64)
+    second = np.array(mx.dequantize(*mx.quantize(before.head.second, 64, bits), 64, bits)).astype(np.float64)
+    hidden = np.array(hidden_states(before.backbone, mx.array([before.tokens(TEXT)]))[0, -1]).astype(np.float64)
+    inner = np.array(before.head.first) @ hidden + np.array(before.head.first_bias)
+    scores = second @ inner + np.array(before.head.second_bias)
+    check(after.scores(TEXT), [scores[: WIDTHS[0]], scores[WIDTHS[0] :]])
+    # All but the head stays as it is; packed once more, it does too.
+    names = {file.name for file in plain.iterdir()}
+    assert names == {file.name for file in packed.iterdir()}
+    for name in names - {"head.safetensors"}:
+        assert (plain / name).read_bytes() == (packed / name).read_bytes()
+    open_predictor(packed, WIDTHS, 8).write(tmp_path / "again")
+    assert (tmp_path / "again" / "head.safetensors").read_bytes() == (packed / "head.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["torch", "ours"])
+def test_a_head_that_cannot_be_packed_is_refused_before_anything_is_written(tmp_path: Path, kind: str) -> None:
+    folder = write_torch(tmp_path / "torch")
+    folder = folder if kind == "torch" else converted(folder)
+    with pytest.raises(PredictorError, match=r"inner layer of 16 values .* give --predictor-bits none") as caught:
+        write_checkpoint(tmp_path / "checkpoint", options=Options(predictor=folder, predictor_bits=8))
+    assert str(caught.value).startswith(str(folder))
+    assert not (tmp_path / "checkpoint").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "bits"),
+    [
+        ([], None),
+        (["-q", "--q-group-size", "32"], 8),
+        (["-q", "--q-group-size", "32", "--predictor-bits", "none"], None),
+        (["--predictor-bits", "4"], 4),
+    ],
+    ids=["floats", "quantized", "quantized but the head", "the head alone"],
+)
+def test_the_command_packs_the_head_of_a_quantized_model(tmp_path: Path, options: list[str], bits: int | None) -> None:
+    source, folder = write_source(tmp_path / "source"), write_wide(tmp_path / "wide", "torch")
+    out = tmp_path / "out"
+    done = run_here("convert", "--model", source, "--predictor", folder, "--mlx-path", out, *options)
+    assert done.returncode == 0, done.stderr
+    model, tokenizer = load(out)
+    assert model.predictor is not None
+    packing = model.predictor.head.quantization
+    assert (None if packing is None else packing.bits) == bits
+    stats = list(stream_generate(model, tokenizer, [{"role": "user", "content": TEXT}], max_tokens=2))[-1].stats
+    assert stats is not None
+    assert stats.selector == "learned"
+
+
+def test_predictor_bits_without_a_predictor_are_refused(tmp_path: Path) -> None:
+    done = run_here("convert", "--model", tmp_path, "--mlx-path", tmp_path / "out", "--predictor-bits", "8")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.strip() == "ifprune: error: --predictor-bits 8 needs --predictor FOLDER as well"

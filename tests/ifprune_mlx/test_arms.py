@@ -66,7 +66,7 @@ class Bench:
         """What the head reads: the first layer of the adapted dense model, then its norm; or the backbone's states."""
         tokens = mx.array([self.predictor.tokens(text)])
         if self.head.layers is None:
-            return self.predictor.backbone.model(tokens)[0]
+            return self.predictor.backbone(tokens)[0]
         model = self.dense()
         model.model.layers = model.model.layers[: self.head.layers]
         return model.model(tokens)[0]

@@ -24,14 +24,14 @@ def pooled(hidden: mx.array) -> np.ndarray:
 
 
 def test_a_backbone_of_its_own_reads_as_the_predictor_will(tmp_path: Path) -> None:
-    """With its own tokenizer and template, cut to its own context; the states of its last layer, after the norm."""
+    """With its own tokenizer and template, cut to the window; the states of its last layer, after the norm."""
     folder = write_predictor(tmp_path / "small")
     backbone = Backbone.load(folder)
     predictor = SparsityPredictor.load(folder)
     model, _ = load_model(folder)
     for text in (TEXT, "long " * 200):
         tokens = predictor.tokens(text)
-        assert len(tokens) == min(512, len(text) + len("<user\n>\n<assistant\n"))  # a byte is a token, as is <
+        assert len(tokens) == min(256, len(text) + len("<user\n>\n<assistant\n"))  # a byte is a token, as is <
         np.testing.assert_allclose(
             np.array(backbone.features(text)), pooled(model.model(mx.array([tokens]))[0]), atol=1e-5
         )

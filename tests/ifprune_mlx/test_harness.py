@@ -19,7 +19,8 @@ from ifprune_mlx import DataError, Model, generate, load
 from ifprune_mlx.asking import TASK_ROWS, Choosers
 from ifprune_mlx.choices import ChoiceQuestion, encode_choices, option_scores, score_choices
 from ifprune_mlx.selection import top_k
-from ifprune_mlx.selectors import ActivationSelector, Instruction, LearnedSelector
+from ifprune_mlx.selection_cache import SelectionCache
+from ifprune_mlx.selectors import ActivationSelector, Instruction, LearnedSelector, use_selection_cache
 from ifprune_mlx.tasks import TaskRow
 from tests.tiny_predictor import write_predictor
 
@@ -161,6 +162,7 @@ def test_a_context_selects_once_by_its_words(
 
         monkeypatch.setattr(kind, "select", counted)
     model, tokenizer = loaded
+    use_selection_cache(model, SelectionCache())  # other tests asked the same
     lm = HarnessLM(model, tokenizer, "t", ["learned", "activation"], KEEP)
     for row in ("learned", "activation"):
         lm.row = row

@@ -18,12 +18,28 @@ from ifprune_mlx import (
     Model,
     SelectionError,
     Selector,
+    load,
     make_selector,
 )
+from ifprune_mlx.generation import stream_generate
 from ifprune_mlx.history import DENSE, Span
+from ifprune_mlx.predictor import Head
 from ifprune_mlx.selection import top_k
-from ifprune_mlx.selectors import ActivationSelector, FixedSelector, default_selector
+from ifprune_mlx.selection_cache import SelectionCache
+from ifprune_mlx.selectors import (
+    ActivationSelector,
+    CachedSelector,
+    FixedSelector,
+    LearnedSelector,
+    RandomSelector,
+    StaticSelector,
+    default_selector,
+    selection_cache,
+    use_selection_cache,
+)
+from ifprune_mlx.session import Session
 from tests.tiny import write_checkpoint
+from tests.tiny_predictor import write_predictor
 
 from .reference import open_model, random_selection
 from .test_importance import captured, reference
@@ -50,6 +66,18 @@ def test_every_selector_keeps_as_many_neurons_as_it_is_told(model: Model, name: 
         selection = selector.select(PROMPT, keep).selection
         assert (selection.keep, selection.widths, selection.selector) == (keep, (128, 128), name)
         model.switch(selection)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_top_k_is_what_a_stable_sort_says(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    for _ in range(100):
+        width = int(generator.integers(1, 300))
+        ties = generator.integers(-3, 4, size=width).astype(np.float32)  # and -0.0 beside 0.0
+        values = (ties * generator.choice([-1, 1], width) if seed % 2 else generator.normal(size=width)).astype("f4")
+        k = int(generator.integers(1, width + 1))
+        expected = np.sort(np.argsort(-values, kind="stable")[:k])
+        assert top_k([values], [k], "x").ids[0].tolist() == expected.tolist()
 
 
 # static
@@ -201,3 +229,144 @@ def test_learned_needs_a_predictor_in_the_checkpoint(model: Model) -> None:
     with pytest.raises(CheckpointError, match="has no trained predictor; use --selector activation") as caught:
         make_selector(model, "learned")
     assert str(caught.value).startswith(str(model.checkpoint.path))
+
+
+# Not asked twice.
+
+
+@pytest.fixture(scope="module", params=["own backbone", "first layers"])
+def with_predictor(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """A checkpoint with a predictor of either kind."""
+    folder = tmp_path_factory.mktemp("cached")
+    if request.param == "own backbone":
+        write_predictor(folder / "predictor")
+    else:
+        (folder / "predictor").mkdir()
+        mx.random.seed(4)
+        head = Head(mx.random.normal((16, 64)), None, mx.random.normal((256, 16)), None, (128, 128), layers=1)
+        head.save(folder / "predictor" / "head.safetensors")
+    return write_checkpoint(folder / "checkpoint", options=Options(predictor=folder / "predictor"))
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the learned selector itself was asked for."""
+    seen: list[str] = []
+    select = LearnedSelector.select
+
+    def counted(self: LearnedSelector, instruction: Instruction, keep: Any) -> Any:
+        seen.append(instruction.text)
+        return select(self, instruction, keep)
+
+    monkeypatch.setattr(LearnedSelector, "select", counted)
+    return seen
+
+
+def test_every_selector_but_activation_looks_into_the_models_cache(with_predictor: Path) -> None:
+    model, _ = load(with_predictor)
+    for name in ("learned", "static", "random"):
+        selector = make_selector(model, name)
+        assert isinstance(selector, CachedSelector)
+        assert selector.cache is selection_cache(model)
+    assert isinstance(make_selector(model, "activation"), ActivationSelector)
+    assert selection_cache(model) is not selection_cache(load(with_predictor)[0])
+
+
+def test_what_is_found_is_what_would_be_selected(with_predictor: Path) -> None:
+    model, _ = load(with_predictor)
+    predictor = model.predictor
+    assert predictor is not None
+    plain = {
+        "learned": LearnedSelector(model, predictor),
+        "static": StaticSelector(model),
+        "random": RandomSelector(model, 5),
+    }
+    texts = [f"Question {number}?" for number in range(6)]
+    for _ in range(2):
+        for name, selector in plain.items():
+            for text in texts:
+                for keep in (KEEP, (32, 40)):
+                    instruction = Instruction(text, ())
+                    found = make_selector(model, name, seed=5).select(instruction, keep)
+                    expected = selector.select(instruction, keep).selection
+                    assert (found.selection.hash, found.selection.selector) == (expected.hash, name)
+                    assert found.history is None
+    cache = selection_cache(model)
+    # 6 texts and 2 budgets: static reads no text.
+    assert (cache.misses, len(cache)) == (26, 26)
+    assert cache.hits == 2 * 3 * 6 * 2 - 26
+
+
+def test_the_predictor_runs_once_for_what_it_reads(with_predictor: Path, asked: list[str]) -> None:
+    model, _ = load(with_predictor)
+    predictor = model.predictor
+    assert predictor is not None
+    predictor.window = 60
+    long = ["a" * 99 + middle + "b" * 99 for middle in ("one", "another")]
+    for _ in range(3):
+        for text in ("Hello", "Hello!", *long):
+            make_selector(model).select(Instruction(text, TOKENS), KEEP)
+    assert asked == ["Hello", "Hello!", long[0]]
+    predictor.window = 300
+    for text in long:
+        make_selector(model).select(Instruction(text, TOKENS), KEEP)
+    assert asked[3:] == long
+    make_selector(model).select(Instruction("Hello", ()), KEEP)
+    make_selector(model).select(Instruction("Hello", ()), (32, 32))
+    assert asked[5:] == ["Hello"]
+
+
+def test_a_found_selection_leaves_the_model_as_it_is(with_predictor: Path) -> None:
+    model, _ = load(with_predictor)
+    selector = make_selector(model)
+    selector.select(PROMPT, KEEP)
+    live = random_selection((128, 128), KEEP, seed=3)
+    model.switch(live)
+    selector.select(PROMPT, KEEP)
+    assert model.selection is live
+
+
+def test_answers_and_conversations_share_it(with_predictor: Path, asked: list[str]) -> None:
+    model, tokenizer = load(with_predictor)
+    said = []
+    for _ in range(2):
+        said += [r.text for r in stream_generate(model, tokenizer, chat("Hi there"), max_tokens=3, density=0.25)]
+        said.append(Session(model, tokenizer, density=0.25).ask("Hi there", max_tokens=3))
+    assert asked == ["Hi there"]
+    assert said[: len(said) // 2] == said[len(said) // 2 :]
+    assert (selection_cache(model).hits, selection_cache(model).misses) == (3, 1)
+
+
+def chat(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def test_a_folder_of_selections_outlives_the_model(with_predictor: Path, tmp_path: Path, asked: list[str]) -> None:
+    hashes = []
+    for dtype in (None, None, mx.float16):
+        model, _ = load(with_predictor, dtype=dtype)
+        use_selection_cache(model, SelectionCache(tmp_path))
+        hashes.append(make_selector(model).select(PROMPT, KEEP).selection.hash)
+    assert hashes[0] == hashes[1]
+    predictor = model.predictor
+    assert predictor is not None
+    # Layers of the model itself say something else in another type, a backbone of its own does not know of it.
+    assert len(asked) == (1 if predictor.head.layers is None else 2)
+
+
+def test_another_checkpoint_does_not_find_it(with_predictor: Path, tmp_path: Path, asked: list[str]) -> None:
+    write_predictor(tmp_path / "other", poison=False)
+    other = write_checkpoint(tmp_path / "checkpoint", seed=5, options=Options(predictor=tmp_path / "other"))
+    for path in (with_predictor, other):
+        model, _ = load(path)
+        use_selection_cache(model, SelectionCache(tmp_path / "cache"))
+        make_selector(model).select(PROMPT, KEEP)
+    assert len(asked) == 2
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_activation_is_asked_every_time(model: Model, tmp_path: Path) -> None:
+    use_selection_cache(model, SelectionCache(tmp_path))
+    for _ in range(2):
+        assert make_selector(model, "activation").select(PROMPT, KEEP).history is not None
+    assert list(tmp_path.iterdir()) == []
