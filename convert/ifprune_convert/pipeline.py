@@ -31,6 +31,7 @@ from ifprune_mlx.train.records import Record
 from . import layout
 from .adapter import Adapter, open_adapter
 from .calibrate import calibrate
+from .card import write_card
 from .frequency import order_by_frequency
 from .neurons import write_neurons
 from .packing import Packing, plan
@@ -138,7 +139,7 @@ def convert(source: Source, out: Path, options: Options, report: Report | None =
         if options.order is not None:
             order_by_frequency(folder, options.order, lambda done, total: report("order", done, total))
             write_manifest(folder, source=described, licence=source.licence)
-        Checkpoint.open(folder)
+        write_card(Checkpoint.open(folder), out.absolute().name)
     return Conversion(Checkpoint.open(out), time.perf_counter() - start)
 
 

@@ -1,0 +1,122 @@
+"""Puts an IFP checkpoint into a repository of the Hugging Face hub, with its model card.
+
+Only into a new or an empty repository: what is on the hub is never overwritten. The transfer is the hub client's own.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatch
+
+from ifprune_mlx.checkpoint import MANIFEST, Checkpoint
+from ifprune_mlx.errors import IfpruneError, SourceError
+from ifprune_mlx.hub import is_hub_id
+
+from .card import CARD, write_card
+
+# What the hub itself puts into a new repository, and what its "create" page offers to put there.
+_EMPTY = (".gitattributes", CARD, "LICENSE*")
+
+
+def check_upload(name: str) -> None:
+    """Ask the hub, before the long work, whether a checkpoint may be uploaded to `name`, `OWNER/NAME`.
+
+    Raises:
+        SourceError: if nobody is logged in, the token may not write, the repository holds files already, or the hub
+            cannot be reached.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    if not is_hub_id(name):
+        raise SourceError(f"--upload-repo {name}: is not the name of a repository; give OWNER/NAME")
+    api = HfApi()
+    try:
+        access = (api.whoami().get("auth") or {}).get("accessToken") or {}
+        if access.get("role") == "read":
+            raise SourceError(
+                f"{name}: the token may only read; make one that may write at {constants.ENDPOINT}/settings/tokens, "
+                "and log in with `hf auth login`"
+            )
+        files = [sibling.rfilename for sibling in api.model_info(name).siblings or []]
+    except RepositoryNotFoundError:
+        return
+    except IfpruneError:
+        raise
+    except Exception as exc:  # the client's HTTP library, and with it its errors, depend on the client's version
+        raise SourceError(f"{name}: {_reason(exc)}") from None
+    if any(not any(fnmatch(file, pattern) for pattern in _EMPTY) for file in files):
+        raise SourceError(
+            f"{name}: exists on the hub and holds files, which are not overwritten; choose another name, or delete "
+            f"them at {constants.ENDPOINT}/{name}/settings"
+        )
+
+
+def upload(checkpoint: Checkpoint, name: str, *, bars: bool = True) -> str:
+    """Upload a checkpoint to `name`, which is made if it does not exist, and write its model card for that name.
+
+    Args:
+        bars: let the hub's client show its progress bars.
+
+    Returns:
+        The repository's page.
+
+    Raises:
+        SourceError: if it fails. The checkpoint stays, and the message says how to try again; what was transferred
+            is not transferred again.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if not bars:
+        disable_progress_bars()
+    write_card(checkpoint, name)
+    api = HfApi()
+    try:
+        page = str(api.create_repo(name, exist_ok=True))
+        api.upload_folder(
+            repo_id=name,
+            folder_path=checkpoint.path,
+            allow_patterns=[*checkpoint.manifest["files"], MANIFEST, CARD],
+            commit_message="IFP checkpoint",
+        )
+    except Exception as exc:  # as in `check_upload`
+        raise SourceError(
+            f"{name}: {_reason(exc)}. The checkpoint is complete; upload it again with "
+            f"`hf upload {name} {checkpoint.path}`"
+        ) from None
+    return page
+
+
+def _reason(exc: Exception) -> str:
+    """What went wrong, in one line, with what to do."""
+    from huggingface_hub import constants, errors
+
+    cause: BaseException = exc
+    while type(cause) is RuntimeError and cause.__cause__ is not None:  # the client wraps what a transfer raised
+        cause = cause.__cause__
+    first = " ".join(str(cause).split("\n\n")[0].split())[:200] or type(cause).__name__
+    status = getattr(getattr(cause, "response", None), "status_code", None)
+    hub = isinstance(cause, errors.HfHubHTTPError)
+    on_disk = isinstance(cause, OSError) and bool(cause.strerror) and not isinstance(cause, ConnectionError)
+    settings = f"{constants.ENDPOINT}/settings/tokens"
+    # The first that fits: some of these are special cases of later ones.
+    known: list[tuple[bool, str]] = [
+        (
+            isinstance(cause, errors.LocalTokenNotFoundError),
+            "uploading needs a token; log in with `hf auth login`, or set HF_TOKEN",
+        ),
+        (
+            isinstance(cause, errors.OfflineModeIsEnabled),
+            "cannot be uploaded, since HF_HUB_OFFLINE is set; unset it",
+        ),
+        (isinstance(cause, errors.HFValidationError), f"is no name that the hub allows ({first})"),
+        (
+            status == 401,
+            "the hub does not accept the token; log in again with `hf auth login`, or set HF_TOKEN to a valid one",
+        ),
+        (status == 403, f"the token may not write there; see {settings}, or choose another owner"),
+        (hub, f"the hub answered: {first}; try again later"),
+        (on_disk, f"{first}; check the disk and try again"),
+    ]
+    unreachable = f"the connection to the hub failed ({first}); check it and try again"
+    return next((text for fits, text in known if fits), unreachable)
