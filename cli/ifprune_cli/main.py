@@ -13,7 +13,7 @@ from types import FrameType
 
 import typer
 
-from . import bench, chat, convert, demo, doctor, evaluate, export, generate, info, select, tasks, train
+from . import atlas, bench, chat, convert, demo, doctor, evaluate, export, generate, info, select, serve, tasks, train
 
 app = typer.Typer(
     name="ifprune",
@@ -39,6 +39,7 @@ def root(
 
 app.command("chat", short_help="Chat with a model")(chat.chat)
 app.command("generate", short_help="Answer one prompt")(generate.generate)
+app.command("serve", short_help="Serve a model over HTTP")(serve.serve)
 app.command("convert", short_help="Make an IFP checkpoint of a dense one")(convert.convert)
 app.command("export", short_help="Write a selection as a plain model")(export.export)
 app.command("select", short_help="Show or save what a prompt selects")(select.select)
@@ -48,6 +49,7 @@ app.command("demo", short_help="Three prompts, three selections")(demo.demo)
 app.command("train", short_help="Train a sparsity predictor")(train.train)
 app.command("bench", short_help="Time dense against sliced")(bench.bench)
 app.command("evaluate", short_help="Losses by kind of selection")(evaluate.evaluate)
+app.command("atlas", short_help="Draw what a selector does")(atlas.atlas)
 app.command("doctor", short_help="Does the selector follow the prompt?")(doctor.doctor)
 
 
