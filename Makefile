@@ -8,7 +8,7 @@ BLAS := $(firstword $(wildcard /usr/lib/*/openblas-pthread/libblas.so.3))
 RUN := $(if $(BLAS),LD_PRELOAD=$(BLAS)) $(BIN)/
 
 .DEFAULT_GOAL := help
-.PHONY: help demo chat test heavy check quality bench build clean
+.PHONY: help demo chat serve test heavy check quality bench docs build clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## / /' | awk '{name=$$1; $$1=""; printf "make %-8s%s\n", name, $$0}'
@@ -25,6 +25,9 @@ demo: $(VENV)/installed  ## answer three instructions on three selections (ARGS=
 
 chat: $(VENV)/installed  ## chat with the embedded model
 	@$(RUN)ifprune chat $(ARGS)
+
+serve: $(VENV)/installed  ## serve the embedded model, with a page to chat in the browser (ARGS="--port 8081")
+	@$(RUN)ifprune serve --ui $(ARGS)
 
 test: $(VENV)/installed  ## run all tests that need no long installation
 	$(RUN)python -m pytest -m 'not heavy' $(ARGS)
@@ -44,9 +47,12 @@ quality: $(VENV)/installed  ## evaluate the shipped default beside its controls 
 bench: $(VENV)/installed  ## measure the embedded model, dense and sliced
 	$(RUN)ifprune bench $(ARGS)
 
+docs: $(VENV)/installed  ## build the documentation site into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 build: $(VENV)/installed  ## build wheel and sdist into dist/
 	$(BIN)/python -m build --outdir dist
 
 clean:  ## remove .venv, caches and build results
-	rm -rf $(VENV) .cache dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .cache dist site .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

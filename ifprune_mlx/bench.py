@@ -119,13 +119,13 @@ def bench(settings: Settings, progress: Callable[[int, int], None] | None = None
         IfpruneError: if a contender cannot be loaded or dies.
     """
     checkpoint, done = settings.checkpoint, 0
-    folders: dict[str, tuple[Path, str | None]] = {
+    given: dict[str, tuple[Path | None, str | None]] = {
         DENSE: (settings.dense, None),
         STATIC: (settings.static, None),
         SLICED: (checkpoint.path, RAM),
         ON_SSD: (checkpoint.path if settings.ssd else None, SSD),
-    }  # type: ignore[dict-item]
-    folders = {name: given for name, given in folders.items() if given[0] is not None}
+    }
+    folders = {name: (folder, residency) for name, (folder, residency) in given.items() if folder is not None}
     names = [name for name in (DENSE, OUR_DENSE, SLICED, STATIC, ON_SSD) if name in folders or name == OUR_DENSE]
     drawn = _Selections(settings)
     rounds: list[dict[str, dict[str, float]]] = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from .checkpoint import Checkpoint
 from .errors import BudgetError
@@ -76,6 +76,26 @@ def choose_residency(checkpoint: Checkpoint, residency: str | None, memory: int 
             f"{have / 1e9:.1f} GB of memory; {advice}"
         )
     return residency
+
+
+def check_files(name: str, sizes: Mapping[str, int], residency: str | None, memory: int | None) -> None:
+    """Raise BudgetError if files to be downloaded hold more weights than this machine has memory for.
+
+    Args:
+        sizes: bytes of every file of a checkpoint, by its path.
+        residency, memory: how it is to be loaded, as `choose_residency` takes them.
+    """
+    weights = {file: size for file, size in sizes.items() if file.endswith(".safetensors")}
+    needed, have = sum(weights.values()), physical_memory()
+    streamed = sum(size for file, size in weights.items() if file.startswith("neurons-"))
+    if residency == SSD or (residency is None and memory is not None and memory < needed):
+        needed -= streamed  # and what is active of them; what that is only its files say
+    if needed > have:
+        advice = "" if residency == SSD else " with residency ram; try --residency ssd"
+        raise BudgetError(
+            f"{name}: {needed / 1e9:.1f} GB of its weights would stay in memory{advice}, and this machine has "
+            f"{have / 1e9:.1f} GB; nothing was downloaded"
+        )
 
 
 def spare_slots(checkpoint: Checkpoint, memory: int | None, keep: Sequence[int]) -> int:

@@ -15,6 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from .budget import check_files
 from .checkpoint import MANIFEST, Checkpoint
 from .errors import CheckpointError, IfpruneError
 
@@ -65,7 +66,14 @@ def hub_name(path: Path) -> str | None:
     return f"{match[1]}/{match[2]}@{match[3]}" if match else None
 
 
-def resolve(path_or_repo: str | Path, revision: str | None = None, progress: Progress | None = None) -> Path:
+def resolve(
+    path_or_repo: str | Path,
+    revision: str | None = None,
+    progress: Progress | None = None,
+    *,
+    residency: str | None = None,
+    memory: int | None = None,
+) -> Path:
     """The local folder of an IFP checkpoint; a hub id (`owner/name`) that is no local path is downloaded first.
 
     Where the hub cannot be reached, a checkpoint that was downloaded before is taken from its cache.
@@ -74,8 +82,10 @@ def resolve(path_or_repo: str | Path, revision: str | None = None, progress: Pro
         path_or_repo: folder, or hub id.
         revision: branch, tag or commit of a repository; None is its main branch.
         progress: shows the download; without it the hub's own progress bars do.
+        residency, memory: how it is to be loaded, as `ifprune_mlx.load` takes them.
 
     Raises:
+        BudgetError: if what would stay in memory is more than this machine has; nothing is downloaded then.
         CheckpointError: if it is neither, the repository is no IFP checkpoint, the disk is too small, the hub cannot be
             reached, or what came is damaged.
     """
@@ -95,6 +105,7 @@ def resolve(path_or_repo: str | Path, revision: str | None = None, progress: Pro
             f"convert it first: ifprune convert --model {name}"
         )
     names = [file for file in repository.files if any(fnmatch(file, pattern) for pattern in _PATTERNS)]
+    check_files(name, {file: repository.files[file] for file in names}, residency, memory)
     new = any(cached_folder(name, file, repository.commit) is None for file in names)
     folder = download(repository, names, error=CheckpointError, progress=progress)
     if new and (damaged := Checkpoint.open(folder).verify()):

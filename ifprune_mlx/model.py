@@ -303,7 +303,7 @@ def load(
         CheckpointError: if the checkpoint is damaged or not one, naming the file and what to do.
         BudgetError: if its weights are more than the machine's memory, or than `memory`.
     """
-    checkpoint = Checkpoint.open(resolve(path_or_repo, revision))
+    checkpoint = Checkpoint.open(resolve(path_or_repo, revision, residency=residency, memory=memory))
     residency = choose_residency(checkpoint, residency, memory)
     tokenizer = _load_tokenizer(checkpoint, trust_remote_code)
     model = load_checkpoint(checkpoint, dtype=dtype, residency=residency, memory=memory, progress=progress)

@@ -219,7 +219,7 @@ class FFNSlots:
         """
         pending = self.pending
         if pending is not None:
-            mx.async_eval(needed)
+            mx.async_eval(needed)  # type: ignore[no-untyped-call]
             pending.result()
             self.pending = None  # not if it raised: then the rows are still missing
 

@@ -186,7 +186,7 @@ class RowReader:
         def read(index: int) -> None:
             first, last = places[starts[index]], places[stops[index] - 1]
             block = np.empty((last - first + 1, row_bytes), np.uint8)
-            buffer, offset = memoryview(block).cast("B"), info.start + int(first) * row_bytes
+            buffer, offset = memoryview(block.data).cast("B"), info.start + int(first) * row_bytes
             while len(buffer):
                 count = os.preadv(descriptor, [buffer], offset)
                 if not count:

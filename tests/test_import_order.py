@@ -25,7 +25,9 @@ ORDER = (
     "families",
     "checkpoint",
     "task_store",
+    "bootstrap",
     "budget",
+    "buffers",
     "store",
     "slots",
     "ffn",
@@ -35,12 +37,14 @@ ORDER = (
     "model",
     "prompts",
     "history",
+    "selection_cache",
     "selectors",
     "generation",
     "session",
+    "contender",
     "bench",
-    "bootstrap",
     "overlap",
+    "plots",
     "tasks",
     "evaluate",
     "doctor",
@@ -48,13 +52,19 @@ ORDER = (
     "choices",
     "exact",
     "harness",
-    "plots",
+    "atlas",
 )
 # The modules of `ifprune_mlx.train`, likewise. They may import anything of ORDER, and nothing of it imports them.
 TRAIN = (
     *("records", "encoding", "mixture"),
     *("answers", "backbone", "targets", "distill", "priors"),
     *("tuned", "adapter", "full", "recompute", "arms", "run_files", "paired", "watch", "scratch"),
+)
+# The modules of `ifprune_mlx.serving`, likewise: the engine first, then what speaks HTTP.
+SERVING = (
+    *("jobs", "stopping", "sampling", "queueing", "prefixes", "lanes", "answering", "engine"),
+    *("requests", "replies", "tool_calls", "conversations", "limits", "metrics", "openapi", "service", "listening"),
+    *("exchange", "openai_api", "anthropic_api", "app"),
 )
 FILES = sorted((name, file) for name, folder in PACKAGES.items() for file in folder.rglob("*.py"))
 # Of the packages themselves; everything that may import them is below them.
@@ -83,8 +93,8 @@ def modules(package: str, file: Path) -> list[str]:
 
 
 def test_the_order_names_every_module() -> None:
-    for folder, order in ((PACKAGES["ifprune_mlx"], ORDER), (PACKAGES["ifprune_mlx"] / "train", TRAIN)):
-        found = {file.stem for file in folder.glob("*.py")} - {"__init__"}
+    for name, order in (("", ORDER), ("train", TRAIN), ("serving", SERVING)):
+        found = {file.stem for file in (PACKAGES["ifprune_mlx"] / name).glob("*.py")} - {"__init__"}
         assert found == set(order)
         assert len(order) == len(set(order))
 
@@ -97,18 +107,30 @@ def test_a_module_of_the_library_imports_only_what_comes_before_it(name: str) ->
     assert ours - allowed == set()
 
 
-@pytest.mark.parametrize("name", TRAIN)
-def test_a_training_module_imports_only_the_library_and_what_comes_before_it(name: str) -> None:
-    names = modules("ifprune_mlx", PACKAGES["ifprune_mlx"] / "train" / f"{name}.py")
+@pytest.mark.parametrize(
+    ("folder", "order", "name"),
+    [(folder, order, name) for folder, order in (("train", TRAIN), ("serving", SERVING)) for name in order],
+)
+def test_training_and_serving_import_only_the_library_and_what_comes_before(
+    folder: str, order: tuple[str, ...], name: str
+) -> None:
+    names = modules("ifprune_mlx", PACKAGES["ifprune_mlx"] / folder / f"{name}.py")
     parts = [module.split(".") for module in names if module.startswith("ifprune_mlx.")]
-    assert {part[1] for part in parts} <= {*ORDER, "train"}
-    assert {part[2] for part in parts if part[1] == "train"} <= set(TRAIN[: TRAIN.index(name)])
+    assert {part[1] for part in parts} <= {*ORDER, folder, "__version__"}
+    assert {part[2] for part in parts if part[1] == folder} <= set(order[: order.index(name)])
 
 
-def test_the_runtime_imports_no_training() -> None:
-    files = [file for name, file in FILES if name == "ifprune_mlx" and file.parent.name != "train"]
+def test_the_runtime_imports_neither_training_nor_serving() -> None:
+    files = [file for name, file in FILES if name == "ifprune_mlx" and file.parent == PACKAGES["ifprune_mlx"]]
     assert len(files) == len(ORDER) + 1
-    assert [file for file in files for module in modules("ifprune_mlx", file) if "ifprune_mlx.train" in module] == []
+    names = {(file.name, module) for file in files for module in modules("ifprune_mlx", file)}
+    assert [name for name in names if name[1].startswith(("ifprune_mlx.train", "ifprune_mlx.serving"))] == []
+
+
+def test_the_engine_knows_no_http() -> None:
+    for name in SERVING[: SERVING.index("requests")]:
+        names = modules("ifprune_mlx", PACKAGES["ifprune_mlx"] / "serving" / f"{name}.py")
+        assert not {module.split(".")[0] for module in names} & {"starlette", "uvicorn"}
 
 
 @pytest.mark.parametrize(("package", "file"), FILES, ids=[str(file.relative_to(ROOT)) for _, file in FILES])

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from ifprune_mlx import Checkpoint, Model, Selection
 
 
-def checkpoint_path(model: str | None, *, trained: bool = True) -> Path:
+def checkpoint_path(
+    model: str | None, *, trained: bool = True, residency: ResidencyName | None = None, memory: int | None = None
+) -> Path:
     """The folder of the given model, downloaded if it is one of the hub, or of the embedded default, which is fetched
     and converted if this is its first use.
 
@@ -25,7 +27,8 @@ def checkpoint_path(model: str | None, *, trained: bool = True) -> Path:
         from ifprune_mlx.hub import resolve
 
         with progress("download", "B") as update:
-            return resolve(model, progress=update)
+            kept = None if residency is None else residency.value
+            return resolve(model, progress=update, residency=kept, memory=memory)
     from ifprune_convert.embedded import ensure_embedded
 
     with progress("convert", "weights") as update:
@@ -59,7 +62,7 @@ def load_model(
     memory: int | None = None,
 ) -> tuple[Model, TokenizerWrapper]:
     """Load the given checkpoint, or the embedded default; `trained` as in `checkpoint_path`, the rest as in `load`."""
-    path = checkpoint_path(model, trained=trained)
+    path = checkpoint_path(model, trained=trained, residency=residency, memory=memory)
     import mlx.core as mx
 
     from ifprune_mlx import load

@@ -40,4 +40,4 @@ def write_neurons(file: Path, tensors: Mapping[str, mx.array]) -> None:
         for name in ordered:
             array = mx.contiguous(tensors[name])
             mx.eval(array)
-            out.write(memoryview(raw(array)).cast("B"))
+            out.write(raw(array).tobytes())

@@ -190,7 +190,8 @@ def _noise(config: dict[str, Any], dtype: mx.Dtype) -> Iterator[tuple[str, mx.ar
         raise SourceError(
             f"the shape cannot be built ({exc}); give the config.json of a model that mlx-lm knows"
         ) from None
-    for name, array in tree_flatten(model.parameters()):
+    parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    for name, array in parameters.items():
         if array.ndim < 2:
             yield name, mx.ones(array.shape, dtype)
         else:
