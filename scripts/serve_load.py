@@ -1,9 +1,11 @@
 """Loads `ifprune serve` for a while and says how it bore it: answers, errors, switches, and how its memory grew.
 
-    python scripts/serve_load.py --minutes 30 [--model FOLDER] [--clients 8] [--tasks 4]
+    python scripts/serve_load.py --minutes 10 [--model FOLDER] [--clients 8] [--tasks 4]
+    python scripts/serve_load.py --minutes 10 --distinct         every conversation selects by words of its own
 
-Starts a server of its own on a free port and asks it, as several clients at once: chats that select by what they say,
-saved tasks, streams, and streams that are given up half way. Prints a table, and the same as one JSON object on one
+Starts a server of its own on a free port and asks it, as several clients at once: chats that select by their first
+message, saved tasks, streams, and streams that are given up half way. First messages repeat, one for each task, as they
+do where an app asks; what follows them differs. Prints a table, and the same as one JSON object on one
 line; exits with 1 if any answer failed. Needs the extra `server`, and httpx.
 """
 
@@ -44,6 +46,7 @@ def main() -> int:
     parser.add_argument("--max-tokens", type=int, default=24)
     parser.add_argument("--prompt-cache-size", default="64MB", help="small, so that it is full after the warm-up")
     parser.add_argument("--density", type=float, default=0.5)
+    parser.add_argument("--distinct", action="store_true", help="first messages differ: selections hardly ever repeat")
     given = parser.parse_args()
     model = [] if given.model is None else ["--model", given.model]
     with tempfile.TemporaryDirectory(prefix="ifprune-load-") as folder:
@@ -60,7 +63,7 @@ def main() -> int:
                 line = server.stdout.readline()
                 if not line:
                     return 1  # it has said why
-                load = Load(json.loads(line)["url"], tasks, given.max_tokens, given.density)
+                load = Load(json.loads(line)["url"], tasks, given.max_tokens, given.density, given.distinct)
                 result = load.run(given.minutes * 60, given.clients, server.pid)
             finally:
                 server.terminate()
@@ -73,8 +76,9 @@ def main() -> int:
 class Load:
     """Clients that ask one server."""
 
-    def __init__(self, url: str, tasks: list[str], max_tokens: int, density: float) -> None:
+    def __init__(self, url: str, tasks: list[str], max_tokens: int, density: float, distinct: bool) -> None:
         self._url, self._tasks, self._max_tokens, self._density = url, tasks, max_tokens, density
+        self._distinct = distinct
         self._lock = threading.Lock()
         self._answered: Counter[str] = Counter()
         self._errors: Counter[str] = Counter()
@@ -134,10 +138,13 @@ class Load:
 
     def _ask(self, client: httpx.Client, kind: str, choose: random.Random) -> None:
         topic = choose.randrange(len(self._tasks))
-        content = TOPICS[topic].format(choose.randrange(50))
+        number = choose.randrange(50)
+        messages = [{"role": "user", "content": TOPICS[topic].format(number if self._distinct else 3)}]
+        if not self._distinct:
+            messages += [{"role": "assistant", "content": "Done."}, {"role": "user", "content": f"And for {number}?"}]
         wish = {"task": self._tasks[topic]} if kind == "task" else {"density": self._density}
         body = {
-            "messages": [{"role": "user", "content": content}],
+            "messages": messages,
             "max_tokens": self._max_tokens,
             "temperature": choose.choice((0, 1)),
             "ifprune": wish,
