@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from .bootstrap import resampled_means
-from .budget import RAM, SSD, resident_bytes
+from .bootstrap import RESAMPLES
+from .budget import RAM, SSD, physical_memory, resident_bytes
 from .checkpoint import Checkpoint
 from .contender import serve
-from .errors import IfpruneError
+from .errors import BudgetError, IfpruneError
 from .selection import Ids, Selection
 
 NEAR = 0.8
@@ -100,6 +100,9 @@ def contender(folder: Path, residency: str | None, dtype: str | None, name: str)
     theirs.close()
     try:
         yield Asked(ours, name)
+    except BaseException:
+        process.kill()
+        raise
     finally:
         ours.close()
         process.join(10)
@@ -127,6 +130,7 @@ def bench(settings: Settings, progress: Callable[[int, int], None] | None = None
     }
     folders = {name: (folder, residency) for name, (folder, residency) in given.items() if folder is not None}
     names = [name for name in (DENSE, OUR_DENSE, SLICED, STATIC, ON_SSD) if name in folders or name == OUR_DENSE]
+    _check_memory(settings)
     drawn = _Selections(settings)
     rounds: list[dict[str, dict[str, float]]] = []
     with ExitStack() as stack:
@@ -156,6 +160,20 @@ def bench(settings: Settings, progress: Callable[[int, int], None] | None = None
     return _report(settings, names, rounds, memory, predictor, bandwidth)
 
 
+def _check_memory(settings: Settings) -> None:
+    """Raise BudgetError unless all rows together fit into memory: swapping would be all that is measured."""
+    checkpoint = settings.checkpoint
+    everything = [spec.d_ffn for spec in checkpoint.layout.ffns]
+    whole = resident_bytes(checkpoint, RAM, everything)
+    part = resident_bytes(checkpoint, SSD, settings.keep)
+    needed = whole + (whole if settings.dense else 0) + (part if settings.static else 0) + (part if settings.ssd else 0)
+    if needed > (have := physical_memory()):
+        raise BudgetError(
+            f"the models to compare take {needed / 1e9:.1f} GB together, and this machine has {have / 1e9:.1f} GB; "
+            "measure a shape with fewer --layers, or give --no-stock or --no-ssd"
+        )
+
+
 def _trial(
     ask: Asked, name: str, settings: Settings, text: str, tokens: list[int], selections: tuple[Path, Path]
 ) -> dict[str, float]:
@@ -166,6 +184,8 @@ def _trial(
         near, far = selections
         trial["select_s"] = ask("select", text=text, cached=False)["select_s"]
         trial |= ask("switch", selection=str(near))
+        # What ssd reads comes from memory here: the system has cached the file. See scripts/measure_residency.py.
+        trial["switch_s"] = trial["rows_s"]
     trial |= ask("run", tokens=tokens, generate=settings.generation_tokens)
     if name in (SLICED, ON_SSD):
         # The same instruction again: both are there already.
@@ -174,7 +194,7 @@ def _trial(
         again = ask("select", text=text, cached=True)["select_s"]
         trial["live_s"] = again + ask("switch", selection=str(near))["switch_s"]
         other = ask("switch", selection=str(far))
-        trial |= {f"far_{what}": other[what] for what in ("rows_s", "switch_s", "entered", "written", "active")}
+        trial |= {f"far_{what}": other[what] for what in ("rows_s", "entered", "written", "active")}
     trial["ttft_s"] = trial["select_s"] + trial["switch_s"] + trial["prefill_s"]
     return trial
 
@@ -193,7 +213,9 @@ class _Selections:
     def prompt(self) -> tuple[str, list[int]]:
         """Words, and as many token ids as a prompt has."""
         length = self._settings.prompt_tokens
-        letters = self._generator.integers(97, 123, size=length).astype(np.uint8)
+        letters = self._generator.integers(97, 123, size=4 * length).astype(
+            np.uint8
+        )  # a token has 4 at most, as a rule
         letters[5::6] = 32
         vocabulary = int(self._settings.checkpoint.config.get("vocab_size", 256))
         return letters.tobytes().decode(), self._generator.integers(0, vocabulary, size=length).tolist()
@@ -229,16 +251,16 @@ def bytes_per_token(checkpoint: Checkpoint, keep: Sequence[int]) -> int:
     total = resident_bytes(checkpoint, RAM, keep) - checkpoint.predictor_bytes
     for index, (spec, k) in enumerate(zip(checkpoint.layout.ffns, keep, strict=True)):
         total -= (spec.d_ffn - k) * checkpoint.neuron_bytes(index)
-    if not checkpoint.config.get("tie_word_embeddings", False):
-        tensors = (item for header in checkpoint.headers.values() for item in header.tensors.items())
-        total -= sum(info.end - info.start for name, info in tensors if ".embed_tokens." in name)
+    tensors = {name: info for header in checkpoint.headers.values() for name, info in header.tensors.items()}
+    if any("lm_head." in name for name in tensors):
+        total -= sum(info.end - info.start for name, info in tensors.items() if "embed_tokens." in name)
     return total
 
 
 def interval(values: Sequence[float]) -> dict[str, float]:
-    """Median over rounds, and the 95 % interval of the mean over resampled rounds."""
-    means = resampled_means(np.array(values)[:, None], [0])[:, 0]
-    low, high = np.percentile(means, [2.5, 97.5])
+    """Median over rounds, and its 95 % interval over resampled rounds."""
+    drawn = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
+    low, high = np.percentile(np.median(np.array(values)[drawn], axis=1), [2.5, 97.5])
     return {"median": statistics.median(values), "low": float(low), "high": float(high)}
 
 
@@ -291,7 +313,7 @@ def _report(
     near_far: dict[str, float] = {}
     sliced = [round_[SLICED] for round_ in rounds]
     near_far["near"] = statistics.median((r["select_s"] + r["switch_s"]) / r["ttft_s"] for r in sliced)
-    far = [r["select_s"] + r["far_switch_s"] for r in sliced]
+    far = [r["select_s"] + r["far_rows_s"] for r in sliced]
     near_far["far"] = statistics.median(f / (f + r["prefill_s"]) for f, r in zip(far, sliced, strict=True))
     near_far["live"] = statistics.median(r["live_s"] / (r["live_s"] + r["prefill_s"]) for r in sliced)
     measured = {
@@ -312,6 +334,7 @@ def _report(
         "prompt_tokens": settings.prompt_tokens,
         "generation_tokens": settings.generation_tokens,
         "trials": settings.trials,
+        "selector": "learned" if checkpoint.has_predictor else "random",
         "predictor_bytes": checkpoint.predictor_bytes,
         "rows": rows,
         "ratios": {
@@ -321,7 +344,7 @@ def _report(
             "select_switch_share_of_ttft_live": near_far["live"],
             "switch_bytes_share": statistics.median(r["entered"] / r["active"] for r in sliced),
             "switch_written_share": statistics.median(r["written"] / r["active"] for r in sliced),
-            "switch_s_vs_random": statistics.median(r["switch_s"] / r["far_switch_s"] for r in sliced),
+            "switch_s_vs_random": statistics.median(r["switch_s"] / r["far_rows_s"] for r in sliced),
             "resident_vs_static": resident,
         },
         "intervals": {name: value for name, value in measured.items() if value is not None},

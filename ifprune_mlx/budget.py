@@ -37,42 +37,43 @@ def physical_memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def resident_bytes(checkpoint: Checkpoint, residency: str, keep: Sequence[int]) -> int:
-    """Bytes of weights that stay in memory, the predictor's included, as they are typed on disk.
+def resident_bytes(checkpoint: Checkpoint, residency: str, keep: Sequence[int], float_bytes: int | None = None) -> int:
+    """Bytes of weights that stay in memory, the predictor's included.
 
     Args:
         residency: `ram` keeps every neuron; `ssd` keeps `keep[l]` of each FFN, but all of those FFNs that the predictor
             reads with.
+        float_bytes: of each float of the model once it is cast; None for those on disk.
     """
-    total = checkpoint.weight_bytes + checkpoint.predictor_bytes
+    total = checkpoint.loaded_bytes(float_bytes) + checkpoint.predictor_bytes
     if residency == RAM:
         return total
     for index, (spec, k) in enumerate(zip(checkpoint.layout.ffns, keep, strict=True)):
         if index >= checkpoint.predictor_layers:
-            total -= (spec.d_ffn - k) * checkpoint.neuron_bytes(index)
+            total -= (spec.d_ffn - k) * checkpoint.neuron_bytes(index, float_bytes)
     return total
 
 
-def choose_residency(checkpoint: Checkpoint, residency: str | None, memory: int | None) -> str:
+def choose_residency(
+    checkpoint: Checkpoint, residency: str | None, memory: int | None, float_bytes: int | None = None
+) -> str:
     """The residency asked for; else `ram`, or `ssd` where a memory budget leaves no room for every neuron.
 
     Raises:
         BudgetError: if the weights that would stay in memory are more than this machine has: it would swap without end.
     """
-    if residency is not None and residency not in RESIDENCIES:
-        raise BudgetError(f"unknown residency {residency!r}; choose {RAM} or {SSD}")
     everything = [spec.d_ffn for spec in checkpoint.layout.ffns]
-    whole, have = resident_bytes(checkpoint, RAM, everything), physical_memory()
-    if residency is None:
-        residency = SSD if memory is not None and memory < whole else RAM
-    keep = resolve_keep(checkpoint, memory=memory, residency=residency)
-    part = resident_bytes(checkpoint, SSD, keep)
-    if (whole if residency == RAM else part) > have:
+    whole, have = resident_bytes(checkpoint, RAM, everything, float_bytes), physical_memory()
+    residency = _residency(residency, memory, whole)
+    keep = resolve_keep(checkpoint, memory=memory, residency=residency, float_bytes=float_bytes)
+    part = resident_bytes(checkpoint, SSD, keep, float_bytes)
+    needed = whole if residency == RAM else part
+    if needed > have:
         advice = "convert the source with -q, or with fewer --q-bits"
         if residency == RAM and part <= have:
             advice = f"load it with --residency ssd, which keeps {part / 1e9:.1f} GB of it in memory, or {advice}"
         raise BudgetError(
-            f"{checkpoint.path}: its weights take {whole / 1e9:.1f} GB, and this machine has "
+            f"{checkpoint.path}: its weights take {needed / 1e9:.1f} GB, and this machine has "
             f"{have / 1e9:.1f} GB of memory; {advice}"
         )
     return residency
@@ -88,23 +89,30 @@ def check_files(name: str, sizes: Mapping[str, int], residency: str | None, memo
     weights = {file: size for file, size in sizes.items() if file.endswith(".safetensors")}
     needed, have = sum(weights.values()), physical_memory()
     streamed = sum(size for file, size in weights.items() if file.startswith("neurons-"))
-    if residency == SSD or (residency is None and memory is not None and memory < needed):
+    residency = _residency(residency, memory, needed)
+    if residency == SSD:
         needed -= streamed  # and what is active of them; what that is only its files say
     if needed > have:
-        advice = "" if residency == SSD else " with residency ram; try --residency ssd"
+        advice = "" if residency == SSD or needed - streamed > have else "; try --residency ssd"
         raise BudgetError(
-            f"{name}: {needed / 1e9:.1f} GB of its weights would stay in memory{advice}, and this machine has "
-            f"{have / 1e9:.1f} GB; nothing was downloaded"
+            f"{name}: with residency {residency} {needed / 1e9:.1f} GB of its weights would stay in memory, and this "
+            f"machine has {have / 1e9:.1f} GB; nothing was downloaded{advice}"
         )
 
 
-def spare_slots(checkpoint: Checkpoint, memory: int | None, keep: Sequence[int]) -> int:
+def _residency(asked: str | None, memory: int | None, whole: int) -> str:
+    if asked is not None and asked not in RESIDENCIES:
+        raise BudgetError(f"unknown residency {asked!r}; choose {RAM} or {SSD}")
+    return asked or (SSD if memory is not None and memory < whole else RAM)
+
+
+def spare_slots(checkpoint: Checkpoint, memory: int | None, keep: Sequence[int], float_bytes: int | None = None) -> int:
     """How many inactive neurons of every FFN a memory budget has room for in `ssd` residency."""
     streamed = range(checkpoint.predictor_layers, len(checkpoint.layout.ffns))
     if memory is None or not streamed:
         return 0
-    left = memory - resident_bytes(checkpoint, SSD, keep)
-    return max(left // sum(checkpoint.neuron_bytes(index) for index in streamed), 0)
+    left = memory - resident_bytes(checkpoint, SSD, keep, float_bytes)
+    return max(left // sum(checkpoint.neuron_bytes(index, float_bytes) for index in streamed), 0)
 
 
 def resolve_keep(
@@ -114,6 +122,7 @@ def resolve_keep(
     active_parameters: int | None = None,
     memory: int | None = None,
     residency: str = RAM,
+    float_bytes: int | None = None,
 ) -> tuple[int, ...]:
     """*k* for every FFN under the given budget; the checkpoint's own density where none is given.
 
@@ -122,7 +131,7 @@ def resolve_keep(
         active_parameters: the most parameters that may take part in a token; the largest density below it is taken.
         memory: bytes that the weights may take. In `ram` residency all neurons stay in memory whatever the density, so
             this is a check and picks no density. In `ssd` residency it lowers the checkpoint's own density if need be.
-        residency: see `resident_bytes`.
+        residency, float_bytes: see `resident_bytes`.
 
     Raises:
         BudgetError: if two budgets contradict each other or nothing fits.
@@ -131,13 +140,17 @@ def resolve_keep(
         raise BudgetError("give a density or a number of active parameters, not both")
     ffns = checkpoint.layout.ffns
     everything = tuple(spec.d_ffn for spec in ffns)
-    if memory is not None and residency == RAM and memory < (size := resident_bytes(checkpoint, RAM, everything)):
+    if (
+        memory is not None
+        and residency == RAM
+        and memory < (size := resident_bytes(checkpoint, RAM, everything, float_bytes))
+    ):
         raise BudgetError(
             f"memory budget {memory / 1e9:.3g} GB: this checkpoint keeps {size / 1e9:.3g} GB of weights in memory at "
             "any density; raise the budget, load it with --residency ssd, or convert the model with -q"
         )
     keep = _keep(checkpoint, density, active_parameters)
-    if memory is None or residency == RAM or (size := resident_bytes(checkpoint, SSD, keep)) <= memory:
+    if memory is None or residency == RAM or (size := resident_bytes(checkpoint, SSD, keep, float_bytes)) <= memory:
         return keep
     if density is not None or active_parameters is not None:
         raise BudgetError(
@@ -146,8 +159,8 @@ def resolve_keep(
         )
     streamed = range(checkpoint.predictor_layers, len(ffns))
     none = [0 if index in streamed else k for index, k in enumerate(keep)]
-    fixed = resident_bytes(checkpoint, SSD, none)
-    neurons = sum(ffns[index].d_ffn * checkpoint.neuron_bytes(index) for index in streamed)
+    fixed = resident_bytes(checkpoint, SSD, none, float_bytes)
+    neurons = sum(ffns[index].d_ffn * checkpoint.neuron_bytes(index, float_bytes) for index in streamed)
     share = (memory - fixed) / neurons if neurons else 0.0
     multiples = [keep_multiple(spec.d_ffn) for spec in ffns]
     keep = tuple(int(share * spec.d_ffn) // multiple * multiple for spec, multiple in zip(ffns, multiples, strict=True))
@@ -155,7 +168,7 @@ def resolve_keep(
         least = [min(multiple, spec.d_ffn) for spec, multiple in zip(ffns, multiples, strict=True)]
         raise BudgetError(
             f"memory budget {memory / 1e9:.3g} GB is too small: all but the neurons of this checkpoint takes "
-            f"{fixed / 1e9:.3g} GB; give at least {resident_bytes(checkpoint, SSD, least) / 1e9:.3g} GB"
+            f"{fixed / 1e9:.3g} GB; give at least {resident_bytes(checkpoint, SSD, least, float_bytes) / 1e9:.3g} GB"
         )
     return keep
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from .errors import BudgetError, CheckpointError, IfpruneError, SelectionError
 from .families import FFNSpec
-from .files import SafetensorsHeader, read_safetensors_header, sha256_file
+from .files import SafetensorsHeader, TensorInfo, read_safetensors_header, sha256_file
 from .selection import Selection, keep_count
 
 FORMAT_VERSION = 1
@@ -274,11 +274,21 @@ class Checkpoint:
         names = [name for name in self.headers if name != self.priors_file.name]
         return sum(info.end - info.start for name in names for info in self.headers[name].tensors.values())
 
-    def neuron_bytes(self, index: int) -> int:
-        """Bytes of one neuron of FFN `index` on disk, all its rows together."""
+    def neuron_bytes(self, index: int, float_bytes: int | None = None) -> int:
+        """Bytes of one neuron of FFN `index`, all its rows together.
+
+        Args:
+            float_bytes: of each float once it is cast; None for those on disk.
+        """
         tensors = self.headers[self.neurons_file(index).name].tensors
         rows = (info for name, info in tensors.items() if name not in ("order", "down.bias"))
-        return sum(info.end - info.start for info in rows) // self.layout.ffns[index].d_ffn
+        return sum(_bytes_in_memory(info, float_bytes) for info in rows) // self.layout.ffns[index].d_ffn
+
+    def loaded_bytes(self, float_bytes: int | None = None) -> int:
+        """Bytes of all weights once they are loaded, without the predictor's; `float_bytes` as in `neuron_bytes`."""
+        names = [name for name in self.headers if name != self.priors_file.name]
+        infos = (item for name in names for item in self.headers[name].tensors.items())
+        return sum(_bytes_in_memory(info, float_bytes) for name, info in infos if name != "order")
 
     @cached_property
     def predictor_bytes(self) -> int:
@@ -343,6 +353,12 @@ class Checkpoint:
                     f"{file}: tensor {name} has shape {list(info.shape)}, config.json asks for {list(shape)}; "
                     "the two belong to different models, convert the source again"
                 )
+
+
+def _bytes_in_memory(info: TensorInfo, float_bytes: int | None) -> int:
+    if float_bytes is None or info.dtype not in ("F32", "F16", "BF16"):
+        return info.end - info.start
+    return math.prod(info.shape) * float_bytes
 
 
 def neuron_shapes(spec: FFNSpec, layout: Layout) -> dict[str, tuple[int, ...]]:

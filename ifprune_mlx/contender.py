@@ -24,7 +24,7 @@ from mlx_lm.utils import load_model
 
 from .checkpoint import Checkpoint
 from .errors import IfpruneError
-from .model import Model, load
+from .model import Model, limit_cache, load
 from .selection import Selection
 from .selectors import Instruction, LearnedSelector, Selector, make_selector
 
@@ -52,7 +52,7 @@ def serve(connection: Connection, folder: str, residency: str | None, dtype: str
         pass
     except IfpruneError as exc:
         connection.send_bytes(json.dumps({"error": str(exc)}).encode())
-    except RuntimeError as exc:  # MLX, above all where memory ends
+    except Exception as exc:  # MLX where memory ends, mlx-lm on what it cannot read: the other side has to say it
         connection.send_bytes(json.dumps({"error": f"{folder}: {exc}"}).encode())
     finally:
         os._exit(0)  # MLX's exit handlers may take a second per process
@@ -70,6 +70,7 @@ class Contender:
             if dtype is not None:
                 self._module.set_dtype(dtype)
             mx.eval(self._module)
+            limit_cache()  # as for ours
         else:
             self._model, _ = load(folder, dtype=dtype, residency=residency)
             self._module, self.config = self._model.module, self._model.config
@@ -136,6 +137,7 @@ class Contender:
 
     def memory(self) -> dict[str, int]:
         """Bytes: what the process has resident, its peak, and MLX's own figures."""
+        mx.clear_cache()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return {
             "rss": resident(),

@@ -71,6 +71,7 @@ def resolve(
     revision: str | None = None,
     progress: Progress | None = None,
     *,
+    loads: bool = True,
     residency: str | None = None,
     memory: int | None = None,
 ) -> Path:
@@ -82,6 +83,7 @@ def resolve(
         path_or_repo: folder, or hub id.
         revision: branch, tag or commit of a repository; None is its main branch.
         progress: shows the download; without it the hub's own progress bars do.
+        loads: it is to be loaded, so check first that it fits into memory.
         residency, memory: how it is to be loaded, as `ifprune_mlx.load` takes them.
 
     Raises:
@@ -105,7 +107,8 @@ def resolve(
             f"convert it first: ifprune convert --model {name}"
         )
     names = [file for file in repository.files if any(fnmatch(file, pattern) for pattern in _PATTERNS)]
-    check_files(name, {file: repository.files[file] for file in names}, residency, memory)
+    if loads:
+        check_files(name, {file: repository.files[file] for file in names}, residency, memory)
     new = any(cached_folder(name, file, repository.commit) is None for file in names)
     folder = download(repository, names, error=CheckpointError, progress=progress)
     if new and (damaged := Checkpoint.open(folder).verify()):

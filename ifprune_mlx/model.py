@@ -24,7 +24,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import _get_classes, load_model, load_tokenizer
 
-from .budget import RAM, SSD, choose_residency, physical_memory, resolve_keep, spare_slots
+from .budget import RAM, SSD, choose_residency, physical_memory, resident_bytes, resolve_keep, spare_slots
 from .checkpoint import Checkpoint, Layout
 from .errors import BudgetError, CheckpointError
 from .ffn import SlicedProjection, replace_leaves
@@ -39,8 +39,8 @@ from .store import RowReader, read_rows
 # does other things as well.
 _CACHE_SHARE, _LEAST_CACHE = 64, 1 << 27
 _NOT_DENSE = (
-    "no selection is active, and with residency ssd not all neurons are in memory: a dense model and the activation "
-    "selector need residency ram"
+    "no selection is active: with residency ssd, where not all neurons are in memory, give --selector learned or "
+    "static, a task or a selection; a dense model and the activation selector need residency ram"
 )
 
 Progress = Callable[[int, int], None]
@@ -98,10 +98,12 @@ class Model:
         ownership: Ownership,
         residency: str,
         memory: int | None,
+        float_bytes: int | None,
     ) -> None:
         self.checkpoint = checkpoint
         self.residency = residency
         self.memory = memory
+        self._float_bytes = float_bytes
         self._reading: ThreadPoolExecutor | None = None
         self._cache_limit: int | None = limit_cache()
         self.tokenizer: TokenizerWrapper | None = None
@@ -186,6 +188,7 @@ class Model:
             active_parameters=active_parameters,
             memory=self.memory if memory is None else memory,
             residency=self.residency,
+            float_bytes=self._float_bytes,
         )
 
     def check(self, selection: Selection) -> None:
@@ -200,6 +203,7 @@ class Model:
 
         Raises:
             SelectionError: if the selection belongs to a model of another shape.
+            BudgetError: in `ssd` residency, if it takes more than the model's memory budget.
             ModelBusyError: if an answer is under way.
         """
         with self.ownership.held():
@@ -215,7 +219,14 @@ class Model:
         self.check(selection)
         overlap = selection.overlap(self.selection) if self.selection else None
         _synchronize()
-        spare = spare_slots(self.checkpoint, self.memory, selection.keep) if self.residency == SSD else 0
+        spare = (
+            spare_slots(self.checkpoint, self.memory, selection.keep, self._float_bytes) if self.residency == SSD else 0
+        )
+        self._check_room(selection)
+        # Until all layers are done no selection is active: an exception between two must not leave a mixture.
+        self.selection = None
+        for slots in self.slots:
+            slots.k = 0
         neurons = missing = written = 0
         # Layer by layer, so that a scatter that has to copy holds one copy of one layer's array at most.
         for slots, ids in zip(self.slots, selection.ids, strict=True):
@@ -225,12 +236,23 @@ class Model:
             written += plan.rows_written * slots.row_bytes
             if len(plan.missing):
                 # In layer order, while the layers before compute: see `FFNSlots.wait`.
-                slots.k = plan.k
                 slots.pending = self._reader().submit(slots.apply, plan)
             else:
                 slots.apply(plan)
+        for slots, ids in zip(self.slots, selection.ids, strict=True):
+            slots.k = len(ids)
         self.selection = selection
         return Switch(time.perf_counter() - start, neurons, missing, written, overlap)
+
+    def _check_room(self, selection: Selection) -> None:
+        """Raise BudgetError if a selection takes more than the memory that the model was given."""
+        if self.residency == SSD and self.memory is not None:
+            size = resident_bytes(self.checkpoint, SSD, selection.keep, self._float_bytes)
+            if size > self.memory:
+                raise BudgetError(
+                    f"the selection of density {selection.density:.3g} takes {size / 1e9:.3g} GB, the memory budget is "
+                    f"{self.memory / 1e9:.3g} GB; lower the density, or raise the budget"
+                )
 
     def first_layers_in_order(self, layers: int) -> None:
         """Leave no selection active, and that many first FFNs dense in the source's order of neurons.
@@ -304,7 +326,7 @@ def load(
         BudgetError: if its weights are more than the machine's memory, or than `memory`.
     """
     checkpoint = Checkpoint.open(resolve(path_or_repo, revision, residency=residency, memory=memory))
-    residency = choose_residency(checkpoint, residency, memory)
+    residency = choose_residency(checkpoint, residency, memory, None if dtype is None else dtype.size)
     tokenizer = _load_tokenizer(checkpoint, trust_remote_code)
     model = load_checkpoint(checkpoint, dtype=dtype, residency=residency, memory=memory, progress=progress)
     model.tokenizer = tokenizer
@@ -344,7 +366,7 @@ def load_checkpoint(
         module.update(tree_map_with_path(cast, module.parameters()))
     # All of it, not only its parameters: rope tables are none, and another thread could not compute them later.
     mx.eval(module)
-    return Model(checkpoint, module, slots, leaves, ownership, residency, memory)
+    return Model(checkpoint, module, slots, leaves, ownership, residency, memory, None if dtype is None else dtype.size)
 
 
 def limit_cache() -> int:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .buffers import Raw, copy_rows, exchange_rows, raw, write_rows
+from .errors import CheckpointError
 from .selection import Ids
 from .store import Rows
 
@@ -131,6 +132,7 @@ class FFNSlots:
         self.k = len(self.order)
         self.pending: Future[None] | None = None
         self.bytes_moved = 0
+        self._moving = False
 
     @property
     def whole(self) -> bool:
@@ -149,7 +151,13 @@ class FFNSlots:
         return np.sort(self.order[: self.k])
 
     def activate_all(self) -> None:
-        """Make every neuron active, or none where not all are in memory; moves nothing."""
+        """Make every neuron active, or none where not all are in memory; moves nothing.
+
+        Raises:
+            CheckpointError: if an earlier move was cut off.
+        """
+        self._settle()
+        self._check_whole_rows()
         self.k = self.d_ffn if self.whole else 0
 
     def plan(self, ids: Ids, spare: int = 0) -> SwitchPlan:
@@ -157,19 +165,21 @@ class FFNSlots:
 
         Args:
             spare: slots to have beyond the active ones, where not every neuron has one.
+
+        Raises:
+            CheckpointError: if an earlier move was cut off.
         """
+        self._settle()
+        self._check_whole_rows()
         if self._reader is None:
             return plan_switch(self.order, ids)
-        if self.pending is not None:
-            self.pending.exception()  # waits; what it could not read is missing from `order`
-            self.pending = None
         slots = min(len(ids) + spare, self.d_ffn)
         if slots != len(self.order):
             self._resize(slots, ids)
         return plan_switch(self.order, ids, self._reader.position)
 
     def apply(self, plan: SwitchPlan) -> None:
-        """Move and read rows as planned and make the first `plan.k` slots active.
+        """Move and read rows as planned, so that the first `plan.k` slots can be the active ones.
 
         Nothing that is still to be computed may depend on the rows. If reading fails, slots that were to be filled are
         empty, and the next plan fills them.
@@ -177,12 +187,12 @@ class FFNSlots:
         Raises:
             CheckpointError: if the file cannot be read.
         """
-        self.k = plan.k
         if not len(plan.leaving):
             return
         self.bytes_moved += plan.rows_written * self.row_bytes
         count = len(plan.entering)
         out, filled = plan.leaving[:count], plan.leaving[count:]
+        self._moving = True
         for name in self.rows:
             if count:
                 self.rows[name] = exchange_rows(self.rows[name], out, plan.entering)
@@ -191,6 +201,7 @@ class FFNSlots:
         self.order[out], self.order[plan.entering] = self.order[plan.entering], self.order[out]
         self.order[plan.parking] = self.order[plan.parked]
         self.order[filled] = EMPTY
+        self._moving = False
         if len(filled):
             assert self._reader is not None
             for name, values in self._reader.read(plan.missing).items():
@@ -207,9 +218,11 @@ class FFNSlots:
         moved = np.flatnonzero(self.order != home).astype(np.int32)
         if len(moved):
             origin = np.argsort(self.order).astype(np.int32)[moved]
+            self._moving = True
             for name in self.rows:
                 self.rows[name] = copy_rows(self.rows[name], moved, origin)
             self.order = home
+            self._moving = False
 
     def wait(self, needed: mx.array) -> None:
         """Start computing `needed`, and wait until the rows are there.
@@ -232,7 +245,16 @@ class FFNSlots:
         order = np.full(slots, EMPTY, np.int32)
         order[: len(kept)] = self.order[kept]
         new = self._reader.empty(slots)
-        for name in list(self.rows):
-            # One array at a time, so that no second copy of the FFN is in memory.
-            new[name] = write_rows(new[name], np.arange(len(kept), dtype=np.int32), raw(self.rows.pop(name))[kept])
+        for name, rows in self.rows.items():
+            new[name] = write_rows(new[name], np.arange(len(kept), dtype=np.int32), raw(rows)[kept])
         self.rows, self.order = new, order
+
+    def _settle(self) -> None:
+        """Wait for what is being read; what could not be is missing from `order`."""
+        if self.pending is not None:
+            self.pending.exception()
+            self.pending = None
+
+    def _check_whole_rows(self) -> None:
+        if self._moving:
+            raise CheckpointError("moving neurons was cut off half way (Ctrl-C, or no memory); load the model again")

@@ -84,6 +84,8 @@ def read_positions(checkpoint: Checkpoint, index: int) -> npt.NDArray[np.int32]:
     if checkpoint.layout.order is None:
         return np.arange(d_ffn, dtype=np.int32)
     info = checkpoint.headers[file.name].tensors["order"]
+    if info.dtype != "I32":
+        raise CheckpointError(f"{file}: its order of neurons is of type {info.dtype}; convert the checkpoint again")
     order = np.frombuffer(_pread(file, info.start, info.end - info.start), "<i4")
     positions = np.full(d_ffn, -1, np.int32)
     positions[order[(order >= 0) & (order < d_ffn)]] = np.arange(d_ffn, dtype=np.int32)[(order >= 0) & (order < d_ffn)]
@@ -103,9 +105,13 @@ class RowReader:
         CheckpointError: if the file cannot be read.
     """
 
+    _descriptor = -1
+
     def __init__(self, checkpoint: Checkpoint, index: int, dtype: mx.Dtype | None = None) -> None:
         self._file = checkpoint.neurons_file(index)
         self._dtype = dtype
+        # Open for good: a checkpoint that is replaced meanwhile has other neurons at the same places.
+        self._descriptor = _open(self._file)
         tensors = checkpoint.headers[self._file.name].tensors
         self._tensors = {name: info for name, info in tensors.items() if name not in ("order", "down.bias")}
         unknown = sorted({info.dtype for info in self._tensors.values()} - set(_DTYPES))
@@ -145,29 +151,32 @@ class RowReader:
         at = np.argsort(places, kind="stable")
         found: dict[str, Raw] = {}
         try:
-            descriptor = os.open(self._file, os.O_RDONLY)
-            try:
-                if hasattr(os, "posix_fadvise"):  # no read-ahead beyond the ranges
-                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-                self._announce(descriptor, places[at])
-                for name, info in self._tensors.items():
-                    values = np.empty((len(places), *info.shape[1:]), _raw_type(info))
-                    values[at] = self._ranges(descriptor, info, places[at])
-                    values = self._as_memory(values, info)
-                    if name.startswith("down."):
-                        found[name] = values
-                    else:
-                        gate, up = _memory_names(name)
-                        found |= {gate: values[:, 0], up: values[:, 1]}
-            finally:
-                os.close(descriptor)
+            self._announce(places[at])
+            for name, info in self._tensors.items():
+                values = np.empty((len(places), *info.shape[1:]), _raw_type(info))
+                values[at] = self._ranges(info, places[at])
+                values = self._as_memory(values, info)
+                if name.startswith("down."):
+                    found[name] = values
+                else:
+                    gate, up = _memory_names(name)
+                    found |= {gate: values[:, 0], up: values[:, 1]}
         except OSError as exc:
             raise CheckpointError(
                 f"{self._file}: cannot be read ({exc.strerror or exc}); copy or convert the checkpoint again"
             ) from None
         return found
 
-    def _announce(self, descriptor: int, places: npt.NDArray[np.int32]) -> None:
+    def close(self) -> None:
+        """Close the file; nothing can be read afterwards."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _announce(self, places: npt.NDArray[np.int32]) -> None:
         """Tell the system of all ranges at once, where it takes such advice, so that the disk has many in work."""
         if not hasattr(os, "posix_fadvise"):
             return
@@ -175,9 +184,9 @@ class RowReader:
             row_bytes = (info.end - info.start) // info.shape[0]
             for start, stop in zip(*merged_ranges(places, row_bytes), strict=True):
                 offset, count = int(places[start]) * row_bytes, int(places[stop - 1] - places[start] + 1) * row_bytes
-                os.posix_fadvise(descriptor, info.start + offset, count, os.POSIX_FADV_WILLNEED)
+                os.posix_fadvise(self._descriptor, info.start + offset, count, os.POSIX_FADV_WILLNEED)
 
-    def _ranges(self, descriptor: int, info: TensorInfo, places: npt.NDArray[np.int32]) -> Raw:
+    def _ranges(self, info: TensorInfo, places: npt.NDArray[np.int32]) -> Raw:
         """The rows at sorted places in the file."""
         row_bytes = (info.end - info.start) // info.shape[0]
         starts, stops = merged_ranges(places, row_bytes)
@@ -188,7 +197,7 @@ class RowReader:
             block = np.empty((last - first + 1, row_bytes), np.uint8)
             buffer, offset = memoryview(block.data).cast("B"), info.start + int(first) * row_bytes
             while len(buffer):
-                count = os.preadv(descriptor, [buffer], offset)
+                count = os.preadv(self._descriptor, [buffer], offset)
                 if not count:
                     raise OSError(f"it ends at byte {offset}")
                 buffer, offset = buffer[count:], offset + count
@@ -240,6 +249,18 @@ def _memory_names(name: str) -> tuple[str, ...]:
 
 def _raw_type(info: TensorInfo) -> npt.DTypeLike:
     return raw_dtype(_DTYPES[info.dtype])
+
+
+def _open(file: Path) -> int:
+    try:
+        descriptor = os.open(file, os.O_RDONLY)
+    except OSError as exc:
+        raise CheckpointError(
+            f"{file}: cannot be read ({exc.strerror or exc}); copy or convert the checkpoint again"
+        ) from None
+    if hasattr(os, "posix_fadvise"):  # no read-ahead beyond the ranges
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+    return descriptor
 
 
 def _pread(file: Path, start: int, count: int) -> bytes:

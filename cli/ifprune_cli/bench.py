@@ -194,6 +194,8 @@ def _table(result: dict[str, Any]) -> list[str]:
         ("resident_vs_static", "resident with residency ssd, without the predictor / a plain model of that size"),
     ]
     lines += [f"{words}: {ratios[name]:.3f}" for name, words in shares if ratios[name] is not None]
+    if result["selector"] == "random":
+        lines.append("select s: no predictor here; arbitrary neurons were drawn")
     moved = max(row["moved_in_decode"] for row in result["rows"])
     lines.append(f"bytes of weights moved while decoding: {moved:.0f}")
     lines.append(f"memory is read at {bandwidth / 1e9:.1f} GB/s (limit: a token reads every active weight once)")
@@ -206,9 +208,10 @@ def _draw(result: dict[str, Any], path: Path) -> None:
     rates = {
         row["name"]: {
             "measured": row["decode_tok_s"],
-            "limit of the memory": result["machine"]["bandwidth"] / row["bytes_per_token"],
+            "limit of the memory": row["decode_tok_s"] / row["share_of_limit"],
         }
         for row in result["rows"]
+        if row["share_of_limit"] is not None
     }
     title = f"Decoding, {result['shape']}, {result['layers']} layers, density {result['density']:.2f}"
     write_figure(bar_chart(title, "tokens per second", rates), path)

@@ -15,20 +15,26 @@ if TYPE_CHECKING:
 
 
 def checkpoint_path(
-    model: str | None, *, trained: bool = True, residency: ResidencyName | None = None, memory: int | None = None
+    model: str | None,
+    *,
+    trained: bool = True,
+    loads: bool = True,
+    residency: ResidencyName | None = None,
+    memory: int | None = None,
 ) -> Path:
     """The folder of the given model, downloaded if it is one of the hub, or of the embedded default, which is fetched
     and converted if this is its first use.
 
     Args:
         trained: of the embedded model, the one with the trained predictor; else the one that training begins with.
+        loads, residency, memory: as `ifprune_mlx.hub.resolve` takes them.
     """
     if model is not None:
         from ifprune_mlx.hub import resolve
 
         with progress("download", "B") as update:
             kept = None if residency is None else residency.value
-            return resolve(model, progress=update, residency=kept, memory=memory)
+            return resolve(model, progress=update, loads=loads, residency=kept, memory=memory)
     from ifprune_convert.embedded import ensure_embedded
 
     with progress("convert", "weights") as update:
@@ -39,7 +45,7 @@ def open_checkpoint(model: str | None) -> Checkpoint:
     """Open the given checkpoint, or the embedded default, without loading weights."""
     from ifprune_mlx import Checkpoint
 
-    return Checkpoint.open(checkpoint_path(model))
+    return Checkpoint.open(checkpoint_path(model, loads=False))
 
 
 def check_selection(model: Model | Checkpoint, selection: Selection, file: Path) -> None:

@@ -50,7 +50,8 @@ def make_plain(folder: Path, checkpoint: Checkpoint, keep: tuple[int, ...], repo
     for name, counts in (("dense", widths), ("static", keep)):
         ids = tuple(np.arange(count, dtype=np.int32) for count in counts)
         # Packed as mlx-lm packs it: a model of that size would be.
-        packed = checkpoint.layout.down is not None
+        packing = checkpoint.layout.down
+        packed = packing is not None and all(count % packing.group_size == 0 for count in counts)
         export_selection(
             checkpoint, Selection(ids, widths, "static"), folder / name, requantize_down=packed, report=report
         )

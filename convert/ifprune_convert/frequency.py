@@ -12,7 +12,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from ifprune_mlx.budget import SSD
 from ifprune_mlx.checkpoint import SECTION, Checkpoint
+from ifprune_mlx.errors import SourceError
 from ifprune_mlx.model import load
 from ifprune_mlx.prompts import render_messages
 from ifprune_mlx.selection import Ids
@@ -36,7 +38,13 @@ def order_by_frequency(folder: Path, examples: Sequence[Record], progress: Calla
 
 
 def reorder(checkpoint: Checkpoint, orders: Sequence[Ids]) -> None:
-    """Put the neurons of each file into a given order, int32 `[d_ffn]` each. The manifest is then out of date."""
+    """Put the neurons of each file into a given order, int32 `[d_ffn]` each. The manifest is then out of date.
+
+    Raises:
+        SourceError: if they are in an order of their own already.
+    """
+    if checkpoint.layout.order is not None:
+        raise SourceError(f"{checkpoint.path}: its neurons are in order already; convert the source again")
     for index, order in enumerate(orders):
         file = checkpoint.neurons_file(index)
         arrays = mx.load(str(file))
@@ -58,7 +66,8 @@ def reorder(checkpoint: Checkpoint, orders: Sequence[Ids]) -> None:
 
 
 def _orders(checkpoint: Checkpoint, examples: Sequence[Record], progress: Callable[[int, int], None]) -> list[Ids]:
-    model, tokenizer = load(checkpoint.path)
+    # A predictor needs no more of the model than its own layers; without one, the prompt runs through all of it.
+    model, tokenizer = load(checkpoint.path, residency=SSD if checkpoint.has_predictor else None)
     try:
         selector, keep = make_selector(model), model.keep()
         counts = [np.zeros(spec.d_ffn) for spec in checkpoint.layout.ffns]

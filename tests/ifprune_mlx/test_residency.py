@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,6 +14,7 @@ from ifprune_convert.packing import quantization_of
 from ifprune_convert.pipeline import Options, convert
 from ifprune_convert.readers import open_source
 from ifprune_mlx import BudgetError, CheckpointError, Model, Selection, generate, load, make_selector, stream_generate
+from ifprune_mlx import slots as slots_module
 from ifprune_mlx.budget import resident_bytes
 from ifprune_mlx.buffers import raw
 from ifprune_mlx.checkpoint import Checkpoint
@@ -170,17 +172,98 @@ def test_a_file_that_vanishes_is_one_clear_error_and_no_wrong_answer(tmp_path: P
     expected = generate(model, tokenizer, "hello", selection=other, max_tokens=6)
     generate(model, tokenizer, "hello", selection=one, max_tokens=6)
     file = model.checkpoint.neurons_file(1)
-    file.rename(aside := file.with_suffix(".aside"))
+    content = file.read_bytes()
+    os.truncate(file, 20000)
     for _ in range(2):
-        with pytest.raises(CheckpointError, match="cannot be read"):
+        with pytest.raises(CheckpointError, match="ends at byte"):
             list(stream_generate(model, tokenizer, "hello", selection=other, max_tokens=6))
-        with pytest.raises(CheckpointError, match="cannot be read"):
+        with pytest.raises(CheckpointError, match="ends at byte"):
             model(mx.array([PROMPT]))
-    file.write_bytes(aside.read_bytes()[:-3000])
-    with pytest.raises(CheckpointError, match="ends at byte"):
-        list(stream_generate(model, tokenizer, "hello", selection=other, max_tokens=6))
-    aside.replace(file)
+    with file.open("r+b") as opened:
+        opened.write(content)
     assert generate(model, tokenizer, "hello", selection=other, max_tokens=6) == expected
+
+
+def test_a_checkpoint_that_is_replaced_meanwhile_changes_nothing(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "checkpoint")
+    model, ram = on_ssd(folder), open_model(folder)
+    model.switch(random_selection(WIDTHS, (64, 64), seed=1))
+    convert(open_source(write_source(tmp_path / "other", seed=9)), folder, Options(overwrite=True))
+    for each in (model, ram):
+        each.switch(random_selection(WIDTHS, (64, 64), seed=2))
+    assert np.abs(logits(model, PROMPT) - logits(ram, PROMPT)).max() < TOLERANCE
+
+
+def test_leaving_a_selection_waits_for_what_it_reads(tmp_path: Path) -> None:
+    model = on_ssd(write_checkpoint(tmp_path / "checkpoint"))
+    for seed in range(30):
+        model.switch(random_selection(WIDTHS, (64, 64), seed))
+        model.switch(None)
+        assert [slots.k for slots in model.slots] == [0, 0]
+        assert [slots.pending for slots in model.slots] == [None, None]
+        with pytest.raises(BudgetError, match="no selection is active"):
+            model(mx.array([PROMPT]))
+
+
+@pytest.mark.parametrize("residency", ["ram", "ssd"])
+@pytest.mark.parametrize("moment", ["between layers", "within a layer"])
+def test_a_switch_that_is_cut_off_leaves_no_mixture(
+    tmp_path: Path, residency: str, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_checkpoint(Checkpoint.open(write_checkpoint(tmp_path / "checkpoint")), residency=residency)
+    one, other = random_selection(WIDTHS, (64, 64), seed=1), random_selection(WIDTHS, (64, 64), seed=2)
+    model.switch(one)
+    model(mx.array([PROMPT]))
+    calls = 0
+
+    def interrupted(*given: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return original(*given)  # type: ignore[arg-type]
+
+    if moment == "between layers":
+        original, where = FFNSlots.plan, "ifprune_mlx.slots.FFNSlots.plan"
+    else:
+        original, where = slots_module.exchange_rows, "ifprune_mlx.slots.exchange_rows"  # type: ignore[assignment]
+    with monkeypatch.context() as patch:
+        patch.setattr(where, interrupted)
+        if moment == "within a layer" and residency == "ssd":
+            return  # without spare slots nothing is exchanged
+        with pytest.raises(KeyboardInterrupt):
+            model.switch(other)
+    assert model.selection is None
+    with pytest.raises(BudgetError):
+        model(mx.array([PROMPT]))
+    if moment == "within a layer":
+        for selection in (one, None):
+            with pytest.raises(CheckpointError, match="load the model again"):
+                model.switch(selection)
+        return
+    model.switch(other)
+    fresh = open_model(model.checkpoint.path)
+    fresh.switch(other)
+    assert np.abs(logits(model, PROMPT) - logits(fresh, PROMPT)).max() < TOLERANCE
+
+
+def test_a_selection_beyond_the_memory_budget_is_refused(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "checkpoint")
+    model = on_ssd(folder, memory=resident_bytes(Checkpoint.open(folder), "ssd", (64, 64)))
+    model.switch(live := random_selection(WIDTHS, (64, 64), seed=1))
+    with pytest.raises(BudgetError, match="lower the density, or raise the budget"):
+        model.switch(random_selection(WIDTHS, (72, 64), seed=2))
+    assert model.selection is live
+
+
+def test_budgets_count_floats_as_they_are_cast(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "checkpoint", options=Options(dtype=mx.bfloat16))
+    checkpoint = Checkpoint.open(folder)
+    assert checkpoint.loaded_bytes(4) == 2 * checkpoint.loaded_bytes() == 2 * checkpoint.weight_bytes
+    budget = resident_bytes(checkpoint, "ssd", (64, 64), 4)
+    model, _ = load(folder, dtype=mx.float32, memory=budget)
+    assert model.residency == "ssd"
+    assert model.keep() == (64, 64)
 
 
 def test_the_learned_selector_selects_alike_on_ssd_and_in_ram(tmp_path: Path) -> None:
