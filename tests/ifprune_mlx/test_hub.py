@@ -16,14 +16,14 @@ from tests.hub_stub import HubStub, serve
 # Resolves each name that it is given, and prints the folder or the message, and what progress was told.
 RESOLVE = """
 import json, sys
-from ifprune_mlx.errors import CheckpointError
+from ifprune_mlx.errors import IfpruneError
 from ifprune_mlx.hub import resolve
 
 def answer(name):
     told = []
     try:
         found = str(resolve(*name.split("@"), progress=lambda *given: told.append(given)))
-    except CheckpointError as exc:
+    except IfpruneError as exc:
         found = "refused: " + str(exc)
     return found, told
 
@@ -64,13 +64,16 @@ def test_what_is_no_checkpoint_costs_no_download(hub: HubStub, tmp_path: Path) -
     hub.repositories |= {
         "org/dense": {"config.json": b"{}", "model.safetensors": b""},
         "org/huge": tiny,
+        "org/long": tiny,
         "org/gated": tiny,
     }
     hub.sizes["org/huge", "priors.safetensors"] = 10**18
+    hub.sizes["org/long", "manifest.json"] = 10**18
     hub.gated.add("org/gated")
     cases = {
         "org/dense": "no IFP checkpoint (it has no manifest.json); convert it first: ifprune convert --model org/dense",
-        "org/huge": "free, and 1000000.0 TB to download",
+        "org/huge": "with residency ram 1000000000.0 GB of its weights would stay in memory, and this machine has",
+        "org/long": "free, and 1000000.0 TB to download",
         "org/gated": "its owner has to grant access",
         "org/missing": "no such folder here, and no such repository on the hub",
         "org/tiny@v9": "has no revision 'v9'",
