@@ -30,7 +30,7 @@ def test_json_has_the_agreed_keys(tmp_path: Path) -> None:
     value = json.loads(done.stdout)
     assert value.keys() >= KEYS
     checkpoint = Checkpoint.open(out)
-    files = [file for file in out.iterdir() if file.name != "manifest.json"]
+    files = [file for file in out.iterdir() if file.name not in ("manifest.json", "README.md")]
     assert value["path"] == str(out)
     assert value["bytes"] == sum(file.stat().st_size for file in files)
     assert value["quantization"] == {"group_size": 32, "bits": 8, "mode": "affine"}

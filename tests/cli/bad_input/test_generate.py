@@ -402,8 +402,16 @@ def dense_model_of_the_hub(at: Place) -> Bad:
 @case
 def checkpoint_that_is_larger_than_the_disk(at: Place) -> Bad:
     name = at.upload(at.sound)
-    at.hub.sizes[name, NEURONS] = 10**18
+    at.hub.sizes[name, "manifest.json"] = 10**18
     return Bad(at.generate(name), (name, "1000000.0 TB to download", "free some space"), env=at.online)
+
+
+@case
+def checkpoint_of_the_hub_that_is_larger_than_memory(at: Place) -> Bad:
+    name = at.upload(at.sound)
+    at.hub.sizes[name, NEURONS] = 10**18
+    words = (name, "would stay in memory", "nothing was downloaded", "--residency ssd")
+    return Bad(at.generate(name), words, env=at.online)
 
 
 @case
