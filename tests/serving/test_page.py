@@ -59,7 +59,9 @@ def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as tools:
-        launched = tools.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        # A BLAS that is preloaded for MLX starts threads in all of Chromium's processes, whose sandbox forbids it.
+        environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+        launched = tools.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], env=environment)
         yield launched
         launched.close()
 
