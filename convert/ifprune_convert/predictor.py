@@ -127,8 +127,8 @@ def open_predictor(folder: Path, widths: Sequence[int], bits: int | None = None)
 
     Args:
         widths: `d_ffn` of every FFN of the model that it is to select for.
-        bits: pack the head's second layer with 8 or 4; None leaves it as it is. With 8 bits hardly a neuron
-            in a thousand is another one.
+        bits: pack the head's second layer with 8 or 4; None leaves it as it is. Fewer bits change which
+            neurons are selected at the border of the best *k*.
 
     Raises:
         PredictorError: naming the file, if something is missing, damaged, or belongs to another model.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -176,7 +177,7 @@ class _Said:
         return "tool_calls" if self.calls and self.stats.finish_reason == "stop" else self.stats.finish_reason
 
 
-class _OpenAIWriter:
+class _OpenAIWriter(ABC):
     """What both completion APIs word alike."""
 
     kind = ""
@@ -213,8 +214,9 @@ class _OpenAIWriter:
             choices.append(choice)
         return {**self._head, "choices": choices, "usage": self._usage(), **self._figures(self._said[0].stats)}
 
+    @abstractmethod
     def _choice(self, index: int, said: _Said) -> dict[str, Any]:
-        raise NotImplementedError
+        """One answer of the completion object."""
 
     def _chunk(self, choice: dict[str, Any], stats: JobStats | None = None) -> bytes:
         usage = {"usage": None} if self._asked.include_usage else {}
