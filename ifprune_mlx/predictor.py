@@ -154,9 +154,13 @@ class Head:
     def __call__(self, hidden: mx.array) -> mx.array:
         """Hidden states of all tokens `[tokens, d]` -> scores of all neurons, float32 `[neurons]`."""
         hidden = hidden.astype(mx.float32)
-        last, mean = hidden[-1], hidden.mean(axis=0)
-        pooled = {"last": last, "mean": mean, "both": mx.concatenate([last, mean])}[self.pooling]
-        inner = self.first.astype(mx.float32) @ pooled
+        return self.scores(mx.concatenate([hidden[-1], hidden.mean(axis=0)])[None])[0]
+
+    def scores(self, features: mx.array) -> mx.array:
+        """The last token's hidden state and their mean `[n, 2 d]` -> scores of all neurons, float32 `[n, neurons]`."""
+        width = features.shape[1] // 2
+        pooled = {"last": features[:, :width], "mean": features[:, width:], "both": features}[self.pooling]
+        inner = pooled @ self.first.astype(mx.float32).T
         if self.first_bias is not None:
             inner = inner + self.first_bias
         inner = _ACTIVATIONS[self.activation](inner)
@@ -167,10 +171,10 @@ class Head:
         if self.quantization is not None:
             assert self.second_scales is not None
             packing = self.quantization.to_dict()
-            return mx.quantized_matmul(inner[None], self.second, self.second_scales, self.second_offsets, **packing)[0]
+            return mx.quantized_matmul(inner, self.second, self.second_scales, self.second_offsets, **packing)
         # In pieces: of a 9B model, the whole of `second` in float32 is 0.7 GB.
         rows = (self.second[start : start + _ROWS] for start in range(0, self.second.shape[0], _ROWS))
-        return mx.concatenate([piece.astype(mx.float32) @ inner for piece in rows])
+        return mx.concatenate([inner @ piece.astype(mx.float32).T for piece in rows], axis=1)
 
     def save(self, path: Path) -> None:
         """Write `head.safetensors`, its settings as metadata."""
@@ -430,6 +434,25 @@ def hidden_states(backbone: nn.Module, tokens: mx.array, layers: int | None = No
         inner.layers = inner.layers[:layers]
     hidden: mx.array = inner(tokens)
     return hidden
+
+
+def features(backbone: nn.Module, texts: Sequence[Sequence[int]], layers: int | None = None) -> mx.array:
+    """What a head reads of several texts: the last token's hidden state and then the mean over tokens.
+
+    Args:
+        texts: token ids of each; padded on the right, which a causal model's tokens before never see.
+        layers: as `hidden_states` takes it.
+
+    Returns:
+        float32 `[n, 2 d]`.
+    """
+    lengths = [len(text) for text in texts]
+    tokens = mx.array([[*text, *[0] * (max(lengths) - len(text))] for text in texts])
+    hidden = hidden_states(backbone, tokens, layers).astype(mx.float32)
+    ends = mx.array(lengths)[:, None]
+    within = (mx.arange(tokens.shape[1]) < ends)[:, :, None]
+    last = mx.take_along_axis(hidden, (ends - 1)[:, :, None], axis=1)[:, 0]
+    return mx.concatenate([last, mx.where(within, hidden, 0).sum(axis=1) / ends], axis=1)
 
 
 def inner_model(module: nn.Module) -> Any:

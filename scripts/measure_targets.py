@@ -41,8 +41,11 @@ def scores(model: Model, example: Encoded, density: float) -> dict[str, list[Sco
     seen = activation(model, example)
     kept = [prior >= np.quantile(prior, 1 - density) for prior in model.prior]
     points = {
-        name: attribution(model, example, [mx.array(np.where(k, 1.0, outside).astype(np.float32)) for k in kept])
-        for name, outside in (("dense", 1.0), ("static", 0.0), ("half", 0.5))
+        name: [values[0] for values in attribution(model, [example], points)]
+        for name, points in (
+            (name, [mx.array(np.where(k, 1.0, outside).astype(np.float32)) for k in kept])
+            for name, outside in (("dense", 1.0), ("static", 0.0), ("half", 0.5))
+        )
     }
     logs = {name: [np.log(values + 0.05) for values in found] for name, found in points.items()}
     return {

@@ -30,6 +30,7 @@ ORDER = (
     "buffers",
     "store",
     "slots",
+    "packed",
     "ffn",
     "importance",
     "hub",

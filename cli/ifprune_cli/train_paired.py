@@ -31,6 +31,7 @@ class Paired:
     densities: str
     iterations: int
     batch_size: int
+    micro_batch_size: int
     fine_tune_type: str
     learning_rate: float
     head_learning_rate: float
@@ -85,6 +86,7 @@ def run_paired(
         options.output,
         start=options.start,
         grad_checkpoint=options.grad_checkpoint,
+        micro_batch_size=options.micro_batch_size,
     )
     if run.leader and predictor is not None and predictor.head.layers is None and "learned" in options.arms:
         copy_backbone(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -14,15 +15,23 @@ from ifprune_mlx.evaluate import Example
 from ifprune_mlx.predictor import inner_model
 
 
-def answer_rows(example: Example) -> tuple[mx.array, mx.array, mx.array]:
-    """What a forward pass over a chat needs.
+def answer_rows(examples: Sequence[Example]) -> tuple[mx.array, mx.array, mx.array]:
+    """What a forward pass over chats needs, which are padded on the right: a causal model's tokens before never see it.
 
     Returns:
-        tokens int32 `[1, n - 1]`, the positions whose next token is to be predicted int32 `[a]`, those tokens `[a]`.
+        tokens int32 `[chats, n]`, the positions whose next token is to be predicted int32 `[a]`, those of the second
+        chat from n on and so forth, and those tokens `[a]`.
     """
-    places: npt.NDArray[np.intp] = np.flatnonzero(example.mask[1:])
-    tokens = example.tokens
-    return mx.array(tokens[None, :-1]), mx.array(places.astype(np.int32)), mx.array(tokens[1:][places])
+    length = max(len(example.tokens) for example in examples) - 1
+    tokens = np.zeros((len(examples), length), np.int32)
+    places: list[npt.NDArray[np.intp]] = []
+    wanted = []
+    for row, example in enumerate(examples):
+        tokens[row, : len(example.tokens) - 1] = example.tokens[:-1]
+        found = np.flatnonzero(example.mask[1:])
+        places.append(found + row * length)
+        wanted.append(example.tokens[1:][found])
+    return mx.array(tokens), mx.array(np.concatenate(places).astype(np.int32)), mx.array(np.concatenate(wanted))
 
 
 def answer_logits(module: nn.Module, tokens: mx.array, rows: mx.array) -> mx.array:
@@ -30,8 +39,8 @@ def answer_logits(module: nn.Module, tokens: mx.array, rows: mx.array) -> mx.arr
 
     Args:
         module: an mlx-lm model.
-        tokens: int32 `[1, n]`.
-        rows: int32 `[a]`, positions.
+        tokens: int32 `[chats, n]`.
+        rows: int32 `[a]`, positions, those of the second chat from n on and so forth.
 
     Raises:
         PredictorError: if the family does not expose its hidden states.
@@ -62,6 +71,6 @@ def _picking(family: Any) -> type[Any]:
 
         def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
             hidden: mx.array = super().__call__(*args, **kwargs)
-            return mx.take(hidden, self.__dict__["_rows"], axis=1)
+            return mx.take(hidden.reshape(1, -1, hidden.shape[-1]), self.__dict__["_rows"], axis=1)
 
     return Picking

@@ -21,8 +21,8 @@ from mlx import optimizers
 from mlx.utils import tree_flatten
 
 from ifprune_mlx.errors import DataError, IfpruneError
-from ifprune_mlx.predictor import Head, SparsityPredictor, hidden_states
-from ifprune_mlx.topk import soft_top_k
+from ifprune_mlx.predictor import Head, SparsityPredictor, features
+from ifprune_mlx.topk import hard_top_k, soft_top_k
 from ifprune_mlx.train.answers import answer_logits, answer_rows, log_softmax
 from ifprune_mlx.train.encoding import Encoded
 from ifprune_mlx.train.recompute import recomputed
@@ -31,6 +31,8 @@ from ifprune_mlx.train.tuned import Parameters, Tuned
 ARMS = ("learned", "static", "none")
 _HEAD = "head."
 _HEAD_ARRAYS = ("first", "first_bias", "second", "second_bias")
+_Choice = tuple["list[mx.array] | None", "list[mx.array] | None"]
+"""What `Tuned.choose` takes: ids and masks."""
 
 
 @dataclass(frozen=True)
@@ -150,11 +152,11 @@ def head_with(head: Head, parameters: Parameters) -> Head:
 
 @dataclass(frozen=True)
 class Taught:
-    """What the dense base model says to one sequence.
+    """What the dense base model says to sequences.
 
     Attributes:
-        probabilities: float32 `[a, vocabulary]`.
-        entropy: their entropy, summed over the a tokens, nats.
+        probabilities: float32 `[a, vocabulary]`, of the tokens to be predicted of one sequence after the other.
+        entropy: theirs, float32 `[a]`, nats.
     """
 
     probabilities: mx.array
@@ -171,6 +173,10 @@ class Measured:
 
 class Stepper:
     """Computes losses and gradients of sequences under the arms.
+
+    A sequence by itself runs on the rows of its own neurons, at the cost of a small model. Several together share the
+    rows, so that all neurons are computed and those not chosen are masked: more work in fewer, larger steps, which is
+    faster on a GPU. The results are the same.
 
     Args:
         adapted: the model.
@@ -191,59 +197,56 @@ class Stepper:
         self._adapted = adapted
         self._predictor = predictor
         self._ranked = [mx.array(np.argsort(-scores, kind="stable").astype(np.int32)) for scores in prior]
+        self._prior = [mx.array(scores.astype(np.float32)) for scores in prior]
         self._objective = objective
         self._grad_checkpoint = grad_checkpoint
 
-    def teach(self, example: Encoded) -> Taught | None:
-        """The dense base model's answer; None without a teacher."""
+    def teach(self, examples: Sequence[Encoded]) -> Taught | None:
+        """The dense base model's answers; None without a teacher."""
         if not self._objective.teacher:
             return None
         self._adapted.use(None)
         self._adapted.choose(None)
-        tokens, rows, _ = answer_rows(example)
+        tokens, rows, _ = answer_rows(examples)
         said = log_softmax(answer_logits(self._adapted.model.module, tokens, rows))
         # Kept, since every arm needs it and `exp` over a vocabulary is slow on a CPU.
         probabilities = mx.exp(said)
-        taught = Taught(probabilities, -(probabilities * said).sum())
+        taught = Taught(probabilities, -(probabilities * said).sum(axis=-1))
         mx.eval(taught.probabilities, taught.entropy)
         return taught
 
     def run(
         self,
         arm: Arm,
-        example: Encoded,
-        keep: Sequence[int],
+        examples: Sequence[Encoded],
+        keep: Sequence[Sequence[int]],
         taught: Taught | None,
         targets: int,
         *,
         learn_head: bool,
-    ) -> Measured:
-        """Add one sequence's gradients to an arm's.
+    ) -> list[Measured]:
+        """Add the gradients of sequences, computed together, to an arm's.
 
         Args:
-            keep: per FFN, *k*.
+            keep: per sequence and FFN, *k*.
             taught: what `teach` gave.
             targets: tokens to be predicted in the whole step; the gradients are divided by it.
             learn_head: whether the head's gradients are wanted too.
+
+        Returns:
+            Per sequence, its losses before the step.
         """
         joint = learn_head and arm.name == "learned"
         fixed = {} if joint else {name: value for name, value in arm.parameters.items() if name.startswith(_HEAD)}
         moving = {name: value for name, value in arm.parameters.items() if name not in fixed}
-        hidden = self._hidden(arm, example)
-        chosen = None if hidden is None or joint else self._chosen(arm.parameters, hidden, keep)
+        read = self._read(arm, examples)
+        choose = self._alone if len(examples) == 1 else self._together
+        chosen = None if joint else choose(arm.name, arm.parameters, read, keep, joint=False)
 
         def loss(parameters: Parameters) -> tuple[mx.array, mx.array, mx.array]:
             self._adapted.use({name: value for name, value in parameters.items() if not name.startswith(_HEAD)})
-            if arm.name == "static":
-                self._adapted.choose([ids[:k] for ids, k in zip(self._ranked, keep, strict=True)])
-            elif arm.name == "none":
-                self._adapted.choose(None)
-            elif chosen is not None:
-                self._adapted.choose(chosen)
-            else:
-                assert hidden is not None
-                self._adapted.choose(*self._straight_through(parameters, hidden, keep))
-            return self._loss(example, taught)
+            self._adapted.choose(*(choose(arm.name, parameters, read, keep, joint=True) if chosen is None else chosen))
+            return self._loss(examples, taught)
 
         with recomputed(self._adapted.model.layers) if self._grad_checkpoint else nullcontext():
             (_, ce, kl), gradients = mx.value_and_grad(loss)(moving)
@@ -251,10 +254,12 @@ class Stepper:
         gradients = {name: value.astype(mx.float32) / targets for name, value in gradients.items()}
         mx.eval(ce, kl, gradients)
         arm.accumulate(gradients)
-        return Measured(float(ce), float(kl))
+        ends = np.cumsum([int(example.mask[1:].sum()) for example in examples])[:-1]
+        sums = [[float(part.sum(dtype=np.float64)) for part in np.split(np.array(each), ends)] for each in (ce, kl)]
+        return [Measured(*pair) for pair in zip(*sums, strict=True)]
 
-    def _hidden(self, arm: Arm, example: Encoded) -> mx.array | None:
-        """What the head reads, `[tokens, d]`: the instruction by the backbone as it is now, with no gradient."""
+    def _read(self, arm: Arm, examples: Sequence[Encoded]) -> mx.array | None:
+        """What the head reads, `[n, 2 d]`: the instructions by the backbone as it is now, with no gradient."""
         if arm.name != "learned":
             return None
         predictor = self._predictor
@@ -262,47 +267,83 @@ class Stepper:
         if predictor.head.layers is not None:
             self._adapted.use(arm.adapter)
             self._adapted.choose(None)
-        tokens = mx.array([predictor.tokens(example.instruction)])
-        hidden = mx.stop_gradient(hidden_states(predictor.backbone, tokens, predictor.head.layers)[0])
-        mx.eval(hidden)
-        return hidden
+        texts = [predictor.tokens(example.instruction) for example in examples]
+        read = mx.stop_gradient(features(predictor.backbone, texts, predictor.head.layers))
+        mx.eval(read)
+        return read
 
-    def _scores(self, parameters: Parameters, hidden: mx.array) -> list[mx.array]:
+    def _scores(self, parameters: Parameters, read: mx.array | None) -> list[mx.array]:
+        """Per FFN, float32 `[n, d_ffn]`."""
         assert self._predictor is not None
+        assert read is not None
         head = head_with(self._predictor.head, parameters)
-        bounds = np.cumsum(head.widths)[:-1].tolist()
-        return list(mx.split(head(hidden), bounds))
+        return list(mx.split(head.scores(read), np.cumsum(head.widths)[:-1].tolist(), axis=1))
 
-    def _chosen(self, parameters: Parameters, hidden: mx.array, keep: Sequence[int]) -> list[mx.array]:
-        scores = self._scores(parameters, hidden)
-        ids = [mx.argsort(-values)[:k].astype(mx.int32) for values, k in zip(scores, keep, strict=True)]
-        mx.eval(ids)
-        return ids
-
-    def _straight_through(
-        self, parameters: Parameters, hidden: mx.array, keep: Sequence[int]
-    ) -> tuple[list[mx.array], list[mx.array]]:
-        """Ids of the k best neurons and of those just behind, and a mask that is 1 and 0 for them, with the gradient
-        of soft top-k. Neurons further behind get none: their lambda, and so its gradient, is next to nothing."""
+    def _alone(
+        self, arm: str, parameters: Parameters, read: mx.array | None, keep: Sequence[Sequence[int]], *, joint: bool
+    ) -> _Choice:
+        """The neurons of one sequence. Where the head learns, ids of the k best and of those just behind, and a mask
+        that is 1 and 0 for them, with the gradient of soft top-k. Neurons further behind get none: their lambda, and so
+        its gradient, is next to nothing."""
+        (counts,) = keep
+        if arm == "none":
+            return None, None
+        if arm == "static":
+            return [ids[:k] for ids, k in zip(self._ranked, counts, strict=True)], None
         chosen, masks = [], []
-        for scores, k in zip(self._scores(parameters, hidden), keep, strict=True):
-            count = min(len(scores), k + max(int(self._objective.margin * k), 1))
-            ids = mx.argsort(-mx.stop_gradient(scores))[:count].astype(mx.int32)
-            soft = mx.take(soft_top_k(scores, k, self._objective.epsilon), ids)
+        for (scores,), k in zip(self._scores(parameters, read), counts, strict=True):
+            ids = mx.argsort(-mx.stop_gradient(scores)).astype(mx.int32)[: self._near(k, len(scores)) if joint else k]
             chosen.append(ids)
-            # In this order the soft part cancels to exactly 0.
-            masks.append((mx.arange(count) < k).astype(mx.float32) + (soft - mx.stop_gradient(soft)))
-        return chosen, masks
+            if joint:
+                masks.append(_straight_through(mx.arange(len(ids)) < k, self._soft(scores, k)[ids]))
+        if not joint:
+            mx.eval(chosen)
+        return chosen, masks or None
 
-    def _loss(self, example: Encoded, taught: Taught | None) -> tuple[mx.array, mx.array, mx.array]:
-        tokens, rows, wanted = answer_rows(example)
+    def _together(
+        self, arm: str, parameters: Parameters, read: mx.array | None, keep: Sequence[Sequence[int]], *, joint: bool
+    ) -> _Choice:
+        """All neurons, and for each sequence a mask of its own, `[n, 1, d_ffn]`; of the same values as `_alone`."""
+        if arm == "none":
+            return None, None
+        self._adapted.choose(None)
+        masks = []
+        of_arm = self._prior if arm == "static" else self._scores(parameters, read)
+        for found, chosen, counts in zip(of_arm, self._adapted.chosen, zip(*keep, strict=True), strict=True):
+            k, width = mx.array(counts), found.shape[-1]
+            scores = mx.broadcast_to(found, (len(counts), width))
+            mask = hard_top_k(mx.stop_gradient(scores), k)
+            if joint:
+                near = hard_top_k(mx.stop_gradient(scores), mx.array([self._near(count, width) for count in counts]))
+                mask = _straight_through(mask, near * self._soft(scores, k))
+            order = chosen.neurons()
+            masks.append((mask if order is None else mx.take(mask, order, axis=1))[:, None])
+        if not joint:
+            mx.eval(masks)
+        return None, masks
+
+    def _near(self, k: int, width: int) -> int:
+        return min(width, k + max(int(self._objective.margin * k), 1))
+
+    def _soft(self, scores: mx.array, k: int | mx.array) -> mx.array:
+        return soft_top_k(scores, k, self._objective.epsilon)
+
+    def _loss(self, examples: Sequence[Encoded], taught: Taught | None) -> tuple[mx.array, mx.array, mx.array]:
+        """What is minimised, and cross-entropy and divergence of every token to be predicted, `[a]`."""
+        tokens, rows, wanted = answer_rows(examples)
         said = log_softmax(answer_logits(self._adapted.model.module, tokens, rows))
-        ce = -mx.take_along_axis(said, wanted[:, None], axis=-1).sum()
+        ce = -mx.take_along_axis(said, wanted[:, None], axis=-1)[:, 0]
         if taught is None:
-            return ce, ce, mx.array(0.0)
-        kl = -(taught.probabilities * said).sum() - taught.entropy
+            return ce.sum(), ce, mx.zeros_like(ce)
+        kl = -(taught.probabilities * said).sum(axis=-1) - taught.entropy
         share = self._objective.teacher
-        return (1 - share) * ce + share * kl, ce, kl
+        return (1 - share) * ce.sum() + share * kl.sum(), ce, kl
+
+
+def _straight_through(hard: mx.array, soft: mx.array) -> mx.array:
+    """Of the value of `hard` and the gradient of `soft`."""
+    # In this order the soft part cancels to exactly 0.
+    return hard.astype(mx.float32) + (soft - mx.stop_gradient(soft))
 
 
 def _clipped(gradients: Parameters, largest: float) -> tuple[Parameters, mx.array]:

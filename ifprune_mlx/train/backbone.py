@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ifprune_mlx.errors import DataError, PredictorError
 from ifprune_mlx.files import sha256_file, write_atomic
 from ifprune_mlx.model import Model
-from ifprune_mlx.predictor import hidden_states, instruction_tokens, load_backbone
+from ifprune_mlx.predictor import features, instruction_tokens, load_backbone
 
 _KEPT = {".json", ".jinja", ".model", ".txt"}
 
@@ -55,15 +56,14 @@ class Backbone:
             raise PredictorError(f"{folder}: has no config.json; give an mlx-lm model folder with its tokenizer")
         return cls(*load_backbone(folder), folder=folder)
 
-    def features(self, instruction: str) -> mx.array:
-        """What the head can see of an instruction, float32 `[2 d]`: the last token's hidden state, then their mean.
+    def features(self, instructions: Sequence[str]) -> mx.array:
+        """What the head can see of instructions, float32 `[n, 2 d]`: the last token's hidden state, then their mean.
 
         Raises:
-            PredictorError: if the instruction has no tokens, or the family does not expose its hidden states.
+            PredictorError: if one has no tokens, or the family does not expose its hidden states.
         """
-        tokens = mx.array([instruction_tokens(self.tokenizer, instruction, self.context_length)])
-        hidden = hidden_states(self.module, tokens, self.layers)[0].astype(mx.float32)
-        return mx.concatenate([hidden[-1], hidden.mean(axis=0)])
+        texts = [instruction_tokens(self.tokenizer, text, self.context_length) for text in instructions]
+        return features(self.module, texts, self.layers)
 
     def identity(self) -> str | None:
         """Hash (16 hexadecimal digits) of the files of a backbone of its own."""

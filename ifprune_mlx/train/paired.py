@@ -92,6 +92,9 @@ class Run:
         start: folder of an earlier run whose adapters the arms begin with.
         grad_checkpoint: less memory for more time; see `ifprune_mlx.train.recompute`. A resumed run may change it.
 
+        micro_batch_size: sequences computed together; see `ifprune_mlx.train.arms.Stepper`. A resumed run may change
+            it.
+
     A folder without a state keeps no metrics of steps: those of a run that was killed before its first one.
 
     Attributes:
@@ -115,7 +118,9 @@ class Run:
         *,
         start: Path | None = None,
         grad_checkpoint: bool = False,
+        micro_batch_size: int = 1,
     ) -> None:
+        self._micro_batch_size = micro_batch_size
         self.settings, self.objective, self.folder = settings, objective, folder
         self.adapted, self.predictor, self.prior = adapted, predictor, prior
         self.step = self.tokens = 0
@@ -164,14 +169,17 @@ class Run:
             self.settings.head_learning_rate > 0 and self.step >= self.settings.head_start * self.settings.iterations
         )
         sums = np.zeros((len(self.arms), len(self._domains), 3))
-        for index, example in enumerate(batch.examples):
-            row = self._group.rank() + self._group.size() * index
-            keep = self._keep_of(self._density(row))
-            taught = self._stepper.teach(example)
+        for first in range(0, len(batch.examples), self._micro_batch_size):
+            examples = batch.examples[first : first + self._micro_batch_size]
+            rows = [self._group.rank() + self._group.size() * (first + index) for index in range(len(examples))]
+            keep = [self._keep_of(self._density(row)) for row in rows]
+            taught = self._stepper.teach(examples)
             for number, arm in enumerate(self.arms):
-                measured = self._stepper.run(arm, example, keep, taught, batch.targets, learn_head=learn_head)
-                sums[number, self._domains.index(example.domain)] += self._sums(measured, example)
-            mx.clear_cache()
+                found = self._stepper.run(arm, examples, keep, taught, batch.targets, learn_head=learn_head)
+                for measured, example in zip(found, examples, strict=True):
+                    sums[number, self._domains.index(example.domain)] += self._sums(measured, example)
+            if len(examples) == 1:  # buffers of a length that the next one does not have
+                mx.clear_cache()
         norms = {}
         for arm in self.arms:
             if self._group.size() > 1:

@@ -67,6 +67,7 @@ def measure(
     *,
     count: int | None = None,
     backbone: Backbone | None = None,
+    at_once: int = 1,
 ) -> Targets:
     """Run chats forwards and backwards, or go on where an earlier run for the same ones stopped.
 
@@ -77,6 +78,7 @@ def measure(
         progress: called with (chats measured, chats to measure).
         count: stop after so many, or after more that were measured already; the same chats without it go on from there.
         backbone: what reads the instructions instead of the first layers.
+        at_once: chats computed together; changes nothing but the last digits.
 
     Raises:
         DataError: if the folder holds targets of other chats, of another model or backbone, or cannot be written.
@@ -100,7 +102,7 @@ def measure(
     for start in range(0, end, PART):
         file = folder / f"part-{start // PART:05d}.safetensors"
         if not file.is_file():
-            _measure_part(model, examples[start : start + PART], file, backbone, masks)
+            _measure_part(model, examples[start : start + PART], file, backbone, masks, at_once)
         if progress is not None:
             progress(min(start + PART, end), end)
     return load(folder)
@@ -151,21 +153,21 @@ def log_importance(importance: npt.NDArray[np.float16], widths: tuple[int, ...])
     return result
 
 
-def attribution(model: Model, example: Encoded, masks: Sequence[mx.array]) -> list[Floats]:
-    """How much an answer needs each neuron (see above); leaves the model dense.
+def attribution(model: Model, examples: Sequence[Encoded], masks: Sequence[mx.array]) -> list[Floats]:
+    """How much answers need each neuron (see above); leaves the model dense.
 
     Args:
+        examples: chats, computed together.
         masks: per FFN, float32 `[d_ffn]`, the point at which the gradient is taken; in the source's neuron order.
 
     Returns:
-        Per FFN, float32 `[d_ffn]`, divided by its mean, in the source's order.
+        Per FFN, float32 `[chats, d_ffn]`, each row divided by its mean, in the source's order.
     """
     model.switch(None)
-    tokens, rows, wanted = answer_rows(example)
-    length = tokens.shape[1]
+    tokens, rows, wanted = answer_rows(examples)
     orders = [leaf.slots.order for leaf in model.down_leaves]
     points = [
-        mx.broadcast_to(mask[mx.array(order)], (1, length, len(order)))
+        mx.broadcast_to(mask[mx.array(order)], (*tokens.shape, len(order)))
         for mask, order in zip(masks, orders, strict=True)
     ]
 
@@ -176,16 +178,16 @@ def attribution(model: Model, example: Encoded, masks: Sequence[mx.array]) -> li
         return -mx.take_along_axis(said, wanted[:, None], axis=-1).sum()
 
     try:
-        sums = [mx.abs(gradient[0]).sum(axis=0) for gradient in mx.grad(loss)(points)]
+        sums = [mx.abs(gradient).sum(axis=1) for gradient in mx.grad(loss)(points)]
         mx.eval(sums)
     finally:
         for leaf in model.down_leaves:
             leaf.observer = None
     result = []
     for total, order in zip(sums, orders, strict=True):
-        values = np.empty(len(order), np.float32)
-        values[order] = np.array(total, dtype=np.float32)
-        result.append(values / max(float(values.mean()), 1e-30))
+        values = np.empty(total.shape, np.float32)
+        values[:, order] = np.array(total, dtype=np.float32)
+        result.append(values / np.maximum(values.mean(axis=1, keepdims=True), 1e-30))
     return result
 
 
@@ -195,20 +197,28 @@ def halfway(model: Model) -> list[mx.array]:
 
 
 def _measure_part(
-    model: Model, chats: Sequence[Encoded], file: Path, backbone: Backbone, masks: Sequence[mx.array]
+    model: Model, chats: Sequence[Encoded], file: Path, backbone: Backbone, masks: Sequence[mx.array], at_once: int
 ) -> None:
-    features, importance = [], []
-    for chat in chats:
+    count = len(chats)
+    importance = np.empty((count, sum(len(mask) for mask in masks)), np.float16)
+    seen: Floats | None = None
+    by_length = sorted(range(count), key=lambda index: len(chats[index].tokens))
+    for start in range(0, count, at_once):
+        group = by_length[start : start + at_once]
         model.switch(None)
-        features.append(backbone.features(chat.instruction))
-        mx.eval(features[-1])
-        importance.append(np.concatenate(attribution(model, chat, masks)).astype(np.float16))
-        if not (np.isfinite(importance[-1]).all() and mx.isfinite(features[-1]).all()):
+        features = np.array(backbone.features([chats[index].instruction for index in group]))
+        seen = np.empty((count, features.shape[1]), np.float32) if seen is None else seen
+        seen[group] = features
+        importance[group] = np.concatenate(attribution(model, [chats[index] for index in group], masks), axis=1)
+    assert seen is not None
+    sound = np.isfinite(importance).all(axis=1) & np.isfinite(seen).all(axis=1)
+    for index, chat in enumerate(chats):
+        if not sound[index]:
             raise DataError(
                 f"the gradients of a chat of domain {chat.domain!r} are not finite ({chat.instruction[:60]!r}); "
                 "measure with --dtype bfloat16 or float32, or leave the chat out"
             )
-    tensors = {"features": mx.stack(features), "importance": mx.array(np.stack(importance))}
+    tensors = {"features": mx.array(seen), "importance": mx.array(importance)}
     write_atomic(file, lambda path: mx.save_safetensors(str(path), tensors), DataError)
 
 

@@ -100,7 +100,7 @@ def test_answer_rows_are_the_positions_before_the_answer() -> None:
     """Token i is predicted at position i - 1; the last token is not read."""
     mask = np.array([False] * 4 + [True] * 3 + [False] + [True] * 2)
     example = Encoded(TOKENS, mask, 8, "x", "d", "k")
-    tokens, rows, wanted = answer_rows(example)
+    tokens, rows, wanted = answer_rows([example])
     assert tokens.tolist() == [TOKENS[:-1].tolist()]
     assert rows.tolist() == [3, 4, 5, 7, 8]
     assert wanted.tolist() == TOKENS[mask].tolist()

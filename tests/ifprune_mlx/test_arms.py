@@ -157,8 +157,8 @@ def test_losses_equal_those_of_numpy(bench: Bench, name: str, kind: str) -> None
     """Cross-entropy and divergence, summed over answer tokens, of every arm on chats and on stage 1 chunks."""
     example = bench.examples[kind]
     stepper = bench.stepper(teacher=0.3)
-    taught = stepper.teach(example)
-    measured = stepper.run(bench.arm(name), example, KEEP, taught, 7, learn_head=False)
+    taught = stepper.teach([example])
+    (measured,) = stepper.run(bench.arm(name), [example], [KEEP], taught, 7, learn_head=False)
     said = full_logits(bench.masked(name, example), example)
     ce, kl = slow_losses(said, full_logits(bench.dense(adapter=False), example), example)
     assert measured.cross_entropy == pytest.approx(ce, rel=1e-5)
@@ -173,7 +173,7 @@ def test_adapter_gradients_equal_those_of_the_masked_model(bench: Bench, name: s
     stepper, arm = bench.stepper(teacher=share), bench.arm(name)
     wanted: Parameters = {}
     for example in (bench.examples["chat"], bench.examples["chunk"]):
-        stepper.run(arm, example, KEEP, stepper.teach(example), targets, learn_head=False)
+        stepper.run(arm, [example], [KEEP], stepper.teach([example]), targets, learn_head=False)
         model = bench.masked(name, example)
         taught = mx.array(full_logits(bench.dense(adapter=False), example))
 
@@ -193,7 +193,7 @@ def test_the_heads_gradient_is_straight_through(bench: Bench, epsilon: float) ->
     """With a margin over all neurons: that of full masks `hard + soft - stop_gradient(soft)` on the dense model."""
     share, example = 0.3, bench.examples["chat"]
     stepper, arm = bench.stepper(teacher=share, epsilon=epsilon, margin=EVERYTHING), bench.arm("learned")
-    stepper.run(arm, example, KEEP, stepper.teach(example), 5, learn_head=True)
+    stepper.run(arm, [example], [KEEP], stepper.teach([example]), 5, learn_head=True)
     model = bench.masked("learned", example)
     taught = mx.array(full_logits(bench.dense(adapter=False), example))
     hidden = bench.hidden(example.instruction)
@@ -216,7 +216,7 @@ def test_a_margin_leaves_out_little(bench: Bench) -> None:
     found = []
     for margin in (0.25, EVERYTHING):
         stepper, arm = bench.stepper(teacher=0.0, margin=margin), bench.arm("learned")
-        stepper.run(arm, example, KEEP, None, 1, learn_head=True)
+        stepper.run(arm, [example], [KEEP], None, 1, learn_head=True)
         found.append(np.array(arm.gradients["head.second"]).ravel())
     near, whole = found
     assert near @ whole / (np.linalg.norm(near) * np.linalg.norm(whole)) > 0.999
@@ -227,8 +227,8 @@ def test_a_learning_head_sees_the_hard_mask(bench: Bench, margin: float) -> None
     """Forwards the straight-through mask is exactly 1 and 0, so that training sees what inference will."""
     example = bench.examples["chat"]
     stepper = bench.stepper(teacher=0.3, margin=margin)
-    taught = stepper.teach(example)
-    joint = stepper.run(bench.arm("learned"), example, KEEP, taught, 1, learn_head=True)
+    taught = stepper.teach([example])
+    (joint,) = stepper.run(bench.arm("learned"), [example], [KEEP], taught, 1, learn_head=True)
     ids = [chosen.ids for chosen in bench.adapted.chosen]
     masks = [chosen.mask for chosen in bench.adapted.chosen]
     for k, values, chosen, wanted in zip(KEEP, masks, ids, bench.selection("learned", example).ids, strict=True):
@@ -236,7 +236,7 @@ def test_a_learning_head_sees_the_hard_mask(bench: Bench, margin: float) -> None
         assert chosen is not None
         np.testing.assert_array_equal(np.array(values), np.arange(len(chosen)) < k)
         np.testing.assert_array_equal(np.sort(np.array(chosen)[:k]), wanted)
-    frozen = stepper.run(bench.arm("learned"), example, KEEP, taught, 1, learn_head=False)
+    (frozen,) = stepper.run(bench.arm("learned"), [example], [KEEP], taught, 1, learn_head=False)
     assert joint.cross_entropy == pytest.approx(frozen.cross_entropy, rel=1e-6)
     assert joint.divergence == pytest.approx(frozen.divergence, rel=1e-4)
 
@@ -245,9 +245,9 @@ def test_a_head_that_holds_still_changes_no_adapter_gradient(bench: Bench) -> No
     """Whether the head learns or not, the adapter's gradients are the same; only a learning head gets its own."""
     example = bench.examples["chat"]
     stepper, joint, frozen = bench.stepper(), bench.arm("learned"), bench.arm("learned")
-    taught = stepper.teach(example)
-    stepper.run(joint, example, KEEP, taught, 3, learn_head=True)
-    stepper.run(frozen, example, KEEP, taught, 3, learn_head=False)
+    taught = stepper.teach([example])
+    stepper.run(joint, [example], [KEEP], taught, 3, learn_head=True)
+    stepper.run(frozen, [example], [KEEP], taught, 3, learn_head=False)
     assert joint.gradients.keys() - frozen.gradients.keys() == head_parameters(bench.head).keys()
     assert_close({name: joint.gradients[name] for name in frozen.gradients}, frozen.gradients)
 
@@ -256,7 +256,7 @@ def test_a_head_that_holds_still_changes_no_adapter_gradient(bench: Bench) -> No
 def test_arms_without_a_head_ignore_that_it_learns(bench: Bench, name: str) -> None:
     """`learn_head` is of the learned arm alone."""
     stepper, arm = bench.stepper(teacher=0.0), bench.arm(name)
-    stepper.run(arm, bench.examples["chat"], KEEP, None, 1, learn_head=True)
+    stepper.run(arm, [bench.examples["chat"]], [KEEP], None, 1, learn_head=True)
     assert arm.gradients.keys() == bench.trained.keys()
 
 
@@ -264,7 +264,7 @@ def test_an_untrained_dense_arm_says_what_the_teacher_says(bench: Bench) -> None
     """Divergence 0, and a gradient that is 0 where the teacher is all there is to the loss."""
     example = bench.examples["chat"]
     stepper, arm = bench.stepper(teacher=1.0), bench.arm("none", bench.adapted.initial)
-    measured = stepper.run(arm, example, KEEP, stepper.teach(example), 1, learn_head=False)
+    (measured,) = stepper.run(arm, [example], [KEEP], stepper.teach([example]), 1, learn_head=False)
     assert measured.divergence == pytest.approx(0, abs=1e-5)
     assert measured.cross_entropy > 1
     assert max(float(mx.abs(value).max()) for value in arm.gradients.values()) < 1e-4
@@ -274,20 +274,20 @@ def test_the_teacher_is_the_base_model(bench: Bench) -> None:
     """Whatever adapter and neurons were in use before."""
     example = bench.examples["chat"]
     stepper = bench.stepper()
-    stepper.run(bench.arm("static"), example, KEEP, None, 1, learn_head=False)
-    taught = stepper.teach(example)
+    stepper.run(bench.arm("static"), [example], [KEEP], None, 1, learn_head=False)
+    taught = stepper.teach([example])
     assert taught is not None
     logits = full_logits(bench.dense(adapter=False), example)[np.flatnonzero(example.mask) - 1]
     wanted = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
     np.testing.assert_allclose(np.array(taught.probabilities), wanted, rtol=1e-4)
-    assert float(taught.entropy) == pytest.approx(-(wanted * np.log(wanted)).sum(), rel=1e-5)
+    np.testing.assert_allclose(np.array(taught.entropy), -(wanted * np.log(wanted)).sum(axis=-1), rtol=1e-4)
 
 
 def test_without_a_teacher_there_is_no_divergence(bench: Bench) -> None:
     """A share of 0 runs no teacher at all."""
     stepper = bench.stepper(teacher=0.0)
-    assert stepper.teach(bench.examples["chat"]) is None
-    measured = stepper.run(bench.arm("none"), bench.examples["chat"], KEEP, None, 1, learn_head=False)
+    assert stepper.teach([bench.examples["chat"]]) is None
+    (measured,) = stepper.run(bench.arm("none"), [bench.examples["chat"]], [KEEP], None, 1, learn_head=False)
     assert measured.divergence == 0
     assert measured.cross_entropy > 1
 
@@ -310,9 +310,9 @@ def test_gradient_checkpointing_changes_no_gradient(bench: Bench, name: str, mon
     for again in (False, True):
         arm = bench.arm(name)
         stepper = Stepper(bench.adapted, bench.predictor, bench.prior, Objective(), grad_checkpoint=again)
-        taught = stepper.teach(example)
+        taught = stepper.teach([example])
         calls.clear()
-        measured = stepper.run(arm, example, KEEP, taught, 3, learn_head=True)
+        (measured,) = stepper.run(arm, [example], [KEEP], taught, 3, learn_head=True)
         found.append((measured, arm.gradients))
         counts.append(len(calls))
     (kept, gradients), (repeated, same) = found
@@ -323,6 +323,31 @@ def test_gradient_checkpointing_changes_no_gradient(bench: Bench, name: str, mon
     assert all(type(layer) is family for layer in bench.adapted.model.layers)
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("name", ARMS)
+def test_sequences_together_are_as_alone(bench: Bench, name: str, joint: bool, checkpointed: bool) -> None:
+    """Losses of each and the sum of their gradients, at densities of their own; also where a switch moved the neurons,
+    and after a sequence that ran alone."""
+    examples, keep = list(bench.examples.values()), [KEEP, (64, 32), (128, 100)]
+    stepper = Stepper(bench.adapted, bench.predictor, bench.prior, Objective(teacher=0.3), grad_checkpoint=checkpointed)
+    alone, together = bench.arm(name), bench.arm(name)
+    wanted = []
+    for example, counts in zip(examples, keep, strict=True):
+        wanted += stepper.run(alone, [example], [counts], stepper.teach([example]), 9, learn_head=joint)
+    bench.adapted.choose(None)
+    bench.adapted.model.switch(bench.selection("static", examples[0]))
+    bench.adapted.model.switch(None)
+    try:
+        found = stepper.run(together, examples, keep, stepper.teach(examples), 9, learn_head=joint)
+    finally:
+        bench.adapted.in_order()
+    for one, other in zip(found, wanted, strict=True):
+        assert one.cross_entropy == pytest.approx(other.cross_entropy, rel=1e-5)
+        assert one.divergence == pytest.approx(other.divergence, rel=1e-3)
+    assert_close(together.gradients, alone.gradients, 1e-3)
+
+
 def norm(values: Sequence[mx.array]) -> float:
     return float(np.sqrt(sum(float((value**2).sum()) for value in values)))
 
@@ -331,7 +356,7 @@ def norm(values: Sequence[mx.array]) -> float:
 def test_a_step_is_clipped_apart_for_adapter_and_head(bench: Bench, clip: float) -> None:
     """With plain SGD a step is minus the gradient, at most `clip` long for each of the two; then gradients are gone."""
     stepper, arm = bench.stepper(teacher=0.0), bench.arm("learned")
-    stepper.run(arm, bench.examples["chat"], KEEP, None, 1, learn_head=True)
+    stepper.run(arm, [bench.examples["chat"]], [KEEP], None, 1, learn_head=True)
     gradients, before = dict(arm.gradients), dict(arm.parameters)
     told = arm.step(clip)
     assert arm.gradients == {}
@@ -354,7 +379,7 @@ def test_a_step_is_clipped_apart_for_adapter_and_head(bench: Bench, clip: float)
 def test_a_gradient_that_is_no_number_changes_nothing(bench: Bench, place: str, wrong: float) -> None:
     """The step is refused whole, the adapter's part too where only the head's is damaged."""
     stepper, arm = bench.stepper(teacher=0.0), bench.arm("learned")
-    stepper.run(arm, bench.examples["chat"], KEEP, None, 1, learn_head=True)
+    stepper.run(arm, [bench.examples["chat"]], [KEEP], None, 1, learn_head=True)
     arm.gradients[place] = arm.gradients[place] * wrong
     before = dict(arm.parameters)
     with pytest.raises(IfpruneError, match="of arm learned is not a number"):

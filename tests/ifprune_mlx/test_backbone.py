@@ -33,11 +33,11 @@ def test_a_backbone_of_its_own_reads_as_the_predictor_will(tmp_path: Path) -> No
         tokens = predictor.tokens(text)
         assert len(tokens) == min(256, len(text) + len("<user\n>\n<assistant\n"))  # a byte is a token, as is <
         np.testing.assert_allclose(
-            np.array(backbone.features(text)), pooled(model.model(mx.array([tokens]))[0]), atol=1e-5
+            np.array(backbone.features([text]))[0], pooled(model.model(mx.array([tokens]))[0]), atol=1e-5
         )
     (tmp_path / "small" / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     with pytest.raises(PredictorError, match="the instruction is empty"):
-        Backbone.load(folder).features("")
+        Backbone.load(folder).features([""])
 
 
 def test_the_first_layers_read_as_the_predictor_will(tiny: tuple[Model, TokenizerWrapper]) -> None:
@@ -48,7 +48,7 @@ def test_the_first_layers_read_as_the_predictor_will(tiny: tuple[Model, Tokenize
     inner = model.module.model
     hidden = inner.norm(inner.layers[0](inner.embed_tokens(mx.array([predictor.tokens(TEXT)])), "causal", None))[0]
     backbone = Backbone.first_layers(model, 1)
-    np.testing.assert_allclose(np.array(backbone.features(TEXT)), pooled(hidden), atol=1e-5)
+    np.testing.assert_allclose(np.array(backbone.features([TEXT]))[0], pooled(hidden), atol=1e-5)
     assert backbone.identity() is None
 
 

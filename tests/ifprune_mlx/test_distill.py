@@ -38,10 +38,12 @@ def chats(tokenizer: TokenizerWrapper, count: int) -> list[Encoded]:
     return [chat for chat in encoded if chat is not None]
 
 
-def test_targets_are_what_a_slow_reference_gives(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_targets_are_what_a_slow_reference_gives(tiny: Tiny, tmp_path: Path, at_once: int) -> None:
+    """One by one, and two chats of different lengths together, each in its own place."""
     model, tokenizer = tiny
     examples = chats(tokenizer, 3)
-    found = measure(model, examples, tmp_path / "targets", layers=1)
+    found = measure(model, examples, tmp_path / "targets", layers=1, at_once=at_once)
     assert found.domains == ["a", "b", "a"]
     assert (found.layers, found.widths) == (1, (128, 128))
     for row, chat in enumerate(examples):
@@ -112,7 +114,7 @@ def test_targets_read_by_a_backbone_of_its_own(tiny: Tiny, tmp_path: Path) -> No
     found = measure(model, examples, tmp_path / "targets", layers=1, backbone=one)
     assert (found.layers, found.features.shape) == (None, (3, 64))
     for row, chat in enumerate(examples):
-        np.testing.assert_array_equal(found.features[row], np.array(one.features(chat.instruction)))
+        np.testing.assert_array_equal(found.features[row], np.array(one.features([chat.instruction]))[0])
     np.testing.assert_array_equal(found.importance, plain.importance)
     again = measure(model, examples, tmp_path / "targets", layers=2, backbone=one)
     np.testing.assert_array_equal(again.features, found.features)

@@ -95,6 +95,7 @@ def start(checkpoint: Path, head: Path) -> Start:
         prior: float = 0.0,
         begin_with: Path | None = None,
         full: bool = False,
+        together: int = 1,
     ) -> Run:
         model, tokenizer = load(checkpoint)
         chosen = predictor_of(predictor, model, tokenizer)
@@ -108,6 +109,7 @@ def start(checkpoint: Path, head: Path) -> Start:
             objective or Objective(),
             folder,
             start=begin_with,
+            micro_batch_size=together,
         )
 
     return begin
@@ -132,6 +134,28 @@ def assert_same_weights(one: Run, other: Run) -> None:
         assert a.parameters.keys() == b.parameters.keys()
         for name in a.parameters:
             assert mx.array_equal(a.parameters[name], b.parameters[name]), name
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_sequences_computed_together_train_as_one_by_one(start: Start, tmp_path: Path, full: bool) -> None:
+    """Three of a batch of four, each at a density of its own, and a run that changes to it goes on; up to the order of
+    sums."""
+    settings = replace(SETTINGS, batch_size=4, iterations=4, learning_rate=1e-3, head_learning_rate=1e-3)
+    alone = go(start(tmp_path / "alone", settings, full=full), 4)
+    go(start(tmp_path / "together", settings, full=full), 1)
+    together = go(start(tmp_path / "together", settings, full=full, together=3), 3)
+    for one, other in zip(metrics(tmp_path / "alone"), metrics(tmp_path / "together"), strict=True):
+        for arm, domains in one["arms"].items():
+            for domain, losses in domains.items():
+                assert other["arms"][arm][domain] == pytest.approx(losses, rel=2e-3, abs=1e-5)
+    for a, b in zip(alone.arms, together.arms, strict=True):
+        for name, array in a.parameters.items():
+            np.testing.assert_allclose(np.array(b.parameters[name]), np.array(array), atol=2e-3, err_msg=name)
+
+
+def test_a_step_says_how_long_it_took(start: Start, tmp_path: Path) -> None:
+    """Seconds of this step, not of the clock."""
+    assert 0 < start(tmp_path / "run").advance()["seconds"] < 600
 
 
 def test_a_resumed_run_repeats_the_undisturbed_one(start: Start, tmp_path: Path) -> None:
