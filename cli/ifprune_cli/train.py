@@ -65,7 +65,6 @@ class FineTuneType(str, Enum):
 _JOINT = "pretrain and sft"
 # More chats a domain than this tell a predictor little (docs/log.md).
 _MEASURED = 2000
-_MICRO_BATCH_ON_GPU = 8
 _LEARNING_RATES = {FineTuneType.lora: 5e-4, FineTuneType.full: 1e-4}
 
 
@@ -165,14 +164,14 @@ def train(
     iters: Annotated[int, typer.Option("--iters", min=1, help=f"Steps ({_JOINT}).")] = 1000,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Sequences a step, over all processes.")] = 8,
     micro_batch_size: Annotated[
-        Optional[int],
+        int,
         typer.Option(
             "--micro-batch-size",
             min=1,
-            help="Chats computed together: one by one, on its own neurons alone, or several, on all neurons with "
-            "masks. Changes speed and memory only.  [default: 1 on a CPU, 8 on a GPU]",
+            help="Chats computed together: one, on its own neurons alone, or several, on all neurons with masks, which "
+            "suits small models on a GPU. Changes speed and memory only.",
         ),
-    ] = None,
+    ] = 1,
     fine_tune_type: Annotated[
         FineTuneType,
         typer.Option("--fine-tune-type", help=f"Train adapters, or whole weights of a float model ({_JOINT})."),
@@ -248,7 +247,6 @@ def train(
     if not files:
         raise DataError("training needs data; give --data NAME=FILE.jsonl, once for every domain")
     loaded, tokenizer = load_model(model, dtype, trust_remote_code=False, trained=False)
-    together = micro_batch_size or (1 if mx.default_device() == mx.Device(mx.cpu) else _MICRO_BATCH_ON_GPU)
     measuring = stage in (StageName.calibrate, StageName.distill)
     picked = _Picked(files, held_out, limit or (_MEASURED if measuring else None), seed, strict)
     began = time.perf_counter()
@@ -257,7 +255,7 @@ def train(
         _check_alone(group.size(), stage)
         reader = _backbone(loaded, layers, backbone, backbone_config)
         targets, instructions = _targets(
-            loaded, tokenizer, picked, output, layers, reader, max_seq_length, chats, together
+            loaded, tokenizer, picked, output, layers, reader, max_seq_length, chats, micro_batch_size
         )
         if stage is StageName.calibrate:
             result = _calibrate(targets, output)
@@ -284,7 +282,7 @@ def train(
             densities=densities,
             iterations=iters,
             batch_size=batch_size,
-            micro_batch_size=together,
+            micro_batch_size=micro_batch_size,
             fine_tune_type=fine_tune_type.value,
             learning_rate=_LEARNING_RATES[fine_tune_type] if learning_rate is None else learning_rate,
             head_learning_rate=head_learning_rate,

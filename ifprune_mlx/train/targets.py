@@ -211,9 +211,8 @@ def _measure_part(
         seen[group] = features
         importance[group] = np.concatenate(attribution(model, [chats[index] for index in group], masks), axis=1)
     assert seen is not None
-    sound = np.isfinite(importance).all(axis=1) & np.isfinite(seen).all(axis=1)
-    for index, chat in enumerate(chats):
-        if not sound[index]:
+    for chat, *found in zip(chats, importance, seen, strict=True):
+        if not all(np.isfinite(values).all() for values in found):
             raise DataError(
                 f"the gradients of a chat of domain {chat.domain!r} are not finite ({chat.instruction[:60]!r}); "
                 "measure with --dtype bfloat16 or float32, or leave the chat out"
