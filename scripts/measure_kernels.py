@@ -1,8 +1,10 @@
 """Measures single FFN operations in the paper's shape: ways to lay out gate and up, to apply down, and to move rows.
 
     python -m scripts.measure_kernels            on Linux with OpenBLAS preloaded, or the figures say little
+    python -m scripts.measure_kernels --one-token --rounds 25 --d-model 4096 --k 3840
 
 Ways are timed in turn; printed are medians and the median of the ratios to the first way of each group, round by round.
+For one token, every way multiplies by several matrices in turn, more than a processor's caches hold.
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ import mlx.core as mx
 import numpy as np
 
 from ifprune_mlx.buffers import exchange_rows, shared
+from ifprune_mlx.ffn import multiply_in_panels, panel_rows
 
 D_MODEL, D_FFN, K = 2048, 24576, 6656
+ONE_TOKEN_BYTES = 1 << 28
 Way = Callable[[], object]
 
 
@@ -78,15 +82,47 @@ def down(rows: int, bits: int | None) -> dict[str, Way]:
     mx.eval(packed, plain)
 
     def ours() -> None:
-        mx.eval(mx.quantized_matmul(x, *(array[:K] for array in packed), transpose=False, bits=bits))
+        rows, scales, offsets = (array[:K] for array in packed)
+        mx.eval(mx.quantized_matmul(x, rows, scales, offsets, transpose=False, bits=bits))
 
     def unpacked() -> None:
-        mx.eval(x @ mx.dequantize(*(array[:K] for array in packed), bits=bits))
+        rows, scales, offsets = (array[:K] for array in packed)
+        mx.eval(x @ mx.dequantize(rows, scales, offsets, bits=bits))
 
     return {
         "plain model": lambda: mx.eval(mx.quantized_matmul(x, *plain, bits=bits)),
         "neuron-major prefix": ours,
         "neuron-major prefix, unpacked first": unpacked,
+    }
+
+
+def one_token(d_model: int, k: int, inwards: bool) -> dict[str, Way]:
+    """One row by a plain model's matrix (twice: how far do equal ways differ), by the prefix, and by it in panels."""
+    copies = max(2, ONE_TOKEN_BYTES // (4 * d_model * k))
+    weights = [0.02 * mx.random.normal((k + 64, d_model)) for _ in range(copies)]
+    plain = [mx.contiguous(array[:k] + 0 if inwards else array[:k].T) for array in weights]
+    x = mx.random.normal((1, 1, d_model if inwards else k))
+    mx.eval(weights, plain, x)
+
+    def each(way: Callable[[mx.array], mx.array], arrays: list[mx.array]) -> Way:
+        def run() -> None:
+            for array in arrays:
+                mx.eval(way(array))
+
+        return run
+
+    def prefix(array: mx.array) -> mx.array:
+        return x @ (array[:k].T if inwards else array[:k])
+
+    rows = panel_rows(k, d_model)
+    exact = np.asarray(x[0]).astype(np.float64) @ np.asarray(plain[0]).astype(np.float64).T
+    error = np.abs(np.asarray(multiply_in_panels(x, weights[0][:k], inwards, rows)) - exact).max()
+    assert error < 1e-5 * np.abs(exact).max(), error
+    return {
+        "plain model": each(lambda array: x @ array.T, plain),
+        "plain model again": each(lambda array: x @ array.T, plain),
+        "prefix": each(prefix, weights),
+        f"prefix, panels of {rows} rows": each(lambda array: multiply_in_panels(x, array[:k], inwards, rows), weights),
     }
 
 
@@ -119,17 +155,26 @@ def moved(count: int) -> dict[str, Way]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--one-token", action="store_true", help="measure the products of one token alone")
+    parser.add_argument("--d-model", type=int, default=D_MODEL, help="of the products of one token")
+    parser.add_argument("--k", type=int, default=K, help="of the products of one token")
     arguments = parser.parse_args()
+    d_model, k = arguments.d_model, arguments.k
     groups: dict[str, Callable[[], dict[str, Way]]] = {
+        f"gate, 1 token by {k} of {d_model}": lambda: one_token(d_model, k, True),
+        f"down, 1 token by {k} of {d_model}": lambda: one_token(d_model, k, False),
+    }
+    whole: dict[str, Callable[[], dict[str, Way]]] = {
         "gate and up, 1 token": lambda: gate_and_up(1),
         "gate and up, 1000 tokens": lambda: gate_and_up(1000),
-        "down, 1 token": lambda: down(1, None),
         "down, 1000 tokens": lambda: down(1000, None),
         "down, 4 bit, 1 token": lambda: down(1, 4),
         "down, 4 bit, 64 tokens": lambda: down(64, 4),
         "exchange 1331 rows (80 % overlap)": lambda: moved(1331),
         "exchange 4853 rows (arbitrary selections)": lambda: moved(4853),
     }
+    if not arguments.one_token:
+        groups |= whole
     found = {}
     print("| | way | ms | ratio to the first |\n|---|---|---|---|")
     for name, make in groups.items():

@@ -2,6 +2,7 @@
 
     python -m scripts.measure_residency --layers 4 --work FOLDER          float32 (11 GB of disk with 4 layers)
     python -m scripts.measure_residency --layers 4 --work FOLDER --q-bits 4
+    python -m scripts.measure_residency --layers 2 --q-bits 4 --reads      bytes read alone: minutes
 
 Run it in the repository's root, on Linux: it reads `/proc/self/io`, and has the system forget files before it reads
 them.
@@ -120,6 +121,7 @@ def switches_from_disk(checkpoint: Checkpoint, selections: Sequence[Selection]) 
         seconds, read = time.perf_counter() - start, bytes_read() - before
         missing = done.missing * model.slots[0].row_bytes
         shares.append(read / missing)
+        assert done.overlap is not None
         overlaps.append(done.overlap)
         rates.append(missing / seconds)
     model.close()
@@ -210,6 +212,7 @@ def main() -> None:
     parser.add_argument("--ram-switches", type=int, default=50)
     parser.add_argument("--ssd-switches", type=int, default=200)
     parser.add_argument("--trials", type=int, default=7, help="cold answers")
+    parser.add_argument("--reads", action="store_true", help="measure the bytes that switches read, and nothing else")
     arguments = parser.parse_args()
     selections = enlarged(real_selections(arguments.prompts), arguments.layers)
     half = len(selections) // 2
@@ -225,6 +228,9 @@ def main() -> None:
         write_manifest(checkpoint.path, source="noise", licence=None)
         checkpoint = Checkpoint.open(checkpoint.path)
         _say(result, "frequency_order", switches_from_disk(checkpoint, selections[half:]))
+        if arguments.reads:
+            print(json.dumps(result))
+            return
         plain = make_plain(folder, checkpoint, keep, lambda *_: None)
         chosen = folder / "selection.safetensors"
         selections[half].save(chosen)

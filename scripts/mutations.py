@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("ifprune_mlx", "convert", "cli", "tests", "pyproject.toml")
 TIMEOUT_S = 150
 _SLICED = "tests/ifprune_mlx/test_sliced_equals_masked.py"
+_FFN = "tests/ifprune_mlx/test_ffn.py"
 _SLOTS = "tests/ifprune_mlx/test_slots.py"
 _SELECTION = "tests/ifprune_mlx/test_selection.py"
 _GENERATION = "tests/ifprune_mlx/test_generation.py"
@@ -46,8 +47,8 @@ MUTATIONS = (
     Mutation(
         "ids off by one in top_k",
         "ifprune_mlx/selection.py",
-        'best = np.argsort(-values, kind="stable")[:k]',
-        'best = np.argsort(-values, kind="stable")[1 : k + 1]',
+        "return np.flatnonzero(chosen)",
+        "return np.flatnonzero(np.roll(chosen, 1))",
         (_SELECTION,),
     ),
     Mutation(
@@ -88,15 +89,15 @@ MUTATIONS = (
     Mutation(
         "stale scales after a switch",
         "ifprune_mlx/slots.py",
-        "for array in self.rows.values():\n            #",
-        'for array in [rows for name, rows in self.rows.items() if not name.endswith(".scales")]:\n            #',
+        "for name in self.rows:\n            if count:",
+        'for name in [name for name in self.rows if not name.endswith(".scales")]:\n            if count:',
         (_SLOTS,),
     ),
     Mutation(
         "stale scales after a switch (seen by the logits alone)",
         "ifprune_mlx/slots.py",
-        "for array in self.rows.values():\n            #",
-        'for array in [rows for name, rows in self.rows.items() if not name.endswith(".scales")]:\n            #',
+        "for name in self.rows:\n            if count:",
+        'for name in [name for name in self.rows if not name.endswith(".scales")]:\n            if count:',
         (_SLICED,),
     ),
     Mutation(
@@ -105,6 +106,13 @@ MUTATIONS = (
         "return mx.contiguous(down.T)",
         "return down.reshape(down.shape[::-1])",
         (_SLICED,),
+    ),
+    Mutation(
+        "panels of down averaged, not summed",
+        "ifprune_mlx/ffn.py",
+        "@ panels).sum(axis=0)",
+        "@ panels).mean(axis=0)",
+        (_FFN,),
     ),
     Mutation(
         "KV provenance ignored",
