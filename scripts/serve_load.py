@@ -7,6 +7,11 @@ Starts a server of its own on a free port and asks it, as several clients at onc
 message, saved tasks, streams, and streams that are given up half way. First messages repeat, one for each task, as they
 do where an app asks; what follows them differs. Prints a table, and the same as one JSON object on one
 line; exits with 1 if any answer failed. Needs the extra `server`, and httpx.
+
+Memory is said for the time after a warm-up, the first fifth, in which caches fill: of the process (`rss`), and what of
+it MLX's arrays take (`mlx_active`, the model's and the prompt cache's included), what MLX keeps for its next ones
+(`mlx_cache`), and the prompt cache (`prompt_cache`). Where `rss` grows and the rest does not, freed memory has not gone
+back to the system; on Linux, glibc's allocator holds on to it. A growth within two or three times its error is none.
 """
 
 from __future__ import annotations
@@ -33,7 +38,9 @@ TOPICS = (
     "Write two lines of a poem about the number {}.",
 )
 KINDS = ("chat", "task", "stream", "given up")
-_WARM_UP = 0.2  # of the time: caches fill, and that is no leak
+_WARM_UP = 0.2  # of the time
+_STRETCHES = 10
+_GAUGES = {"mlx_active": "mlx_active_bytes", "mlx_cache": "mlx_cache_bytes", "prompt_cache": "prompt_cache_bytes"}
 
 
 def main() -> int:
@@ -88,21 +95,21 @@ class Load:
         """Ask for a while.
 
         Returns:
-            Counts, seconds, and bytes of memory an hour.
+            Counts, seconds, and MB of memory.
         """
         end = time.monotonic() + seconds
         threads = [threading.Thread(target=self._client, args=(seed, end)) for seed in range(clients)]
         for thread in threads:
             thread.start()
-        memory: list[tuple[float, int]] = []
+        samples: list[dict[str, float]] = []
         while time.monotonic() < end:
-            memory.append((time.monotonic(), _resident(pid)))
+            samples.append(self._memory(pid))
             time.sleep(max(min(1.0, seconds / 20), 0.1))
         for thread in threads:
             thread.join()
         figures = self._figures()
         jobs, switches = figures["ifprune_jobs_total"], figures["ifprune_switches_total"]
-        steady = memory[int(len(memory) * _WARM_UP) :]
+        steady = samples[int(len(samples) * _WARM_UP) :]
         return {
             "seconds": seconds,
             "clients": clients,
@@ -116,9 +123,8 @@ class Load:
             "completion_tokens": figures["ifprune_completion_tokens_total"],
             "tokens_per_s": round(figures["ifprune_completion_tokens_total"] / seconds, 1),
             "median_answer_s": round(float(np.median(self._seconds)), 3) if self._seconds else None,
-            "rss_first": memory[0][1],
-            "rss_last": memory[-1][1],
-            "rss_bytes_per_hour": round(_slope(steady) * 3600),
+            "rss_mb_at_start": round(samples[0]["rss"] / 1e6, 1),
+            **{f"{name}_mb": _course(steady, name) for name in ("rss", *_GAUGES)},
         }
 
     def _client(self, seed: int, end: float) -> None:
@@ -165,6 +171,12 @@ class Load:
             if kind == "stream" and last != "data: [DONE]":
                 raise ValueError(f"the stream ended with {last[:80]!r}")
 
+    def _memory(self, pid: int) -> dict[str, float]:
+        """Bytes by name, and when it was so, in seconds."""
+        figures = self._figures()
+        held = {name: figures[f"ifprune_{gauge}"] for name, gauge in _GAUGES.items()}
+        return {"time": time.monotonic(), "rss": _resident(pid), **held}
+
     def _figures(self) -> dict[str, int]:
         text = httpx.get(f"{self._url}/metrics", timeout=60).text
         pairs = (line.split() for line in text.splitlines() if not line.startswith("#"))
@@ -181,12 +193,20 @@ def _resident(pid: int) -> int:
     return int(shown.stdout.strip() or 0) * 1024
 
 
-def _slope(points: list[tuple[float, int]]) -> float:
-    """Least squares: bytes a second."""
-    if len(points) < 2:
-        return 0.0
-    times, sizes = np.array(points, dtype=np.float64).T
-    return float(np.polyfit(times - times[0], sizes, 1)[0])
+def _course(samples: list[dict[str, float]], name: str) -> dict[str, float | None]:
+    """How one kind of memory developed, in MB: its least, mean and most, and its growth an hour with a standard error.
+
+    The growth is the slope of the means of ten stretches, whose scatter gives the error: what single samples are off is
+    what the work of that second takes, and neighbours are off alike.
+    """
+    hours = np.array([sample["time"] for sample in samples]) / 3600
+    sizes = np.array([sample[name] for sample in samples]) / 1e6
+    figures = {"least": sizes.min(), "mean": sizes.mean(), "most": sizes.max(), "per_hour": None, "error": None}
+    if len(samples) >= _STRETCHES:
+        at, means = ([part.mean() for part in np.array_split(values, _STRETCHES)] for values in (hours, sizes))
+        (growth, _), covariance = np.polyfit(np.array(at) - at[0], means, 1, cov=True)
+        figures |= {"per_hour": growth, "error": covariance[0, 0] ** 0.5}
+    return {key: None if value is None else round(float(value), 1) for key, value in figures.items()}
 
 
 if __name__ == "__main__":

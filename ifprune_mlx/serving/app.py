@@ -30,6 +30,7 @@ PAGE_FILES = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
@@ -83,7 +84,13 @@ def make_app(service: Service, limits: Limits, *, ui: bool = False) -> ASGIApp:
         limits = Limits(**{**vars(limits), "open_paths": limits.open_paths | PAGE_FILES.keys()})
     routed = Starlette(
         routes=routes,
-        exception_handlers={HTTPException: _not_found, IfpruneError: _refused, ClientDisconnect: _gone},
+        # What `Exception` is for, Starlette raises again when it is answered: `Watch` writes the log.
+        exception_handlers={
+            HTTPException: _not_found,
+            IfpruneError: _refused,
+            ClientDisconnect: _gone,
+            Exception: _refused,
+        },
     )
     routed.router.redirect_slashes = False
     app: ASGIApp = Guard(routed, limits)

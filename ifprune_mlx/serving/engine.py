@@ -17,7 +17,7 @@ import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ifprune_mlx.budget import SSD
-from ifprune_mlx.errors import BudgetError, IfpruneError, PromptError
+from ifprune_mlx.errors import BudgetError, CheckpointError, IfpruneError, PromptError
 from ifprune_mlx.history import DENSE, History
 from ifprune_mlx.model import Model
 from ifprune_mlx.prompts import check_prompt
@@ -183,6 +183,9 @@ class Engine:
                 switch_s=sums["switch_s"],
                 prefill_s=sums["prefill_s"],
                 decode_s=sums["decode_s"],
+                prompt_cache_bytes=self._prefixes.nbytes,
+                active_bytes=mx.get_active_memory(),
+                spare_bytes=mx.get_cache_memory(),
             )
 
     def close(self) -> None:
@@ -423,7 +426,10 @@ class Engine:
         if _owner(ticket.selection) == _owner(model.selection) and self._certain:
             return
         self._certain = False
-        ticket.switch_s = model.switch(ticket.selection).seconds
+        try:
+            ticket.switch_s = model.switch(ticket.selection).seconds
+        except CheckpointError as exc:  # an earlier switch was cut off: no job is at fault
+            raise GenerationFailedError(f"the model failed ({_reason(exc)})") from exc
         self._certain, self._active = True, ticket.selection
         if _owner(before) != _owner(ticket.selection):
             with self._lock:
@@ -465,7 +471,7 @@ class Engine:
             self._counts["requests"] += 1
             for name in _SUMS:
                 self._sums[name] += getattr(stats, name)
-        ticket.tell(Piece(text, logprobs, stats))
+        ticket.tell(Piece(text, logprobs, stats, ticket.selection))
 
     def _keep(self, ticket: _Ticket, read: Read) -> None:
         if ticket.owner is not None and ticket.owner != ALONE:
@@ -488,7 +494,7 @@ class Engine:
             if ticket in self._waiting:
                 self._waiting.remove(ticket)
             self._count("cancelled" if ticket.left else "failed")
-        if not isinstance(exc, IfpruneError):
+        if not isinstance(exc, (IfpruneError, GenerationFailedError)):
             exc = GenerationFailedError(f"the model failed ({_reason(exc)}); ask again")
         ticket.tell(exc)
 

@@ -6,7 +6,6 @@ How an API words it is a `Writer`'s affair.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
@@ -14,12 +13,10 @@ from typing import Any, Protocol
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
-from .jobs import GenerationFailedError, Job, Piece
-from .replies import JsonResponse, refusal
+from .jobs import Job, Piece
+from .replies import JsonResponse, log_failure, refusal
 from .requests import Fields, RequestError, decode_json
 from .service import Service
-
-log = logging.getLogger("ifprune.serve")
 
 
 class Writer(Protocol):
@@ -99,7 +96,7 @@ class Exchange:
             except Exception as exc:
                 error = refusal(exc)
                 if error.status >= 500:
-                    log.error("an answer failed: %s", exc, exc_info=not isinstance(exc, GenerationFailedError))
+                    log_failure("an answer failed", exc)
                 await _send(send, self._writer.error(error))
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 

@@ -157,11 +157,13 @@ class Piece:
         tokens: those generated since the last piece, if the job asks for `logprobs`; else none. Of an answer that a
             stop string ends, only the tokens that gave its text.
         stats: in the last piece only.
+        selection: what computed the answer, beside `stats`; None if dense.
     """
 
     text: str
     tokens: tuple[TokenLogprob, ...] = ()
     stats: JobStats | None = None
+    selection: Selection | None = None
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,9 @@ class Counters:
         waiting: jobs in the queue now.
         switches: how often another selection (or dense) was made active.
         selection: hash of the live selection; None if dense.
+        prompt_cache_bytes: of the KV caches of finished jobs.
+        active_bytes: what MLX's arrays take in this process, the model's included.
+        spare_bytes: what MLX keeps of arrays that are no more, for the next ones.
     """
 
     requests: int
@@ -191,3 +196,6 @@ class Counters:
     switch_s: float
     prefill_s: float
     decode_s: float
+    prompt_cache_bytes: int
+    active_bytes: int
+    spare_bytes: int

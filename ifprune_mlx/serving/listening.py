@@ -1,6 +1,7 @@
 """Listens on a socket and serves an ASGI application there with uvicorn, until it is told to stop.
 
-Adds to uvicorn what it has no settings for: time limits for clients that send or read slowly, and refusals as JSON.
+Adds to uvicorn what it has no settings for: time limits for clients that send or read slowly, refusals as JSON, and
+that a client which is still sending hears them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .requests import RequestError
 _MOST_CONNECTIONS = 1000
 _MOST_HEADER_BYTES = 65_536
 _STOP_SECONDS = 5
-HEADER_SECONDS, STALLED_SECONDS = 10.0, 60.0
+HEADER_SECONDS, STALLED_SECONDS, LINGER_SECONDS = 10.0, 60.0, 10.0
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -102,21 +103,74 @@ class _Server(uvicorn.Server):
         self._ready()
 
 
+class _Transport:
+    """A connection's transport that can end its own side first.
+
+    A socket that is closed while it holds bytes that nobody has read resets the connection, and the reset may take from
+    the client the answer that it has not read yet. So where the client may still be sending, the answer ends with the
+    end of our side, and what still comes is read and thrown away.
+
+    Args:
+        transport: what is wrapped; of what is not here, it answers.
+        sending: whether the client may still be sending.
+    """
+
+    def __init__(self, transport: asyncio.Transport, sending: Callable[[], bool]) -> None:
+        self._transport, self._sending = transport, sending
+        self._end: asyncio.TimerHandle | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def is_closing(self) -> bool:
+        """Whether our side has ended, or is about to."""
+        return self._end is not None or self._transport.is_closing()
+
+    def write(self, data: bytes) -> None:
+        """Send, if our side has not ended."""
+        if self._end is None:
+            self._transport.write(data)
+
+    def close(self) -> None:
+        """End our side once all is sent; a client that does not take it, or goes on sending, is cut off later."""
+        if self.is_closing():
+            return
+        sending = self._sending()
+        seconds = LINGER_SECONDS if sending else STALLED_SECONDS
+        self._end = asyncio.get_running_loop().call_later(seconds, self._transport.abort)
+        if not sending:
+            self._transport.close()
+            return
+        try:
+            self._transport.write_eof()
+            self._transport.resume_reading()
+        except OSError:  # the client has gone
+            self._transport.abort()
+
+    def lost(self) -> None:
+        """The connection is no more."""
+        if self._end is not None:
+            self._end.cancel()
+
+
 class _Connection(H11Protocol):
     """One connection. A client has `HEADER_SECONDS` for the headers of a request, as many for the rest of a body that
-    was refused before it ended, and may stop reading an answer for `STALLED_SECONDS`."""
+    was refused before it ended, `LINGER_SECONDS` to notice that the server has hung up, and may stop reading an answer
+    for `STALLED_SECONDS`."""
 
     _slow: asyncio.TimerHandle | None = None
     _stalled: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(_Transport(transport, self._sending))  # type: ignore[arg-type]
         if len(self.connections) > _MOST_CONNECTIONS:
             transport.abort()
             return
         self._start_clock()
 
     def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
         if self._slow is None and self.conn.their_state is h11.IDLE:
             self._start_clock()
         super().data_received(data)
@@ -132,6 +186,7 @@ class _Connection(H11Protocol):
         self._stop_clock()
         if self._stalled is not None:
             self._stalled.cancel()
+        self.transport.lost()  # type: ignore[attr-defined]
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -146,10 +201,18 @@ class _Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is not HTTP."""
-        if self._answering:  # another request's answer is on its way on this connection
-            self.transport.close()
-        else:
-            self._refuse(b"400 Bad Request", RequestError("this is not an HTTP request", code="invalid_http"))
+        if self._answering:
+            if self.cycle.response_started:
+                self.transport.abort()
+                return
+            # A body that breaks off in what is no HTTP: the application hears that the client has gone.
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        self._refuse(b"400 Bad Request", RequestError("this is not an HTTP request", code="invalid_http"))
+
+    def _sending(self) -> bool:
+        """Whether the client may be in the middle of a request: of its headers, its body, or of what is not HTTP."""
+        return self.conn.their_state in (h11.SEND_BODY, h11.ERROR) or bool(self.conn.trailing_data[0])
 
     @property
     def _answering(self) -> bool:
@@ -171,7 +234,7 @@ class _Connection(H11Protocol):
             reason = f"the headers took longer than {HEADER_SECONDS:g} s"
             self._refuse(b"408 Request Timeout", RequestError(reason, status=408, code="header_timeout"))
         else:
-            self.transport.abort()
+            self.transport.close()
 
     def _refuse(self, status: bytes, error: RequestError) -> None:
         body = to_json(error_body("", error))

@@ -9,7 +9,7 @@ from collections import Counter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .jobs import Counters
-from .replies import error_response, refusal
+from .replies import error_response, log_failure, refusal
 
 log = logging.getLogger("ifprune.serve")
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -30,6 +30,9 @@ _ENGINE = (
     ("switch_seconds", "switch_s", "counter", "Time spent moving neurons."),
     ("prefill_seconds", "prefill_s", "counter", "Time spent reading prompts, summed over answers."),
     ("decode_seconds", "decode_s", "counter", "Time spent on the tokens after the first, summed over answers."),
+    ("prompt_cache_bytes", "prompt_cache_bytes", "gauge", "Memory of the prompts that were read before."),
+    ("mlx_active_bytes", "active_bytes", "gauge", "Memory of MLX's arrays, the model's included."),
+    ("mlx_cache_bytes", "spare_bytes", "gauge", "Memory that MLX keeps for its next arrays."),
 )
 
 
@@ -46,12 +49,14 @@ class Watch:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status, start = _GONE, time.monotonic()
+        status, ended, start = _GONE, False, time.monotonic()
 
         async def sent(message: Message) -> None:
-            nonlocal status
+            nonlocal status, ended
             if message["type"] == "http.response.start":
                 status = message["status"]
+            else:
+                ended = not message.get("more_body", False)
             await send(message)
 
         try:
@@ -59,10 +64,10 @@ class Watch:
         except Exception as exc:
             error = refusal(exc)
             if error.status >= 500:
-                log.exception("%s failed", scope["path"].encode("unicode_escape").decode())
+                log_failure(f"{scope['path'].encode('unicode_escape').decode()} failed", exc)
             if status == _GONE:
                 await error_response(scope["path"], error)(scope, receive, sent)
-            else:
+            elif not ended:
                 raise
         finally:
             seconds = time.monotonic() - start

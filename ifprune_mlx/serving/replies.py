@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
 from starlette.responses import Response
 
 from ifprune_mlx.errors import IfpruneError, PromptError
 
-from .jobs import EngineClosedError, EngineFullError
+from .jobs import EngineClosedError, EngineFullError, GenerationFailedError
 from .requests import RequestError
 
+log = logging.getLogger("ifprune.serve")
 RETRY_AFTER = "2"
 _OPENAI = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _ANTHROPIC = {
@@ -55,6 +57,12 @@ def refusal(exc: Exception) -> RequestError:
     if isinstance(exc, IfpruneError):
         return RequestError(message)
     return RequestError("the server failed on this request; its log says why", status=500, code="internal_error")
+
+
+def log_failure(what: str, exc: Exception) -> None:
+    """Say in the log what a client is not told: why the server failed on its request."""
+    # The model's failures come from another thread: where they were passed on says nothing.
+    log.error("%s: %s", what, exc, exc_info=not isinstance(exc, GenerationFailedError))
 
 
 def error_body(path: str, error: RequestError) -> dict[str, Any]:

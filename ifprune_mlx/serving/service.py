@@ -158,7 +158,6 @@ class Service:
         Raises:
             RequestError: if it was not.
         """
-        self._notice()
         if key not in self._used:
             raise RequestError(
                 "no such selection among those used of late", "hash", status=404, code="selection_not_found"
@@ -171,13 +170,11 @@ class Service:
         Raises:
             IfpruneError, GenerationFailedError: of the first job that fails; the others end with it.
         """
-        for job in jobs:
-            if job.choice.selection is not None:
-                self._remember(job.choice.selection)
         pieces = self._one(jobs[0]) if len(jobs) == 1 else _merged(self.engine, jobs)
         async with aclosing(pieces):
             async for index, piece in pieces:
-                self._notice()
+                if piece.selection is not None:
+                    self._remember(piece.selection)
                 yield index, piece
 
     def figures(self, stats: JobStats) -> dict[str, Any]:
@@ -216,12 +213,6 @@ class Service:
             raise RequestError(
                 f"the task {name!r} is damaged; `ifprune tasks` on the server's machine says how", "ifprune.task"
             ) from None
-
-    def _notice(self) -> None:
-        """Remember the live selection: the engine's jobs name theirs by its hash only."""
-        live = self.model.selection
-        if live is not None:
-            self._remember(live)
 
     def _remember(self, selection: Selection) -> None:
         key = selection.hash

@@ -109,7 +109,7 @@ def serving(
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
         rest = process.stdout.read()
-        assert process.wait(30) == 0, served.stderr[-20:]
+        assert process.wait(60) == 0, served.stderr[-20:]
         assert rest == b""
     finally:
         process.kill()
@@ -127,7 +127,7 @@ def _collect(process: Popen[bytes], lines: list[str]) -> None:
         lines.append(line.decode())
 
 
-def eventually(check: Callable[[], bool], seconds: float = 10) -> None:
+def eventually(check: Callable[[], bool], seconds: float = 60) -> None:
     """Wait until something is so."""
     deadline = time.monotonic() + seconds
     while not check():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.process import run
-from tests.serving.serving import Served, serving
+from tests.serving.serving import Served, eventually, serving
 from tests.tiny import write_checkpoint
 
 
@@ -23,9 +23,9 @@ def test_it_says_where_it_listens_and_ends_on_a_signal(
     checkpoint: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     with serving(checkpoint, tmp_path, prelude="pass") as server:
-        assert f"listens on {server.url}" in "".join(server.stderr)
+        eventually(lambda: f"listens on {server.url}" in "".join(server.stderr))  # a thread of the tests reads it
         server.process.send_signal(number)
-        assert server.process.wait(20) == 0
+        assert server.process.wait(60) == 0
 
 
 def test_an_answer_under_way_does_not_hold_up_the_end(checkpoint: Path, tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_an_answer_under_way_does_not_hold_up_the_end(checkpoint: Path, tmp_path
         client.sendall(head + body)
         assert client.recv(100)
         server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(20) == 0
+        assert server.process.wait(60) == 0
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,11 @@ def test_the_page_is_given_out_when_asked_for(served: Served, checkpoint: Path, 
     page = served.get("/")
     assert page.status_code == 200
     assert "default-src 'none'" in page.headers["content-security-policy"]
-    for name, kind in (("page.js", "text/javascript"), ("page.css", "text/css")):
+    for name, kind in (
+        ("page.js", "text/javascript"),
+        ("page.css", "text/css"),
+        ("icon.svg", "image/svg+xml"),
+    ):
         assert name in page.text
         assert served.get(f"/{name}").headers["content-type"].startswith(kind)
     with serving(checkpoint, tmp_path) as server:

@@ -19,7 +19,7 @@ def test_ten_seconds_of_mixed_load(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         env=environment(tmp_path),
-        timeout=100,
+        timeout=300,
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
@@ -27,4 +27,6 @@ def test_ten_seconds_of_mixed_load(tmp_path: Path) -> None:
     assert figures["errors"] == 0
     assert min(figures[kind] for kind in ("chat", "task", "stream", "given up")) > 0
     assert 0 < figures["switches"] <= figures["jobs"]
-    assert figures["rss_last"] > 0
+    for kind in ("rss", "mlx_active"):
+        assert 0 < figures[f"{kind}_mb"]["least"] <= figures[f"{kind}_mb"]["most"]
+    assert figures["prompt_cache_mb"]["most"] <= 64

@@ -29,9 +29,10 @@ def test_every_path_of_it_is_there_and_no_other() -> None:
 def test_schemathesis_finds_no_lie_and_no_server_error(served: Served, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{served.url}/openapi.json", "--checks", CHECKS]
     limits = ["--max-examples", "15", "--phases", "examples,coverage,fuzzing", "--seed", "1", "--max-time", "40"]
+    limits += ["--request-timeout", "60"]
     environment = {"PATH": "/usr/bin:/bin", "NO_COLOR": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     result = subprocess.run(
-        [*command, *limits], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=110, check=False
+        [*command, *limits], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300, check=False
     )
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     assert served.get("/health").status_code == 200

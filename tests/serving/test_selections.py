@@ -75,6 +75,18 @@ def test_a_selection_used_of_late_can_be_looked_at(served: Served) -> None:
     assert found["kept"] == [len(each) for each in ids]
 
 
+def test_no_selection_is_missed_however_short_the_answers(served: Served) -> None:
+    def chosen(number: int) -> str:
+        wish = {"selector": "random", "density": 0.25}
+        return str(figures(served, f"short answer {number}", max_tokens=1, ifprune=wish)["selection"])
+
+    with ThreadPoolExecutor(8) as pool:
+        keys = set(pool.map(chosen, range(32)))
+    assert len(keys) == 32
+    for key in keys:
+        assert served.get(f"/v1/ifprune/selections/{key}").status_code == 200
+
+
 def test_tasks_are_listed_and_used(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint")
     saved = selected(checkpoint, tmp_path, "French, please", "--selector", "random", "--save", "french")
