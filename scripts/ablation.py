@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     model, data, out = given.model, given.data, given.out
-    sft = ["--stage", "sft", "--densities", "0.27,0.5", "--limit", 2000, "--held-out", 0]
+    sft = ["--stage", "sft", "--densities", "0.27,0.5", "--limit", 2000]
     head = ["--predictor", given.predictor, "--head-learning-rate", 3e-5]
     both = ["--selector", "learned", "--selector", "static"]
     blank = ["--predictor", blank_predictor(given.predictor, out / "blank"), "--head-learning-rate", 1e-3]
@@ -130,7 +130,7 @@ def main() -> None:
     train(out / "no-distill", model, data, *sft, *blank, *both, "--iters", given.steps)
     # Half of the tokens for stage 1, whose steps have more of them.
     texts = as_texts(data, out / "texts", 2000)
-    pretrain = ["--stage", "pretrain", "--densities", "0.27,0.5", "--held-out", 0]
+    pretrain = ["--stage", "pretrain", "--densities", "0.27,0.5"]
     first = max(given.steps * 3 // 10, 1)
     train(out / "stage-1", model, texts, *pretrain, *head, *both, "--iters", first)
     rest = round(given.steps * (1 - tokens_of(out / "stage-1") / tokens_of(out / "full")))
