@@ -36,8 +36,8 @@ def raw_dtype(dtype: mx.Dtype) -> npt.DTypeLike:
 @cache
 def shared() -> bool:
     """Whether MLX sees what is written to `raw`, on the default device: tried out once, small and large."""
-    if mx.cuda.is_available():  # a GPU's own memory: a write from outside moves whole arrays across
-        return False
+    if mx.default_device() != mx.Device(mx.cpu) and mx.cuda.is_available():
+        return False  # a GPU's own memory: a write from outside moves whole arrays across
     return all(_seen(size, dtype) for size in _PROBED_ELEMENTS for dtype in (mx.float32, mx.bfloat16, mx.uint32))
 
 

@@ -23,10 +23,11 @@ Observer = Callable[[mx.array], "mx.array | None"]
 """Sees the hidden activations `[..., k]` of an FFN, in slot order, each time it runs; what it returns, if anything,
 takes their place."""
 
+_WITH_AVX512, _MOST_THREADS = (b"SkylakeX", b"Cooperlake", b"SapphireRapids"), 2
 _IN_PLACE = 1_000_000
-"""Weights that OpenBLAS, with AVX-512, multiplies by one row where they lie; more it copies first, every time."""
+"""Weights that such an OpenBLAS multiplies by one row where they lie; more it copies first, every time."""
 _PANEL = 1 << 18
-"""Weights of a panel at most; measured, 2**17 to 2**19 are alike, and a whole million is slower for down."""
+"""Weights of a panel at most."""
 _FEWEST_ROWS = 32
 """Of a panel; with fewer, the calls cost what they save."""
 
@@ -96,8 +97,7 @@ def multiply(x: mx.array, weight: mx.array, inwards: bool) -> mx.array:
     """
     if x.size == x.shape[-1] and weight.dtype == mx.float32 and mx.default_device() == mx.Device(mx.cpu):
         rows = panel_rows(*weight.shape)
-        # Panels have one thread: measured faster than OpenBLAS's usual way on two.
-        if rows < len(weight) and 1 <= _openblas_threads() <= 2:
+        if rows < len(weight) and _copies_first():
             return multiply_in_panels(x, weight, inwards, rows)
     return x @ (weight.T if inwards else weight)
 
@@ -119,10 +119,15 @@ def panel_rows(k: int, d_model: int) -> int:
 
 
 @cache
-def _openblas_threads() -> int:
-    """How many threads the OpenBLAS has that is preloaded for MLX's CPU build; 0 where there is none."""
-    threads = getattr(ctypes.CDLL(None), "openblas_get_num_threads", None)
-    return 0 if threads is None else int(threads())
+def _copies_first() -> bool:
+    """Whether MLX's CPU build has an OpenBLAS preloaded that copies a large matrix to multiply one row by it, and so
+    few threads that panels, which have one, are faster: measured with AVX-512 on two (docs/performance.md)."""
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "openblas_get_corename") or not hasattr(library, "openblas_get_num_threads"):
+        return False
+    library.openblas_get_corename.restype = ctypes.c_char_p
+    core = library.openblas_get_corename()
+    return core in _WITH_AVX512 and int(library.openblas_get_num_threads()) <= _MOST_THREADS
 
 
 class MaskedDown(nn.Module):

@@ -69,6 +69,8 @@ def main() -> None:
         shared += ["--limit", str(arguments.limit)]
     evaluate = [sys.executable, "-m", "ifprune_cli.main", "evaluate"]
     if arguments.before_healing:
+        if arguments.out is not None:
+            parser.error("--out is for the shipped default; leave it out with --before-healing")
         command = [*evaluate, "--model", str(before_healing()), *shared, "--selectors", BEFORE_HEALING]
         command += ["--densities", arguments.densities or "0.5"]
         raise SystemExit(subprocess.run(command, check=False).returncode)

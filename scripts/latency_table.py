@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ def made(folder: Path, shape: str, layers: int | None, dtype: str, bits: int | N
     sized = shape_of(shape) if layers is None else shape_of(shape).scaled(layers)
     if (folder / "whole").exists():
         return Checkpoint.open(folder / "checkpoint"), Plain(folder / "dense", folder / "static")
+    for left in ("predictor", "checkpoint", "dense", "static"):  # of a run that was stopped
+        shutil.rmtree(folder / left, ignore_errors=True)
     packed = None if bits is None else quantization_of("affine", None, bits)
     with progress("make", "B") as update:
         checkpoint = make_noise(folder, sized, getattr(mx, dtype), packed, update)
@@ -93,9 +96,10 @@ def main() -> None:
     counts = (given.prompt_tokens, given.generation_tokens, given.num_trials)
     keep = resolve_keep(checkpoint)
     result = bench(Settings(checkpoint, plain.dense, plain.static, False, keep, None, *counts, given.work / name))
-    print(f"The paper, one A6000, {counts[0]} tokens read and {counts[1]} generated:\n")
+    print("The paper, one A6000, 4000 tokens read and 100 generated:\n")
     print("\n".join(table(PAPER)))
-    print(f"\n{name} on {mx.device_info().get('device_name', mx.default_device())}:\n")
+    device = mx.device_info().get("device_name", mx.default_device())
+    print(f"\n{name} on {device}, {counts[0]} tokens read and {counts[1]} generated:\n")
     print("\n".join(table(rows(result, given.generation_tokens))))
     print()
     for what, at in result["intervals"].items():

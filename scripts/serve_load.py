@@ -103,7 +103,11 @@ class Load:
             thread.start()
         samples: list[dict[str, float]] = []
         while time.monotonic() < end:
-            samples.append(self._memory(pid))
+            try:
+                samples.append(self._memory(pid))
+            except (OSError, httpx.HTTPError) as exc:
+                with self._lock:
+                    self._errors[f"metrics: {exc}"] += 1
             time.sleep(max(min(1.0, seconds / 20), 0.1))
         for thread in threads:
             thread.join()

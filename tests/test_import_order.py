@@ -58,7 +58,7 @@ ORDER = (
 # The modules of `ifprune_mlx.train`, likewise. They may import anything of ORDER, and nothing of it imports them.
 TRAIN = (
     *("records", "encoding", "mixture"),
-    *("answers", "backbone", "targets", "distill", "priors"),
+    *("kernels", "answers", "backbone", "targets", "distill", "priors"),
     *("tuned", "adapter", "full", "recompute", "arms", "run_files", "paired", "watch", "scratch"),
 )
 # The modules of `ifprune_mlx.serving`, likewise: the engine first, then what speaks HTTP.

@@ -169,7 +169,7 @@ def train(
             "--micro-batch-size",
             min=1,
             help="Chats computed together: one, on its own neurons alone, or several, on all neurons with masks, which "
-            "suits small models on a GPU. Changes speed and memory only.",
+            "is meant for small models on a GPU. Changes speed and memory, and results by rounding alone.",
         ),
     ] = 1,
     fine_tune_type: Annotated[
@@ -240,6 +240,7 @@ def train(
     import mlx.core as mx
 
     from ifprune_mlx import DataError
+    from ifprune_mlx.train.kernels import check_kernels
 
     if eval_prompts == 1:
         raise DataError("--eval-prompts 1: a prompt needs another one to be compared with; give 0, or 2 and more")
@@ -247,6 +248,7 @@ def train(
     if not files:
         raise DataError("training needs data; give --data NAME=FILE.jsonl, once for every domain")
     loaded, tokenizer = load_model(model, dtype, trust_remote_code=False, trained=False)
+    check_kernels(loaded)
     measuring = stage in (StageName.calibrate, StageName.distill)
     picked = _Picked(files, held_out, limit or (_MEASURED if measuring else None), seed, strict)
     began = time.perf_counter()

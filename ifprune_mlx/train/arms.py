@@ -175,8 +175,8 @@ class Stepper:
     """Computes losses and gradients of sequences under the arms.
 
     A sequence by itself runs on the rows of its own neurons, at the cost of a small model. Several together share the
-    rows, so that all neurons are computed and those not chosen are masked: more work in fewer, larger steps, which is
-    faster on a GPU. The results are the same.
+    rows, so that all neurons are computed and those not chosen are masked: more work in fewer, larger steps, meant for
+    a GPU. The results are the same up to rounding.
 
     Args:
         adapted: the model.

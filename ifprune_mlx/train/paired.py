@@ -178,7 +178,7 @@ class Run:
                 found = self._stepper.run(arm, examples, keep, taught, batch.targets, learn_head=learn_head)
                 for measured, example in zip(found, examples, strict=True):
                     sums[number, self._domains.index(example.domain)] += self._sums(measured, example)
-            if len(examples) == 1:  # buffers of a length that the next one does not have
+            if self._micro_batch_size == 1:  # buffers of a length that the next one does not have
                 mx.clear_cache()
         norms = {}
         for arm in self.arms:

@@ -173,7 +173,7 @@ def attribution(model: Model, examples: Sequence[Encoded], masks: Sequence[mx.ar
 
     def loss(given: list[mx.array]) -> mx.array:
         for leaf, mask in zip(model.down_leaves, given, strict=True):
-            leaf.observer = lambda hidden, mask=mask: hidden * mask.astype(hidden.dtype)
+            leaf.observer = lambda hidden, mask=mask: hidden * mask.reshape(hidden.shape).astype(hidden.dtype)
         said = log_softmax(answer_logits(model.module, tokens, rows))
         return -mx.take_along_axis(said, wanted[:, None], axis=-1).sum()
 

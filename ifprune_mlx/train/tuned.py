@@ -34,7 +34,8 @@ class Chosen:
 
     Attributes:
         ids: int32 `[m]`, in any order; None leaves it to the slots, as in the runtime.
-        mask: float `[m]`, multiplies the activations of those neurons (soft or straight-through); None is all ones.
+        mask: float `[m]`, or `[chats, 1, m]` with one for each, multiplies the activations of those neurons (soft or
+            straight-through); None is all ones.
     """
 
     def __init__(self, slots: FFNSlots) -> None:
@@ -84,7 +85,11 @@ class ChosenProjection(SlicedProjection):
         """The input, or what the observer puts in its place; the down projection's times the mask."""
         x = super().observed(x)
         mask = self.chosen.mask
-        return x if mask is None or self.kind != "down" else x * mask.astype(x.dtype)
+        if mask is None or self.kind != "down":
+            return x
+        if mask.ndim > x.ndim:  # some experts see the tokens of all chats in one row
+            mask = mx.broadcast_to(mask, (len(mask), x.size // mask.size, mask.shape[-1])).reshape(x.shape)
+        return x * mask.astype(x.dtype)
 
 
 class Tuned(ABC):

@@ -43,6 +43,9 @@ def test_distil_convert_and_select(tiny_checkpoint: Path, tmp_path: Path, chats:
     assert json.loads((out / "metrics.jsonl").read_text())["explained"] == result["explained"]
     again = json.loads(run_here(*command).stdout.splitlines()[-1])
     assert again["explained"] == result["explained"]  # from the kept targets
+    together = [*command[:-3], "--json", "--micro-batch-size", "7", "--rank", "8", "--output", tmp_path / "together"]
+    found = json.loads(run_here(*together).stdout.splitlines()[-1])
+    assert found["explained"] == pytest.approx(result["explained"], abs=1e-3)
     source = tiny_checkpoint.with_name(f"source-of-{tiny_checkpoint.name}")
     done = run_here("convert", "--model", source, "--mlx-path", tmp_path / "ifp", "--predictor", result["path"])
     assert done.returncode == 0, done.stderr

@@ -245,6 +245,20 @@ def test_a_finished_run_is_left_as_it_is(
     assert before == {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
 
 
+def test_chats_computed_together_give_the_same_curve(
+    tiny_checkpoint: Path, tmp_path: Path, data: dict[str, list[str]], predictor: Path
+) -> None:
+    """Up to rounding."""
+    for folder, more in (("alone", []), ("together", ["--micro-batch-size", "3"])):
+        given = command("sft", tiny_checkpoint, tmp_path / folder, data["sft"], "--predictor", predictor)
+        assert run_here(*given, "--eval-prompts", "0", *more).returncode == 0
+    alone, together = ([line["arms"] for line in metrics(tmp_path / name)] for name in ("alone", "together"))
+    for one, other in zip(alone, together, strict=True):
+        for arm in one:
+            for domain in one[arm]:
+                assert other[arm][domain] == pytest.approx(one[arm][domain], rel=1e-3, abs=1e-5)
+
+
 def test_a_collapsed_run_stops_and_can_be_converted(
     tiny_checkpoint: Path, tmp_path: Path, data: dict[str, list[str]]
 ) -> None:

@@ -44,6 +44,6 @@ def test_a_stalled_reader_holds_up_nobody_and_is_let_go_of(checkpoint: Path, tmp
         with ThreadPoolExecutor(4) as pool:
             assert all(pool.map(lambda text: server.chat(text, **static), ["Hello"] * 8))
         # Long before the answers would have ended.
-        eventually(lambda: server.metric("ifprune_jobs_cancelled_total") == _READERS)
+        eventually(lambda: server.metric("ifprune_jobs_cancelled_total") == _READERS, 180)
         assert server.metric("ifprune_jobs_running") == 0
         assert server.chat("Hello", **static)["choices"]
