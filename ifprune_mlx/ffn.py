@@ -24,6 +24,7 @@ Observer = Callable[[mx.array], "mx.array | None"]
 takes their place."""
 
 _WITH_AVX512, _MOST_THREADS = (b"SkylakeX", b"Cooperlake", b"SapphireRapids"), 2
+"""Where panels were measured to be faster: gate and up beside one or two threads, down beside one."""
 _IN_PLACE = 1_000_000
 """Weights that such an OpenBLAS multiplies by one row where they lie; more it copies first, every time."""
 _PANEL = 1 << 18
@@ -97,7 +98,8 @@ def multiply(x: mx.array, weight: mx.array, inwards: bool) -> mx.array:
     """
     if x.size == x.shape[-1] and weight.dtype == mx.float32 and mx.default_device() == mx.Device(mx.cpu):
         rows = panel_rows(*weight.shape)
-        if rows < len(weight) and _copies_first():
+        # Panels have one thread.
+        if rows < len(weight) and 1 <= _copying_threads() <= (_MOST_THREADS if inwards else 1):
             return multiply_in_panels(x, weight, inwards, rows)
     return x @ (weight.T if inwards else weight)
 
@@ -119,15 +121,13 @@ def panel_rows(k: int, d_model: int) -> int:
 
 
 @cache
-def _copies_first() -> bool:
-    """Whether MLX's CPU build has an OpenBLAS preloaded that copies a large matrix to multiply one row by it, and so
-    few threads that panels, which have one, are faster: measured with AVX-512 on two (docs/performance.md)."""
+def _copying_threads() -> int:
+    """Threads of a preloaded OpenBLAS that copies a large matrix before it multiplies one row by it; 0 without one."""
     library = ctypes.CDLL(None)
     if not hasattr(library, "openblas_get_corename") or not hasattr(library, "openblas_get_num_threads"):
-        return False
+        return 0
     library.openblas_get_corename.restype = ctypes.c_char_p
-    core = library.openblas_get_corename()
-    return core in _WITH_AVX512 and int(library.openblas_get_num_threads()) <= _MOST_THREADS
+    return int(library.openblas_get_num_threads()) if library.openblas_get_corename() in _WITH_AVX512 else 0
 
 
 class MaskedDown(nn.Module):
