@@ -306,7 +306,8 @@ def _report(
             "share_of_limit": size[name] / bandwidth / decode if settings.dtype is None else None,
         }
         if settings.dtype is not None and layout.gate_up is None:
-            typed = next(info.dtype for info in checkpoint.headers[checkpoint.neurons_file(0).name].tensors.values())
+            parts = (part for strip in checkpoint.strips(0) for part in strip.parts)
+            typed = next(part.dtype for part in parts if part.name == "gate_up.weight")
             scale = floats[settings.dtype] / {"F32": 4, "F16": 2, "BF16": 2}[typed]
             row["share_of_limit"] = scale * size[name] / bandwidth / decode
         rows.append(row)

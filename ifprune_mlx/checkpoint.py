@@ -1,7 +1,7 @@
 """The IFP checkpoint on disk, format 1: schema, opening with checks, the manifest (DESIGN.md section 5).
 
 Knows files, headers and shapes; reads no weights. The neurons of FFN `i` are in `neurons-<i>-of-<n>.safetensors`:
-`gate_up.*` as `[d_ffn, 2, row]` and `down.*` as `[d_ffn, row]`, one row per neuron.
+`gate_up.*` as `[d_ffn, 2, row]` and `down.*` as `[d_ffn, row]`, one row per neuron; or a record of all rows per neuron.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import Any
 
 from .errors import BudgetError, CheckpointError, IfpruneError, SelectionError
 from .families import FFNSpec
-from .files import SafetensorsHeader, TensorInfo, read_safetensors_header, sha256_file
+from .files import DTYPE_BYTES, SafetensorsHeader, read_safetensors_header, sha256_file
+from .neuron_layout import NOT_ROWS, RECORDS, Strip, strips_of
 from .selection import Selection, keep_count
 
 FORMAT_VERSION = 1
@@ -227,6 +228,11 @@ class Checkpoint:
         """The file with the neurons of FFN `index`."""
         return self.path / neurons_file(index, len(self.layout.ffns))
 
+    def strips(self, index: int) -> tuple[Strip, ...]:
+        """How the rows of FFN `index` lie in its file."""
+        file = self.neurons_file(index)
+        return strips_of(self.headers[file.name], self.layout.ffns[index].d_ffn, file)
+
     @cached_property
     def ffn_parameters(self) -> int:
         """Parameters of all sliced FFNs, all neurons."""
@@ -270,9 +276,8 @@ class Checkpoint:
 
     @cached_property
     def weight_bytes(self) -> int:
-        """Bytes of all weights on disk, which is what `ram` residency keeps in memory."""
-        names = [name for name in self.headers if name != self.priors_file.name]
-        return sum(info.end - info.start for name in names for info in self.headers[name].tensors.values())
+        """Bytes of all weights as they are on disk, which is what `ram` residency keeps in memory."""
+        return self.loaded_bytes()
 
     def neuron_bytes(self, index: int, float_bytes: int | None = None) -> int:
         """Bytes of one neuron of FFN `index`, all its rows together.
@@ -280,15 +285,20 @@ class Checkpoint:
         Args:
             float_bytes: of each float once it is cast; None for those on disk.
         """
-        tensors = self.headers[self.neurons_file(index).name].tensors
-        rows = (info for name, info in tensors.items() if name not in ("order", "down.bias"))
-        return sum(_bytes_in_memory(info, float_bytes) for info in rows) // self.layout.ffns[index].d_ffn
+        parts = (part for strip in self.strips(index) for part in strip.parts)
+        return sum(_bytes_in_memory(part.dtype, part.shape, float_bytes) for part in parts)
+
+    def ffn_bytes(self, index: int, float_bytes: int | None = None) -> int:
+        """Bytes of FFN `index`, all neurons, once it is loaded; `float_bytes` as in `neuron_bytes`."""
+        bias = self.headers[self.neurons_file(index).name].tensors.get("down.bias")
+        rows = self.layout.ffns[index].d_ffn * self.neuron_bytes(index, float_bytes)
+        return rows if bias is None else rows + _bytes_in_memory(bias.dtype, bias.shape, float_bytes)
 
     def loaded_bytes(self, float_bytes: int | None = None) -> int:
         """Bytes of all weights once they are loaded, without the predictor's; `float_bytes` as in `neuron_bytes`."""
-        names = [name for name in self.headers if name != self.priors_file.name]
-        infos = (item for name in names for item in self.headers[name].tensors.items())
-        return sum(_bytes_in_memory(info, float_bytes) for name, info in infos if name != "order")
+        infos = (info for header in self._model_headers() for info in header.tensors.values())
+        others = sum(_bytes_in_memory(info.dtype, info.shape, float_bytes) for info in infos)
+        return others + sum(self.ffn_bytes(index, float_bytes) for index in range(len(self.layout.ffns)))
 
     @cached_property
     def predictor_bytes(self) -> int:
@@ -332,33 +342,45 @@ class Checkpoint:
 
     def _check_shapes(self) -> None:
         for index, spec in enumerate(self.layout.ffns):
-            file = self.neurons_file(index)
-            self._check_file(file, neuron_shapes(spec, self.layout))
+            self._check_neurons(index, neuron_shapes(spec, self.layout))
         widths = [spec.d_ffn for spec in self.layout.ffns]
         priors = {f"{kind}.{i}": (width,) for kind in ("prior", "down_norm") for i, width in enumerate(widths)}
         self._check_file(self.priors_file, priors)
         if not self._model_headers():
             raise CheckpointError(f"{self.path}: no model-*.safetensors in the manifest; convert the source again")
 
+    def _check_neurons(self, index: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        file, d_ffn = self.neurons_file(index), self.layout.ffns[index].d_ffn
+        header = self.headers.get(file.name)
+        if header is None or RECORDS not in header.tensors:
+            self._check_file(file, shapes)
+            return
+        self._check_file(file, {name: shape for name, shape in shapes.items() if name in NOT_ROWS})
+        found = {part.name: (d_ffn, *part.shape) for strip in self.strips(index) for part in strip.parts}
+        _check_tensors(file, found, {name: shape for name, shape in shapes.items() if name not in NOT_ROWS})
+
     def _check_file(self, file: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
         header = self.headers.get(file.name)
         if header is None:
             raise CheckpointError(f"{file}: not listed in {MANIFEST}; convert the source again")
-        for name, shape in shapes.items():
-            info = header.tensors.get(name)
-            if info is None:
-                raise CheckpointError(f"{file}: tensor {name} is missing; convert the source again")
-            if info.shape != shape:
-                raise CheckpointError(
-                    f"{file}: tensor {name} has shape {list(info.shape)}, config.json asks for {list(shape)}; "
-                    "the two belong to different models, convert the source again"
-                )
+        _check_tensors(file, {name: info.shape for name, info in header.tensors.items()}, shapes)
 
 
-def _bytes_in_memory(info: TensorInfo, float_bytes: int | None) -> int:
-    if float_bytes is None or info.dtype not in ("F32", "F16", "BF16"):
-        return info.end - info.start
-    return math.prod(info.shape) * float_bytes
+def _check_tensors(file: Path, found: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    for name, shape in shapes.items():
+        if name not in found:
+            raise CheckpointError(f"{file}: tensor {name} is missing; convert the source again")
+        if found[name] != shape:
+            raise CheckpointError(
+                f"{file}: tensor {name} has shape {list(found[name])}, config.json asks for {list(shape)}; "
+                "the two belong to different models, convert the source again"
+            )
+
+
+def _bytes_in_memory(dtype: str, shape: tuple[int, ...], float_bytes: int | None) -> int:
+    """Bytes of an array once it is loaded."""
+    cast = float_bytes is not None and dtype in ("F32", "F16", "BF16")
+    return math.prod(shape) * (float_bytes if cast and float_bytes is not None else DTYPE_BYTES[dtype])
 
 
 def neuron_shapes(spec: FFNSpec, layout: Layout) -> dict[str, tuple[int, ...]]:

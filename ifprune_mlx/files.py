@@ -22,11 +22,11 @@ from typing import Any
 
 from .errors import IfpruneError
 
-# The bytes of one element, by the name that the safetensors format gives its type.
-_DTYPE_BYTES = {
+DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
     "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
+"""Of one element, by the name that the safetensors format gives its type."""
 _MAX_HEADER_BYTES = 100_000_000
 _ADVICE = "check permissions and free space, or write elsewhere"
 
@@ -80,9 +80,9 @@ def read_safetensors_header(path: Path, error: type[IfpruneError] = IfpruneError
     except (AttributeError, KeyError, TypeError, ValueError):
         raise error(f"{path}: the safetensors header is malformed; copy or download the file again") from None
     for name, info in tensors.items():
-        if info.dtype not in _DTYPE_BYTES:
+        if info.dtype not in DTYPE_BYTES:
             raise error(f"{path}: tensor {name} has the unsupported type {info.dtype}")
-        if info.end - info.start != math.prod(info.shape) * _DTYPE_BYTES[info.dtype] or info.start < base:
+        if info.end - info.start != math.prod(info.shape) * DTYPE_BYTES[info.dtype] or info.start < base:
             raise error(f"{path}: tensor {name} has a byte range that does not fit its shape; the file is damaged")
     expected = max((info.end for info in tensors.values()), default=base)
     if size != expected:

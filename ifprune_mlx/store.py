@@ -1,12 +1,15 @@
 """Reads neuron rows from an IFP checkpoint into memory: all of an FFN's, or those that a switch misses.
 
-Knows how the file lays rows out (`gate_up` interleaved, neurons in an order of the converter's) and how memory does
-(`gate` and `up` apart, each contiguous, so that a row prefix of either is a view); knows nothing of selections.
+Knows how the file lays rows out (`gate_up` interleaved, as tensors or as records, neurons in an order of the
+converter's) and how memory does (`gate` and `up` apart, each contiguous, so that a row prefix of either is a view);
+knows nothing of selections.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +20,7 @@ import numpy.typing as npt
 from .buffers import Raw, from_raw, raw, raw_dtype
 from .checkpoint import Checkpoint
 from .errors import CheckpointError
-from .files import TensorInfo
+from .neuron_layout import RECORDS, Part, Strip
 from .selection import Ids
 
 Rows = dict[str, mx.array]
@@ -25,11 +28,14 @@ Rows = dict[str, mx.array]
 
 _FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 _DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32, "U8": mx.uint8}
-# Of the bytes that are wanted, how many more are read to make fewer ranges of them; a range more costs a disk access.
+# Of what is wanted, how much more is read to make fewer ranges of it; a range more costs a disk access.
 _WASTE = 0.15
+# Bytes read for one that is wanted, with what pads records.
+_MOST_READ = 1.3
 # No gap above this is read over: about what an SSD reads in the time that an access takes.
 _GAP_BYTES = 1 << 16
 _READERS = 8
+_F_RDAHEAD = 45  # of macOS's fcntl; Python names it from 3.13 on
 
 
 def read_rows(checkpoint: Checkpoint, index: int, dtype: mx.Dtype | None = None) -> tuple[Rows, mx.array | None]:
@@ -51,21 +57,24 @@ def read_rows(checkpoint: Checkpoint, index: int, dtype: mx.Dtype | None = None)
     try:
         arrays = mx.load(str(file))
         assert isinstance(arrays, dict)
-        arrays.pop("order", None)
         down_bias = arrays.pop("down.bias", None)
         rows: Rows = {}
-        for name in list(arrays):
-            array = _cast(arrays.pop(name), dtype)
+        for strip in checkpoint.strips(index):
+            whole = arrays.pop(RECORDS if RECORDS in arrays else strip.parts[0].name)
             if back is not None:
-                array = mx.take(array, back, axis=0)
-            kind, _, leaf = name.partition(".")
-            if kind == "down":
-                rows[name] = array
-            else:
-                rows[f"gate.{leaf}"] = mx.contiguous(array[:, 0])
-                rows[f"up.{leaf}"] = mx.contiguous(array[:, 1])
-            del array
-            mx.eval(list(rows.values()))
+                whole = mx.take(whole, back, axis=0)
+                mx.eval(whole)
+            for part in strip.parts:
+                array = _cast(_part_of(whole, part), dtype)
+                kind, _, leaf = part.name.partition(".")
+                if kind == "down":
+                    rows[part.name] = array
+                else:
+                    rows[f"gate.{leaf}"] = mx.contiguous(array[:, 0])
+                    rows[f"up.{leaf}"] = mx.contiguous(array[:, 1])
+                del array
+                mx.eval(list(rows.values()))
+            del whole
         if down_bias is not None:
             down_bias = _cast(down_bias, dtype)
             mx.eval(down_bias)
@@ -113,8 +122,8 @@ class RowReader:
         # Open for good: a checkpoint that is replaced meanwhile has other neurons at the same places.
         self._descriptor = _open(self._file)
         tensors = checkpoint.headers[self._file.name].tensors
-        self._tensors = {name: info for name, info in tensors.items() if name not in ("order", "down.bias")}
-        unknown = sorted({info.dtype for info in self._tensors.values()} - set(_DTYPES))
+        self._strips = checkpoint.strips(index)
+        unknown = sorted({part.dtype for strip in self._strips for part in strip.parts} - set(_DTYPES))
         if unknown:
             raise CheckpointError(
                 f"{self._file}: tensors of type {unknown[0]} cannot be read; convert the source again"
@@ -122,17 +131,19 @@ class RowReader:
         self.position = read_positions(checkpoint, index)
         self.down_bias: mx.array | None = None
         if (info := tensors.get("down.bias")) is not None:
-            values = np.frombuffer(_pread(self._file, info.start, info.end - info.start), _raw_type(info))
+            values = np.frombuffer(
+                _pread(self._file, info.start, info.end - info.start), raw_dtype(_DTYPES[info.dtype])
+            )
             self.down_bias = _cast(from_raw(values, _DTYPES[info.dtype]), dtype)
             mx.eval(self.down_bias)
 
     def empty(self, slots: int) -> Rows:
         """Arrays for that many neurons, as `read_rows` names and types them, computed."""
         rows: Rows = {}
-        for name, info in self._tensors.items():
-            dtype = self._memory_dtype(info)
-            shape = (slots, *(info.shape[1:] if name.startswith("down.") else info.shape[2:]))
-            for memory_name in _memory_names(name):
+        for part in (part for strip in self._strips for part in strip.parts):
+            dtype = self._memory_dtype(part)
+            shape = (slots, *(part.shape if part.name.startswith("down.") else part.shape[1:]))
+            for memory_name in _memory_names(part.name):
                 # Not zeros of a broadcast: the array must have a buffer of its own.
                 rows[memory_name] = mx.contiguous(mx.zeros(shape, dtype))
         mx.eval(list(rows.values()))
@@ -152,15 +163,16 @@ class RowReader:
         found: dict[str, Raw] = {}
         try:
             self._announce(places[at])
-            for name, info in self._tensors.items():
-                values = np.empty((len(places), *info.shape[1:]), _raw_type(info))
-                values[at] = self._ranges(info, places[at])
-                values = self._as_memory(values, info)
-                if name.startswith("down."):
-                    found[name] = values
-                else:
-                    gate, up = _memory_names(name)
-                    found |= {gate: values[:, 0], up: values[:, 1]}
+            for strip in self._strips:
+                block = np.empty((len(places), strip.stride), np.uint8)
+                block[at] = self._ranges(strip, places[at])
+                for part in strip.parts:
+                    values = self._as_memory(block, part)
+                    if part.name.startswith("down."):
+                        found[part.name] = values
+                    else:
+                        gate, up = _memory_names(part.name)
+                        found |= {gate: values[:, 0], up: values[:, 1]}
         except OSError as exc:
             raise CheckpointError(
                 f"{self._file}: cannot be read ({exc.strerror or exc}); copy or convert the checkpoint again"
@@ -180,22 +192,21 @@ class RowReader:
         """Tell the system of all ranges at once, where it takes such advice, so that the disk has many in work."""
         if not hasattr(os, "posix_fadvise"):
             return
-        for info in self._tensors.values():
-            row_bytes = (info.end - info.start) // info.shape[0]
-            for start, stop in zip(*merged_ranges(places, row_bytes), strict=True):
-                offset, count = int(places[start]) * row_bytes, int(places[stop - 1] - places[start] + 1) * row_bytes
-                os.posix_fadvise(self._descriptor, info.start + offset, count, os.POSIX_FADV_WILLNEED)
+        for strip in self._strips:
+            for start, stop in zip(*merged_ranges(places, strip), strict=True):
+                offset = int(places[start]) * strip.stride
+                count = int(places[stop - 1] - places[start] + 1) * strip.stride
+                os.posix_fadvise(self._descriptor, strip.start + offset, count, os.POSIX_FADV_WILLNEED)
 
-    def _ranges(self, info: TensorInfo, places: npt.NDArray[np.int32]) -> Raw:
-        """The rows at sorted places in the file."""
-        row_bytes = (info.end - info.start) // info.shape[0]
-        starts, stops = merged_ranges(places, row_bytes)
-        rows = np.empty((len(places), row_bytes), np.uint8)
+    def _ranges(self, strip: Strip, places: npt.NDArray[np.int32]) -> npt.NDArray[np.uint8]:
+        """What the strip holds at sorted places, bytes `[n, stride]`."""
+        starts, stops = merged_ranges(places, strip)
+        rows = np.empty((len(places), strip.stride), np.uint8)
 
         def read(index: int) -> None:
             first, last = places[starts[index]], places[stops[index] - 1]
-            block = np.empty((last - first + 1, row_bytes), np.uint8)
-            buffer, offset = memoryview(block.data).cast("B"), info.start + int(first) * row_bytes
+            block = np.empty((last - first + 1, strip.stride), np.uint8)
+            buffer, offset = memoryview(block.data).cast("B"), strip.start + int(first) * strip.stride
             while len(buffer):
                 count = os.preadv(self._descriptor, [buffer], offset)
                 if not count:
@@ -209,30 +220,34 @@ class RowReader:
                 list(pool.map(read, range(len(starts))))
         elif len(starts):
             read(0)
-        return rows.view(_raw_type(info)).reshape(len(places), *info.shape[1:])
+        return rows
 
-    def _memory_dtype(self, info: TensorInfo) -> mx.Dtype:
-        dtype = _DTYPES[info.dtype]
+    def _memory_dtype(self, part: Part) -> mx.Dtype:
+        dtype = _DTYPES[part.dtype]
         return self._dtype if self._dtype is not None and dtype in _FLOATS else dtype
 
-    def _as_memory(self, values: Raw, info: TensorInfo) -> Raw:
-        if self._memory_dtype(info) == _DTYPES[info.dtype]:
+    def _as_memory(self, block: npt.NDArray[np.uint8], part: Part) -> Raw:
+        """One part of what a strip holds, `[n, *part.shape]`."""
+        dtype = _DTYPES[part.dtype]
+        cut = np.ascontiguousarray(block[:, part.offset : part.offset + part.nbytes])
+        values: Raw = cut.view(raw_dtype(dtype)).reshape(len(block), *part.shape)
+        if self._memory_dtype(part) == dtype:
             return values
-        cast = from_raw(values, _DTYPES[info.dtype]).astype(self._memory_dtype(info))
+        cast = from_raw(values, dtype).astype(self._memory_dtype(part))
         mx.eval(cast)
         return raw(cast)
 
 
-def merged_ranges(places: npt.NDArray[np.int32], row_bytes: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-    """Sorted rows as few ranges: the smallest gaps are read over, as long as little is read for nothing.
+def merged_ranges(places: npt.NDArray[np.int32], strip: Strip) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """Sorted places as few ranges: the smallest gaps are read over, as long as little is read for nothing.
 
     Returns:
         Where in `places` each range starts, and where it stops.
     """
     gaps = np.diff(places).astype(np.int64) - 1
     by_size = np.argsort(gaps, kind="stable")
-    wasted = np.cumsum(gaps[by_size]) <= _WASTE * len(places)
-    small = gaps[by_size] * row_bytes <= _GAP_BYTES
+    wasted = np.cumsum(gaps[by_size]) <= min(_WASTE, _MOST_READ * strip.nbytes / strip.stride - 1) * len(places)
+    small = gaps[by_size] * strip.stride <= _GAP_BYTES
     closed = np.zeros(len(gaps), dtype=bool)
     closed[by_size[wasted & small]] = True
     borders = np.flatnonzero(~closed) + 1
@@ -247,8 +262,12 @@ def _memory_names(name: str) -> tuple[str, ...]:
     return (name,) if kind == "down" else (f"gate.{leaf}", f"up.{leaf}")
 
 
-def _raw_type(info: TensorInfo) -> npt.DTypeLike:
-    return raw_dtype(_DTYPES[info.dtype])
+def _part_of(whole: mx.array, part: Part) -> mx.array:
+    """One part of all records `[d_ffn, stride]`, as `[d_ffn, *part.shape]`; a tensor is its only part."""
+    if whole.dtype == _DTYPES[part.dtype] and whole.shape[1:] == part.shape:
+        return whole
+    cut = mx.contiguous(whole[:, part.offset : part.offset + part.nbytes])
+    return mx.view(cut, _DTYPES[part.dtype]).reshape(len(whole), *part.shape)
 
 
 def _open(file: Path) -> int:
@@ -258,8 +277,11 @@ def _open(file: Path) -> int:
         raise CheckpointError(
             f"{file}: cannot be read ({exc.strerror or exc}); copy or convert the checkpoint again"
         ) from None
-    if hasattr(os, "posix_fadvise"):  # no read-ahead beyond the ranges
+    # No read-ahead beyond the ranges.
+    if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+    elif sys.platform == "darwin":
+        fcntl.fcntl(descriptor, _F_RDAHEAD, 0)
     return descriptor
 
 

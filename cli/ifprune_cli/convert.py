@@ -130,7 +130,7 @@ def convert(
         typer.Option(
             "--order",
             help="How neurons lie in the files. frequency: those selected most often on the --calibrate chats (or the "
-            "small set that ships) first, which --residency ssd reads faster.",
+            "small set that ships) first, one record each, which --residency ssd reads faster.",
         ),
     ] = OrderName.source,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,

@@ -219,11 +219,7 @@ def _tensors(
 ) -> Iterator[tuple[dict[str, mx.array], int]]:
     """The plain model's tensors by mlx-lm's names, a few at a time, each with the bytes that were read for them."""
     for index, ids in enumerate(selection.ids):
-        header = checkpoint.headers[checkpoint.neurons_file(index).name]
-        yield (
-            _ffn(checkpoint, index, ids, dtype, packing),
-            sum(info.end - info.start for info in header.tensors.values()),
-        )
+        yield _ffn(checkpoint, index, ids, dtype, packing), checkpoint.ffn_bytes(index)
     may_cast = getattr(_skeleton(checkpoint, checkpoint.config), "cast_predicate", lambda _: True)
     for file, header in checkpoint.headers.items():
         if not file.startswith("model-"):

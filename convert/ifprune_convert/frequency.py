@@ -1,4 +1,5 @@
-"""Puts the neurons of a checkpoint into the order of how often they are selected (DESIGN.md section 3, idea 3).
+"""Puts the neurons of a checkpoint into the order of how often they are selected (DESIGN.md section 3, idea 3), and all
+rows of a neuron into one record.
 
 What a switch reads from the disk then lies together. Knows a written checkpoint and the chats to select by.
 """
@@ -16,12 +17,13 @@ from ifprune_mlx.budget import SSD
 from ifprune_mlx.checkpoint import SECTION, Checkpoint
 from ifprune_mlx.errors import SourceError
 from ifprune_mlx.model import load
+from ifprune_mlx.neuron_layout import RECORDS
 from ifprune_mlx.prompts import render_messages
 from ifprune_mlx.selection import Ids
 from ifprune_mlx.selectors import Instruction, make_selector
 from ifprune_mlx.train.records import Record
 
-from .neurons import write_neurons
+from .neurons import as_records, write_neurons
 
 
 def order_by_frequency(folder: Path, examples: Sequence[Record], progress: Callable[[int, int], None]) -> None:
@@ -38,7 +40,8 @@ def order_by_frequency(folder: Path, examples: Sequence[Record], progress: Calla
 
 
 def reorder(checkpoint: Checkpoint, orders: Sequence[Ids]) -> None:
-    """Put the neurons of each file into a given order, int32 `[d_ffn]` each. The manifest is then out of date.
+    """Put the neurons of each file into a given order, int32 `[d_ffn]` each, as records. The manifest is then out of
+    date.
 
     Raises:
         SourceError: if they are in an order of their own already.
@@ -50,13 +53,14 @@ def reorder(checkpoint: Checkpoint, orders: Sequence[Ids]) -> None:
         arrays = mx.load(str(file))
         assert isinstance(arrays, dict)
         down_bias = arrays.pop("down.bias", None)
-        tensors = {name: mx.take(arrays.pop(name), mx.array(order), axis=0) for name in list(arrays)}
-        tensors["order"] = mx.array(order)
+        records, metadata = as_records(arrays)
+        tensors = {RECORDS: mx.take(records, mx.array(order), axis=0), "order": mx.array(order)}
         if down_bias is not None:
             tensors["down.bias"] = down_bias
         mx.eval(tensors)
+        del arrays, records
         written = file.with_suffix(".new")
-        write_neurons(written, tensors)
+        write_neurons(written, tensors, metadata)
         del tensors
         written.replace(file)
         mx.clear_cache()

@@ -19,6 +19,7 @@ from ifprune_mlx.budget import resident_bytes
 from ifprune_mlx.buffers import raw
 from ifprune_mlx.checkpoint import Checkpoint
 from ifprune_mlx.model import load_checkpoint
+from ifprune_mlx.neuron_layout import RECORDS, Part, Strip
 from ifprune_mlx.selectors import Instruction
 from ifprune_mlx.slots import EMPTY, FFNSlots, plan_switch
 from ifprune_mlx.store import RowReader, merged_ranges, read_rows
@@ -290,8 +291,9 @@ def test_frequency_order_changes_the_file_and_nothing_else(tmp_path: Path) -> No
     plain, ordered = Checkpoint.open(tmp_path / "plain"), Checkpoint.open(tmp_path / "ordered")
     assert plain.layout.order is None
     assert ordered.layout.order == "frequency"
-    assert ordered.weight_bytes - plain.weight_bytes == 2 * 128 * 4  # the orders themselves
+    assert ordered.weight_bytes == plain.weight_bytes
     assert ordered.neuron_bytes(0) == plain.neuron_bytes(0)
+    assert [len(checkpoint.strips(0)) for checkpoint in (plain, ordered)] == [3, 1]
     one, other = open_model(plain.path), open_model(ordered.path)
     for mine, theirs in zip(one.slots, other.slots, strict=True):
         for name, rows in mine.rows.items():
@@ -304,8 +306,9 @@ def test_frequency_order_changes_the_file_and_nothing_else(tmp_path: Path) -> No
     position = RowReader(ordered, 0).position
     assert (np.diff(counts[np.argsort(position)]) <= 0).all()
     for file in ordered.path.glob("neurons-*"):
-        start = min(info.start for info in ordered.headers[file.name].tensors.values())
-        assert start % 16384 == 0
+        tensors = ordered.headers[file.name].tensors
+        assert tensors[RECORDS].start == min(info.start for info in tensors.values())
+        assert tensors[RECORDS].start % 16384 == 0
     expected = greedy(one.module, tokenizer.encode("hello"), 6)
     assert greedy(other.module, tokenizer.encode("hello"), 6) == expected
 
@@ -336,11 +339,14 @@ def test_merged_ranges_cover_every_place_once_and_waste_little(seed: int) -> Non
     generator = np.random.default_rng(seed)
     count, width = int(generator.integers(0, 200)), 400
     places = np.sort(generator.permutation(width)[:count]).astype(np.int32)
-    starts, stops = merged_ranges(places, row_bytes=int(generator.choice([64, 4096, 1 << 17])))
+    wanted, stride = ((64, 64), (3456, 4096), (3200, 4096), (1 << 17, 1 << 17))[seed % 4]
+    strip = Strip(0, stride, (Part("down.weight", "U8", (wanted,)),))
+    starts, stops = merged_ranges(places, strip)
     covered = [place for start, stop in zip(starts, stops, strict=True) for place in range(start, stop)]
     assert covered == list(range(count))
     read = sum(int(places[stop - 1] - places[start] + 1) for start, stop in zip(starts, stops, strict=True))
     assert read <= 1.15 * count + 1e-9
+    assert read * stride <= max(1.3 * wanted, stride) * count + 1e-6
 
 
 def test_rows_in_place_are_seen_by_what_is_computed_next(tmp_path: Path) -> None:
