@@ -28,7 +28,7 @@ _SLICED = "tests/ifprune_mlx/test_sliced_equals_masked.py"
 _FFN = "tests/ifprune_mlx/test_ffn.py"
 _SLOTS = "tests/ifprune_mlx/test_slots.py"
 _SELECTION = "tests/ifprune_mlx/test_selection.py"
-_GENERATION = "tests/ifprune_mlx/test_generation.py"
+_GENERATION = "tests/ifprune_mlx/test_generation_history.py"
 _HISTORY = "tests/ifprune_mlx/test_history.py"
 
 
