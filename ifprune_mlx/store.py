@@ -202,25 +202,30 @@ class RowReader:
         """What the strip holds at sorted places, bytes `[n, stride]`."""
         starts, stops = merged_ranges(places, strip)
         rows = np.empty((len(places), strip.stride), np.uint8)
+        spans = np.stack([starts, stops, places[starts], places[stops - 1] + 1], axis=1).tolist()
 
-        def read(index: int) -> None:
-            first, last = places[starts[index]], places[stops[index] - 1]
-            block = np.empty((last - first + 1, strip.stride), np.uint8)
-            buffer, offset = memoryview(block.data).cast("B"), strip.start + int(first) * strip.stride
-            while len(buffer):
-                count = os.preadv(self._descriptor, [buffer], offset)
-                if not count:
-                    raise OSError(f"it ends at byte {offset}")
-                buffer, offset = buffer[count:], offset + count
-            rows[starts[index] : stops[index]] = block[places[starts[index] : stops[index]] - first]
+        def read(share: int) -> None:
+            for start, stop, first, end in spans[share::_READERS]:
+                whole = end - first == stop - start
+                block = rows[start:stop] if whole else np.empty((end - first, strip.stride), np.uint8)
+                self._pread(memoryview(block).cast("B"), strip.start + first * strip.stride)
+                if not whole:
+                    rows[start:stop] = block[places[start:stop] - first]
 
-        if len(starts) > 1:
+        if len(spans) > 1:
             # The file system and the disk work on several requests at once.
             with ThreadPoolExecutor(_READERS) as pool:
-                list(pool.map(read, range(len(starts))))
-        elif len(starts):
+                list(pool.map(read, range(_READERS)))
+        elif spans:
             read(0)
         return rows
+
+    def _pread(self, buffer: memoryview, offset: int) -> None:
+        while len(buffer):
+            count = os.preadv(self._descriptor, [buffer], offset)
+            if not count:
+                raise OSError(f"it ends at byte {offset}")
+            buffer, offset = buffer[count:], offset + count
 
     def _memory_dtype(self, part: Part) -> mx.Dtype:
         dtype = _DTYPES[part.dtype]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,7 @@ def main() -> None:
     print("| agreement | pairs | of the same domain | nats per token more than under its own |\n|---|---|---|---|")
     borders = np.quantile(agreements, np.linspace(0, 1, 7))
     result = []
-    for low, high in zip(borders[:-1], borders[1:], strict=True):
+    for low, high in pairwise(borders):
         inside = (agreements >= low) & ((agreements < high) | (high == borders[-1]))
         least, most = interval(costs[inside], prompts[inside])
         result.append({"from": low, "to": high, "cost": float(costs[inside].mean()), "low": least, "high": most})
@@ -88,9 +89,8 @@ def main() -> None:
             f"| {low:.3f} to {high:.3f} | {inside.sum()} | {same[inside].mean():.0%} | {costs[inside].mean():+.3f} "
             f"[{least:+.3f}, {most:+.3f}] |"
         )
-    print(
-        "\n| stay from | same domain stays | other domain stays | nats per token lost, over all pairs |\n|---|---|---|---|"
-    )
+    print("\n| stay from | same domain stays | other domain stays | nats per token lost, over all pairs |")
+    print("|---|---|---|---|")
     for threshold in sorted({*np.round(np.arange(0.3, 0.96, 0.05), 2).tolist(), SWITCH_BELOW}):
         stays = agreements >= threshold
         lost = np.where(stays, costs, 0.0)
