@@ -23,6 +23,7 @@ ORDER = (
     "selection",
     "topk",
     "families",
+    "neuron_layout",
     "checkpoint",
     "task_store",
     "bootstrap",
@@ -58,12 +59,13 @@ ORDER = (
 # The modules of `ifprune_mlx.train`, likewise. They may import anything of ORDER, and nothing of it imports them.
 TRAIN = (
     *("records", "encoding", "mixture"),
-    *("kernels", "answers", "backbone", "targets", "distill", "priors"),
+    *("kernels", "answers", "backbone", "targets", "distill", "priors", "static"),
     *("tuned", "adapter", "full", "recompute", "arms", "run_files", "paired", "watch", "scratch"),
 )
 # The modules of `ifprune_mlx.serving`, likewise: the engine first, then what speaks HTTP.
 SERVING = (
-    *("jobs", "stopping", "sampling", "queueing", "prefixes", "lanes", "answering", "engine"),
+    *("jobs", "stopping", "sampling", "queueing", "prefixes", "lanes", "answering"),
+    *("admission", "tickets", "books", "choosing", "switching", "batch", "engine"),
     *("requests", "replies", "tool_calls", "conversations", "limits", "metrics", "openapi", "service", "listening"),
     *("exchange", "openai_api", "anthropic_api", "app"),
 )

@@ -19,6 +19,9 @@ class EngineFullError(IfpruneError):
 class EngineClosedError(IfpruneError):
     """The engine is being shut down and answers nothing any more (HTTP: 503)."""
 
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down; ask again when it is back")
+
 
 class GenerationFailedError(RuntimeError):
     """The model itself failed while it computed a batch, through no fault of the job (HTTP: 500)."""

@@ -29,8 +29,8 @@ from ifprune_mlx.history import DENSE
 from ifprune_mlx.selectors import Instruction
 from tests.tiny import write_checkpoint
 
+from .generating import Broken, asked, assert_in_step, failing, letters
 from .reference import random_selection
-from .test_generation import Broken, asked, assert_in_step, failing, letters
 
 Tiny = tuple[Model, Any]
 WIDTHS = (128, 128)

@@ -22,8 +22,8 @@ from tests.cli.process import environment
 from tests.family_configs import tiny_config
 from tests.tiny import VOCABULARY, write_checkpoint
 
+from .generating import Broken, assert_in_step, failing, letters
 from .reference import random_selection
-from .test_generation import Broken, assert_in_step, failing, letters
 
 Tiny = tuple[Model, Any]
 Result = TypeVar("Result")
