@@ -60,7 +60,9 @@ def run_paired(
     from ifprune_mlx.train.arms import Objective
     from ifprune_mlx.train.backbone import copy_backbone
     from ifprune_mlx.train.mixture import Mixture
-    from ifprune_mlx.train.paired import Run, Settings, static_prior
+    from ifprune_mlx.train.paired import Run, Settings
+    from ifprune_mlx.train.run_files import STATE
+    from ifprune_mlx.train.static import static_prior
 
     settings = Settings(
         arms=options.arms,
@@ -73,7 +75,11 @@ def run_paired(
         seed=options.seed,
     )
     predictor = _predictor(model, options)
-    prior = static_prior(model, predictor, options.start)
+    earlier = [options.output] if (options.output / STATE).is_file() else []
+    if options.start is not None:
+        earlier.append(options.start)
+    with progress("static selection", "instructions") as update:
+        prior = static_prior(model, predictor, train, earlier, update)
     model.prior = prior
     mixture = Mixture({name: (items, weights.get(name, 1.0)) for name, items in train.items()}, options.seed)
     run = Run(

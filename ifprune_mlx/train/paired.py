@@ -26,12 +26,12 @@ from mlx.optimizers import AdamW
 
 from ifprune_mlx.errors import DataError
 from ifprune_mlx.files import read_safetensors_header, sha256_file, write_atomic
-from ifprune_mlx.model import Model
 from ifprune_mlx.predictor import SparsityPredictor
 from ifprune_mlx.train.arms import ARMS, Arm, Measured, Objective, Stepper, head_parameters
 from ifprune_mlx.train.encoding import Encoded
+from ifprune_mlx.train.kernels import differentiable
 from ifprune_mlx.train.mixture import Batch, Mixture, batches
-from ifprune_mlx.train.priors import load_prior, save_prior
+from ifprune_mlx.train.priors import save_prior
 from ifprune_mlx.train.run_files import METRICS, STATE, cut_metrics, differences, hash_of_arrays, schedule, sweep
 from ifprune_mlx.train.tuned import Tuned
 
@@ -91,9 +91,8 @@ class Run:
         folder: where the run lives; one that holds a state of the same run goes on from it.
         start: folder of an earlier run whose adapters the arms begin with.
         grad_checkpoint: less memory for more time; see `ifprune_mlx.train.recompute`. A resumed run may change it.
-
-        micro_batch_size: sequences computed together; see `ifprune_mlx.train.arms.Stepper`. A resumed run may change
-            it.
+        micro_batch_size: sequences computed together, neighbours in length, since batches come in its order; see
+            `ifprune_mlx.train.arms.Stepper`. A resumed run may change it.
 
     A folder without a state keeps no metrics of steps: those of a run that was killed before its first one.
 
@@ -175,7 +174,8 @@ class Run:
             keep = [self._keep_of(self._density(row)) for row in rows]
             taught = self._stepper.teach(examples)
             for number, arm in enumerate(self.arms):
-                found = self._stepper.run(arm, examples, keep, taught, batch.targets, learn_head=learn_head)
+                with differentiable(self.adapted.model.module):
+                    found = self._stepper.run(arm, examples, keep, taught, batch.targets, learn_head=learn_head)
                 for measured, example in zip(found, examples, strict=True):
                     sums[number, self._domains.index(example.domain)] += self._sums(measured, example)
             if self._micro_batch_size == 1:  # buffers of a length that the next one does not have
@@ -314,21 +314,6 @@ class Run:
             for domain, (ce, kl, count) in zip(self._domains, sums, strict=True)
             if count
         }
-
-
-def static_prior(
-    model: Model, predictor: SparsityPredictor | None, start: Path | None = None
-) -> list[np.ndarray[Any, Any]]:
-    """What the static arm ranks neurons by: the predictor's own prior, which is what it says to no instruction in
-    particular, if it has one; so that the arms differ in what depends on the instruction alone. Else the checkpoint's.
-    A run that begins with an earlier one's adapters (`start`) keeps its prior, which they were healed on.
-    """
-    if start is not None and (start / "prior.safetensors").is_file():
-        return load_prior(start / "prior.safetensors")
-    if predictor is None or predictor.head.second_bias is None:
-        return list(model.prior)
-    flat = np.exp(np.array(predictor.head.second_bias.astype(mx.float32)))
-    return list(np.split(flat, np.cumsum(predictor.head.widths)[:-1]))
 
 
 def _summed(gradients: dict[str, mx.array], group: Any) -> dict[str, mx.array]:

@@ -21,9 +21,10 @@ from ifprune_mlx.train.arms import ARMS, Objective
 from ifprune_mlx.train.encoding import Encoded, encode
 from ifprune_mlx.train.full import Full
 from ifprune_mlx.train.mixture import Mixture
-from ifprune_mlx.train.paired import Run, Settings, static_prior
+from ifprune_mlx.train.paired import Run, Settings
 from ifprune_mlx.train.records import Record
 from ifprune_mlx.train.run_files import METRICS, STATE
+from ifprune_mlx.train.static import static_prior
 from tests.tiny import write_checkpoint
 
 WIDTHS = (128, 128)
@@ -100,10 +101,11 @@ def start(checkpoint: Path, head: Path) -> Start:
         model, tokenizer = load(checkpoint)
         chosen = predictor_of(predictor, model, tokenizer)
         data = {name: (chats(tokenizer, name, count, length), weight if name == "a" else 1.0) for name in domains}
+        fixed = static_prior(model, chosen, {"a": chats(tokenizer, "a")})
         return Run(
             Full(model) if full else Adapted(model, rank=rank, scale=scale, seed=settings.seed),
             chosen,
-            [scores + prior * np.arange(len(scores), dtype=np.float32) for scores in static_prior(model, chosen)],
+            [scores + prior * np.arange(len(scores), dtype=np.float32) for scores in fixed],
             Mixture(data, settings.seed),
             settings,
             objective or Objective(),
@@ -409,23 +411,6 @@ def test_the_learning_rate_warms_up_and_falls(start: Start, tmp_path: Path) -> N
     assert rates[:3] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2], rel=1e-5)
     assert all(later < earlier for earlier, later in pairwise(rates[2:]))
     assert 1e-3 <= rates[-1] < 2.5e-3
-
-
-def test_the_static_prior_is_the_predictors_own(checkpoint: Path, head: Path) -> None:
-    """What a head with a bias says to no instruction in particular; without one, or without a predictor, the
-    checkpoint's."""
-    model, tokenizer = load(checkpoint)
-    predictor = predictor_of(head, model, tokenizer)
-    bias = np.array(predictor.head.second_bias)
-    found = static_prior(model, predictor)
-    assert [scores.shape for scores in found] == [(128,), (128,)]
-    assert all((scores > 0).all() for scores in found)
-    for scores, part in zip(found, np.split(bias, 2), strict=True):
-        np.testing.assert_allclose(np.log(scores), part, atol=1e-5)
-    plain = predictor.with_head(replace(predictor.head, second_bias=None))
-    for given in (None, plain):
-        for scores, wanted in zip(static_prior(model, given), model.prior, strict=True):
-            np.testing.assert_array_equal(scores, wanted)
 
 
 @pytest.mark.parametrize(
