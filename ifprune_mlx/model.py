@@ -7,12 +7,14 @@ One operation at a time has a model, in whatever thread (`ifprune_mlx.ownership`
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, wraps
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import mlx.core as mx
@@ -105,7 +107,7 @@ class Model:
         self.memory = memory
         self._float_bytes = float_bytes
         self._reading: ThreadPoolExecutor | None = None
-        self._cache_limit: int | None = limit_cache()
+        _limit.opened(self)
         self.tokenizer: TokenizerWrapper | None = None
         self.module = module
         self.selection: Selection | None = None
@@ -276,6 +278,8 @@ class Model:
     def close(self) -> None:
         """Give the weights and MLX's cache back; the model cannot be used afterwards.
 
+        The last of several open models also gives back the cache limit that MLX had before the first.
+
         Raises:
             ModelBusyError: if an answer is under way.
         """
@@ -289,9 +293,7 @@ class Model:
             self.module = nn.Module()
             self.__dict__.pop("predictor", None)
             mx.clear_cache()
-            if self._cache_limit is not None:
-                mx.set_cache_limit(self._cache_limit)
-                self._cache_limit = None
+            _limit.closed(self)
         self.ownership.close()
 
     def _priors(self, kind: str) -> list[Scores]:
@@ -378,6 +380,32 @@ def limit_cache() -> int:
     return before
 
 
+class _Limit:
+    """MLX's cache limit, one for all models of a process: lowered while any is open, in whatever order they close."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._open: weakref.WeakSet[Model] = weakref.WeakSet()  # one that is dropped unclosed holds nothing up
+        self._before: int | None = None
+
+    def opened(self, model: Model) -> None:
+        with self._lock:
+            before = limit_cache()
+            if self._before is None:
+                self._before = before
+            self._open.add(model)
+
+    def closed(self, model: Model) -> None:
+        with self._lock:
+            self._open.discard(model)
+            if not self._open and self._before is not None:
+                mx.set_cache_limit(self._before)
+                self._before = None
+
+
+_limit = _Limit()
+
+
 def _synchronize() -> None:
     """Wait for what is under way on the streams that mlx-lm computes answers on."""
     mx.synchronize()
@@ -396,6 +424,7 @@ def _load_module(
             """The family's own class; its projections are replaced before any weight is loaded."""
 
             def __init__(self, args: Any) -> None:
+                nn.Module.__init__(self)  # which recurrent_gemma's class leaves out
                 super().__init__(args)
                 for spec, ffn_slots in zip(layout.ffns, slots, strict=True):
                     leaves.append(replace_leaves(self, spec, ffn_slots, layout.gate_up, layout.down))

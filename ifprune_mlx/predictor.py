@@ -22,6 +22,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx import nn
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model, load_tokenizer
 
@@ -428,12 +429,17 @@ def hidden_states(backbone: nn.Module, tokens: mx.array, layers: int | None = No
         PredictorError: if the family does not expose its hidden states, or has no more than `layers` layers.
     """
     inner = inner_model(backbone)
-    if layers is not None:
-        if not 0 < layers <= len(inner.layers):
-            raise PredictorError(f"the predictor reads {layers} layers, the model has {len(inner.layers)}")
-        inner = copy.copy(inner)  # shares every weight
-        inner.layers = inner.layers[:layers]
-    hidden: mx.array = inner(tokens)
+    if layers is None:
+        whole: mx.array = inner(tokens)
+        return whole
+    inner = stack = copy.copy(inner)  # shares every weight
+    if isinstance(inner.layers, nn.Module):  # plamo's lie one module deeper
+        inner.layers = stack = copy.copy(inner.layers)
+    if not 0 < layers <= len(stack.layers):
+        raise PredictorError(f"the predictor reads {layers} layers, the model has {len(stack.layers)}")
+    stack.layers = stack.layers[:layers]
+    # Many families ask the cache of a layer further behind how far attention reaches.
+    hidden: mx.array = inner(tokens, cache=make_prompt_cache(backbone))
     return hidden
 
 

@@ -208,7 +208,7 @@ class RowReader:
             for start, stop, first, end in spans[share::_READERS]:
                 whole = end - first == stop - start
                 block = rows[start:stop] if whole else np.empty((end - first, strip.stride), np.uint8)
-                self._pread(memoryview(block).cast("B"), strip.start + first * strip.stride)
+                self._pread(memoryview(block.data).cast("B"), strip.start + first * strip.stride)
                 if not whole:
                     rows[start:stop] = block[places[start:stop] - first]
 

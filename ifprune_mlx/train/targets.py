@@ -29,6 +29,7 @@ from ifprune_mlx.model import Model
 from ifprune_mlx.train.answers import answer_logits, answer_rows, log_softmax
 from ifprune_mlx.train.backbone import Backbone
 from ifprune_mlx.train.encoding import Encoded
+from ifprune_mlx.train.kernels import differentiable
 
 PART = 64
 """Chats in one part."""
@@ -178,7 +179,8 @@ def attribution(model: Model, examples: Sequence[Encoded], masks: Sequence[mx.ar
         return -mx.take_along_axis(said, wanted[:, None], axis=-1).sum()
 
     try:
-        sums = [mx.abs(gradient).sum(axis=1) for gradient in mx.grad(loss)(points)]
+        with differentiable(model.module):
+            sums = [mx.abs(gradient).sum(axis=1) for gradient in mx.grad(loss)(points)]
         mx.eval(sums)
     finally:
         for leaf in model.down_leaves:
