@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from .checkpoint import Checkpoint
 from .errors import BudgetError
+from .neuron_layout import MOST_PADDING
 from .selection import keep_count, keep_multiple
 
 RAM, SSD = "ram", "ssd"
@@ -79,14 +80,19 @@ def choose_residency(
     return residency
 
 
-def check_files(name: str, sizes: Mapping[str, int], residency: str | None, memory: int | None) -> None:
+def check_files(
+    name: str, sizes: Mapping[str, int], residency: str | None, memory: int | None, *, ordered: bool = False
+) -> None:
     """Raise BudgetError if files to be downloaded hold more weights than this machine has memory for.
 
     Args:
         sizes: bytes of every file of a checkpoint, by its path.
         residency, memory: how it is to be loaded, as `choose_residency` takes them.
+        ordered: the checkpoint's neurons are in an order of their own, so that padding may be part of their files.
     """
     weights = {file: size for file, size in sizes.items() if file.endswith(".safetensors")}
+    if ordered:
+        weights |= {file: int(size / MOST_PADDING) for file, size in weights.items() if file.startswith("neurons-")}
     needed, have = sum(weights.values()), physical_memory()
     streamed = sum(size for file, size in weights.items() if file.startswith("neurons-"))
     residency = _residency(residency, memory, needed)

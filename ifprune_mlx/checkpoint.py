@@ -20,7 +20,7 @@ from typing import Any
 from .errors import BudgetError, CheckpointError, IfpruneError, SelectionError
 from .families import FFNSpec
 from .files import DTYPE_BYTES, SafetensorsHeader, read_safetensors_header, sha256_file
-from .neuron_layout import NOT_ROWS, RECORDS, Strip, strips_of
+from .neuron_layout import FLOATS, NOT_ROWS, READABLE, RECORDS, Strip, strips_of
 from .selection import Selection, keep_count
 
 FORMAT_VERSION = 1
@@ -274,9 +274,14 @@ class Checkpoint:
         dropped = sum((spec.d_ffn - k) * spec.neuron_parameters for spec, k in zip(ffns, keep, strict=True))
         return self.parameters - dropped
 
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of all files in the manifest."""
+        return sum(int(entry["size"]) for entry in self.manifest["files"].values())
+
     @cached_property
     def weight_bytes(self) -> int:
-        """Bytes of all weights as they are on disk, which is what `ram` residency keeps in memory."""
+        """Bytes of all weights in the types that they have on disk, which is what `ram` residency keeps in memory."""
         return self.loaded_bytes()
 
     def neuron_bytes(self, index: int, float_bytes: int | None = None) -> int:
@@ -354,10 +359,20 @@ class Checkpoint:
         header = self.headers.get(file.name)
         if header is None or RECORDS not in header.tensors:
             self._check_file(file, shapes)
-            return
-        self._check_file(file, {name: shape for name, shape in shapes.items() if name in NOT_ROWS})
-        found = {part.name: (d_ffn, *part.shape) for strip in self.strips(index) for part in strip.parts}
-        _check_tensors(file, found, {name: shape for name, shape in shapes.items() if name not in NOT_ROWS})
+        else:
+            self._check_file(file, {name: shape for name, shape in shapes.items() if name in NOT_ROWS})
+            found = {part.name: (d_ffn, *part.shape) for strip in self.strips(index) for part in strip.parts}
+            _check_tensors(file, found, {name: shape for name, shape in shapes.items() if name not in NOT_ROWS})
+        parts = [part for strip in self.strips(index) for part in strip.parts]
+        types = {name: info.dtype for name, info in self.headers[file.name].tensors.items() if name in NOT_ROWS}
+        for name, dtype in [(part.name, part.dtype) for part in parts] + list(types.items()):
+            if name not in shapes:
+                raise CheckpointError(f"{file}: holds {name}, of which config.json knows nothing; update ifprune-mlx")
+            known = {"order": ("I32",), "down.bias": FLOATS}.get(name, READABLE)
+            if dtype not in known:
+                raise CheckpointError(
+                    f"{file}: {name} is of type {dtype}, expected {' or '.join(known)}; convert the source again"
+                )
 
     def _check_file(self, file: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
         header = self.headers.get(file.name)
@@ -379,7 +394,7 @@ def _check_tensors(file: Path, found: Mapping[str, tuple[int, ...]], shapes: Map
 
 def _bytes_in_memory(dtype: str, shape: tuple[int, ...], float_bytes: int | None) -> int:
     """Bytes of an array once it is loaded."""
-    cast = float_bytes is not None and dtype in ("F32", "F16", "BF16")
+    cast = float_bytes is not None and dtype in FLOATS
     return math.prod(shape) * (float_bytes if cast and float_bytes is not None else DTYPE_BYTES[dtype])
 
 

@@ -77,7 +77,7 @@ def read_safetensors_header(path: Path, error: type[IfpruneError] = IfpruneError
         for name, entry in raw.items():
             start, end = (int(offset) for offset in entry["data_offsets"])
             tensors[name] = TensorInfo(entry["dtype"], tuple(int(n) for n in entry["shape"]), base + start, base + end)
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
         raise error(f"{path}: the safetensors header is malformed; copy or download the file again") from None
     for name, info in tensors.items():
         if info.dtype not in DTYPE_BYTES:

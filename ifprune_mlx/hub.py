@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from .budget import check_files
-from .checkpoint import MANIFEST, Checkpoint
-from .errors import CheckpointError, IfpruneError
+from .checkpoint import MANIFEST, SECTION, Checkpoint, read_json_object
+from .errors import BudgetError, CheckpointError, IfpruneError
 
 Progress = Callable[[int, int], None]
 """Called with (bytes there, bytes in all) of what is downloaded."""
@@ -108,7 +108,13 @@ def resolve(
         )
     names = [file for file in repository.files if any(fnmatch(file, pattern) for pattern in _PATTERNS)]
     if loads:
-        check_files(name, {file: repository.files[file] for file in names}, residency, memory)
+        sizes = {file: repository.files[file] for file in names}
+        try:
+            check_files(name, sizes, residency, memory)
+        except BudgetError:
+            check_files(name, sizes, residency, memory, ordered=True)
+            if not _is_ordered(repository):
+                raise
     new = any(cached_folder(name, file, repository.commit) is None for file in names)
     folder = download(repository, names, error=CheckpointError, progress=progress)
     if new and (damaged := Checkpoint.open(folder).verify()):
@@ -119,6 +125,17 @@ def resolve(
             f"{name}: {damaged[0]} came damaged and was removed (its sha256 is not the manifest's); load it again"
         )
     return folder
+
+
+def _is_ordered(repository: Repository) -> bool:
+    """Whether a checkpoint's neurons are in an order of their own; its config, a few kilobytes, is fetched for that."""
+    if "config.json" not in repository.files:
+        return False
+    folder = download(
+        repository, ["config.json"], error=CheckpointError, progress=lambda done, total: None, more_follow=True
+    )
+    section = read_json_object(folder / "config.json").get(SECTION)
+    return isinstance(section, dict) and section.get("order") is not None
 
 
 def list_repository(name: str, revision: str | None, error: type[IfpruneError]) -> Repository:

@@ -371,13 +371,13 @@ def load_checkpoint(
     return Model(checkpoint, module, slots, leaves, ownership, residency, memory, None if dtype is None else dtype.size)
 
 
-def limit_cache() -> int:
-    """Let MLX keep no more than a share of this machine's memory in freed buffers; returns the limit before."""
+def limit_cache() -> tuple[int, int]:
+    """Let MLX keep no more than a share of this machine's memory in freed buffers; returns the limit before and now."""
     limit = max(physical_memory() // _CACHE_SHARE, _LEAST_CACHE)
     before = mx.set_cache_limit(limit)
     if before < limit:
         mx.set_cache_limit(before)
-    return before
+    return before, min(before, limit)
 
 
 class _Limit:
@@ -387,12 +387,15 @@ class _Limit:
         self._lock = Lock()
         self._open: weakref.WeakSet[Model] = weakref.WeakSet()  # one that is dropped unclosed holds nothing up
         self._before: int | None = None
+        self._lowered = 0
 
     def opened(self, model: Model) -> None:
         with self._lock:
-            before = limit_cache()
-            if self._before is None:
+            before, now = limit_cache()
+            # After models that were dropped unclosed, a limit that is not theirs is the user's.
+            if self._before is None or (not self._open and before != self._lowered):
                 self._before = before
+            self._lowered = now
             self._open.add(model)
 
     def closed(self, model: Model) -> None:

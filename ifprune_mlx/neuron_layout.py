@@ -24,6 +24,11 @@ PAGE_BYTES = 4096
 """What a disk is read by. Apple silicon's memory has pages of four times that, on which these are borders too."""
 NOT_ROWS = ("order", "down.bias")
 """The tensors of a neurons file that do not hold a row per neuron."""
+FLOATS = ("F32", "F16", "BF16")
+READABLE = (*FLOATS, "U32", "U8")
+"""The element types of rows."""
+MOST_PADDING = 1.3
+"""Bytes that a record takes at most for one that it has."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +89,10 @@ def strips_of(header: SafetensorsHeader, d_ffn: int, where: Path) -> tuple[Strip
     parts: list[Part] = []
     try:
         for name, entry in json.loads(header.metadata[PARTS]).items():
-            shape = tuple(int(n) for n in entry["shape"])
-            parts.append(Part(name, entry["dtype"], shape, int(entry["offset"])))
-        inside = all(part.offset >= 0 and part.offset + part.nbytes <= records.shape[1] for part in parts)
+            if not all(type(n) is int and n >= 0 for n in (*entry["shape"], entry["offset"])):
+                raise ValueError("a number is no size")
+            parts.append(Part(name, entry["dtype"], tuple(entry["shape"]), entry["offset"]))
+        inside = all(part.offset + part.nbytes <= records.shape[1] for part in parts)
         if not inside or records.dtype != "U8" or records.shape != (d_ffn, records.shape[1]):
             raise ValueError("a part lies beyond its record")
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError):
@@ -98,8 +104,8 @@ def strips_of(header: SafetensorsHeader, d_ffn: int, where: Path) -> tuple[Strip
 
 def record_stride(nbytes: int) -> int:
     """Bytes from one record to the next: the fewest, up to 30 % more than it has, at which a record lies on as few
-    pages as it can."""
-    choices = range(-(-nbytes // 16) * 16, int(1.3 * nbytes) + 1, 16)
+    pages as it can; a multiple of 16."""
+    choices = range(-(-nbytes // 16) * 16, int(MOST_PADDING * nbytes) + 1, 16)
     return min(choices, key=lambda stride: _pages(nbytes, stride), default=nbytes)
 
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from .buffers import Raw, from_raw, raw, raw_dtype
 from .checkpoint import Checkpoint
 from .errors import CheckpointError
-from .neuron_layout import RECORDS, Part, Strip
+from .neuron_layout import MOST_PADDING, RECORDS, Part, Strip
 from .selection import Ids
 
 Rows = dict[str, mx.array]
@@ -31,7 +31,7 @@ _DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.
 # Of what is wanted, how much more is read to make fewer ranges of it; a range more costs a disk access.
 _WASTE = 0.15
 # Bytes read for one that is wanted, with what pads records.
-_MOST_READ = 1.3
+_MOST_READ = MOST_PADDING
 # No gap above this is read over: about what an SSD reads in the time that an access takes.
 _GAP_BYTES = 1 << 16
 _READERS = 8
@@ -93,8 +93,6 @@ def read_positions(checkpoint: Checkpoint, index: int) -> npt.NDArray[np.int32]:
     if checkpoint.layout.order is None:
         return np.arange(d_ffn, dtype=np.int32)
     info = checkpoint.headers[file.name].tensors["order"]
-    if info.dtype != "I32":
-        raise CheckpointError(f"{file}: its order of neurons is of type {info.dtype}; convert the checkpoint again")
     order = np.frombuffer(_pread(file, info.start, info.end - info.start), "<i4")
     positions = np.full(d_ffn, -1, np.int32)
     positions[order[(order >= 0) & (order < d_ffn)]] = np.arange(d_ffn, dtype=np.int32)[(order >= 0) & (order < d_ffn)]
@@ -123,11 +121,6 @@ class RowReader:
         self._descriptor = _open(self._file)
         tensors = checkpoint.headers[self._file.name].tensors
         self._strips = checkpoint.strips(index)
-        unknown = sorted({part.dtype for strip in self._strips for part in strip.parts} - set(_DTYPES))
-        if unknown:
-            raise CheckpointError(
-                f"{self._file}: tensors of type {unknown[0]} cannot be read; convert the source again"
-            )
         self.position = read_positions(checkpoint, index)
         self.down_bias: mx.array | None = None
         if (info := tensors.get("down.bias")) is not None:
@@ -153,7 +146,7 @@ class RowReader:
         """The rows of these neurons by array name, as `ifprune_mlx.buffers.raw` shows them.
 
         Args:
-            neurons: int32 `[n]`, in the source's numbering.
+            neurons: int32 `[n]`, in the source's numbering, each once.
 
         Raises:
             CheckpointError: if the file cannot be read.
@@ -164,10 +157,9 @@ class RowReader:
         try:
             self._announce(places[at])
             for strip in self._strips:
-                block = np.empty((len(places), strip.stride), np.uint8)
-                block[at] = self._ranges(strip, places[at])
+                block = self._ranges(strip, places[at])
                 for part in strip.parts:
-                    values = self._as_memory(block, part)
+                    values = self._as_memory(block, at, part)
                     if part.name.startswith("down."):
                         found[part.name] = values
                     else:
@@ -231,10 +223,11 @@ class RowReader:
         dtype = _DTYPES[part.dtype]
         return self._dtype if self._dtype is not None and dtype in _FLOATS else dtype
 
-    def _as_memory(self, block: npt.NDArray[np.uint8], part: Part) -> Raw:
-        """One part of what a strip holds, `[n, *part.shape]`."""
+    def _as_memory(self, block: npt.NDArray[np.uint8], at: npt.NDArray[np.intp], part: Part) -> Raw:
+        """One part of what a strip holds, `[n, *part.shape]`; row *i* of `block` is number `at[i]` of them."""
         dtype = _DTYPES[part.dtype]
-        cut = np.ascontiguousarray(block[:, part.offset : part.offset + part.nbytes])
+        cut = np.empty((len(block), part.nbytes), np.uint8)
+        cut[at] = block[:, part.offset : part.offset + part.nbytes]
         values: Raw = cut.view(raw_dtype(dtype)).reshape(len(block), *part.shape)
         if self._memory_dtype(part) == dtype:
             return values
@@ -251,7 +244,8 @@ def merged_ranges(places: npt.NDArray[np.int32], strip: Strip) -> tuple[npt.NDAr
     """
     gaps = np.diff(places).astype(np.int64) - 1
     by_size = np.argsort(gaps, kind="stable")
-    wasted = np.cumsum(gaps[by_size]) <= min(_WASTE, _MOST_READ * strip.nbytes / strip.stride - 1) * len(places)
+    waste = min(_WASTE, max(_MOST_READ * strip.nbytes / strip.stride - 1, 0.0))
+    wasted = np.cumsum(gaps[by_size]) <= waste * len(places)
     small = gaps[by_size] * strip.stride <= _GAP_BYTES
     closed = np.zeros(len(gaps), dtype=bool)
     closed[by_size[wasted & small]] = True
@@ -276,17 +270,20 @@ def _part_of(whole: mx.array, part: Part) -> mx.array:
 
 
 def _open(file: Path) -> int:
+    descriptor = -1
     try:
         descriptor = os.open(file, os.O_RDONLY)
+        # No read-ahead beyond the ranges.
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+        elif sys.platform == "darwin":
+            fcntl.fcntl(descriptor, _F_RDAHEAD, 0)
     except OSError as exc:
+        if descriptor >= 0:
+            os.close(descriptor)
         raise CheckpointError(
             f"{file}: cannot be read ({exc.strerror or exc}); copy or convert the checkpoint again"
         ) from None
-    # No read-ahead beyond the ranges.
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-    elif sys.platform == "darwin":
-        fcntl.fcntl(descriptor, _F_RDAHEAD, 0)
     return descriptor
 
 

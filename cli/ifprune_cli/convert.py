@@ -215,14 +215,14 @@ def convert(
     checkpoint = conversion.checkpoint
     page = None
     if upload_repo is not None:
-        note(f"uploading {checkpoint.path} ({checkpoint.weight_bytes / 1e6:.0f} MB) to {upload_repo}")
+        note(f"uploading {checkpoint.path} ({checkpoint.disk_bytes / 1e6:.0f} MB) to {upload_repo}")
         page = upload(checkpoint, upload_repo, bars=sys.stderr.isatty())
     quantization = checkpoint.layout.gate_up or checkpoint.layout.down
     if json:
         result_json(
             {
                 "path": str(checkpoint.path),
-                "bytes": sum(entry["size"] for entry in checkpoint.manifest["files"].values()),
+                "bytes": checkpoint.disk_bytes,
                 "seconds": conversion.seconds,
                 "peak_rss": _peak_rss(),
                 "ffns": len(checkpoint.layout.ffns),
@@ -235,7 +235,7 @@ def convert(
     print(checkpoint.path)
     note(
         f"{parameters(checkpoint.parameters)} parameters, {len(checkpoint.layout.ffns)} FFNs, "
-        f"{checkpoint.weight_bytes / 1e6:.0f} MB, in {conversion.seconds:.1f} s; "
+        f"{checkpoint.disk_bytes / 1e6:.0f} MB, in {conversion.seconds:.1f} s; "
         f"try: ifprune chat --model {checkpoint.path if page is None else upload_repo}"
     )
     if page is not None:

@@ -44,4 +44,7 @@ def load_prior(file: Path) -> list[Scores]:
     read_safetensors_header(file, DataError)
     arrays = mx.load(str(file))
     assert isinstance(arrays, dict)
-    return [np.array(arrays[f"prior.{index}"].astype(mx.float32)) for index in range(len(arrays))]
+    names = [f"prior.{index}" for index in range(len(arrays))]
+    if not arrays or any(name not in arrays or arrays[name].ndim != 1 for name in names):
+        raise DataError(f"{file}: does not hold the priors of a model's FFNs; give the file that training wrote")
+    return [np.array(arrays[name].astype(mx.float32)) for name in names]

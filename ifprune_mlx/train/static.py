@@ -13,6 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from ifprune_mlx.errors import DataError, IfpruneError
 from ifprune_mlx.model import Model
 from ifprune_mlx.predictor import SparsityPredictor
 from ifprune_mlx.selection import Scores
@@ -53,19 +54,46 @@ def static_prior(
     group = mx.distributed.init()
     widths = [spec.d_ffn for spec in model.checkpoint.layout.ffns]
     flat = np.zeros(sum(widths), np.float32)
+    failure: IfpruneError | None = None
     if group.rank() == 0:
-        files = [file for file in (folder / "prior.safetensors" for folder in earlier) if file.is_file()]
-        if files:
-            flat = np.concatenate(load_prior(files[0]))
-        elif predictor is None:
-            flat = np.concatenate(list(model.prior)).astype(np.float32)
-        else:
-            mean = _mean_scores(predictor, examples, progress)
-            # Scores without a unit may be large; their order is what counts, and float32 keeps it within these bounds.
-            flat = np.exp(mean * min(1.0, _LARGEST / float(np.abs(mean).max(initial=1.0))))
+        try:
+            flat = np.concatenate(_of_first(model, predictor, examples, earlier, progress)).astype(np.float32)
+        except IfpruneError as exc:
+            failure = exc
     if group.size() > 1:
+        # The others would wait for ever, or end in a lost connection.
+        failed = mx.distributed.all_sum(mx.array(int(failure is not None)), group=group).item()
+        if failed and failure is None:
+            raise DataError("the first process of this run has ended with an error; see what it says")
         # Summed with the others' zeros, since two machines may round differently and a run must be the same on all.
         flat = np.array(mx.distributed.all_sum(mx.array(flat), group=group))
+    if failure is not None:
+        raise failure
+    return list(np.split(flat, np.cumsum(widths)[:-1]))
+
+
+def _of_first(
+    model: Model,
+    predictor: SparsityPredictor | None,
+    examples: Mapping[str, Sequence[Encoded]],
+    earlier: Sequence[Path],
+    progress: Callable[[int, int], None],
+) -> list[Scores]:
+    """What the first process says."""
+    widths = [spec.d_ffn for spec in model.checkpoint.layout.ffns]
+    for file in (folder / "prior.safetensors" for folder in earlier):
+        if file.is_file():
+            found = load_prior(file)
+            if [len(scores) for scores in found] != widths:
+                raise DataError(
+                    f"{file}: is the prior of a model with FFNs of other widths; give the run of this model"
+                )
+            return found
+    if predictor is None:
+        return list(model.prior)
+    mean = _mean_scores(predictor, examples, progress)
+    # Scores without a unit may be large; their order is what counts, and float32 keeps it within these bounds.
+    flat = np.exp(mean * min(1.0, _LARGEST / float(np.abs(mean).max(initial=1.0))))
     return list(np.split(flat, np.cumsum(widths)[:-1]))
 
 

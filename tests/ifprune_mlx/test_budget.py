@@ -9,6 +9,7 @@ import pytest
 from ifprune_convert.pipeline import Options
 from ifprune_mlx import BudgetError, Checkpoint, load
 from ifprune_mlx.budget import (
+    check_files,
     choose_residency,
     parse_quantity,
     physical_memory,
@@ -196,3 +197,17 @@ def test_a_checkpoint_larger_than_memory_is_refused(tiny_checkpoint: Path, monke
         load(tiny_checkpoint)
     with pytest.raises(BudgetError, match=r"this machine has .* GB of memory; convert the source with -q"):
         load(tiny_checkpoint, residency="ssd")
+
+
+def test_padded_files_may_be_larger_than_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ifprune_mlx.budget.physical_memory", lambda: 10_000)
+    sizes = {
+        "neurons-00001-of-00001.safetensors": 10_400,
+        "model-00001-of-00001.safetensors": 1_900,
+        "manifest.json": 1,
+    }
+    with pytest.raises(BudgetError, match="nothing was downloaded"):
+        check_files("org/name", sizes, "ram", None)
+    check_files("org/name", sizes, "ram", None, ordered=True)  # 8,000 and 1,900 at least
+    with pytest.raises(BudgetError, match="nothing was downloaded"):
+        check_files("org/name", sizes | {"model-00001-of-00001.safetensors": 2_100}, "ram", None, ordered=True)

@@ -72,3 +72,16 @@ def test_a_model_that_is_dropped_counts_as_closed(checkpoint: Path) -> None:
     gc.collect()
     other.close()
     assert limit() == HIGH
+
+
+@pytest.mark.parametrize("changed", [True, False])
+def test_after_models_that_were_dropped_the_users_limit_counts(checkpoint: Path, changed: bool) -> None:
+    dropped, _ = load(checkpoint)
+    del dropped
+    gc.collect()
+    if changed:
+        mx.set_cache_limit(HIGH + 1)
+    other, _ = load(checkpoint)
+    assert limit() < HIGH
+    other.close()
+    assert limit() == HIGH + changed

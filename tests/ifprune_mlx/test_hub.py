@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ifprune_mlx import Checkpoint
+from ifprune_mlx.budget import physical_memory
 from ifprune_mlx.hub import Room, _shortage, is_hub_id, resolve
 from tests.hub_stub import HubStub, serve
 
@@ -83,6 +84,16 @@ def test_what_is_no_checkpoint_costs_no_download(hub: HubStub, tmp_path: Path) -
         assert words in text
         assert "\n" not in text
     assert hub.fetched() == []
+
+
+def test_padding_is_no_reason_to_refuse_but_only_where_there_is_some(hub: HubStub, tmp_path: Path) -> None:
+    """Files a little larger than memory: its config says whether they are padded, and is all that is fetched."""
+    hub.repositories["org/large"] = hub.repositories["org/tiny"]
+    name = next(file for file in hub.repositories["org/tiny"] if file.startswith("neurons-"))
+    hub.sizes["org/large", name] = int(1.1 * physical_memory())
+    ((text, _),) = answers(hub, tmp_path, "org/large")
+    assert text.startswith("refused: org/large: with residency ram ")
+    assert hub.fetched() == ["config.json"]
 
 
 def test_a_damaged_download_is_found_and_comes_again(hub: HubStub, tmp_path: Path) -> None:

@@ -133,6 +133,18 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, str]], object], str]] = {
     "unknown type": (edited(lambda parts: parts["down.weight"].update(dtype="F7")), "records are not as"),
     "no offset": (edited(lambda parts: parts["down.weight"].pop("offset")), "records are not as"),
     "no down": (edited(lambda parts: parts.pop("down.weight")), "down.weight is missing"),
+    "infinite": (
+        lambda metadata: metadata.update({PARTS: metadata[PARTS].replace('"offset": 0', '"offset": 1e999')}),
+        "records are not as",
+    ),
+    "a fraction": (edited(lambda parts: parts["down.weight"].update(offset=0.5)), "records are not as"),
+    "words": (edited(lambda parts: parts["down.weight"].update(shape="64")), "records are not as"),
+    "negative sizes": (edited(lambda parts: parts["down.weight"].update(shape=[-8, -8])), "records are not as"),
+    "a part more": (
+        edited(lambda parts: parts.update({"down.x": {"dtype": "F32", "shape": [0], "offset": 0}})),
+        "holds down.x, of which config.json knows nothing",
+    ),
+    "signed": (edited(lambda parts: parts["down.weight"].update(dtype="I32")), "down.weight is of type I32, expected"),
     "another shape": (edited(lambda parts: parts["down.weight"].update(shape=[32])), r"\[128, 32\], config.json asks"),
 }
 
@@ -161,3 +173,17 @@ def test_records_of_another_width_are_refused(tmp_path: Path) -> None:
     assert header.tensors[RECORDS].shape == (128, made.strips(0)[0].stride)
     with pytest.raises(CheckpointError, match="records are not as"):
         strips_of(header, 127, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["gate_up.weight", "down.bias", "down.x"])
+def test_tensors_that_cannot_be_rows_are_refused_when_opening(tmp_path: Path, name: str) -> None:
+    plain = Checkpoint.open(write_checkpoint(tmp_path / "plain", "llama-bias", Options()))
+    file = plain.neurons_file(0)
+    arrays = mx.load(str(file))
+    assert isinstance(arrays, dict)
+    mx.eval(arrays)
+    arrays[name] = arrays.get(name, mx.zeros((128, 0))).astype(mx.int32)
+    write_neurons(file, arrays)
+    write_manifest(plain.path, source="tests", licence=None)
+    with pytest.raises(CheckpointError, match=f"{name}(, of which|.* is of type I32, expected)"):
+        Checkpoint.open(plain.path)
