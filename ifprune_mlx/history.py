@@ -78,7 +78,8 @@ class History:
             thread: the one that read; in another, which cannot compute it, everything is forgotten.
         """
         if threading.get_ident() == thread:
-            mx.eval([cache.state for cache in self.kv])
+            # In mlx-lm 0.31, on Python 3.10, a layer that has read nothing has no state.
+            mx.eval([cache.state for cache in self.kv if not cache.empty()])
         else:
             self.clear(model)
 

@@ -16,6 +16,7 @@ import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -466,11 +467,13 @@ def inner_model(module: nn.Module) -> Any:
     """The part of an mlx-lm model that gives hidden states `[B, L, d]`: all but the output layer.
 
     Raises:
-        PredictorError: if the family does not expose it.
+        PredictorError: if the family does not expose it, or is falcon_h1 in mlx-lm 0.31.
     """
     inner: Any = module
     while not isinstance(inner.get("embed_tokens"), nn.Module):
         inner = inner.get("model") or inner.get("language_model")
         if inner is None:
             raise PredictorError("the model's family does not expose its hidden states; use a llama or qwen kind")
+    if type(inner).__name__ == "FalconH1Model" and version("mlx-lm").startswith("0.31."):
+        raise PredictorError("without a cache, mlx-lm 0.31 runs the first layer alone; use Python 3.11 or newer")
     return inner

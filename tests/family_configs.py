@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Iterable
 from dataclasses import MISSING, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 
 from tests.tiny import write_tokenizer
 
+# The last for Python 3.10; it lacks some families.
+OLD_MLX_LM = version("mlx-lm").startswith("0.31.")
+NEWER = ("mellum", "nanbeige", "olmo_hybrid", "plamo3", "talkie")
 # What a required field is given, by its name; a default stands, unless it is named in SHAPES.
 VALUES: dict[str, Any] = {
     "hidden_act": "silu",
@@ -270,6 +276,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "ffn_multipliers": [1.0, 2.0, 3.0],
     },
     "phi3small": {"dense_attention_every_n_layers": 2, "ff_intermediate_size": 128, "gegelu_limit": 20.0},
+    "phimoe": {
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0] * 8,
+            "long_factor": [1.0] * 8,
+            "short_mscale": 1.0,
+            "long_mscale": 1.0,
+        }
+    },
     "plamo": {"n_shared_head": 2},
     "qwen": {"kv_channels": 16},
     "qwen2_moe": {"shared_expert_intermediate_size": 96},
@@ -321,6 +336,12 @@ WRAPPERS = {
     "qwen3_vl": "qwen3",
 }
 _INNER = ("TextConfig", "TextArgs", "TextModelArgs")
+
+
+def cases(model_types: Iterable[str]) -> list[Any]:
+    """Model types as a test's parameters, skipped where mlx-lm lacks them."""
+    lacks = pytest.mark.skipif(OLD_MLX_LM, reason="mlx-lm 0.31 lacks the family")
+    return [pytest.param(name, marks=lacks) if name in NEWER else name for name in model_types]
 
 
 def family_model(model_type: str) -> Any:

@@ -20,7 +20,7 @@ from ifprune_mlx.families import HALVES, INTERLEAVED, find_ffns, join_fused, spl
 from ifprune_mlx.ffn import MaskedDown, module_at, replace_leaves
 from ifprune_mlx.selection import Selection, keep_count
 from ifprune_mlx.slots import FFNSlots, plan_switch
-from tests.family_configs import family_model, tiny_config, write_family
+from tests.family_configs import cases, family_model, tiny_config, write_family
 
 from .reference import logits, open_model, random_selection
 
@@ -137,7 +137,7 @@ def widths_of(model: Any, model_type: str) -> list[int]:
     return [spec.d_ffn for spec in find_ffns(model, model_type)]
 
 
-@pytest.mark.parametrize("model_type", SLICED)
+@pytest.mark.parametrize("model_type", cases(SLICED))
 def test_sliced_logits_equal_those_of_the_masked_stock_model(tmp_path: Path, model_type: str) -> None:
     dense = write_family(tmp_path / "source", model_type)
     specs = find_ffns(dense, model_type)
@@ -160,7 +160,7 @@ def test_sliced_logits_equal_those_of_the_masked_stock_model(tmp_path: Path, mod
         assert density == 1 or np.abs(plain - expected).max() > 20 * tolerance
 
 
-@pytest.mark.parametrize("model_type", REFUSED)
+@pytest.mark.parametrize("model_type", cases(REFUSED))
 def test_what_cannot_be_sliced_is_refused_with_the_reason(model_type: str) -> None:
     config = tiny_config(model_type)
     assert config is not None
