@@ -10,7 +10,7 @@ same batches). `ifprune evaluate` prints the loss of the model as published, den
 rows with paired intervals. `dense` is there the healed model with all its neurons, for which it was not tuned.
 
 Before healing there is one checkpoint: the published weights and the predictor in `scripts/controls/before-healing`,
-whose own prior is the static selection it is compared with (docs/log.md says how it was trained).
+whose mean over training instructions is the static selection it is compared with (docs/log.md says how it was trained).
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def before_healing() -> Path:
     """The checkpoint of the published weights with a predictor that was trained for them."""
     folder = HERE / "controls" / "before-healing"
     predictor, prior = folder / "predictor", folder / "prior.safetensors"
-    target = cache_folder() / f"before-healing-{sha256_file(predictor / 'head.safetensors')[:8]}"
+    made_from = (predictor / "head.safetensors", prior)
+    target = cache_folder() / "-".join(["before-healing", *(sha256_file(file)[:8] for file in made_from)])
     if not target.is_dir():
         options = Options(dtype=mx.float32, density=0.5, predictor=predictor, prior=prior)
         convert(open_source(embedded_gguf(print)), target, options)
