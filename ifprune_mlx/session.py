@@ -29,7 +29,7 @@ from .selectors import FixedSelector, Selector, make_selector
 
 POLICIES = ("first", "turn", "auto", "task")
 _FILE_FORMAT = 1
-# On SmolLM2 selections of one domain agree by 0.76 to 0.81, those of different ones by 0.69 to 0.74 (docs/log.md).
+# From here on an answer loses next to nothing on another message's selection (docs/performance.md).
 SWITCH_BELOW = 0.75
 
 
