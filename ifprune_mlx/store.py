@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -61,19 +62,11 @@ def read_rows(checkpoint: Checkpoint, index: int, dtype: mx.Dtype | None = None)
         rows: Rows = {}
         for strip in checkpoint.strips(index):
             whole = arrays.pop(RECORDS if RECORDS in arrays else strip.parts[0].name)
-            if back is not None:
-                whole = mx.take(whole, back, axis=0)
-                mx.eval(whole)
             for part in strip.parts:
-                array = _cast(_part_of(whole, part), dtype)
-                kind, _, leaf = part.name.partition(".")
-                if kind == "down":
-                    rows[part.name] = array
-                else:
-                    rows[f"gate.{leaf}"] = mx.contiguous(array[:, 0])
-                    rows[f"up.{leaf}"] = mx.contiguous(array[:, 1])
-                del array
-                mx.eval(list(rows.values()))
+                for name, array in _rows_of(whole, part, back):
+                    rows[name] = _cast(array, dtype)
+                    del array
+                    mx.eval(rows[name])
             del whole
         if down_bias is not None:
             down_bias = _cast(down_bias, dtype)
@@ -261,12 +254,26 @@ def _memory_names(name: str) -> tuple[str, ...]:
     return (name,) if kind == "down" else (f"gate.{leaf}", f"up.{leaf}")
 
 
-def _part_of(whole: mx.array, part: Part) -> mx.array:
-    """One part of all records `[d_ffn, stride]`, as `[d_ffn, *part.shape]`; a tensor is its only part."""
-    if whole.dtype == _DTYPES[part.dtype] and whole.shape[1:] == part.shape:
-        return whole
-    cut = mx.contiguous(whole[:, part.offset : part.offset + part.nbytes])
-    return mx.view(cut, _DTYPES[part.dtype]).reshape(len(whole), *part.shape)
+def _rows_of(whole: mx.array, part: Part, back: mx.array | None) -> Iterator[tuple[str, mx.array]]:
+    """The arrays of one part, one at a time: of all records `[d_ffn, stride]`, or of a tensor, which is its only part.
+
+    Args:
+        back: where each neuron lies, int32 `[d_ffn]`; None where they lie in order.
+    """
+    names = _memory_names(part.name)
+    tensor = whole.dtype == _DTYPES[part.dtype] and whole.shape[1:] == part.shape
+    for index, name in enumerate(names):
+        if tensor:
+            rows = whole if len(names) == 1 else whole[:, index]
+        else:
+            width = part.nbytes // len(names)
+            start = part.offset + index * width
+            rows = whole[:, start : start + width]
+        rows = mx.contiguous(rows if back is None else mx.take(rows, back, axis=0))
+        if not tensor:
+            shape = part.shape if len(names) == 1 else part.shape[1:]
+            rows = mx.view(rows, _DTYPES[part.dtype]).reshape(len(whole), *shape)
+        yield name, rows
 
 
 def _open(file: Path) -> int:
