@@ -25,8 +25,8 @@ def dense_nll(model: Model, prompt: list[int], answer: list[int]) -> float:
 
 
 def test_the_demo_answers_fluently_on_three_selections(smollm2: Path, smollm2_base: Path) -> None:
-    """The published model, dense, is the judge: at most 0.5 nats a token beyond its own answers on average, and none of
-    them far beyond. One answer is noise; docs/log.md has 24 prompts."""
+    """The published model, dense, is the judge: at most 0.4 nats a token beyond its own answers on average, and none of
+    them beyond 0.6. One answer is noise; docs/log.md has 24 prompts."""
     done = run_here("demo", "--model", smollm2, "--json")
     assert done.returncode == 0, done.stderr
     answers = json.loads(done.stdout.splitlines()[-1])["answers"]
@@ -43,5 +43,5 @@ def test_the_demo_answers_fluently_on_three_selections(smollm2: Path, smollm2_ba
         own = [r.token for r in stream_generate(model, tokenizer, messages, dense=True, max_tokens=96)]
         sliced = list(tokenizer.encode(item["text"], add_special_tokens=False))
         beyond[item["text"]] = dense_nll(model, prompt, sliced) - dense_nll(model, prompt, own)
-    assert sum(beyond.values()) / len(beyond) <= 0.5, beyond
-    assert max(beyond.values()) <= 0.75, beyond
+    assert sum(beyond.values()) / len(beyond) <= 0.4, beyond
+    assert max(beyond.values()) <= 0.6, beyond
