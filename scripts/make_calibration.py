@@ -16,7 +16,7 @@ from pathlib import Path
 from mlx_lm.generate import batch_generate
 
 from ifprune_mlx import load
-from ifprune_mlx.prompts import render_messages
+from ifprune_mlx.chat_template import render_messages
 
 PER_SOURCE = {"gsm8k": 60, "mbpp": 60, "oasst": 60, "seed": 40, "raschka": 40}
 LONGEST_PROMPT = 400

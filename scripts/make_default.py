@@ -16,7 +16,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ifprune_mlx.predictor import Head
+from ifprune_mlx.selection.predictor import Head
 
 HERE = Path(__file__).parent
 TARGET = HERE.parent / "convert" / "ifprune_convert" / "data" / "smollm2-135m-instruct"

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
-from ifprune_mlx.train.records import Record, split
+from ifprune_mlx.data.dataset import Record, split
 
 Chat = tuple[str, str]
 LONGEST_PROMPT, LONGEST_ANSWER = 1200, 1600

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from ifprune_mlx import Model, load, stream_generate
-from ifprune_mlx.prompts import render_messages
+from ifprune_mlx.chat_template import render_messages
 
 
 def dense_nll(model: Model, prompt: list[int], answer: list[int]) -> float:

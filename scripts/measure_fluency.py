@@ -19,9 +19,9 @@ import mlx.core as mx
 import numpy as np
 
 from ifprune_mlx import History, Instruction, Model, Selection, load
-from ifprune_mlx.prompts import render_messages
-from ifprune_mlx.selection import top_k
-from ifprune_mlx.selectors import ActivationSelector
+from ifprune_mlx.chat_template import render_messages
+from ifprune_mlx.selection.selection import top_k
+from ifprune_mlx.selection.selectors import ActivationSelector
 
 
 def answer_nll(model: Model, history: History, last: int, answer: list[int]) -> list[float]:

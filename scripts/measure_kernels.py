@@ -19,8 +19,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ifprune_mlx.buffers import exchange_rows, shared
-from ifprune_mlx.ffn import multiply_in_panels, panel_rows
+from ifprune_mlx.sparse.ffn import multiply_in_panels, panel_rows
+from ifprune_mlx.sparse.inplace import exchange_rows, shared
 
 D_MODEL, D_FFN, K = 2048, 24576, 6656
 ONE_TOKEN_BYTES = 1 << 28

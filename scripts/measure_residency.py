@@ -35,12 +35,12 @@ from ifprune_convert.frequency import reorder
 from ifprune_convert.packing import quantization_of
 from ifprune_convert.synthetic import SHAPES
 from ifprune_mlx import Checkpoint, Selection, load, make_selector
-from ifprune_mlx.bench import contender
-from ifprune_mlx.budget import RAM, SSD, resident_bytes
-from ifprune_mlx.checkpoint import write_manifest
-from ifprune_mlx.contender import drop_from_cache
-from ifprune_mlx.selection import Ids
-from ifprune_mlx.selectors import Instruction
+from ifprune_mlx.bench.benchmark import contender
+from ifprune_mlx.bench.worker import drop_from_cache
+from ifprune_mlx.checkpoint.budget import RAM, SSD, resident_bytes
+from ifprune_mlx.checkpoint.format import write_manifest
+from ifprune_mlx.selection.selection import Ids
+from ifprune_mlx.selection.selectors import Instruction
 
 HELD_OUT = Path(__file__).parent / "held_out"
 DOMAINS = ("code", "maths", "general")

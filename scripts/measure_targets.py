@@ -16,14 +16,14 @@ import mlx.core as mx
 import numpy as np
 
 from ifprune_mlx import load
-from ifprune_mlx.evaluate import answer_nll
-from ifprune_mlx.importance import fuse_ranks, recorded
+from ifprune_mlx.data.dataloader import shuffled
+from ifprune_mlx.data.dataset import read_records
+from ifprune_mlx.data.tokenize import Encoded, encode_all
+from ifprune_mlx.eval.losses import answer_nll
 from ifprune_mlx.model import Model
-from ifprune_mlx.selection import Scores, top_k
-from ifprune_mlx.train.encoding import Encoded, encode_all
-from ifprune_mlx.train.mixture import shuffled
-from ifprune_mlx.train.records import read_records
-from ifprune_mlx.train.targets import attribution
+from ifprune_mlx.selection.selection import Scores, top_k
+from ifprune_mlx.sparse.importance import fuse_ranks, recorded
+from ifprune_mlx.train.attribution import attribution
 
 
 def activation(model: Model, example: Encoded) -> list[Scores]:

@@ -21,11 +21,11 @@ import numpy as np
 
 from ifprune_convert.embedded import ensure_embedded
 from ifprune_mlx import load, make_selector
-from ifprune_mlx.evaluate import answer_nll
-from ifprune_mlx.selectors import Instruction
+from ifprune_mlx.data.dataset import read_records
+from ifprune_mlx.data.tokenize import encode
+from ifprune_mlx.eval.losses import answer_nll
+from ifprune_mlx.selection.selectors import Instruction
 from ifprune_mlx.session import SWITCH_BELOW
-from ifprune_mlx.train.encoding import encode
-from ifprune_mlx.train.records import read_records
 
 HELD_OUT = Path(__file__).parent / "held_out"
 DOMAINS = ("code", "maths", "general")

@@ -21,12 +21,12 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ifprune_convert.embedded import ensure_embedded
 from ifprune_mlx import Model, Selection, load, make_selector
-from ifprune_mlx.bootstrap import POOLED
-from ifprune_mlx.evaluate import compare
-from ifprune_mlx.predictor import SELECT_WINDOW
-from ifprune_mlx.selectors import Instruction
-from ifprune_mlx.train.encoding import Encoded, encode
-from ifprune_mlx.train.records import Record, read_records
+from ifprune_mlx.data.dataset import Record, read_records
+from ifprune_mlx.data.tokenize import Encoded, encode
+from ifprune_mlx.eval.bootstrap import POOLED
+from ifprune_mlx.eval.losses import compare
+from ifprune_mlx.selection.predictor import SELECT_WINDOW
+from ifprune_mlx.selection.selectors import Instruction
 
 HELD_OUT = Path(__file__).parent / "held_out"
 DOMAINS = ("code", "maths", "general")

@@ -24,12 +24,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("ifprune_mlx", "convert", "cli", "tests", "pyproject.toml")
 TIMEOUT_S = 150
-_SLICED = "tests/ifprune_mlx/test_sliced_equals_masked.py"
-_FFN = "tests/ifprune_mlx/test_ffn.py"
-_SLOTS = "tests/ifprune_mlx/test_slots.py"
-_SELECTION = "tests/ifprune_mlx/test_selection.py"
+_SLICED = "tests/ifprune_mlx/sparse/test_sliced_equals_masked.py"
+_FFN = "tests/ifprune_mlx/sparse/test_ffn.py"
+_SLOTS = "tests/ifprune_mlx/sparse/test_slots.py"
+_SELECTION = "tests/ifprune_mlx/selection/test_selection.py"
 _GENERATION = "tests/ifprune_mlx/test_generation_history.py"
-_HISTORY = "tests/ifprune_mlx/test_history.py"
+_HISTORY = "tests/ifprune_mlx/test_prompt_cache.py"
 
 
 @dataclass(frozen=True)
@@ -46,35 +46,35 @@ class Mutation:
 MUTATIONS = (
     Mutation(
         "ids off by one in top_k",
-        "ifprune_mlx/selection.py",
+        "ifprune_mlx/selection/selection.py",
         "return np.flatnonzero(chosen)",
         "return np.flatnonzero(np.roll(chosen, 1))",
         (_SELECTION,),
     ),
     Mutation(
         "ids off by one in plan_switch",
-        "ifprune_mlx/slots.py",
+        "ifprune_mlx/sparse/slots.py",
         "wanted[ids] = True",
         "wanted[(ids + 1) % len(order)] = True",
         (_SLOTS,),
     ),
     Mutation(
         "ids off by one in plan_switch (seen by the logits alone)",
-        "ifprune_mlx/slots.py",
+        "ifprune_mlx/sparse/slots.py",
         "wanted[ids] = True",
         "wanted[(ids + 1) % len(order)] = True",
         (_SLICED,),
     ),
     Mutation(
         "entering slots off by one",
-        "ifprune_mlx/slots.py",
+        "ifprune_mlx/sparse/slots.py",
         "np.flatnonzero(wanted_slots[k:]) + k",
         "(np.flatnonzero(wanted_slots[k:]) + k + 1) % len(order)",
         (_SLOTS,),
     ),
     Mutation(
         "gate and up swapped in read_rows",
-        "ifprune_mlx/store.py",
+        "ifprune_mlx/checkpoint/neuron_reader.py",
         'mx.contiguous(array[:, 0])\n                rows[f"up.{leaf}"] = mx.contiguous(array[:, 1])',
         'mx.contiguous(array[:, 1])\n                rows[f"up.{leaf}"] = mx.contiguous(array[:, 0])',
         (_SLICED,),
@@ -88,14 +88,14 @@ MUTATIONS = (
     ),
     Mutation(
         "stale scales after a switch",
-        "ifprune_mlx/slots.py",
+        "ifprune_mlx/sparse/slots.py",
         "for name in self.rows:\n            if count:",
         'for name in [name for name in self.rows if not name.endswith(".scales")]:\n            if count:',
         (_SLOTS,),
     ),
     Mutation(
         "stale scales after a switch (seen by the logits alone)",
-        "ifprune_mlx/slots.py",
+        "ifprune_mlx/sparse/slots.py",
         "for name in self.rows:\n            if count:",
         'for name in [name for name in self.rows if not name.endswith(".scales")]:\n            if count:',
         (_SLICED,),
@@ -109,21 +109,21 @@ MUTATIONS = (
     ),
     Mutation(
         "panels of down averaged, not summed",
-        "ifprune_mlx/ffn.py",
+        "ifprune_mlx/sparse/ffn.py",
         "@ panels).sum(axis=0)",
         "@ panels).mean(axis=0)",
         (_FFN,),
     ),
     Mutation(
         "KV provenance ignored",
-        "ifprune_mlx/history.py",
+        "ifprune_mlx/prompt_cache.py",
         "if span.owner not in owners:\n                break",
         "if span.owner not in owners:\n                pass",
         (_HISTORY, _GENERATION),
     ),
     Mutation(
         "KV provenance ignored (seen in generation alone)",
-        "ifprune_mlx/history.py",
+        "ifprune_mlx/prompt_cache.py",
         "if span.owner not in owners:\n                break",
         "if span.owner not in owners:\n                pass",
         (_GENERATION,),

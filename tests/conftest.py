@@ -14,7 +14,7 @@ import pytest
 
 from ifprune_convert.embedded import embedded_gguf, ensure_embedded
 from ifprune_mlx import Model, load
-from ifprune_mlx.files import sha256_file
+from ifprune_mlx.checkpoint.atomic_write import sha256_file
 from tests.tiny import write_checkpoint
 
 ROOT = Path(__file__).parent.parent

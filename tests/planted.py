@@ -23,12 +23,12 @@ from mlx_lm.utils import load_tokenizer
 from ifprune_convert.pipeline import Options, convert
 from ifprune_convert.readers import open_source
 from ifprune_mlx import Instruction, Model, Selected, Selection, load
-from ifprune_mlx.predictor import SparsityPredictor, load_predictor
-from ifprune_mlx.prompts import render_messages
+from ifprune_mlx.chat_template import render_messages
+from ifprune_mlx.data.dataset import Record
+from ifprune_mlx.data.tokenize import Encoded, encode_all
+from ifprune_mlx.selection.predictor import SparsityPredictor, load_predictor
+from ifprune_mlx.train.attribution import measure
 from ifprune_mlx.train.distill import distill
-from ifprune_mlx.train.encoding import Encoded, encode_all
-from ifprune_mlx.train.records import Record
-from ifprune_mlx.train.targets import measure
 from tests.tiny import CONFIGS, write_source
 
 _D_MODEL, _D_FFN, _LAYERS, _VOCABULARY = (

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ifprune_mlx.predictor import Head
+from ifprune_mlx.selection.predictor import Head
 from tests.tiny import CONFIGS, write_source
 
 

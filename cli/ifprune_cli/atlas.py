@@ -14,7 +14,7 @@ from .loading import load_model
 from .options import DataOption, DensityOption, DtypeOption, ModelOption, SelectorOption, TrustOption
 
 if TYPE_CHECKING:
-    from ifprune_mlx.atlas import Survey
+    from ifprune_mlx.eval.analysis import Survey
 
 
 def atlas(
@@ -54,7 +54,7 @@ def atlas(
     --evaluation the loss against active parameters.
     """
     from ifprune_mlx import DataError
-    from ifprune_mlx.plots import check_library
+    from ifprune_mlx.eval.plots import check_library
 
     # Whatever can be wrong is better found before selecting than after it.
     if not data:
@@ -63,7 +63,7 @@ def atlas(
     _check_out(out)
     records = read_data(data)
     from ifprune_mlx import make_selector
-    from ifprune_mlx.atlas import (
+    from ifprune_mlx.eval.analysis import (
         Quality,
         machine,
         overlap_chart,
@@ -126,7 +126,7 @@ def _check_out(out: Path) -> None:
 
 def _write(charts: dict[str, Any], out: Path) -> list[Path]:
     from ifprune_mlx import IfpruneError
-    from ifprune_mlx.plots import SUFFIXES, write_figure
+    from ifprune_mlx.eval.plots import SUFFIXES, write_figure
 
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -139,7 +139,7 @@ def _write(charts: dict[str, Any], out: Path) -> list[Path]:
 
 
 def _notes(found: Survey) -> None:
-    from ifprune_mlx.bootstrap import POOLED
+    from ifprune_mlx.eval.bootstrap import POOLED
 
     counts = ", ".join(f"{len(keys)} {domain}" for domain, keys in found.prompts.items())
     note(f"{found.selector}, density {found.density:.3f}: selections of {counts} prompts")

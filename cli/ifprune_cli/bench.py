@@ -61,7 +61,7 @@ def bench(
 ) -> None:
     """Time a model dense and sliced beside plain models of both sizes, in turn, and print medians."""
     from ifprune_mlx import IfpruneError
-    from ifprune_mlx.files import write_atomic
+    from ifprune_mlx.checkpoint.atomic_write import write_atomic
 
     if json is not None and json.is_dir():
         raise IfpruneError(f"--json {json}: is a folder; give a file, or - for stdout")
@@ -72,7 +72,7 @@ def bench(
     if work is not None and not work.is_dir():
         raise IfpruneError(f"--work {work}: no such folder; make it first")
     if plot is not None:
-        from ifprune_mlx.plots import check_plot
+        from ifprune_mlx.eval.plots import check_plot
 
         check_plot(plot, "--plot")
     if sys.platform == "linux" and "blas" not in os.environ.get("LD_PRELOAD", ""):
@@ -134,9 +134,9 @@ def _measure(
 ) -> dict[str, Any]:
     from ifprune_convert.contenders import check_room, make_plain
     from ifprune_mlx import IfpruneError
-    from ifprune_mlx.bench import Settings
-    from ifprune_mlx.bench import bench as measure
-    from ifprune_mlx.budget import resolve_keep
+    from ifprune_mlx.bench.benchmark import Settings
+    from ifprune_mlx.bench.benchmark import bench as measure
+    from ifprune_mlx.checkpoint.budget import resolve_keep
 
     keep = resolve_keep(checkpoint, density=density)
     length, limit = counts[0] + counts[1], checkpoint.config.get("max_position_embeddings")
@@ -203,7 +203,7 @@ def _table(result: dict[str, Any]) -> list[str]:
 
 
 def _draw(result: dict[str, Any], path: Path) -> None:
-    from ifprune_mlx.plots import bar_chart, write_figure
+    from ifprune_mlx.eval.plots import bar_chart, write_figure
 
     rates = {
         row["name"]: {

@@ -101,8 +101,8 @@ def chat(
 ) -> int:
     """Chat with a model that selects its neurons by what is said. /help lists what can be done in it."""
     from ifprune_mlx import ChatFileError, PromptError, Selection, Session, TaskStore
-    from ifprune_mlx.selectors import default_selector
-    from ifprune_mlx.task_store import check_task_name
+    from ifprune_mlx.selection.presets import check_task_name
+    from ifprune_mlx.selection.selectors import default_selector
 
     if max_tokens == 0 or max_tokens < -1:
         raise PromptError(f"max tokens is {max_tokens}; give a number above 0, or -1 for no limit")

@@ -1,7 +1,4 @@
-"""The /commands of `ifprune chat`: each reads one argument, acts on the session, and says what it did on stderr.
-
-Knows nothing of how lines are read or answers are shown.
-"""
+"""The /commands of `ifprune chat`: each reads one argument, acts on the session, and says what it did on stderr."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ifprune_mlx import ChatFileError, IfpruneError, Selection, Session, TaskStore
-from ifprune_mlx.checkpoint import read_json_object
+from ifprune_mlx.checkpoint.format import read_json_object
 
 from .console import note, parameters, shortened
 

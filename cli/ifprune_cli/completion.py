@@ -13,7 +13,7 @@ def task_names(context: typer.Context, incomplete: str) -> list[str]:
     Looks at folders only; which checkpoint is meant without `--model` would take a conversion to know.
     """
     from ifprune_mlx import Checkpoint, IfpruneError, TaskStore
-    from ifprune_mlx.task_store import data_folder
+    from ifprune_mlx.selection.presets import data_folder
 
     model = context.params.get("model")
     try:

@@ -15,7 +15,7 @@ from .loading import load_model
 from .options import DataOption, DensityOption, DtypeOption, ModelOption, TrustOption
 
 if TYPE_CHECKING:
-    from ifprune_mlx.doctor import Diagnosis
+    from ifprune_mlx.eval.diagnose import Diagnosis
 
 NOT_DYNAMIC = 3
 """Exit code of `--strict` for every other verdict; 1 is for what cannot be judged, as with all commands."""
@@ -65,7 +65,7 @@ def doctor(
     if its own is better beyond doubt (95 %) is the verdict dynamic.
     """
     from ifprune_mlx import make_selector
-    from ifprune_mlx.doctor import DYNAMIC, diagnose
+    from ifprune_mlx.eval.diagnose import DYNAMIC, diagnose
 
     if data:
         records, count = read_data(data), limit or _LIMIT

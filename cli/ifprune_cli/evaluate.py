@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
     from ifprune_mlx import Model
-    from ifprune_mlx.choices import ChoiceQuestion
-    from ifprune_mlx.evaluate import Evaluation
-    from ifprune_mlx.exact import ExactQuestion
-    from ifprune_mlx.harness import HarnessTask
-    from ifprune_mlx.tasks import TaskRow
-    from ifprune_mlx.train.encoding import Encoded
-    from ifprune_mlx.train.records import Record
+    from ifprune_mlx.data.dataset import Record
+    from ifprune_mlx.data.tokenize import Encoded
+    from ifprune_mlx.eval.exact_match import ExactQuestion
+    from ifprune_mlx.eval.lm_eval import HarnessTask
+    from ifprune_mlx.eval.losses import Evaluation
+    from ifprune_mlx.eval.metrics import TaskRow
+    from ifprune_mlx.eval.multiple_choice import ChoiceQuestion
 
 Records = dict[str, list["Record"]]
 Examples = dict[str, list["Encoded"]]
@@ -147,7 +147,7 @@ def evaluate(
 ) -> None:
     """Measure every kind of selection by the loss of given answers and by tasks, with paired intervals."""
     from ifprune_mlx import DataError, IfpruneError
-    from ifprune_mlx.evaluate import available_rows
+    from ifprune_mlx.eval.losses import available_rows
 
     # Whatever can be wrong is better found before hours of measuring than after them.
     if not (data or choices or exact or lm_eval):
@@ -194,8 +194,8 @@ def evaluate(
     if json is not None:
         _write_json(json, results[0].to_dict() if densities is None else curve)
     if plot is not None:
-        from ifprune_mlx.atlas import Quality, quality_chart
-        from ifprune_mlx.plots import write_figure
+        from ifprune_mlx.eval.analysis import Quality, quality_chart
+        from ifprune_mlx.eval.plots import write_figure
 
         write_figure(quality_chart(name, Quality.of(curve, "--plot")), plot)
 
@@ -206,9 +206,9 @@ class _Measured:
     def __init__(
         self, model: Model, tokenizer: TokenizerWrapper, wanted: _Wanted, report: Callable[[str], object]
     ) -> None:
-        from ifprune_mlx.asking import pick
-        from ifprune_mlx.choices import encode_choices
-        from ifprune_mlx.exact import encode_exact
+        from ifprune_mlx.eval.exact_match import encode_exact
+        from ifprune_mlx.eval.multiple_choice import encode_choices
+        from ifprune_mlx.eval.task_rows import pick
 
         self._model, self._tokenizer, self._wanted, self._report = model, tokenizer, wanted, report
         limit, seed, context = wanted.limit, wanted.seed, model.context_length
@@ -222,7 +222,7 @@ class _Measured:
     @property
     def tokens(self) -> list[list[int]]:
         """Everything that is read, as token ids; of lm-eval's tasks samples."""
-        from ifprune_mlx.prompts import render_messages
+        from ifprune_mlx.chat_template import render_messages
 
         options = [option for choices in self._choices.values() for choice in choices for option in choice.options]
         return [
@@ -243,8 +243,8 @@ class _Measured:
             names: rows; those that make no sense for a task are measured by loss alone.
             label: of the progress display.
         """
-        from ifprune_mlx.asking import check_rows
-        from ifprune_mlx.evaluate import Evaluation, compare
+        from ifprune_mlx.eval.losses import Evaluation, compare
+        from ifprune_mlx.eval.task_rows import check_rows
 
         # The losses come first and may take hours.
         for name, instructions in self._instructions.items():
@@ -259,9 +259,9 @@ class _Measured:
         return replace(result, tasks=tuple(self._tasks(keep, names, label)))
 
     def _tasks(self, keep: tuple[int, ...], names: Sequence[str], label: str) -> list[TaskRow]:
-        from ifprune_mlx.asking import TASK_ROWS
-        from ifprune_mlx.choices import score_choices
-        from ifprune_mlx.exact import score_exact
+        from ifprune_mlx.eval.exact_match import score_exact
+        from ifprune_mlx.eval.multiple_choice import score_choices
+        from ifprune_mlx.eval.task_rows import TASK_ROWS
 
         rows = [name for name in dict.fromkeys(names) if name in TASK_ROWS]
         seed, result = self._wanted.seed, []
@@ -282,7 +282,7 @@ class _Measured:
                     progress=update,
                 )
         for task in self._wanted.harness:
-            from ifprune_mlx.harness import score_harness
+            from ifprune_mlx.eval.lm_eval import score_harness
 
             with progress(f"{label} {task.name}", "requests") as update:
                 result += score_harness(
@@ -305,7 +305,7 @@ def read_data(given: Sequence[str]) -> Records:
     Raises:
         DataError: if an option is malformed, a name comes twice, or a file cannot be used.
     """
-    from ifprune_mlx.train.records import read_records
+    from ifprune_mlx.data.dataset import read_records
 
     result: Records = {}
     for name, path in named_files(given).items():
@@ -333,7 +333,7 @@ def sample(
     Raises:
         DataError: if a domain has no usable chat, or holds plain text.
     """
-    from ifprune_mlx.train.encoding import encode_all
+    from ifprune_mlx.data.tokenize import encode_all
 
     length = min(max_length, model.context_length or max_length)
     examples: Examples = {}
@@ -359,8 +359,8 @@ def _read(
         DataError: if an option is malformed, a name comes twice, or a file cannot be used.
     """
     from ifprune_mlx import DataError
-    from ifprune_mlx.choices import read_choices
-    from ifprune_mlx.exact import read_exact
+    from ifprune_mlx.eval.exact_match import read_exact
+    from ifprune_mlx.eval.multiple_choice import read_choices
 
     choice_files = named_files(choices, "--choices", "task")
     exact_files = named_files(exact, "--exact", "task")
@@ -395,7 +395,7 @@ def _harness(names: Sequence[str] | None, folders: Sequence[Path] | None) -> lis
             raise IfpruneError("--lm-eval-tasks only says where tasks are; name some of them with --lm-eval")
         return []
     try:
-        from ifprune_mlx.harness import load_tasks
+        from ifprune_mlx.eval.lm_eval import load_tasks
     except ModuleNotFoundError as exc:
         raise IfpruneError(
             f"--lm-eval needs the package {str(exc.name).split('.')[0]}; pip install 'ifprune-mlx[evaluate]'"
@@ -413,8 +413,8 @@ def _names(selectors: str, wanted: _Wanted) -> list[str]:
         IfpruneError: for a name that is none, and where none can be measured on what is wanted.
     """
     from ifprune_mlx import IfpruneError
-    from ifprune_mlx.asking import TASK_ROWS
-    from ifprune_mlx.evaluate import ROWS
+    from ifprune_mlx.eval.losses import ROWS
+    from ifprune_mlx.eval.task_rows import TASK_ROWS
 
     known = [name for name in ROWS if name != "matched"]
     names = [name.strip() for name in selectors.split(",") if name.strip()]
@@ -476,7 +476,7 @@ def _check_outputs(json: Path | None, plot: Path | None, has_losses: bool) -> No
         raise IfpruneError(f"--json {json}: no such folder; make it first")
     if plot is None:
         return
-    from ifprune_mlx.plots import check_plot
+    from ifprune_mlx.eval.plots import check_plot
 
     check_plot(plot, "--plot")
     if not has_losses:
@@ -487,7 +487,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     import json
 
     from ifprune_mlx import IfpruneError
-    from ifprune_mlx.files import write_atomic
+    from ifprune_mlx.checkpoint.atomic_write import write_atomic
 
     if str(path) == "-":
         result_json(value)

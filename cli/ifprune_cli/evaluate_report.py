@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from .console import note
 
 if TYPE_CHECKING:
-    from ifprune_mlx.evaluate import Evaluation
-    from ifprune_mlx.tasks import Figure
+    from ifprune_mlx.eval.losses import Evaluation
+    from ifprune_mlx.eval.metrics import Figure
 
 _METRICS = {
     "accuracy": "share answered rightly",
@@ -51,7 +51,7 @@ def notes(results: Sequence[Evaluation]) -> None:
 
 def _losses(result: Evaluation) -> list[str]:
     """A line per selector."""
-    from ifprune_mlx.bootstrap import POOLED
+    from ifprune_mlx.eval.bootstrap import POOLED
 
     domains = list(result.keys)
     if not domains:
@@ -67,7 +67,7 @@ def _losses(result: Evaluation) -> list[str]:
 
 def _differences(result: Evaluation) -> list[str]:
     """The differences that matter: everything against static, the matched selector against its controls."""
-    from ifprune_mlx.bootstrap import POOLED
+    from ifprune_mlx.eval.bootstrap import POOLED
 
     present = result.selectors
     own = {"activation": "activation-sliced"}.get(result.matched or "", result.matched or "")

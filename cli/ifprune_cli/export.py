@@ -127,7 +127,7 @@ def _select(
 ) -> tuple[Checkpoint, Selection]:
     """What an instruction selects; the model that this took is given back before anything is written."""
     from ifprune_mlx import Instruction, make_selector
-    from ifprune_mlx.prompts import check_prompt, render_messages
+    from ifprune_mlx.chat_template import check_prompt, render_messages
 
     amount = budget.arguments()
     loaded, tokenizer = load_model(model, dtype, trust_remote_code)

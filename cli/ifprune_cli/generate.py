@@ -79,7 +79,7 @@ def generate(
         {**fixed, "--density": density, "--active-params": active_params},
     )
     from ifprune_mlx import Selection, TaskStore, stream_generate
-    from ifprune_mlx.task_store import check_task_name
+    from ifprune_mlx.selection.presets import check_task_name
 
     chosen = None if selection is None else Selection.load(selection)
     if task is not None:

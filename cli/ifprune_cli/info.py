@@ -11,7 +11,7 @@ from .loading import open_checkpoint
 from .options import ModelOption
 
 if TYPE_CHECKING:
-    from ifprune_mlx.checkpoint import Quantization
+    from ifprune_mlx.checkpoint.format import Quantization
 
 _DENSITIES = (0.27, 0.5, 0.7, 0.9, 1.0)
 
@@ -23,7 +23,7 @@ def info(
 ) -> None:
     """Show a checkpoint's shape, size, selectors, tasks, and what each density activates."""
     from ifprune_mlx import CheckpointError, TaskStore
-    from ifprune_mlx.budget import RAM, RESIDENCIES, SSD, physical_memory, resident_bytes, resolve_keep
+    from ifprune_mlx.checkpoint.budget import RAM, RESIDENCIES, SSD, physical_memory, resident_bytes, resolve_keep
 
     checkpoint = open_checkpoint(model)
     if verify:

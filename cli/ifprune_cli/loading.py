@@ -27,10 +27,10 @@ def checkpoint_path(
 
     Args:
         trained: of the embedded model, the one with the trained predictor; else the one that training begins with.
-        loads, residency, memory: as `ifprune_mlx.hub.resolve` takes them.
+        loads, residency, memory: as `ifprune_mlx.checkpoint.hub.resolve` takes them.
     """
     if model is not None:
-        from ifprune_mlx.hub import resolve
+        from ifprune_mlx.checkpoint.hub import resolve
 
         with progress("download", "B") as update:
             kept = None if residency is None else residency.value

@@ -181,7 +181,7 @@ class Budget:
         Raises:
             BudgetError: if a quantity cannot be read.
         """
-        from ifprune_mlx.budget import parse_quantity
+        from ifprune_mlx.checkpoint.budget import parse_quantity
 
         active, memory = self.active_params, self.memory
         return {
@@ -275,8 +275,8 @@ class Selecting:
             IfpruneError: if the model has no predictor to limit, or the folder cannot be used.
         """
         from ifprune_mlx.errors import IfpruneError
-        from ifprune_mlx.selection_cache import SelectionCache
-        from ifprune_mlx.selectors import use_selection_cache
+        from ifprune_mlx.selection.cache import SelectionCache
+        from ifprune_mlx.selection.selectors import use_selection_cache
 
         if self.window is not None:
             predictor = model.predictor

@@ -78,8 +78,8 @@ def select(
     text = read_prompt(prompt)
     texts = dict.fromkeys(read_prompt(other, "--with-prompt") for other in with_prompt or [])
     from ifprune_mlx import Instruction, Selection, TaskStore, make_selector
-    from ifprune_mlx.prompts import check_prompt, render_messages
-    from ifprune_mlx.selection import top_k
+    from ifprune_mlx.chat_template import check_prompt, render_messages
+    from ifprune_mlx.selection.selection import top_k
 
     _check_outputs(save, save_to, plot)
     files = {file: Selection.load(file) for file in compare or []}
@@ -140,8 +140,8 @@ def select(
 def _check_outputs(save: str | None, save_to: Path | None, plot: Path | None) -> None:
     """Raise IfpruneError for a name that a task, a selection file or a chart cannot have."""
     from ifprune_mlx import SelectionError
-    from ifprune_mlx.plots import check_plot
-    from ifprune_mlx.task_store import check_task_name
+    from ifprune_mlx.eval.plots import check_plot
+    from ifprune_mlx.selection.presets import check_task_name
 
     if save is not None:
         check_task_name(save)
@@ -162,8 +162,8 @@ def _notes(selection: Selection, others: dict[str, Selection], seconds: float) -
 
 def _draw(plot: Path, text: str, selection: Selection, others: dict[str, Selection]) -> None:
     """One selection as strips, or it and others as a matrix of overlaps."""
-    from ifprune_mlx.atlas import selection_chart, selections_chart
-    from ifprune_mlx.plots import write_figure
+    from ifprune_mlx.eval.analysis import selection_chart, selections_chart
+    from ifprune_mlx.eval.plots import write_figure
 
     if not others:
         title = f"Kept for: {shortened(text, 60)} ({selection.selector}, density {selection.density:.2f})"

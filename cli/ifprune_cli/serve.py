@@ -41,7 +41,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ifprune_mlx.serving.jobs import Sampling
+    from ifprune_mlx.serving.engine.request import Sampling
 
 _KEY_VARIABLE = "IFPRUNE_API_KEY"
 
@@ -124,8 +124,8 @@ def serve(
     body_bytes = _bytes(max_body, "--max-body")
     sampling = _sampling(temp, top_p, min_p, top_k)
 
-    from ifprune_mlx.serving.listening import bind, is_loopback, url
-    from ifprune_mlx.serving.listening import serve as listen
+    from ifprune_mlx.serving.http.server import bind, is_loopback, url
+    from ifprune_mlx.serving.http.server import serve as listen
 
     listener = bind(host, port)
     if key is None and not is_loopback(listener):
@@ -138,11 +138,11 @@ def serve(
     Selecting(select_window, selection_cache).apply(loaded)
     loaded.keep(budget["density"], budget["active_parameters"])  # a budget that cannot be is found now
 
-    from ifprune_mlx.serving.app import make_app
-    from ifprune_mlx.serving.engine import Engine
-    from ifprune_mlx.serving.limits import Limits
-    from ifprune_mlx.serving.requests import Wish
-    from ifprune_mlx.serving.service import Defaults, Service
+    from ifprune_mlx.serving.engine.engine import Engine
+    from ifprune_mlx.serving.http.app import make_app
+    from ifprune_mlx.serving.http.fields import Wish
+    from ifprune_mlx.serving.http.middleware import Limits
+    from ifprune_mlx.serving.http.service import Defaults, Service
 
     wish = Wish(
         task=task,
@@ -179,7 +179,7 @@ def serve(
 
     try:
         service.choice(wish)  # a task that is not there is found now
-        from ifprune_mlx.selectors import make_selector
+        from ifprune_mlx.selection.selectors import make_selector
 
         if task is None and not dense:
             make_selector(loaded, wish.selector)
@@ -195,8 +195,8 @@ def _sampling(temp: float, top_p: float, min_p: float, top_k: int) -> Sampling:
     Raises:
         IfpruneError: if an option is out of range.
     """
-    from ifprune_mlx.serving.jobs import Sampling
-    from ifprune_mlx.serving.sampling import check_sampling
+    from ifprune_mlx.serving.engine.request import Sampling
+    from ifprune_mlx.serving.engine.sampling import check_sampling
 
     sampling = Sampling(temperature=temp, top_p=top_p, min_p=min_p, top_k=top_k)
     check_sampling(sampling, None)
@@ -213,7 +213,7 @@ def _check_installed() -> None:
 
 
 def _bytes(text: str, option: str) -> int:
-    from ifprune_mlx.budget import parse_quantity
+    from ifprune_mlx.checkpoint.budget import parse_quantity
 
     return 0 if text.strip() == "0" else parse_quantity(text, option)
 

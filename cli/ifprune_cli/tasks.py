@@ -20,7 +20,7 @@ def tasks(
 ) -> None:
     """List the named tasks of a checkpoint: your own, and those that it ships."""
     from ifprune_mlx import TaskError, TaskStore
-    from ifprune_mlx.task_store import check_task_name
+    from ifprune_mlx.selection.presets import check_task_name
 
     if remove is not None:
         check_task_name(remove)

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
     from ifprune_mlx import Model
+    from ifprune_mlx.data.dataset import Record
+    from ifprune_mlx.data.tokenize import Encoded
+    from ifprune_mlx.train.attribution import Targets
     from ifprune_mlx.train.backbone import Backbone
-    from ifprune_mlx.train.encoding import Encoded
-    from ifprune_mlx.train.records import Record
-    from ifprune_mlx.train.targets import Targets
 
 Encode = Callable[["TokenizerWrapper", "list[Record]", int], "list[Encoded]"]
 
@@ -240,7 +240,7 @@ def train(
     import mlx.core as mx
 
     from ifprune_mlx import DataError
-    from ifprune_mlx.train.kernels import check_kernels
+    from ifprune_mlx.train.gradient_check import check_kernels
 
     if eval_prompts == 1:
         raise DataError("--eval-prompts 1: a prompt needs another one to be compared with; give 0, or 2 and more")
@@ -331,8 +331,8 @@ class _Picked:
 
     def records(self, name: str, part: str = "train") -> list[Record]:
         """Up to the limit of one domain's records, of those to train on or of those held out."""
-        from ifprune_mlx.train.mixture import shuffled
-        from ifprune_mlx.train.records import read_records, split
+        from ifprune_mlx.data.dataloader import shuffled
+        from ifprune_mlx.data.dataset import read_records, split
 
         if name not in self._read:
             self._read[name] = read_records(self.files[name], name, strict=self._strict, report=note)
@@ -342,7 +342,7 @@ class _Picked:
 
 
 def _chats(tokenizer: TokenizerWrapper, records: list[Record], length: int) -> list[Encoded]:
-    from ifprune_mlx.train.encoding import encode_all
+    from ifprune_mlx.data.tokenize import encode_all
 
     return encode_all(tokenizer, records, length, note if len(records) > 1 else lambda line: None)
 
@@ -369,7 +369,7 @@ def _held_out(
 def _chunks(tokenizer: TokenizerWrapper, records: list[Record], length: int) -> list[Encoded]:
     """Pairs of neighbouring chunks of plain texts, each of half the length."""
     from ifprune_mlx import DataError
-    from ifprune_mlx.train.encoding import chunked
+    from ifprune_mlx.data.tokenize import chunked
 
     pairs = [pair for record in records for pair in chunked(tokenizer, record, length // 2)]
     if not pairs:
@@ -431,7 +431,7 @@ def _targets(
     together: int,
 ) -> tuple[Targets, list[str]]:
     """What was measured, and the instructions of the same chats."""
-    from ifprune_mlx.train.targets import measure
+    from ifprune_mlx.train.attribution import measure
 
     domains = []
     for name in picked.files:

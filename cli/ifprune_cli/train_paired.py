@@ -12,10 +12,10 @@ from .console import note, progress
 
 if TYPE_CHECKING:
     from ifprune_mlx import Model, SparsityPredictor
-    from ifprune_mlx.evaluate import Evaluation
-    from ifprune_mlx.train.encoding import Encoded
-    from ifprune_mlx.train.paired import Run
-    from ifprune_mlx.train.tuned import Tuned
+    from ifprune_mlx.data.tokenize import Encoded
+    from ifprune_mlx.eval.losses import Evaluation
+    from ifprune_mlx.train.trainable import Tuned
+    from ifprune_mlx.train.trainer import Run
 
 Domains = Mapping[str, Sequence["Encoded"]]
 
@@ -57,12 +57,12 @@ def run_paired(
     Returns:
         What `--json` prints, with the sentence for people under `told`.
     """
-    from ifprune_mlx.train.arms import Objective
+    from ifprune_mlx.data.dataloader import Mixture
     from ifprune_mlx.train.backbone import copy_backbone
-    from ifprune_mlx.train.mixture import Mixture
-    from ifprune_mlx.train.paired import Run, Settings
-    from ifprune_mlx.train.run_files import STATE
-    from ifprune_mlx.train.static import static_prior
+    from ifprune_mlx.train.checkpointing import STATE
+    from ifprune_mlx.train.static_prior import static_prior
+    from ifprune_mlx.train.step import Objective
+    from ifprune_mlx.train.trainer import Run, Settings
 
     settings = Settings(
         arms=options.arms,
@@ -184,7 +184,7 @@ class _Loop:
         return self._run.agreed(self._run.leader and bool(self._valid) and self._measure())
 
     def _measure(self) -> bool:
-        from ifprune_mlx.train.watch import base_rows, collapse, watch
+        from ifprune_mlx.train.evaluation import base_rows, collapse, watch
 
         with progress("evaluate", "tokens") as update:
             if self._base is None:
@@ -210,8 +210,8 @@ class _Loop:
 
 
 def _tuned(model: Model, options: Paired) -> Tuned:
-    from ifprune_mlx.train.adapter import Adapted
-    from ifprune_mlx.train.full import Full
+    from ifprune_mlx.train.full_finetune import Full
+    from ifprune_mlx.train.lora import Adapted
 
     if options.fine_tune_type == "full":
         return Full(model)
@@ -227,7 +227,7 @@ def _predictor_folder(model: Model, options: Paired) -> Path | None:
 def _predictor(model: Model, options: Paired) -> SparsityPredictor | None:
     """What the learned arm begins with; also without that arm, since the static one stands on its prior."""
     from ifprune_mlx import DataError
-    from ifprune_mlx.predictor import load_predictor
+    from ifprune_mlx.selection.predictor import load_predictor
 
     folder = _predictor_folder(model, options)
     if folder is None:

@@ -1,7 +1,7 @@
 """Fuses an adapter into a dense checkpoint's weights, one tensor at a time.
 
 Reads the folders that `mlx_lm.lora` writes, of all three kinds: `lora`, `dora` and `full`; those of PEFT through
-`peft`. Knows a model's modules and shapes; not where the weights come from, nor what is made of them.
+`peft`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
-from ifprune_mlx.checkpoint import read_json_object
+from ifprune_mlx.checkpoint.format import read_json_object
+from ifprune_mlx.checkpoint.safetensors_io import TensorInfo
 from ifprune_mlx.errors import SourceError
-from ifprune_mlx.files import TensorInfo
 
 from . import peft
 from .adapter_checks import (

@@ -1,7 +1,4 @@
-"""What an adapter must satisfy whatever its format: a file of finite floats, for modules that the model has.
-
-Knows no names of tensors and no config of an adapter.
-"""
+"""What an adapter must satisfy whatever its format: a file of finite floats, for modules that the model has."""
 
 from __future__ import annotations
 
@@ -11,8 +8,8 @@ from pathlib import Path
 import mlx.core as mx
 from mlx import nn
 
+from ifprune_mlx.checkpoint.safetensors_io import TensorInfo, read_safetensors_header
 from ifprune_mlx.errors import SourceError
-from ifprune_mlx.files import TensorInfo, read_safetensors_header
 
 from .fusing import all_finite
 from .wording import first_line, listing

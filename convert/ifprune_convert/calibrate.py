@@ -1,7 +1,6 @@
 """Measures the prior: the importance of every neuron over a set of chats, run through the dense model.
 
-Only the tokens of answers count, since answers are what a selection computes. Knows chats and a loaded model; not how
-checkpoints are written.
+Only the tokens of answers count, since answers are what a selection computes.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
+from ifprune_mlx.chat_template import render_messages
+from ifprune_mlx.data.dataset import Record, read_records
 from ifprune_mlx.errors import DataError, SourceError
-from ifprune_mlx.importance import recorded
 from ifprune_mlx.model import Model
-from ifprune_mlx.prompts import render_messages
-from ifprune_mlx.selection import Scores
-from ifprune_mlx.train.records import Record, read_records
+from ifprune_mlx.selection.selection import Scores
+from ifprune_mlx.sparse.importance import recorded
 
 _STEP = 64
 MAX_TOKENS = 512
@@ -53,7 +52,7 @@ def calibrate(
         progress: called with (tokens read, tokens).
 
     Returns:
-        Per FFN, importance float32 `[d_ffn]` in the source's neuron order (see `ifprune_mlx.importance`).
+        Per FFN, importance float32 `[d_ffn]` in the source's neuron order (see `ifprune_mlx.sparse.importance`).
 
     Raises:
         SourceError: if no chat has an answer within the first `MAX_TOKENS` tokens.

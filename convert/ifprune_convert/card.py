@@ -9,7 +9,7 @@ import json
 import re
 from pathlib import Path
 
-from ifprune_mlx.checkpoint import Checkpoint
+from ifprune_mlx.checkpoint.format import Checkpoint
 
 CARD = "README.md"
 _METHOD = "https://arxiv.org/abs/2501.02086"

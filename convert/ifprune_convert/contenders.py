@@ -1,4 +1,4 @@
-"""Makes what `ifprune_mlx.bench` compares: an IFP checkpoint and plain mlx-lm models of the same weights."""
+"""Makes what `ifprune_mlx.bench.benchmark` compares: an IFP checkpoint and plain mlx-lm models of the same weights."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from ifprune_mlx.budget import RAM, SSD, resident_bytes
-from ifprune_mlx.checkpoint import Checkpoint, Quantization
+from ifprune_mlx.checkpoint.budget import RAM, SSD, resident_bytes
+from ifprune_mlx.checkpoint.format import Checkpoint, Quantization
 from ifprune_mlx.errors import IfpruneError
-from ifprune_mlx.selection import Selection
+from ifprune_mlx.selection.selection import Selection
 
 from .export import export_selection
 from .pipeline import Options, convert

@@ -21,10 +21,10 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from ifprune_mlx.checkpoint import Checkpoint
+from ifprune_mlx.checkpoint.atomic_write import sha256_file
+from ifprune_mlx.checkpoint.format import Checkpoint
 from ifprune_mlx.errors import CheckpointError, SourceError
-from ifprune_mlx.files import sha256_file
-from ifprune_mlx.selection import Scores
+from ifprune_mlx.selection.selection import Scores
 
 from .pipeline import Options, Report, convert
 from .readers import open_source

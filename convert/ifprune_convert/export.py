@@ -22,12 +22,13 @@ import mlx.core as mx
 from mlx import nn
 from mlx_lm.utils import load_model, save_config
 
-from ifprune_mlx.checkpoint import SECTION, Checkpoint, Quantization
+from ifprune_mlx.checkpoint.atomic_write import check_free, new_folder
+from ifprune_mlx.checkpoint.ffn_spec import FFNSpec, join_fused
+from ifprune_mlx.checkpoint.format import SECTION, Checkpoint, Quantization
+from ifprune_mlx.checkpoint.neuron_reader import read_rows
+from ifprune_mlx.checkpoint.safetensors_io import read_safetensors_header
 from ifprune_mlx.errors import CheckpointError, IfpruneError, SelectionError
-from ifprune_mlx.families import FFNSpec, join_fused
-from ifprune_mlx.files import check_free, new_folder, read_safetensors_header
-from ifprune_mlx.selection import Ids, Selection
-from ifprune_mlx.store import read_rows
+from ifprune_mlx.selection.selection import Ids, Selection
 
 from . import layout
 from .shards import Shards

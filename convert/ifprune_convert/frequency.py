@@ -1,7 +1,7 @@
 """Puts the neurons of a checkpoint into the order of how often they are selected (DESIGN.md section 3, idea 3), and all
 rows of a neuron into one record.
 
-What a switch reads from the disk then lies together. Knows a written checkpoint and the chats to select by.
+What a switch reads from the disk then lies together.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from ifprune_mlx.budget import SSD
-from ifprune_mlx.checkpoint import SECTION, Checkpoint
+from ifprune_mlx.chat_template import render_messages
+from ifprune_mlx.checkpoint.budget import SSD
+from ifprune_mlx.checkpoint.format import SECTION, Checkpoint
+from ifprune_mlx.checkpoint.neuron_layout import RECORDS
+from ifprune_mlx.data.dataset import Record
 from ifprune_mlx.errors import SourceError
 from ifprune_mlx.model import load
-from ifprune_mlx.neuron_layout import RECORDS
-from ifprune_mlx.prompts import render_messages
-from ifprune_mlx.selection import Ids
-from ifprune_mlx.selectors import Instruction, make_selector
-from ifprune_mlx.train.records import Record
+from ifprune_mlx.selection.selection import Ids
+from ifprune_mlx.selection.selectors import Instruction, make_selector
 
 from .neurons import as_records, write_neurons
 

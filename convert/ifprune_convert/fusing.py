@@ -1,7 +1,4 @@
-"""What an adapter does to one tensor, computed in float32, a few rows at a time.
-
-Knows neither files nor models: only arrays, those of an update not evaluated until it is applied.
-"""
+"""What an adapter does to one tensor, computed in float32, a few rows at a time."""
 
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import mlx.core as mx
 import numpy as np
 
-from ifprune_mlx.checkpoint import Quantization
-from ifprune_mlx.selection import Scores
+from ifprune_mlx.checkpoint.format import Quantization
+from ifprune_mlx.selection.selection import Scores
 
 _CHUNK = 4096
 

@@ -1,7 +1,7 @@
 """Writes the neurons file of one FFN, with its data on the borders of memory pages.
 
-The runtime reads single neurons from it (`ifprune_mlx.store`), and a row that crosses a page more than it has to costs
-a page more from the disk. Knows names and arrays, not what they mean.
+The runtime reads single neurons from it, and a row that crosses a page more than it has to costs
+a page more from the disk.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from types import MappingProxyType
 
 import mlx.core as mx
 
-from ifprune_mlx.buffers import raw
-from ifprune_mlx.neuron_layout import PARTS, record_stride
+from ifprune_mlx.checkpoint.neuron_layout import PARTS, record_stride
+from ifprune_mlx.checkpoint.raw_array import raw
 
 _PAGE_BYTES = 1 << 14  # of Apple silicon; Linux mostly has a quarter of it
 _NAMES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32", mx.uint8: "U8", mx.int32: "I32"}

@@ -1,7 +1,4 @@
-"""Decides how each module's weights are packed: as the user asks, or as the source is packed already.
-
-Knows mlx-lm's rules for a model; moves no weights.
-"""
+"""Decides how each module's weights are packed: as the user asks, or as the source is packed already."""
 
 from __future__ import annotations
 
@@ -11,9 +8,9 @@ from typing import Any
 
 from mlx import nn
 
-from ifprune_mlx.checkpoint import Quantization
+from ifprune_mlx.checkpoint.ffn_spec import FFNSpec
+from ifprune_mlx.checkpoint.format import Quantization
 from ifprune_mlx.errors import SourceError
-from ifprune_mlx.families import FFNSpec
 
 from .source import PackedSource, Source
 

@@ -2,7 +2,7 @@
 
 Names in them are those of PyTorch's modules. Where mlx-lm's class has other names, its own `sanitize` tells them: it is
 given empty tensors of PyTorch's names, and what it renames is renamed here. What it drops, splits or computes cannot be
-fused. Knows nothing of how, or into what, updates are fused.
+fused.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
+from ifprune_mlx.checkpoint.safetensors_io import TensorInfo
 from ifprune_mlx.errors import SourceError
-from ifprune_mlx.files import TensorInfo
 
 from .adapter_checks import (
     AGAIN,

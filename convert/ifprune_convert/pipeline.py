@@ -19,14 +19,24 @@ import numpy as np
 from mlx import nn
 from mlx_lm.utils import load_tokenizer
 
-from ifprune_mlx.checkpoint import MANIFEST, SECTION, Checkpoint, Layout, Quantization, neurons_file, write_manifest
+from ifprune_mlx.checkpoint.atomic_write import check_free, new_folder
+from ifprune_mlx.checkpoint.budget import keep_count
+from ifprune_mlx.checkpoint.ffn_spec import FFNSpec, split_fused
+from ifprune_mlx.checkpoint.format import (
+    MANIFEST,
+    SECTION,
+    Checkpoint,
+    Layout,
+    Quantization,
+    neurons_file,
+    write_manifest,
+)
+from ifprune_mlx.checkpoint.hub import hub_name
+from ifprune_mlx.data.dataset import Record
 from ifprune_mlx.errors import IfpruneError, SourceError
-from ifprune_mlx.families import FFNSpec, find_ffns, split_fused
-from ifprune_mlx.files import check_free, new_folder
-from ifprune_mlx.hub import hub_name
 from ifprune_mlx.model import load_checkpoint
-from ifprune_mlx.selection import Scores, keep_count
-from ifprune_mlx.train.records import Record
+from ifprune_mlx.selection.selection import Scores
+from ifprune_mlx.sparse.ffn_detection import find_ffns
 
 from . import layout
 from .adapter import Adapter, open_adapter

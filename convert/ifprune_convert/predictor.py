@@ -17,11 +17,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from ifprune_mlx.checkpoint import read_json_object, refuse_custom_code
+from ifprune_mlx.checkpoint.format import read_json_object, refuse_custom_code
+from ifprune_mlx.checkpoint.hub import PICKLES
+from ifprune_mlx.checkpoint.safetensors_io import read_safetensors_header
 from ifprune_mlx.errors import PredictorError, SourceError
-from ifprune_mlx.files import read_safetensors_header
-from ifprune_mlx.hub import PICKLES
-from ifprune_mlx.predictor import Head, SparsityPredictor
+from ifprune_mlx.selection.predictor import Head, SparsityPredictor
 
 from .fusing import all_finite
 from .rope import with_flat_rope

@@ -1,7 +1,4 @@
-"""Reads a ready prior: the importance of every neuron, measured elsewhere, in the format of a checkpoint's own.
-
-Knows the widths of a model's FFNs, and nothing of how importance is measured.
-"""
+"""Reads a ready prior: the importance of every neuron, measured elsewhere, in the format of a checkpoint's own."""
 
 from __future__ import annotations
 
@@ -11,9 +8,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from ifprune_mlx.checkpoint.safetensors_io import read_safetensors_header
 from ifprune_mlx.errors import SourceError
-from ifprune_mlx.files import read_safetensors_header
-from ifprune_mlx.selection import Scores
+from ifprune_mlx.selection.selection import Scores
 
 from .wording import listing
 

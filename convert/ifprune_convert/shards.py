@@ -1,6 +1,6 @@
 """Writes tensors as numbered safetensors shards, as mlx-lm names them, with one shard in memory at a time.
 
-Knows neither models nor what the tensors mean. Until `finish`, no file has a name that a loader looks for.
+Until `finish`, no file has a name that a loader looks for.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""mlx-lm's own model of a config, its parameters never evaluated: what a source must hold, at no memory.
-
-Knows no file format; readers and the pipeline ask it what mlx-lm's class wants.
-"""
+"""mlx-lm's own model of a config, its parameters never evaluated: what a source must hold, at no memory."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What the converter reads from: any dense checkpoint, under mlx-lm's parameter names.
-
-Knows the shape of the contract only; each reader in `readers/` fulfils it for one file format.
-"""
+"""What the converter reads from: any dense checkpoint, under mlx-lm's parameter names."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import mlx.core as mx
 
-from ifprune_mlx.checkpoint import Quantization
+from ifprune_mlx.checkpoint.format import Quantization
 
 
 class Source(Protocol):

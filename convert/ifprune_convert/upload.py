@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from fnmatch import fnmatch
 
-from ifprune_mlx.checkpoint import MANIFEST, Checkpoint
+from ifprune_mlx.checkpoint.format import MANIFEST, Checkpoint
+from ifprune_mlx.checkpoint.hub import is_hub_id
 from ifprune_mlx.errors import IfpruneError, SourceError
-from ifprune_mlx.hub import is_hub_id
 
 from .card import CARD, write_card
 

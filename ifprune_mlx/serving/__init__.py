@@ -1,1 +1,1 @@
-"""Serving: many jobs on one model, each under its own selection. The engine; and what speaks HTTP with its clients."""
+"""Serving: an engine that answers many requests on one model, and the HTTP server in front of it."""

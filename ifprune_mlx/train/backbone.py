@@ -14,10 +14,10 @@ import mlx.core as mx
 from mlx import nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ifprune_mlx.checkpoint.atomic_write import sha256_file, write_atomic
 from ifprune_mlx.errors import DataError, PredictorError
-from ifprune_mlx.files import sha256_file, write_atomic
 from ifprune_mlx.model import Model
-from ifprune_mlx.predictor import features, instruction_tokens, load_backbone
+from ifprune_mlx.selection.predictor import features, instruction_tokens, load_backbone
 
 _KEPT = {".json", ".jinja", ".model", ".txt"}
 

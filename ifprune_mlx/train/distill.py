@@ -1,10 +1,10 @@
 """Distils a predictor head in closed form: a reduced-rank ridge regression from what the instruction looks like to the
-log importance of every neuron in the answer (`ifprune_mlx.train.targets`).
+log importance of every neuron in the answer (`ifprune_mlx.train.attribution`).
 
     score = mean log importance  +  head2 (head1 (features - their mean))
 
 The first part is a prior, the second moves away from it by what the instruction says, and only as far as the
-regularisation lets it: with no signal the predictor *is* the static selector. Knows arrays, no model.
+regularisation lets it: with no signal the predictor *is* the static selector.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ifprune_mlx.errors import DataError
-from ifprune_mlx.predictor import Head
-from ifprune_mlx.train.targets import Floats, Targets, log_importance
+from ifprune_mlx.selection.predictor import Head
+from ifprune_mlx.train.attribution import Floats, Targets, log_importance
 
 Rows = npt.NDArray[np.intp]
 
@@ -28,7 +28,7 @@ class Fit:
     """A distilled head, and how well it predicts chats that it was not fitted on.
 
     Attributes:
-        head: for `ifprune_mlx.predictor`.
+        head: for `ifprune_mlx.selection.predictor`.
         penalty: the ridge penalty chosen, as a share of the features' mean variance.
         explained: share of the held-out variance of log importance about its mean that is predicted, by penalty tried.
     """
@@ -53,7 +53,7 @@ def distill(
 
     Args:
         rank: width of the inner layer (the paper's is 128).
-        pooling: of `ifprune_mlx.predictor.POOLINGS`: what of the features the head reads.
+        pooling: of `ifprune_mlx.selection.predictor.POOLINGS`: what of the features the head reads.
         held_out: share of the chats that choose the penalty.
 
     Raises:

@@ -8,10 +8,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from ifprune_mlx.checkpoint.atomic_write import write_atomic
+from ifprune_mlx.checkpoint.safetensors_io import read_safetensors_header
 from ifprune_mlx.errors import DataError
-from ifprune_mlx.files import read_safetensors_header, write_atomic
-from ifprune_mlx.selection import Scores
-from ifprune_mlx.train.targets import Targets, log_importance
+from ifprune_mlx.selection.selection import Scores
+from ifprune_mlx.train.attribution import Targets, log_importance
 
 
 def priors(targets: Targets) -> dict[str, list[Scores]]:

@@ -6,7 +6,7 @@ trained on, so that 1 is what the prior alone reaches (and where training begins
 
 A run lives in a folder: `state.safetensors` (weights, moments, step; one file, replaced at once), lines in
 `metrics.jsonl`, and `predictor/`, the best so far by the chats that `distill` holds out, too. No number is drawn but by
-seed and step: a run that was killed goes on as if nothing had happened. Knows arrays and token ids, no LLM.
+seed and step: a run that was killed goes on as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import _get_classes
 
-from ifprune_mlx.checkpoint import read_json_object, refuse_custom_code
+from ifprune_mlx.checkpoint.atomic_write import write_atomic
+from ifprune_mlx.checkpoint.format import read_json_object, refuse_custom_code
+from ifprune_mlx.checkpoint.safetensors_io import read_safetensors_header
+from ifprune_mlx.data.dataloader import shuffled
 from ifprune_mlx.errors import DataError, IfpruneError
-from ifprune_mlx.files import read_safetensors_header, write_atomic
-from ifprune_mlx.predictor import Head, hidden_states, instruction_tokens
+from ifprune_mlx.selection.predictor import Head, hidden_states, instruction_tokens
+from ifprune_mlx.train.attribution import Floats, Targets, log_importance
+from ifprune_mlx.train.checkpointing import METRICS, STATE, cut_metrics, differences, hash_of_arrays, schedule, sweep
 from ifprune_mlx.train.distill import Rows
-from ifprune_mlx.train.mixture import shuffled
-from ifprune_mlx.train.run_files import METRICS, STATE, cut_metrics, differences, hash_of_arrays, schedule, sweep
-from ifprune_mlx.train.targets import Floats, Targets, log_importance
 
 SMALL: dict[str, Any] = {
     "model_type": "llama",
@@ -60,7 +61,7 @@ class Settings:
         learning_rate: after `warmup` steps; falls by a cosine to a tenth.
         clip: largest global norm of the gradient.
         rank: width of the head's inner layer.
-        pooling: of `ifprune_mlx.predictor.POOLINGS`, what the head reads.
+        pooling: of `ifprune_mlx.selection.predictor.POOLINGS`, what the head reads.
         held_out: share of the chats that choose the best weights.
         seed: of first weights, the order of the chats, and which are held out.
     """
@@ -383,7 +384,7 @@ def train_scratch(
 
 
 class _Scorer(nn.Module):
-    """Backbone and head, in batches; one row of it is `ifprune_mlx.predictor.Head` on that row's hidden states."""
+    """Backbone and head, in batches; one row of it is `selection.predictor.Head` on that row's hidden states."""
 
     def __init__(self, backbone: nn.Module, width: int, rank: int, pooling: str, mean: mx.array) -> None:
         super().__init__()

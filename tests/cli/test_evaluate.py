@@ -417,7 +417,7 @@ def test_without_the_harness_one_line_says_what_to_install(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.delitem(sys.modules, "ifprune_mlx.harness", raising=False)
+    monkeypatch.delitem(sys.modules, "ifprune_mlx.eval.lm_eval", raising=False)
     done = run_here("evaluate", "--model", tiny_checkpoint, "--lm-eval", "arc_easy")
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1

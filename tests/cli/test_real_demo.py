@@ -10,7 +10,7 @@ import pytest
 
 from ifprune_cli.demo import PROMPTS
 from ifprune_mlx import Model, load, stream_generate
-from ifprune_mlx.prompts import render_messages
+from ifprune_mlx.chat_template import render_messages
 from tests.cli.process import run_here
 
 pytestmark = pytest.mark.real

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from ifprune_mlx import load
-from ifprune_mlx.choices import encode_choices, option_scores, read_choices
-from ifprune_mlx.prompts import render_messages
+from ifprune_mlx.chat_template import render_messages
+from ifprune_mlx.eval.multiple_choice import encode_choices, option_scores, read_choices
 from tests.cli.process import run_here
 
 pytestmark = pytest.mark.real

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from ifprune_mlx import Instruction, load, make_selector
-from ifprune_mlx.predictor import Head
-from ifprune_mlx.selection import top_k
+from ifprune_mlx.selection.predictor import Head
+from ifprune_mlx.selection.selection import top_k
 from tests.cli.process import run_here
 from tests.tiny import write_source
 

@@ -15,8 +15,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from ifprune_mlx.predictor import Head
-from ifprune_mlx.train.paired import Run
+from ifprune_mlx.selection.predictor import Head
+from ifprune_mlx.train.trainer import Run
 from tests.cli.process import environment, run_here
 
 LAUNCH = Path(sys.executable).with_name("mlx.launch")

@@ -19,7 +19,7 @@ from ifprune_convert.pipeline import Options, convert
 from ifprune_convert.readers import open_source
 from ifprune_convert.skeleton import build_skeleton
 from ifprune_mlx import Checkpoint, Selection, load
-from ifprune_mlx.checkpoint import Quantization
+from ifprune_mlx.checkpoint.format import Quantization
 from ifprune_mlx.errors import SourceError
 from tests.cli.process import run
 from tests.convert.tiny_adapter import write_adapter

@@ -22,14 +22,7 @@ from ifprune_convert.readers import gguf as reader
 from ifprune_convert.readers import open_source
 from ifprune_mlx.errors import SourceError
 from tests.gguf_blocks import SCALES, decode_block
-from tests.tiny_gguf import (
-    CONFIG,
-    TOKENS,
-    make_model,
-    sentencepiece_metadata,
-    train_sentencepiece,
-    write_gguf,
-)
+from tests.tiny_gguf import CONFIG, TOKENS, make_model, sentencepiece_metadata, train_sentencepiece, write_gguf
 
 TEXTS = [
     "def f(x):\n\treturn x ** 2  # été",

@@ -8,7 +8,7 @@ import pytest
 
 from ifprune_convert import layout
 from ifprune_convert.packing import quantization_of
-from ifprune_mlx.checkpoint import Quantization
+from ifprune_mlx.checkpoint.format import Quantization
 from ifprune_mlx.errors import SourceError
 
 D_FFN, D_MODEL = 96, 64

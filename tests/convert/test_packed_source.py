@@ -20,10 +20,11 @@ from ifprune_convert.packing import quantization_of
 from ifprune_convert.pipeline import Options, convert
 from ifprune_convert.readers import open_source
 from ifprune_mlx import load
-from ifprune_mlx.checkpoint import Checkpoint, Quantization
+from ifprune_mlx.checkpoint.budget import keep_count
+from ifprune_mlx.checkpoint.format import Checkpoint, Quantization
 from ifprune_mlx.errors import SourceError
 from ifprune_mlx.model import Model, load_checkpoint
-from ifprune_mlx.selection import Selection, keep_count
+from ifprune_mlx.selection.selection import Selection
 from tests.cli.process import run_here
 from tests.ifprune_mlx.reference import dequantized_model
 from tests.tiny import write_source

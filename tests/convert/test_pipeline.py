@@ -24,9 +24,9 @@ from ifprune_convert.calibrate import calibrate
 from ifprune_convert.pipeline import Options, convert
 from ifprune_convert.readers import open_source
 from ifprune_mlx import Checkpoint, IfpruneError, load
-from ifprune_mlx.checkpoint import Quantization
+from ifprune_mlx.checkpoint.format import Quantization
+from ifprune_mlx.data.dataset import Record
 from ifprune_mlx.errors import PredictorError, SourceError
-from ifprune_mlx.train.records import Record
 from tests.cli.process import full_disk, run, slow_conversion, start
 from tests.tiny import CONFIGS, write_source
 from tests.tiny_gguf import CONFIG as GGUF_CONFIG

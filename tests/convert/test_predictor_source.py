@@ -17,10 +17,10 @@ from ifprune_convert import predictor as module
 from ifprune_convert.pipeline import Options
 from ifprune_convert.predictor import open_predictor
 from ifprune_mlx import PredictorError, SparsityPredictor, load, stream_generate
-from ifprune_mlx.predictor import hidden_states, load_backbone
-from ifprune_mlx.selection import top_k
+from ifprune_mlx.selection.predictor import hidden_states, load_backbone
+from ifprune_mlx.selection.selection import top_k
 from tests.cli.process import run, run_here
-from tests.ifprune_mlx.predictor_reference import Array, reference_hidden, reference_tokens
+from tests.ifprune_mlx.selection.predictor_reference import Array, reference_hidden, reference_tokens
 from tests.tiny import write_checkpoint, write_source
 
 WIDTHS = (128, 128)

@@ -14,7 +14,7 @@ import pytest
 from ifprune_convert.card import CARD, model_card, write_card
 from ifprune_convert.pipeline import Options
 from ifprune_mlx import Checkpoint
-from ifprune_mlx.checkpoint import MANIFEST
+from ifprune_mlx.checkpoint.format import MANIFEST
 from tests.cli.process import environment, run
 from tests.hub_stub import HubStub, serve
 from tests.tiny import write_checkpoint, write_source

@@ -13,7 +13,7 @@ import pytest
 
 from ifprune_convert.pipeline import Options
 from ifprune_mlx import SparsityPredictor, load, stream_generate
-from ifprune_mlx.selection import top_k
+from ifprune_mlx.selection.selection import top_k
 from tests.heavy.outside import run_torch
 from tests.tiny import write_checkpoint, write_tokenizer
 

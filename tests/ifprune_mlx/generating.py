@@ -8,8 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from ifprune_mlx import GenerationResponse, History, Model, stream_generate
-
-from .reference import random_selection
+from tests.ifprune_mlx.reference import random_selection
 
 Tiny = tuple[Model, Any]
 TOKENS = list(range(40, 60))

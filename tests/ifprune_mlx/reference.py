@@ -14,9 +14,9 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import _get_classes
 
 from ifprune_mlx import Model, Selection
-from ifprune_mlx.checkpoint import Checkpoint
-from ifprune_mlx.ffn import MaskedDown
+from ifprune_mlx.checkpoint.format import Checkpoint
 from ifprune_mlx.model import load_checkpoint
+from ifprune_mlx.sparse.ffn import MaskedDown
 from tests.tiny import make_model
 
 TOLERANCE = 1e-4

@@ -11,11 +11,10 @@ from mlx_lm.models.cache import QuantizedKVCache, RotatingKVCache, make_prompt_c
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from ifprune_mlx import History, Selection, generate, load
-from ifprune_mlx.history import DENSE, Span
+from ifprune_mlx.prompt_cache import DENSE, Span
+from tests.ifprune_mlx.generating import TOKENS, A, B, Tiny, answer, assert_in_step, letters, tokens_of, until_end
+from tests.ifprune_mlx.reference import greedy, mask_ffns, source_model
 from tests.tiny import write_checkpoint
-
-from .generating import TOKENS, A, B, Tiny, answer, assert_in_step, letters, tokens_of, until_end
-from .reference import greedy, mask_ffns, source_model
 
 
 def test_dense_generation_equals_stock_mlx_lm(tiny: Tiny, tiny_checkpoint: Path) -> None:

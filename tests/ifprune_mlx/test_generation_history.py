@@ -11,10 +11,9 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 from ifprune_mlx import History, IfpruneError, Selection
-from ifprune_mlx.history import DENSE, Span
-
-from .generating import TOKENS, A, B, Tiny, answer, assert_in_step, tokens_of, until_end
-from .reference import greedy, mask_ffns, source_model
+from ifprune_mlx.prompt_cache import DENSE, Span
+from tests.ifprune_mlx.generating import TOKENS, A, B, Tiny, answer, assert_in_step, tokens_of, until_end
+from tests.ifprune_mlx.reference import greedy, mask_ffns, source_model
 
 
 @pytest.mark.parametrize("options", [{"dense": True}, {"selection": A}], ids=["dense", "sliced"])

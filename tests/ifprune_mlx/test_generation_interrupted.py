@@ -8,8 +8,19 @@ from typing import Any
 import pytest
 
 from ifprune_mlx import History, stream_generate
-
-from .generating import END, TOKENS, A, B, Broken, Tiny, answer, asked, assert_in_step, failing, tokens_of
+from tests.ifprune_mlx.generating import (
+    END,
+    TOKENS,
+    A,
+    B,
+    Broken,
+    Tiny,
+    answer,
+    asked,
+    assert_in_step,
+    failing,
+    tokens_of,
+)
 
 
 @pytest.mark.parametrize("on_switch", ["reprefill", "keep"])

@@ -8,10 +8,9 @@ import mlx.core as mx
 import pytest
 
 from ifprune_mlx import History, PromptError
-from ifprune_mlx.prompts import encode_prompt
-from ifprune_mlx.selectors import Instruction, Selected
-
-from .generating import END, TOKENS, A, Tiny, answer, assert_in_step, tokens_of
+from ifprune_mlx.chat_template import encode_prompt
+from ifprune_mlx.selection.selectors import Instruction, Selected
+from tests.ifprune_mlx.generating import END, TOKENS, A, Tiny, answer, assert_in_step, tokens_of
 
 
 class Countdown:

@@ -8,10 +8,9 @@ from dataclasses import asdict
 import pytest
 
 from ifprune_mlx import BudgetError, GenerationResponse, History, SelectionError, make_selector, stream_generate
-from ifprune_mlx.history import DENSE
-
-from .generating import TOKENS, Tiny, answer, letters, tokens_of
-from .reference import random_selection
+from ifprune_mlx.prompt_cache import DENSE
+from tests.ifprune_mlx.generating import TOKENS, Tiny, answer, letters, tokens_of
+from tests.ifprune_mlx.reference import random_selection
 
 
 def test_the_random_selector_follows_the_seed(tiny: Tiny) -> None:

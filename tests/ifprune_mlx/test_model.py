@@ -13,9 +13,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from ifprune_convert.packing import quantization_of
 from ifprune_convert.pipeline import Options
 from ifprune_mlx import CheckpointError, load
+from tests.ifprune_mlx.reference import greedy, logits, open_model, random_selection, source_model
 from tests.tiny import CONFIGS, write_checkpoint
-
-from .reference import greedy, logits, open_model, random_selection, source_model
 
 TOKENS = [1, 40, 300, 7, 7, 99]
 SELECTION = random_selection((128, 128), (40, 64), seed=1)

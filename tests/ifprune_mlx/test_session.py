@@ -25,12 +25,11 @@ from ifprune_mlx import (
     load,
     make_selector,
 )
-from ifprune_mlx.history import DENSE
-from ifprune_mlx.selectors import Instruction
+from ifprune_mlx.prompt_cache import DENSE
+from ifprune_mlx.selection.selectors import Instruction
+from tests.ifprune_mlx.generating import Broken, asked, assert_in_step, failing, letters
+from tests.ifprune_mlx.reference import random_selection
 from tests.tiny import write_checkpoint
-
-from .generating import Broken, asked, assert_in_step, failing, letters
-from .reference import random_selection
 
 Tiny = tuple[Model, Any]
 WIDTHS = (128, 128)

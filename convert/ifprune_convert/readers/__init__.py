@@ -1,7 +1,6 @@
 """Opens a dense checkpoint, whatever its format.
 
-Decides by what lies on disk which reader is asked, and refuses what none of them reads. Knows no format itself
-beyond suffixes and the GGUF magic; a reader is imported only when it is needed.
+Decides by what lies on disk which reader is asked, and refuses what none of them reads.
 """
 
 from __future__ import annotations
@@ -9,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ifprune_convert.source import Source
+from ifprune_mlx.checkpoint.hub import PICKLES
 from ifprune_mlx.errors import SourceError
-from ifprune_mlx.hub import PICKLES
 
 __all__ = ["open_source"]
 

@@ -1,8 +1,6 @@
 """Reads a GGUF file: its tensors under mlx-lm's names, with the config and the tokenizer that its metadata holds.
 
 The package `gguf` supplies the dequantization and the names of tensors; what mlx-lm's model wants is asked of mlx-lm.
-Knows what llama.cpp's converter changes in an architecture's weights; the metadata is for `gguf_config` and
-`gguf_tokenizer`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What mlx-lm's config says of the model in a GGUF file, from the file's metadata.
 
-Knows the architectures in the table below and no others. Reads no tensor: what a tensor tells is handed in.
+Reads no tensor: what a tensor tells is handed in.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The header of a GGUF file: metadata and the place of every tensor.
 
 It is walked here and not by the `gguf` package's own reader, which loops without end on a damaged array length and maps
-the file into memory; the package supplies the tensor types. Knows the container format; no architecture, no tokenizer.
+the file into memory; the package supplies the tensor types.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """SentencePiece's BPE, as the vocabulary and scores in a GGUF file describe it, as a `tokenizers` tokenizer.
 
 It gives the ids that the `sentencepiece` library gives, and finds control tokens in a text besides, as chat templates
-need it. Knows the vocabulary's lists only; which token begins or ends a text is for its caller.
+need it.
 """
 
 from __future__ import annotations

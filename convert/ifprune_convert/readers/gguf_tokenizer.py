@@ -1,8 +1,4 @@
-"""The tokenizer that lies in a GGUF file's metadata, rebuilt as Hugging Face files.
-
-Knows byte-level BPE with the pre-tokenizers in the table below, and by `gguf_sentencepiece` SentencePiece's BPE; every
-other kind is refused.
-"""
+"""The tokenizer that lies in a GGUF file's metadata, rebuilt as Hugging Face files."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Chooses of a repository's files those that a reader here reads: safetensors at its top with config and tokenizer, or one
 GGUF. Never a pickle; nor copies of the same weights in other formats or folders. What cannot be converted is refused
-before its weights come. The listing, the cache and the download are `ifprune_mlx.hub`'s.
+before its weights come. The listing, the cache and the download are `ifprune_mlx.checkpoint.hub`'s.
 """
 
 from __future__ import annotations
@@ -15,10 +15,19 @@ from typing import Any
 
 from ifprune_convert.skeleton import build_skeleton
 from ifprune_convert.wording import listing
-from ifprune_mlx.checkpoint import MANIFEST
+from ifprune_mlx.checkpoint.format import MANIFEST
+from ifprune_mlx.checkpoint.hub import (
+    PICKLES,
+    Progress,
+    Repository,
+    Room,
+    cached_folder,
+    download,
+    is_hub_id,
+    list_repository,
+)
 from ifprune_mlx.errors import IfpruneError, SourceError
-from ifprune_mlx.families import find_ffns
-from ifprune_mlx.hub import PICKLES, Progress, Repository, Room, cached_folder, download, is_hub_id, list_repository
+from ifprune_mlx.sparse.ffn_detection import find_ffns
 
 from .safetensors import INDEX, VOCABULARIES, check_config
 

@@ -1,7 +1,7 @@
 """Reads a Hugging Face or mlx-lm folder: config.json, *.safetensors in one file or many, tokenizer files.
 
 Everything is checked at opening, from headers alone: shards present and whole, tensors exactly those that mlx-lm's
-own model class wants. Knows no model family; names and layouts are that class's `sanitize`'s. Knows nothing of FFNs.
+own model class wants.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from ifprune_convert.packing import packed_modules
 from ifprune_convert.rope import with_flat_rope
 from ifprune_convert.skeleton import build_skeleton, check_shapes, parameter_shapes
 from ifprune_convert.wording import first_line, listing, reason
-from ifprune_mlx.checkpoint import Quantization
+from ifprune_mlx.checkpoint.format import Quantization
+from ifprune_mlx.checkpoint.safetensors_io import read_safetensors_header
 from ifprune_mlx.errors import SourceError
-from ifprune_mlx.files import read_safetensors_header
 
 from .spm_tokenizer import REPLACED, write_spm_tokenizer
 

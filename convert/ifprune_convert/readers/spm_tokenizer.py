@@ -2,7 +2,7 @@
 
 transformers would build one by the class that the folder names, and its classes give other ids than the `sentencepiece`
 library: Llama's makes BPE of every model, and drops the space before a text that begins with one. Here the model file
-decides: its kind, normalization and pieces. Knows BPE and unigram models; others are refused.
+decides: its kind, normalization and pieces.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What the tables of bad input are made of: a case, its folder, and sound inputs to damage in it.
-
-Knows no case and runs none: `conftest.py` beside it does.
-"""
+"""What the tables of bad input are made of: a case, its folder, and sound inputs to damage in it."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from ifprune_mlx import Checkpoint, Selection, TaskStore
-from ifprune_mlx.checkpoint import write_manifest
+from ifprune_mlx.checkpoint.format import write_manifest
 from tests.cli.process import Argument
 from tests.hub_stub import HubStub
 from tests.tiny_gguf import CONFIG as GGUF_CONFIG

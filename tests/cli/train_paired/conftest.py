@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from ifprune_mlx.predictor import Head
+from ifprune_mlx.selection.predictor import Head
 from tests.cli.train_paired.runs import chats, texts, write
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ifprune_mlx.files import read_safetensors_header
+from ifprune_mlx.checkpoint.safetensors_io import read_safetensors_header
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "its", "dog", "ran", "to", "some", "big", "red", "house")
 Command = list[str | Path]

@@ -13,18 +13,18 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from ifprune_mlx.predictor import Head
+from ifprune_mlx.selection.predictor import Head
 from tests.cli.process import run_here, start
 from tests.cli.train_paired.runs import Command, chats, command, metrics, write
 
 # Slow enough that a kill can be aimed.
 _SLOW_STEPS = (
-    "import time; from ifprune_mlx.train import paired; advance = paired.Run.advance; "
+    "import time; from ifprune_mlx.train import trainer; advance = trainer.Run.advance; "
     "paired.Run.advance = lambda self: (time.sleep(0.15), advance(self))[1]"
 )
 _SLOW_MEASURES = (
-    "import time; from ifprune_mlx.train import targets; attribution = targets.attribution; "
-    "targets.attribution = lambda *given: (time.sleep(0.003), attribution(*given))[1]"
+    "import time; from ifprune_mlx.train import attribution as module; attribution = module.attribution; "
+    "module.attribution = lambda *given: (time.sleep(0.003), attribution(*given))[1]"
 )
 
 

@@ -13,11 +13,11 @@ import pytest
 from ifprune_convert.packing import quantization_of
 from ifprune_convert.pipeline import Options
 from ifprune_mlx import Instruction, load, make_selector
-from ifprune_mlx.predictor import Head, load_predictor
-from ifprune_mlx.selection import top_k
-from ifprune_mlx.train.adapter import Adapted
-from ifprune_mlx.train.full import Full
-from ifprune_mlx.train.records import Record, split
+from ifprune_mlx.data.dataset import Record, split
+from ifprune_mlx.selection.predictor import Head, load_predictor
+from ifprune_mlx.selection.selection import top_k
+from ifprune_mlx.train.full_finetune import Full
+from ifprune_mlx.train.lora import Adapted
 from tests.cli.process import run_here
 from tests.cli.train_paired.runs import chats, command, metrics, settings, texts, write
 from tests.ifprune_mlx.reference import TOLERANCE, logits

@@ -1,0 +1,208 @@
+"""One model in a process of its own, timed on demand; `ifprune_mlx.bench.benchmark` asks several of them in turn.
+
+A process of its own, so that what it keeps in memory can be told from what the others do. It answers one JSON request
+after the other; knows nothing of what it is compared with.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import load_model
+
+from ifprune_mlx.checkpoint.format import Checkpoint
+from ifprune_mlx.errors import IfpruneError
+from ifprune_mlx.model import Model, limit_cache, load
+from ifprune_mlx.selection.selection import Selection
+from ifprune_mlx.selection.selectors import Instruction, LearnedSelector, Selector, make_selector
+
+_BANDWIDTH_ELEMENTS = 1 << 26
+_COLUMNS = 1 << 12
+
+
+def serve(connection: Connection, folder: str, residency: str | None, dtype: str | None) -> None:
+    """Load a model and answer requests until the connection closes.
+
+    Args:
+        folder: an IFP checkpoint, or a plain mlx-lm model if `residency` is None.
+        residency: as `ifprune_mlx.load` takes it.
+        dtype: float type to cast to.
+    """
+    cast = None if dtype is None else getattr(mx, dtype)
+    try:
+        contender = Contender(Path(folder), residency, cast)
+        connection.send_bytes(json.dumps({"ok": {"load_s": contender.load_s}}).encode())
+        while True:
+            request = json.loads(connection.recv_bytes())
+            answer = getattr(contender, request.pop("do"))(**request)
+            connection.send_bytes(json.dumps({"ok": answer}).encode())
+    except (EOFError, KeyboardInterrupt, BrokenPipeError):
+        pass
+    except IfpruneError as exc:
+        connection.send_bytes(json.dumps({"error": str(exc)}).encode())
+    except Exception as exc:  # MLX where memory ends, mlx-lm on what it cannot read: the other side has to say it
+        connection.send_bytes(json.dumps({"error": f"{folder}: {exc}"}).encode())
+    finally:
+        os._exit(0)  # MLX's exit handlers may take a second per process
+
+
+class Contender:
+    """A loaded model and what can be asked of it."""
+
+    def __init__(self, folder: Path, residency: str | None, dtype: mx.Dtype | None) -> None:
+        start = time.perf_counter()
+        self._model: Model | None = None
+        self._selector: Selector | None = None
+        if residency is None:
+            self._module, self.config = load_model(folder)
+            if dtype is not None:
+                self._module.set_dtype(dtype)
+            mx.eval(self._module)
+            limit_cache()  # as for ours
+        else:
+            self._model, _ = load(folder, dtype=dtype, residency=residency)
+            self._module, self.config = self._model.module, self._model.config
+        self.load_s = time.perf_counter() - start
+
+    def run(self, tokens: list[int], generate: int) -> dict[str, float]:
+        """Read `tokens` and generate; seconds of both, and bytes of weights that moved while decoding."""
+        cache = make_prompt_cache(self._module)
+        moved = self._moved()
+        start = first = time.perf_counter()
+        steps = generate_step(mx.array(tokens), self._module, max_tokens=generate, prompt_cache=cache)
+        for index, _ in enumerate(steps):
+            if index == 0:
+                first, moved = time.perf_counter(), self._moved()
+        end = time.perf_counter()
+        return {
+            "prefill_s": first - start,
+            "decode_s": (end - first) / max(generate - 1, 1),
+            "moved_in_decode": self._moved() - moved,
+        }
+
+    def select(self, text: str, *, cached: bool) -> dict[str, Any]:
+        """Seconds to select by a text; `cached`: as `ifprune` does, which knows the texts it has seen."""
+        assert self._model is not None
+        if self._selector is None:
+            learned = self._model.checkpoint.has_predictor
+            self._selector = make_selector(self._model, "learned" if learned else "random")
+        chooser = self._selector
+        if not cached and self._model.predictor is not None:
+            chooser = LearnedSelector(self._model, self._model.predictor)
+        instruction = Instruction(text, (1,))
+        start = time.perf_counter()
+        selection = chooser.select(instruction, self._model.keep()).selection
+        return {"select_s": time.perf_counter() - start, "selection": selection.hash}
+
+    def switch(self, selection: str | None) -> dict[str, Any]:
+        """Make the selection of a file active, or all neurons; waits until what it reads is there."""
+        assert self._model is not None
+        chosen = None if selection is None else Selection.load(selection)
+        start = time.perf_counter()
+        done = self._model.switch(chosen)
+        planned = time.perf_counter() - start
+        for slots in self._model.slots:
+            if slots.pending is not None:
+                slots.pending.result()
+        row = [slots.row_bytes for slots in self._model.slots]
+        neurons = sum(slots.k for slots in self._model.slots)
+        return {
+            "switch_s": planned,
+            "rows_s": time.perf_counter() - start,
+            "entered": done.neurons * row[0],
+            "missing": done.missing * row[0],
+            "written": done.bytes,
+            "active": neurons * row[0],
+        }
+
+    def first(self, selection: str, tokens: list[int]) -> dict[str, float]:
+        """Seconds from a selection to the first token; what has to be read is read while the first layers compute."""
+        assert self._model is not None
+        start = time.perf_counter()
+        self._model.switch(Selection.load(selection))
+        next(generate_step(mx.array(tokens), self._module, max_tokens=1, prompt_cache=make_prompt_cache(self._module)))
+        return {"seconds": time.perf_counter() - start}
+
+    def memory(self) -> dict[str, int]:
+        """Bytes: what the process has resident, its peak, and MLX's own figures."""
+        mx.clear_cache()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return {
+            "rss": resident(),
+            "peak_rss": peak if sys.platform == "darwin" else peak * 1024,
+            "mlx": mx.get_active_memory(),
+            "mlx_peak": mx.get_peak_memory(),
+        }
+
+    def predict(self) -> dict[str, int]:
+        """Load the predictor, if there is one; bytes that the process grew by."""
+        before = resident()
+        predictor = None if self._model is None else self._model.predictor
+        if predictor is not None:
+            predictor.scores("a few words")
+            mx.clear_cache()
+        return {"bytes": max(resident() - before, 0)}
+
+    def switches(self, selections: list[str], check: list[int]) -> list[dict[str, int]]:
+        """Make one selection after another active, with an answer token each; memory after every one."""
+        after = []
+        for file in selections:
+            done = self.switch(file)
+            self._module(mx.array([check]))
+            mx.clear_cache()
+            after.append({"missing": done["missing"], **self.memory()})
+        return after
+
+    def bandwidth(self) -> dict[str, float]:
+        """See `measure_bandwidth`."""
+        return {"bandwidth": measure_bandwidth()}
+
+    def _moved(self) -> int:
+        slots = [] if self._model is None else self._model.slots
+        return sum(entry.bytes_moved for entry in slots)
+
+
+def measure_bandwidth() -> float:
+    """Bytes per second at which MLX reads memory here: the best of 5 sums and 5 products of 256 MB by a vector."""
+    data = mx.ones((_BANDWIDTH_ELEMENTS // _COLUMNS, _COLUMNS), mx.float32)
+    vector = mx.ones((_COLUMNS,), mx.float32)
+    mx.eval(data, vector)
+    ways: list[Callable[[], mx.array]] = [data.sum, lambda: data @ vector]
+    best = float("inf")
+    for _ in range(5):
+        for way in ways:
+            start = time.perf_counter()
+            mx.eval(way())
+            best = min(best, time.perf_counter() - start)
+    return float(data.nbytes / best)
+
+
+def resident() -> int:
+    """Bytes of this process in memory now."""
+    if sys.platform == "linux":
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    shown = subprocess.run(["ps", "-o", "rss=", "-p", str(os.getpid())], capture_output=True, text=True, check=True)
+    return int(shown.stdout) * 1024
+
+
+def drop_from_cache(checkpoint: Checkpoint) -> bool:
+    """Ask the system to forget a checkpoint's files, so that reading them reads the disk; False where it cannot."""
+    if not hasattr(os, "posix_fadvise"):
+        return False
+    for file in checkpoint.path.glob("*.safetensors"):
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return True

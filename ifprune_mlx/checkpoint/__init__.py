@@ -1,0 +1,1 @@
+"""The IFP checkpoint on disk: format, neuron files, budgets, the hub."""

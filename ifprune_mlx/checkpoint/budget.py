@@ -1,0 +1,225 @@
+"""From what a user can afford to *k* per FFN and to what stays in memory (DESIGN.md section 3, idea 3).
+
+Arithmetic on a checkpoint's shapes, and on the memory that this machine has.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from ifprune_mlx.checkpoint.neuron_layout import MOST_PADDING
+from ifprune_mlx.errors import BudgetError
+
+if TYPE_CHECKING:
+    from ifprune_mlx.checkpoint.format import Checkpoint
+
+RAM, SSD = "ram", "ssd"
+RESIDENCIES = (RAM, SSD)
+_FACTORS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
+
+
+def keep_multiple(d_ffn: int) -> int:
+    """What *k* is a multiple of: 64, 32 for FFNs narrower than 4096, 8 for the tiny ones of tests."""
+    if d_ffn >= 4096:
+        return 64
+    return 32 if d_ffn >= 512 else 8
+
+
+def keep_count(density: float, d_ffn: int) -> int:
+    """*k* for a density: the nearest multiple of `keep_multiple`, at least one multiple; all neurons at density 1.
+
+    Raises:
+        BudgetError: unless 0 < density <= 1.
+    """
+    if not (math.isfinite(density) and 0 < density <= 1):
+        raise BudgetError(f"density {density:g} is not usable; give a number above 0 and at most 1, such as 0.5")
+    multiple = keep_multiple(d_ffn)
+    if density == 1 or d_ffn <= multiple:
+        return d_ffn
+    return min(max(round(density * d_ffn / multiple), 1) * multiple, d_ffn)
+
+
+def parse_quantity(text: str, what: str) -> int:
+    """A number with an optional suffix: `3B`, `250M`, `6GB`, `1.5e9`.
+
+    Raises:
+        BudgetError: if it is not a positive number.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([KMBGT]?)B?\s*", text, re.IGNORECASE)
+    value = float(match.group(1)) * _FACTORS[match.group(2).upper()] if match else 0.0
+    if not 1 <= value < math.inf:
+        raise BudgetError(f"{what} {text!r} is not a positive quantity; write it like 3B, 250M or 6GB")
+    return int(value)
+
+
+def physical_memory() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def resident_bytes(checkpoint: Checkpoint, residency: str, keep: Sequence[int], float_bytes: int | None = None) -> int:
+    """Bytes of weights that stay in memory, the predictor's included.
+
+    Args:
+        residency: `ram` keeps every neuron; `ssd` keeps `keep[l]` of each FFN, but all of those FFNs that the predictor
+            reads with.
+        float_bytes: of each float of the model once it is cast; None for those on disk.
+    """
+    total = checkpoint.loaded_bytes(float_bytes) + checkpoint.predictor_bytes
+    if residency == RAM:
+        return total
+    for index, (spec, k) in enumerate(zip(checkpoint.layout.ffns, keep, strict=True)):
+        if index >= checkpoint.predictor_layers:
+            total -= (spec.d_ffn - k) * checkpoint.neuron_bytes(index, float_bytes)
+    return total
+
+
+def choose_residency(
+    checkpoint: Checkpoint, residency: str | None, memory: int | None, float_bytes: int | None = None
+) -> str:
+    """The residency asked for; else `ram`, or `ssd` where a memory budget leaves no room for every neuron.
+
+    Raises:
+        BudgetError: if the weights that would stay in memory are more than this machine has: it would swap without end.
+    """
+    everything = [spec.d_ffn for spec in checkpoint.layout.ffns]
+    whole, have = resident_bytes(checkpoint, RAM, everything, float_bytes), physical_memory()
+    residency = _residency(residency, memory, whole)
+    keep = resolve_keep(checkpoint, memory=memory, residency=residency, float_bytes=float_bytes)
+    part = resident_bytes(checkpoint, SSD, keep, float_bytes)
+    needed = whole if residency == RAM else part
+    if needed > have:
+        advice = "convert the source with -q, or with fewer --q-bits"
+        if residency == RAM and part <= have:
+            advice = f"load it with --residency ssd, which keeps {part / 1e9:.1f} GB of it in memory, or {advice}"
+        raise BudgetError(
+            f"{checkpoint.path}: its weights take {needed / 1e9:.1f} GB, and this machine has "
+            f"{have / 1e9:.1f} GB of memory; {advice}"
+        )
+    return residency
+
+
+def check_files(
+    name: str, sizes: Mapping[str, int], residency: str | None, memory: int | None, *, ordered: bool = False
+) -> None:
+    """Raise BudgetError if files to be downloaded hold more weights than this machine has memory for.
+
+    Args:
+        sizes: bytes of every file of a checkpoint, by its path.
+        residency, memory: how it is to be loaded, as `choose_residency` takes them.
+        ordered: the checkpoint's neurons are in an order of their own, so that padding may be part of their files.
+    """
+    weights = {file: size for file, size in sizes.items() if file.endswith(".safetensors")}
+    if ordered:
+        weights |= {file: int(size / MOST_PADDING) for file, size in weights.items() if file.startswith("neurons-")}
+    needed, have = sum(weights.values()), physical_memory()
+    streamed = sum(size for file, size in weights.items() if file.startswith("neurons-"))
+    residency = _residency(residency, memory, needed)
+    if residency == SSD:
+        needed -= streamed  # and what is active of them; what that is only its files say
+    if needed > have:
+        advice = "" if residency == SSD or needed - streamed > have else "; try --residency ssd"
+        raise BudgetError(
+            f"{name}: with residency {residency} {needed / 1e9:.1f} GB of its weights would stay in memory, and this "
+            f"machine has {have / 1e9:.1f} GB; nothing was downloaded{advice}"
+        )
+
+
+def _residency(asked: str | None, memory: int | None, whole: int) -> str:
+    if asked is not None and asked not in RESIDENCIES:
+        raise BudgetError(f"unknown residency {asked!r}; choose {RAM} or {SSD}")
+    return asked or (SSD if memory is not None and memory < whole else RAM)
+
+
+def spare_slots(checkpoint: Checkpoint, memory: int | None, keep: Sequence[int], float_bytes: int | None = None) -> int:
+    """How many inactive neurons of every FFN a memory budget has room for in `ssd` residency."""
+    streamed = range(checkpoint.predictor_layers, len(checkpoint.layout.ffns))
+    if memory is None or not streamed:
+        return 0
+    left = memory - resident_bytes(checkpoint, SSD, keep, float_bytes)
+    return max(left // sum(checkpoint.neuron_bytes(index, float_bytes) for index in streamed), 0)
+
+
+def resolve_keep(
+    checkpoint: Checkpoint,
+    *,
+    density: float | None = None,
+    active_parameters: int | None = None,
+    memory: int | None = None,
+    residency: str = RAM,
+    float_bytes: int | None = None,
+) -> tuple[int, ...]:
+    """*k* for every FFN under the given budget; the checkpoint's own density where none is given.
+
+    Args:
+        density: kept / all neurons of each layer.
+        active_parameters: the most parameters that may take part in a token; the largest density below it is taken.
+        memory: bytes that the weights may take. In `ram` residency all neurons stay in memory whatever the density, so
+            this is a check and picks no density. In `ssd` residency it lowers the checkpoint's own density if need be.
+        residency, float_bytes: see `resident_bytes`.
+
+    Raises:
+        BudgetError: if two budgets contradict each other or nothing fits.
+    """
+    if density is not None and active_parameters is not None:
+        raise BudgetError("give a density or a number of active parameters, not both")
+    ffns = checkpoint.layout.ffns
+    everything = tuple(spec.d_ffn for spec in ffns)
+    if (
+        memory is not None
+        and residency == RAM
+        and memory < (size := resident_bytes(checkpoint, RAM, everything, float_bytes))
+    ):
+        raise BudgetError(
+            f"memory budget {memory / 1e9:.3g} GB: this checkpoint keeps {size / 1e9:.3g} GB of weights in memory at "
+            "any density; raise the budget, load it with --residency ssd, or convert the model with -q"
+        )
+    keep = _keep(checkpoint, density, active_parameters)
+    if memory is None or residency == RAM or (size := resident_bytes(checkpoint, SSD, keep, float_bytes)) <= memory:
+        return keep
+    if density is not None or active_parameters is not None:
+        raise BudgetError(
+            f"memory budget {memory / 1e9:.3g} GB: {size / 1e9:.3g} GB of weights stay in memory at density "
+            f"{sum(keep) / sum(everything):.3g}; lower the density, or raise the budget"
+        )
+    streamed = range(checkpoint.predictor_layers, len(ffns))
+    none = [0 if index in streamed else k for index, k in enumerate(keep)]
+    fixed = resident_bytes(checkpoint, SSD, none, float_bytes)
+    neurons = sum(ffns[index].d_ffn * checkpoint.neuron_bytes(index, float_bytes) for index in streamed)
+    share = (memory - fixed) / neurons if neurons else 0.0
+    multiples = [keep_multiple(spec.d_ffn) for spec in ffns]
+    keep = tuple(int(share * spec.d_ffn) // multiple * multiple for spec, multiple in zip(ffns, multiples, strict=True))
+    if min(keep) < 1:
+        least = [min(multiple, spec.d_ffn) for spec, multiple in zip(ffns, multiples, strict=True)]
+        raise BudgetError(
+            f"memory budget {memory / 1e9:.3g} GB is too small: all but the neurons of this checkpoint takes "
+            f"{fixed / 1e9:.3g} GB; give at least {resident_bytes(checkpoint, SSD, least, float_bytes) / 1e9:.3g} GB"
+        )
+    return keep
+
+
+def _keep(checkpoint: Checkpoint, density: float | None, active_parameters: int | None) -> tuple[int, ...]:
+    ffns = checkpoint.layout.ffns
+    if active_parameters is None:
+        wanted = checkpoint.layout.density if density is None else density
+        return tuple(keep_count(wanted, spec.d_ffn) for spec in ffns)
+    if active_parameters >= checkpoint.parameters:
+        return tuple(spec.d_ffn for spec in ffns)
+    neurons = sum(spec.d_ffn * spec.neuron_parameters for spec in ffns)
+    fixed = checkpoint.parameters - neurons  # a down bias belongs to no neuron and stays
+    multiples = [keep_multiple(spec.d_ffn) for spec in ffns]
+    keep = tuple(
+        (active_parameters - fixed) * spec.d_ffn // neurons // multiple * multiple
+        for spec, multiple in zip(ffns, multiples, strict=True)
+    )
+    if min(keep) < 1:
+        least = checkpoint.active_parameters(tuple(min(keep_multiple(spec.d_ffn), spec.d_ffn) for spec in ffns))
+        raise BudgetError(
+            f"{active_parameters:,} active parameters are too few: everything but the FFNs takes {fixed:,}; "
+            f"give at least {least:,}"
+        )
+    return keep

@@ -1,0 +1,486 @@
+"""The IFP checkpoint on disk, format 1: schema, opening with checks, the manifest (DESIGN.md section 5).
+
+The neurons of FFN `i` are in `neurons-<i>-of-<n>.safetensors`: `gate_up.*` as `[d_ffn, 2, row]` and `down.*` as
+`[d_ffn, row]`, one row per neuron; or a record of all rows per neuron.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields
+from datetime import datetime, timezone
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ifprune_mlx.checkpoint.atomic_write import sha256_file
+from ifprune_mlx.checkpoint.budget import keep_count
+from ifprune_mlx.checkpoint.ffn_spec import FFNSpec
+from ifprune_mlx.checkpoint.neuron_layout import FLOATS, NOT_ROWS, READABLE, RECORDS, Strip, strips_of
+from ifprune_mlx.checkpoint.safetensors_io import DTYPE_BYTES, SafetensorsHeader, read_safetensors_header
+from ifprune_mlx.errors import BudgetError, CheckpointError, IfpruneError, SelectionError
+
+if TYPE_CHECKING:
+    from ifprune_mlx.selection.selection import Selection
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+PREDICTOR_SETTINGS = "ifprune_predictor"
+"""The key of a predictor's settings in the metadata of its head."""
+SECTION = "ifpruning"
+_MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
+ORDERS = ("frequency",)
+SELECTOR_NAMES = ("learned", "activation", "static", "random")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Parameters of `mx.quantize` for one kind of rows."""
+
+    group_size: int
+    bits: int
+    mode: str
+
+    def __post_init__(self) -> None:
+        numbers = (self.group_size, self.bits)
+        if not all(isinstance(n, int) and n > 0 for n in numbers) or self.mode not in _MODES:
+            raise ValueError(f"quantization {self.to_dict()} is unknown")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in `config.json`, in mlx-lm's words."""
+        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+
+    @property
+    def has_biases(self) -> bool:
+        """Whether groups carry a bias beside their scale."""
+        return self.mode == "affine"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The `ifpruning` section of `config.json`.
+
+    Attributes:
+        ffns: the sliced FFNs, in layer order.
+        density: what selections keep unless the user says otherwise.
+        selector: the default selector's name.
+        gate_up, down: quantization of the two kinds of rows, or None for float rows.
+        order: how neurons lie in their files: None as in the source, or `frequency`, those selected most often first;
+            a tensor `order`, int32 `[d_ffn]`, then names the neuron in each row. Everything else keeps the source's
+            numbering.
+    """
+
+    ffns: tuple[FFNSpec, ...]
+    density: float
+    selector: str
+    gate_up: Quantization | None = None
+    down: Quantization | None = None
+    order: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The section as JSON."""
+        kinds = {"gate_up": self.gate_up, "down": self.down}
+        quantization = {kind: None if packed is None else packed.to_dict() for kind, packed in kinds.items()}
+        section = {
+            "format_version": FORMAT_VERSION,
+            "ffns": [spec.to_dict() for spec in self.ffns],
+            "density": self.density,
+            "selector": self.selector,
+            "quantization": quantization if any(quantization.values()) else None,
+        }
+        return section if self.order is None else section | {"order": self.order}
+
+    @classmethod
+    def from_dict(cls, section: Any, where: Path) -> Layout:
+        """Parse and check the section.
+
+        Raises:
+            CheckpointError: on another format version, unknown or missing keys, or values of the wrong kind.
+        """
+        if not isinstance(section, dict):
+            raise CheckpointError(f"{where}: has no {SECTION} section; convert the model with `ifprune convert`")
+        if section.get("format_version") != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{where}: format version {section.get('format_version')!r}, this release reads {FORMAT_VERSION}; "
+                "update ifprune-mlx, or convert the source again"
+            )
+        known = {"format_version", "ffns", "density", "selector", "quantization"}
+        _exact_keys(section, known, f"{where}, section {SECTION}", {"order"})
+        ffn_keys = {field.name for field in fields(FFNSpec) if field.default is MISSING}
+        specs = []
+        try:
+            for entry in section["ffns"]:
+                _exact_keys(entry, ffn_keys, f"{where}, section {SECTION}, ffns", {"fused"})
+                specs.append(FFNSpec(**entry))
+            if not specs or any(min(spec.d_ffn, spec.d_model) < 1 for spec in specs):
+                raise CheckpointError(f"{where}: section {SECTION} lists no usable FFN; convert the source again")
+            density = float(section["density"])
+            keep_count(density, 64)
+            if section["selector"] not in SELECTOR_NAMES:
+                raise CheckpointError(f"{where}: unknown default selector {section['selector']!r}; update ifprune-mlx")
+            if section.get("order") not in (None, *ORDERS):
+                raise CheckpointError(f"{where}: unknown order of neurons {section['order']!r}; update ifprune-mlx")
+            quantization = section["quantization"]
+            gate_up = down = None
+            if quantization is not None:
+                _exact_keys(quantization, {"gate_up", "down"}, f"{where}, section {SECTION}, quantization")
+                gate_up, down = (
+                    None if quantization[kind] is None else Quantization(**quantization[kind])
+                    for kind in ("gate_up", "down")
+                )
+        except BudgetError as exc:
+            raise CheckpointError(f"{where}: {exc}") from None
+        except CheckpointError:
+            raise
+        except (TypeError, ValueError, AttributeError) as exc:
+            raise CheckpointError(
+                f"{where}: section {SECTION} is malformed ({exc}); convert the source again"
+            ) from None
+        return cls(tuple(specs), density, section["selector"], gate_up, down, section.get("order"))
+
+
+def _exact_keys(
+    section: Mapping[str, Any], known: set[str], where: str, optional: frozenset[str] | set[str] = frozenset()
+) -> None:
+    unknown, missing = sorted(set(section) - known - optional), sorted(known - set(section))
+    if unknown:
+        raise CheckpointError(
+            f"{where}: unknown key {unknown[0]!r}; it was made by another release, update ifprune-mlx"
+        )
+    if missing:
+        raise CheckpointError(f"{where}: key {missing[0]!r} is missing; convert the source again")
+
+
+def neurons_file(index: int, count: int) -> str:
+    """Name of the file that holds the neurons of FFN `index` of `count`."""
+    return f"neurons-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened IFP checkpoint: every file is there, has the manifest's size and a sound header.
+
+    Attributes:
+        path: its folder.
+        config: `config.json` as it stands, mlx-lm's keys included.
+        layout: the parsed `ifpruning` section.
+        manifest: `manifest.json` as it stands.
+        headers: the header of every top-level safetensors file, by file name.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    layout: Layout
+    manifest: dict[str, Any]
+    headers: dict[str, SafetensorsHeader]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Checkpoint:
+        """Open a checkpoint folder and check everything that can be checked without reading weights.
+
+        Raises:
+            CheckpointError: naming the file and what to do.
+        """
+        path = Path(path).expanduser()
+        if not path.is_dir():
+            if path.suffix.lower() == ".gguf" and path.is_file():
+                raise CheckpointError(f"{path}: is a GGUF file; convert it first: ifprune convert --model {path}")
+            what = "is a file" if path.is_file() else "no such folder"
+            raise CheckpointError(f"{path}: {what}; give the folder of an IFP checkpoint (see `ifprune convert`)")
+        config_file = path / "config.json"
+        if not config_file.is_file():
+            raise CheckpointError(f"{path}: has no config.json; give the folder of an IFP checkpoint")
+        config = read_json_object(config_file)
+        layout = Layout.from_dict(config.get(SECTION), config_file)
+        refuse_custom_code(config, config_file, CheckpointError)
+        if not (path / MANIFEST).is_file():
+            raise CheckpointError(
+                f"{path}: has no {MANIFEST}, so its conversion did not finish; convert the source again"
+            )
+        manifest = read_json_object(path / MANIFEST)
+        files = _checked_manifest(path, manifest)
+        headers = {
+            name: read_safetensors_header(path / name, CheckpointError)
+            for name in files
+            if name.endswith(".safetensors") and "/" not in name
+        }
+        checkpoint = cls(path, config, layout, manifest, headers)
+        checkpoint._check_shapes()
+        return checkpoint
+
+    @cached_property
+    def id(self) -> str:
+        """Content id (16 hexadecimal digits): equal files, equal id."""
+        files = {name: entry["sha256"] for name, entry in self.manifest["files"].items()}
+        return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def has_predictor(self) -> bool:
+        """Whether a trained sparsity predictor is inside."""
+        return (self.path / "predictor" / "head.safetensors").is_file()
+
+    @property
+    def priors_file(self) -> Path:
+        """Importance of every neuron (`prior.N`) and norm of its down row (`down_norm.N`), float32 `[d_ffn]` each."""
+        return self.path / "priors.safetensors"
+
+    def neurons_file(self, index: int) -> Path:
+        """The file with the neurons of FFN `index`."""
+        return self.path / neurons_file(index, len(self.layout.ffns))
+
+    def strips(self, index: int) -> tuple[Strip, ...]:
+        """How the rows of FFN `index` lie in its file."""
+        file = self.neurons_file(index)
+        return strips_of(self.headers[file.name], self.layout.ffns[index].d_ffn, file)
+
+    @cached_property
+    def ffn_parameters(self) -> int:
+        """Parameters of all sliced FFNs, all neurons."""
+        return sum(spec.parameters for spec in self.layout.ffns)
+
+    @cached_property
+    def parameters(self) -> int:
+        """Parameters of the whole dense model, however they are packed."""
+        return self.ffn_parameters + self._other_parameters
+
+    @cached_property
+    def _other_parameters(self) -> int:
+        quantization = self.config.get("quantization") or {}
+        total = 0
+        for header in self._model_headers():
+            for name, info in header.tensors.items():
+                stem, _, leaf = name.rpartition(".")
+                if f"{stem}.scales" not in header.tensors or leaf == "bias":
+                    total += math.prod(info.shape)
+                elif leaf == "weight":  # packed into uint32
+                    bits = quantization.get(stem, quantization)["bits"]
+                    total += math.prod(info.shape) * 32 // bits
+        return total
+
+    def check(self, selection: Selection) -> None:
+        """Raise SelectionError unless `selection` fits this model's FFNs."""
+        widths = tuple(spec.d_ffn for spec in self.layout.ffns)
+        if selection.widths != widths:
+            raise SelectionError(
+                f"the selection has {len(selection.widths)} FFNs of widths {sorted(set(selection.widths))}, "
+                f"the model has {len(widths)} of {sorted(set(widths))}; it was made for another model"
+            )
+
+    def active_parameters(self, keep: tuple[int, ...] | None) -> int:
+        """Parameters that take part in a token, for *k* per FFN (None: all)."""
+        if keep is None:
+            return self.parameters
+        ffns = self.layout.ffns
+        dropped = sum((spec.d_ffn - k) * spec.neuron_parameters for spec, k in zip(ffns, keep, strict=True))
+        return self.parameters - dropped
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of all files in the manifest."""
+        return sum(int(entry["size"]) for entry in self.manifest["files"].values())
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights in the types that they have on disk, which is what `ram` residency keeps in memory."""
+        return self.loaded_bytes()
+
+    def neuron_bytes(self, index: int, float_bytes: int | None = None) -> int:
+        """Bytes of one neuron of FFN `index`, all its rows together.
+
+        Args:
+            float_bytes: of each float once it is cast; None for those on disk.
+        """
+        parts = (part for strip in self.strips(index) for part in strip.parts)
+        return sum(_bytes_in_memory(part.dtype, part.shape, float_bytes) for part in parts)
+
+    def ffn_bytes(self, index: int, float_bytes: int | None = None) -> int:
+        """Bytes of FFN `index`, all neurons, once it is loaded; `float_bytes` as in `neuron_bytes`."""
+        bias = self.headers[self.neurons_file(index).name].tensors.get("down.bias")
+        rows = self.layout.ffns[index].d_ffn * self.neuron_bytes(index, float_bytes)
+        return rows if bias is None else rows + _bytes_in_memory(bias.dtype, bias.shape, float_bytes)
+
+    def loaded_bytes(self, float_bytes: int | None = None) -> int:
+        """Bytes of all weights once they are loaded, without the predictor's; `float_bytes` as in `neuron_bytes`."""
+        infos = (info for header in self._model_headers() for info in header.tensors.values())
+        others = sum(_bytes_in_memory(info.dtype, info.shape, float_bytes) for info in infos)
+        return others + sum(self.ffn_bytes(index, float_bytes) for index in range(len(self.layout.ffns)))
+
+    @cached_property
+    def predictor_bytes(self) -> int:
+        """Bytes of the predictor's files, the weights of a backbone of its own among them; 0 if there is none."""
+        files = {name: entry["size"] for name, entry in self.manifest["files"].items() if name.endswith(".safetensors")}
+        return sum(size for name, size in files.items() if name.startswith("predictor/"))
+
+    @cached_property
+    def predictor_layers(self) -> int:
+        """How many of the model's own first layers are the predictor's backbone; 0 if it has its own, or none."""
+        if not self.has_predictor:
+            return 0
+        header = read_safetensors_header(self.path / "predictor" / "head.safetensors", CheckpointError)
+        try:
+            return int(json.loads(header.metadata[PREDICTOR_SETTINGS])["layers"] or 0)
+        except (KeyError, TypeError, ValueError):
+            return 0  # loading the predictor says what is wrong
+
+    @property
+    def prior_method(self) -> str:
+        """Where the prior comes from: `weights`, or `calibrated` on chats."""
+        return self.headers[self.priors_file.name].metadata.get("method", "weights")
+
+    def verify(self, progress: Callable[[int, int], None] | None = None) -> list[str]:
+        """Names of the files whose sha256 is not the manifest's; reads every byte.
+
+        Args:
+            progress: called with (files checked, files).
+        """
+        files = self.manifest["files"]
+        damaged = []
+        for index, (name, entry) in enumerate(files.items(), 1):
+            if sha256_file(self.path / name) != entry["sha256"]:
+                damaged.append(name)
+            if progress is not None:
+                progress(index, len(files))
+        return damaged
+
+    def _model_headers(self) -> list[SafetensorsHeader]:
+        return [header for name, header in self.headers.items() if name.startswith("model-")]
+
+    def _check_shapes(self) -> None:
+        for index, spec in enumerate(self.layout.ffns):
+            self._check_neurons(index, neuron_shapes(spec, self.layout))
+        widths = [spec.d_ffn for spec in self.layout.ffns]
+        priors = {f"{kind}.{i}": (width,) for kind in ("prior", "down_norm") for i, width in enumerate(widths)}
+        self._check_file(self.priors_file, priors)
+        if not self._model_headers():
+            raise CheckpointError(f"{self.path}: no model-*.safetensors in the manifest; convert the source again")
+
+    def _check_neurons(self, index: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        file, d_ffn = self.neurons_file(index), self.layout.ffns[index].d_ffn
+        header = self.headers.get(file.name)
+        if header is None or RECORDS not in header.tensors:
+            self._check_file(file, shapes)
+        else:
+            self._check_file(file, {name: shape for name, shape in shapes.items() if name in NOT_ROWS})
+            found = {part.name: (d_ffn, *part.shape) for strip in self.strips(index) for part in strip.parts}
+            _check_tensors(file, found, {name: shape for name, shape in shapes.items() if name not in NOT_ROWS})
+        parts = [part for strip in self.strips(index) for part in strip.parts]
+        types = {name: info.dtype for name, info in self.headers[file.name].tensors.items() if name in NOT_ROWS}
+        for name, dtype in [(part.name, part.dtype) for part in parts] + list(types.items()):
+            if name not in shapes:
+                raise CheckpointError(f"{file}: holds {name}, of which config.json knows nothing; update ifprune-mlx")
+            known = {"order": ("I32",), "down.bias": FLOATS}.get(name, READABLE)
+            if dtype not in known:
+                raise CheckpointError(
+                    f"{file}: {name} is of type {dtype}, expected {' or '.join(known)}; convert the source again"
+                )
+
+    def _check_file(self, file: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        header = self.headers.get(file.name)
+        if header is None:
+            raise CheckpointError(f"{file}: not listed in {MANIFEST}; convert the source again")
+        _check_tensors(file, {name: info.shape for name, info in header.tensors.items()}, shapes)
+
+
+def _check_tensors(file: Path, found: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    for name, shape in shapes.items():
+        if name not in found:
+            raise CheckpointError(f"{file}: tensor {name} is missing; convert the source again")
+        if found[name] != shape:
+            raise CheckpointError(
+                f"{file}: tensor {name} has shape {list(found[name])}, config.json asks for {list(shape)}; "
+                "the two belong to different models, convert the source again"
+            )
+
+
+def _bytes_in_memory(dtype: str, shape: tuple[int, ...], float_bytes: int | None) -> int:
+    """Bytes of an array once it is loaded."""
+    cast = float_bytes is not None and dtype in FLOATS
+    return math.prod(shape) * (float_bytes if cast and float_bytes is not None else DTYPE_BYTES[dtype])
+
+
+def neuron_shapes(spec: FFNSpec, layout: Layout) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in one neurons file."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    rows = (("gate_up", (spec.d_ffn, 2), layout.gate_up), ("down", (spec.d_ffn,), layout.down))
+    for name, leading, quantization in rows:
+        if quantization is None:
+            shapes[f"{name}.weight"] = (*leading, spec.d_model)
+            continue
+        groups = spec.d_model // quantization.group_size
+        shapes[f"{name}.weight"] = (*leading, spec.d_model * quantization.bits // 32)
+        shapes[f"{name}.scales"] = (*leading, groups)
+        if quantization.has_biases:
+            shapes[f"{name}.biases"] = (*leading, groups)
+    if spec.bias:
+        shapes["gate_up.bias"] = (spec.d_ffn, 2)
+    if spec.down_bias:
+        shapes["down.bias"] = (spec.d_model,)
+    if layout.order is not None:
+        shapes["order"] = (spec.d_ffn,)
+    return shapes
+
+
+def read_json_object(file: Path, error: type[IfpruneError] = CheckpointError) -> dict[str, Any]:
+    """A JSON file that must hold an object.
+
+    Raises:
+        IfpruneError: (the given subclass) naming the file.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise error(f"{file}: cannot be read ({exc.strerror or exc})") from None
+    except (ValueError, RecursionError):
+        raise error(f"{file}: not valid JSON; the file is damaged, get it again") from None
+    if not isinstance(value, dict):
+        raise error(f"{file}: must hold a JSON object; the file is damaged, get it again")
+    return value
+
+
+def refuse_custom_code(config: Mapping[str, Any], where: Path, error: type[IfpruneError]) -> None:
+    """Raise `error` for a config that names a Python file to run: some releases of mlx-lm would run it unasked."""
+    if config.get("model_file") is not None:
+        raise error(f"{where}: wants to run code that comes with it ({config['model_file']!r}); this is not supported")
+
+
+def _checked_manifest(path: Path, manifest: dict[str, Any]) -> list[str]:
+    """The manifest's file names, each of them present with the size that it states."""
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not files:
+        raise CheckpointError(f"{path / MANIFEST}: lists no files; convert the source again")
+    for name, entry in files.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError(f"{path / MANIFEST}: the file name {name!r} leaves the checkpoint; do not use it")
+        if not isinstance(entry, dict) or not isinstance(entry.get("size"), int) or "sha256" not in entry:
+            raise CheckpointError(f"{path / MANIFEST}: the entry for {name} is malformed; convert the source again")
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing, though {MANIFEST} lists it; copy or convert the checkpoint again")
+        size = file.stat().st_size
+        if size != entry["size"]:
+            raise CheckpointError(
+                f"{file}: {size} bytes, {MANIFEST} says {entry['size']}; copy or convert the checkpoint again"
+            )
+    return list(files)
+
+
+def write_manifest(folder: Path, *, source: str, licence: str | None) -> None:
+    """Write `manifest.json`: size and sha256 of every file in `folder`, versions, source and licence."""
+    files = {
+        str(file.relative_to(folder)): {"size": file.stat().st_size, "sha256": sha256_file(file)}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != MANIFEST
+    }
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {name: version(name) for name in ("ifprune-mlx", "mlx", "mlx-lm")},
+        "source": source,
+        "licence": licence,
+        "files": files,
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

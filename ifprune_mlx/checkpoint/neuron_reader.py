@@ -1,0 +1,307 @@
+"""Reads neuron rows from an IFP checkpoint into memory: all of an FFN's, or those that a switch misses."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from ifprune_mlx.checkpoint.format import Checkpoint
+from ifprune_mlx.checkpoint.neuron_layout import MOST_PADDING, RECORDS, Part, Strip
+from ifprune_mlx.checkpoint.raw_array import Raw, from_raw, raw, raw_dtype
+from ifprune_mlx.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from ifprune_mlx.selection.selection import Ids
+
+Rows = dict[str, mx.array]
+"""Per-neuron arrays by name, `gate|up|down` + `.weight|.scales|.biases|.bias`; axis 0 is the neuron everywhere."""
+
+_FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+_DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32, "U8": mx.uint8}
+# Of what is wanted, how much more is read to make fewer ranges of it; a range more costs a disk access.
+_WASTE = 0.15
+# Bytes read for one that is wanted, with what pads records.
+_MOST_READ = MOST_PADDING
+# No gap above this is read over: about what an SSD reads in the time that an access takes.
+_GAP_BYTES = 1 << 16
+_READERS = 8
+_F_RDAHEAD = 45  # of macOS's fcntl; Python names it from 3.13 on
+
+
+def read_rows(checkpoint: Checkpoint, index: int, dtype: mx.Dtype | None = None) -> tuple[Rows, mx.array | None]:
+    """All rows of FFN `index`, evaluated, and the bias of its down projection.
+
+    Args:
+        dtype: float type to cast float arrays to; None keeps the file's.
+
+    Returns:
+        Rows `[d_ffn, ...]` in the source's neuron order, and the down bias `[d_model]` or None.
+
+    Raises:
+        CheckpointError: if the file cannot be read.
+    """
+    file = checkpoint.neurons_file(index)
+    back = None
+    if checkpoint.layout.order is not None:
+        back = mx.array(read_positions(checkpoint, index))
+    try:
+        arrays = mx.load(str(file))
+        assert isinstance(arrays, dict)
+        down_bias = arrays.pop("down.bias", None)
+        rows: Rows = {}
+        for strip in checkpoint.strips(index):
+            whole = arrays.pop(RECORDS if RECORDS in arrays else strip.parts[0].name)
+            for part in strip.parts:
+                for name, array in _rows_of(whole, part, back):
+                    rows[name] = _cast(array, dtype)
+                    del array
+                    mx.eval(rows[name])
+            del whole
+        if down_bias is not None:
+            down_bias = _cast(down_bias, dtype)
+            mx.eval(down_bias)
+    except RuntimeError as exc:
+        raise CheckpointError(f"{file}: cannot be read ({exc}); copy or convert the checkpoint again") from None
+    return rows, down_bias
+
+
+def read_positions(checkpoint: Checkpoint, index: int) -> npt.NDArray[np.int32]:
+    """Where each neuron of FFN `index` lies in its file, int32 `[d_ffn]`.
+
+    Raises:
+        CheckpointError: if the file's order names a neuron twice.
+    """
+    file, d_ffn = checkpoint.neurons_file(index), checkpoint.layout.ffns[index].d_ffn
+    if checkpoint.layout.order is None:
+        return np.arange(d_ffn, dtype=np.int32)
+    info = checkpoint.headers[file.name].tensors["order"]
+    order = np.frombuffer(_pread(file, info.start, info.end - info.start), "<i4")
+    positions = np.full(d_ffn, -1, np.int32)
+    positions[order[(order >= 0) & (order < d_ffn)]] = np.arange(d_ffn, dtype=np.int32)[(order >= 0) & (order < d_ffn)]
+    if (positions < 0).any():
+        raise CheckpointError(f"{file}: its order of neurons is damaged; copy or convert the checkpoint again")
+    return positions
+
+
+class RowReader:
+    """Reads some neurons of one FFN, in few ranges of its file.
+
+    Attributes:
+        down_bias: bias of the down projection `[d_model]`, read at once; None if it has none.
+        position: where in the file each neuron lies, int32 `[d_ffn]`.
+
+    Raises:
+        CheckpointError: if the file cannot be read.
+    """
+
+    _descriptor = -1
+
+    def __init__(self, checkpoint: Checkpoint, index: int, dtype: mx.Dtype | None = None) -> None:
+        self._file = checkpoint.neurons_file(index)
+        self._dtype = dtype
+        # Open for good: a checkpoint that is replaced meanwhile has other neurons at the same places.
+        self._descriptor = _open(self._file)
+        tensors = checkpoint.headers[self._file.name].tensors
+        self._strips = checkpoint.strips(index)
+        self.position = read_positions(checkpoint, index)
+        self.down_bias: mx.array | None = None
+        if (info := tensors.get("down.bias")) is not None:
+            values = np.frombuffer(
+                _pread(self._file, info.start, info.end - info.start), raw_dtype(_DTYPES[info.dtype])
+            )
+            self.down_bias = _cast(from_raw(values, _DTYPES[info.dtype]), dtype)
+            mx.eval(self.down_bias)
+
+    def empty(self, slots: int) -> Rows:
+        """Arrays for that many neurons, as `read_rows` names and types them, computed."""
+        rows: Rows = {}
+        for part in (part for strip in self._strips for part in strip.parts):
+            dtype = self._memory_dtype(part)
+            shape = (slots, *(part.shape if part.name.startswith("down.") else part.shape[1:]))
+            for memory_name in _memory_names(part.name):
+                # Not zeros of a broadcast: the array must have a buffer of its own.
+                rows[memory_name] = mx.contiguous(mx.zeros(shape, dtype))
+        mx.eval(list(rows.values()))
+        return rows
+
+    def read(self, neurons: Ids) -> dict[str, Raw]:
+        """The rows of these neurons by array name, as `ifprune_mlx.sparse.inplace.raw` shows them.
+
+        Args:
+            neurons: int32 `[n]`, in the source's numbering, each once.
+
+        Raises:
+            CheckpointError: if the file cannot be read.
+        """
+        places = self.position[neurons]
+        at = np.argsort(places, kind="stable")
+        found: dict[str, Raw] = {}
+        try:
+            self._announce(places[at])
+            for strip in self._strips:
+                block = self._ranges(strip, places[at])
+                for part in strip.parts:
+                    values = self._as_memory(block, at, part)
+                    if part.name.startswith("down."):
+                        found[part.name] = values
+                    else:
+                        gate, up = _memory_names(part.name)
+                        found |= {gate: values[:, 0], up: values[:, 1]}
+        except OSError as exc:
+            raise CheckpointError(
+                f"{self._file}: cannot be read ({exc.strerror or exc}); copy or convert the checkpoint again"
+            ) from None
+        return found
+
+    def close(self) -> None:
+        """Close the file; nothing can be read afterwards."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _announce(self, places: npt.NDArray[np.int32]) -> None:
+        """Tell the system of all ranges at once, where it takes such advice, so that the disk has many in work."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for strip in self._strips:
+            for start, stop in zip(*merged_ranges(places, strip), strict=True):
+                offset = int(places[start]) * strip.stride
+                count = int(places[stop - 1] - places[start] + 1) * strip.stride
+                os.posix_fadvise(self._descriptor, strip.start + offset, count, os.POSIX_FADV_WILLNEED)
+
+    def _ranges(self, strip: Strip, places: npt.NDArray[np.int32]) -> npt.NDArray[np.uint8]:
+        """What the strip holds at sorted places, bytes `[n, stride]`."""
+        starts, stops = merged_ranges(places, strip)
+        rows = np.empty((len(places), strip.stride), np.uint8)
+        spans = np.stack([starts, stops, places[starts], places[stops - 1] + 1], axis=1).tolist()
+
+        def read(share: int) -> None:
+            for start, stop, first, end in spans[share::_READERS]:
+                whole = end - first == stop - start
+                block = rows[start:stop] if whole else np.empty((end - first, strip.stride), np.uint8)
+                self._pread(memoryview(block.data).cast("B"), strip.start + first * strip.stride)
+                if not whole:
+                    rows[start:stop] = block[places[start:stop] - first]
+
+        if len(spans) > 1:
+            # The file system and the disk work on several requests at once.
+            with ThreadPoolExecutor(_READERS) as pool:
+                list(pool.map(read, range(_READERS)))
+        elif spans:
+            read(0)
+        return rows
+
+    def _pread(self, buffer: memoryview, offset: int) -> None:
+        while len(buffer):
+            count = os.preadv(self._descriptor, [buffer], offset)
+            if not count:
+                raise OSError(f"it ends at byte {offset}")
+            buffer, offset = buffer[count:], offset + count
+
+    def _memory_dtype(self, part: Part) -> mx.Dtype:
+        dtype = _DTYPES[part.dtype]
+        return self._dtype if self._dtype is not None and dtype in _FLOATS else dtype
+
+    def _as_memory(self, block: npt.NDArray[np.uint8], at: npt.NDArray[np.intp], part: Part) -> Raw:
+        """One part of what a strip holds, `[n, *part.shape]`; row *i* of `block` is number `at[i]` of them."""
+        dtype = _DTYPES[part.dtype]
+        cut = np.empty((len(block), part.nbytes), np.uint8)
+        cut[at] = block[:, part.offset : part.offset + part.nbytes]
+        values: Raw = cut.view(raw_dtype(dtype)).reshape(len(block), *part.shape)
+        if self._memory_dtype(part) == dtype:
+            return values
+        cast = from_raw(values, dtype).astype(self._memory_dtype(part))
+        mx.eval(cast)
+        return raw(cast)
+
+
+def merged_ranges(places: npt.NDArray[np.int32], strip: Strip) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """Sorted places as few ranges: the smallest gaps are read over, as long as little is read for nothing.
+
+    Returns:
+        Where in `places` each range starts, and where it stops.
+    """
+    gaps = np.diff(places).astype(np.int64) - 1
+    by_size = np.argsort(gaps, kind="stable")
+    waste = min(_WASTE, max(_MOST_READ * strip.nbytes / strip.stride - 1, 0.0))
+    wasted = np.cumsum(gaps[by_size]) <= waste * len(places)
+    small = gaps[by_size] * strip.stride <= _GAP_BYTES
+    closed = np.zeros(len(gaps), dtype=bool)
+    closed[by_size[wasted & small]] = True
+    borders = np.flatnonzero(~closed) + 1
+    none = np.empty(0, np.intp)
+    if not len(places):
+        return none, none
+    return np.concatenate([[0], borders]).astype(np.intp), np.concatenate([borders, [len(places)]]).astype(np.intp)
+
+
+def _memory_names(name: str) -> tuple[str, ...]:
+    kind, _, leaf = name.partition(".")
+    return (name,) if kind == "down" else (f"gate.{leaf}", f"up.{leaf}")
+
+
+def _rows_of(whole: mx.array, part: Part, back: mx.array | None) -> Iterator[tuple[str, mx.array]]:
+    """The arrays of one part, one at a time: of all records `[d_ffn, stride]`, or of a tensor, which is its only part.
+
+    Args:
+        back: where each neuron lies, int32 `[d_ffn]`; None where they lie in order.
+    """
+    names = _memory_names(part.name)
+    tensor = whole.dtype == _DTYPES[part.dtype] and whole.shape[1:] == part.shape
+    for index, name in enumerate(names):
+        if tensor:
+            rows = whole if len(names) == 1 else whole[:, index]
+        else:
+            width = part.nbytes // len(names)
+            start = part.offset + index * width
+            rows = whole[:, start : start + width]
+        rows = mx.contiguous(rows if back is None else mx.take(rows, back, axis=0))
+        if not tensor:
+            shape = part.shape if len(names) == 1 else part.shape[1:]
+            rows = mx.view(rows, _DTYPES[part.dtype]).reshape(len(whole), *shape)
+        yield name, rows
+
+
+def _open(file: Path) -> int:
+    descriptor = -1
+    try:
+        descriptor = os.open(file, os.O_RDONLY)
+        # No read-ahead beyond the ranges.
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+        elif sys.platform == "darwin":
+            fcntl.fcntl(descriptor, _F_RDAHEAD, 0)
+    except OSError as exc:
+        if descriptor >= 0:
+            os.close(descriptor)
+        raise CheckpointError(
+            f"{file}: cannot be read ({exc.strerror or exc}); copy or convert the checkpoint again"
+        ) from None
+    return descriptor
+
+
+def _pread(file: Path, start: int, count: int) -> bytes:
+    try:
+        with file.open("rb") as opened:
+            opened.seek(start)
+            return opened.read(count)
+    except OSError as exc:
+        raise CheckpointError(
+            f"{file}: cannot be read ({exc.strerror or exc}); copy or convert the checkpoint again"
+        ) from None
+
+
+def _cast(array: mx.array, dtype: mx.Dtype | None) -> mx.array:
+    return array.astype(dtype) if dtype is not None and array.dtype in _FLOATS else array

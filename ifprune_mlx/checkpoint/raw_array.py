@@ -1,0 +1,28 @@
+"""MLX arrays as NumPy sees their buffers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+Raw = npt.NDArray[Any]
+"""An array's buffer as NumPy sees it; bfloat16, which NumPy has not got, as uint16."""
+
+
+def raw(array: mx.array) -> Raw:
+    """The buffer of a computed, row-contiguous array; writing to it writes the array where `shared()` says so."""
+    return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array, copy=False)
+
+
+def raw_dtype(dtype: mx.Dtype) -> npt.DTypeLike:
+    """What `raw` shows for an array of this type."""
+    return raw(mx.zeros((1,), dtype)).dtype
+
+
+def from_raw(values: Raw, dtype: mx.Dtype) -> mx.array:
+    """An array of the given type from what `raw` would show of it."""
+    array = mx.array(values)
+    return array.view(mx.bfloat16) if dtype == mx.bfloat16 else array

@@ -1,0 +1,1 @@
+"""Chats and texts: JSON lines, datasets, token ids, batches."""

@@ -1,0 +1,219 @@
+"""Endless mixtures of data sources and their batches, which every run makes alike.
+
+Nothing here draws a random number that its seed, the data and the position do not fix: a run that resumes, or that is
+shared by several processes, sees what one undisturbed process sees.
+
+    records = read_records("code.jsonl", "code", report=print)
+    train = [record for record in records if split(record, 0.02) == "train"]
+    mixture = Mixture({"code": (encode_all(tokenizer, train, 512, print), 1.0), ...}, seed=0)
+    for batch in batches(mixture, 32): ...
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Generic, Protocol, TypeVar
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from ifprune_mlx.data.tokenize import Encoded, collate
+from ifprune_mlx.errors import DataError
+
+
+class Keyed(Protocol):
+    """What a mixture holds: records, encoded or not."""
+
+    @property
+    def key(self) -> str: ...
+
+
+Item = TypeVar("Item", bound=Keyed)
+
+
+class Mixture(Generic[Item]):
+    """An endless stream that draws from several sources by weight, without chance: only the order within a source is
+    shuffled, anew for each of its epochs.
+
+    The next item comes from the source that is furthest behind its share, so every stretch of the stream holds the
+    weights as nearly as whole items can, and how many items each source has given is all there is to its position.
+
+    Args:
+        sources: items and weight by name. Names matter to the shuffle; their order does not.
+
+    Raises:
+        DataError: if there are no sources, one is empty, or a weight is not above 0.
+    """
+
+    def __init__(self, sources: Mapping[str, tuple[Sequence[Item], float]], seed: int) -> None:
+        if not sources:
+            raise DataError("a mixture needs at least one source of data")
+        for name, (items, weight) in sources.items():
+            if not items:
+                raise DataError(f"source {name!r} holds nothing to learn from; leave it out, or give it data")
+            if not (weight > 0 and math.isfinite(weight)):
+                raise DataError(f"source {name!r} has the weight {weight:g}; give a number above 0, or leave it out")
+        self._items: dict[str, Sequence[Item]] = {name: sources[name][0] for name in sorted(sources)}
+        total = sum(sources[name][1] for name in self._items)  # summed in this order, to the last bit
+        self._shares = {name: sources[name][1] / total for name in self._items}
+        self._seed = seed
+        self._taken = dict.fromkeys(self._items, 0)
+        self._orders: dict[str, tuple[int, npt.NDArray[np.intp]]] = {}
+
+    def __iter__(self) -> Iterator[Item]:
+        return self
+
+    def __next__(self) -> Item:
+        position = self.position + 1
+        # `max` takes the first of equals, in the order of names.
+        name = max(self._items, key=lambda name: self._shares[name] * position - self._taken[name])
+        items = self._items[name]
+        epoch, index = divmod(self._taken[name], len(items))
+        if self._orders.get(name, (-1,))[0] != epoch:
+            self._orders[name] = epoch, shuffled(len(items), f"{self._seed}/{name}/{epoch}")
+        self._taken[name] += 1
+        return items[int(self._orders[name][1][index])]
+
+    @property
+    def items(self) -> Mapping[str, Sequence[Item]]:
+        """What the sources hold, by name in alphabetical order."""
+        return self._items
+
+    @property
+    def names(self) -> list[str]:
+        """Of the sources, in alphabetical order."""
+        return list(self._items)
+
+    @property
+    def position(self) -> int:
+        """Items given so far."""
+        return sum(self._taken.values())
+
+    @property
+    def seed(self) -> int:
+        """What the order hangs on, beside the data."""
+        return self._seed
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of seed, shares and the keys of all items in their order; knows nothing of how they were encoded."""
+        digest = hashlib.sha256(json.dumps([self._seed, self._shares]).encode())
+        for items in self._items.values():
+            digest.update("\n".join(item.key for item in items).encode() + b"\0")
+        return digest.hexdigest()[:16]
+
+    def state(self) -> dict[str, Any]:
+        """The position, as plain JSON values."""
+        return {"taken": dict(self._taken), "fingerprint": self.fingerprint}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken.
+
+        Raises:
+            DataError: if it was taken from another mixture: other data, weights or seed.
+        """
+        if state.get("fingerprint") != self.fingerprint:
+            raise DataError("the data, their weights or the seed changed since the run was saved; start a new run")
+        self._taken = {name: int(state["taken"][name]) for name in self._items}
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What one process computes of one step.
+
+    Attributes:
+        tokens: int32 `[rows, length]`, padded on the right; `length` is that of the whole step, on every process.
+        mask: bool `[rows, length]`, True for the tokens to be predicted.
+        examples: the rows before padding.
+        targets: number of tokens to be predicted in the whole step, over all processes. A loss that sums over rows and
+            divides by this is the one-process loss once summed over processes.
+        state: give it to `batches` to go on after this step.
+    """
+
+    tokens: mx.array
+    mask: mx.array
+    examples: tuple[Encoded, ...]
+    targets: int
+    state: dict[str, Any]
+
+
+def batches(
+    mixture: Mixture[Encoded],
+    size: int,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    pool: int = 8,
+    multiple: int = 32,
+    state: Mapping[str, Any] | None = None,
+) -> Iterator[Batch]:
+    """Endless batches of `size` rows over all processes, of which this one gets every `world`-th row.
+
+    To pad less, `pool` batches are drawn at once, sorted by length, cut, and given in shuffled order; all of it
+    follows from the mixture's position. Every process draws the whole batch and keeps its rows, so nothing has to
+    be agreed between them.
+
+    Args:
+        size: rows of one step, a multiple of `world`.
+        pool: 1 keeps the mixture's own order.
+        multiple: the padded length is a multiple of this, so that compiled steps see few shapes.
+        state: of an earlier batch, made with the same data, `size` and `pool`; the rest may differ.
+
+    Raises:
+        DataError: if `size` is not a multiple of `world`, or `state` belongs to other data or other arguments.
+    """
+    if size < 1 or size % world:
+        raise DataError(f"a batch of {size} cannot be shared equally by {world} processes; give a multiple of {world}")
+    done = 0
+    if state is not None:
+        if state.get("shape") != [size, pool]:
+            raise DataError("the batch size or pool changed since the run was saved; give those it began with")
+        mixture.restore(state["mixture"])
+        done = int(state["done"])
+    return _batches(mixture, size, rank, world, pool, multiple, done)
+
+
+def shuffled(count: int, seed: str) -> npt.NDArray[np.intp]:
+    """A permutation of 0..count-1 that `seed` fixes on every machine.
+
+    From a bit generator's raw output, which NumPy promises not to change (NEP 19), unlike `Generator.permutation`.
+    """
+    bits = np.random.PCG64(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:16], "big"))
+    return np.argsort(bits.random_raw(count), kind="stable")
+
+
+def _batches(
+    mixture: Mixture[Encoded],
+    size: int,
+    rank: int,
+    world: int,
+    pool: int,
+    multiple: int,
+    done: int,
+) -> Iterator[Batch]:
+    """`batches`, whose arguments are sound; `done` batches of the pool at hand were given before."""
+    while True:
+        before, position = mixture.state(), mixture.position
+        drawn = [next(mixture) for _ in range(size * pool)]
+        if pool > 1:
+            drawn.sort(key=lambda example: len(example.tokens))
+        order = shuffled(pool, f"{mixture.seed}/pool/{position}")
+        for index in range(done, pool):
+            start = int(order[index]) * size
+            rows = drawn[start : start + size]
+            mine = rows[rank::world]
+            tokens, mask = collate(mine, multiple=multiple, length=max(len(row.tokens) for row in rows))
+            last = index + 1 == pool
+            after = {
+                "mixture": mixture.state() if last else before,
+                "done": 0 if last else index + 1,
+                "shape": [size, pool],
+            }
+            yield Batch(tokens, mask, tuple(mine), sum(int(row.mask.sum()) for row in rows), after)
+        done = 0

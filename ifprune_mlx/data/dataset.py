@@ -1,0 +1,153 @@
+"""Chats and plain texts from JSON lines: reading them, and holding some out by prompt."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ifprune_mlx.data.jsonl import text_lines
+from ifprune_mlx.errors import DataError
+
+Message = dict[str, str]
+
+EXPECTED = "messages, prompt and completion, or text"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One chat, or one plain text for pretraining.
+
+    Attributes:
+        messages: of a chat, ending with the assistant's; empty for a text.
+        domain: label of what it is about, such as `code`; the reader of the file decides.
+        text: of a plain text, else None.
+    """
+
+    messages: tuple[Message, ...]
+    domain: str = ""
+    text: str | None = None
+
+    @cached_property
+    def instruction(self) -> str:
+        """What a selector reads: the first user message; all of a plain text."""
+        if self.text is not None:
+            return self.text
+        return next((message["content"] for message in self.messages if message["role"] == "user"), "")
+
+    @cached_property
+    def key(self) -> str:
+        """Hash (16 hexadecimal digits) of the instruction; case, spacing and Unicode form make no difference."""
+        normal = " ".join(unicodedata.normalize("NFKC", self.instruction).casefold().split())
+        return hashlib.sha256(normal.encode()).hexdigest()[:16]
+
+
+def read_records(
+    path: str | Path, domain: str, *, strict: bool = False, report: Callable[[str], object] | None = None
+) -> list[Record]:
+    """Read JSON lines as mlx-lm does: `prompt` and `completion`, `messages`, or `text`; other keys are ignored.
+
+    A chat is read up to its last answer, since nothing is learned from what follows. A file may be packed as .gz
+    or .bz2. Empty lines are passed over.
+
+    Args:
+        strict: make a line that cannot be used fatal.
+        report: is told "file, line N: reason" of every line that is skipped. Without it such a line is fatal too:
+            nothing is left out in silence.
+
+    Raises:
+        DataError: if the file cannot be read, is not UTF-8, holds no usable line, or (see above) has a bad line.
+    """
+    path = Path(path)
+    records, first_bad = [], None
+    for number, line in enumerate(text_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            records.append(_record(line, domain))
+        except _BadLine as exc:
+            bad = f"{path}, line {number}: {exc}"
+            if strict or report is None:
+                raise DataError(bad) from None
+            first_bad = first_bad or bad
+            report(bad)
+    if not records:
+        raise DataError(
+            f"{path}: holds no chats or texts; give JSON lines with {EXPECTED}"
+            if first_bad is None
+            else f"{path}: no line of it can be used; the first reason is {first_bad}"
+        )
+    return records
+
+
+def split(record: Record, share: float) -> str:
+    """`valid` for about `share` of all instructions, else `train`: by the record's key alone.
+
+    So an instruction is never in both, and stays where it is whatever else is read, in whatever order. A larger
+    share only moves records from train to valid.
+    """
+    return "valid" if int(record.key, 16) / 16 ** len(record.key) < share else "train"
+
+
+class _BadLine(Exception):
+    """Why a line cannot be used."""
+
+
+def _record(line: str, domain: str) -> Record:
+    try:
+        value: Any = json.loads(line)
+    except (ValueError, RecursionError):
+        raise _BadLine(f"not a chat or text; expected JSON with {EXPECTED}") from None
+    if not isinstance(value, dict):
+        raise _BadLine(f"not a chat or text; expected a JSON object with {EXPECTED}")
+    # The order of precedence is mlx-lm's.
+    if "prompt" in value and "completion" in value:
+        user, assistant = _text(value["prompt"], "prompt"), _text(value["completion"], "completion")
+        return _chat([{"role": "user", "content": user}, {"role": "assistant", "content": assistant}], domain)
+    if "messages" in value:
+        if value.get("tools"):
+            raise _BadLine("a chat with tools, which are not supported")
+        return _chat(value["messages"], domain)
+    if "text" in value:
+        record = Record((), domain, _text(value["text"], "text"))
+        if not record.instruction.strip():
+            raise _BadLine("text is blank")
+        return record
+    raise _BadLine(f"not a chat or text; expected {EXPECTED}")
+
+
+def _chat(values: Any, domain: str) -> Record:
+    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+        raise _BadLine("messages are no list of objects with role and content")
+    messages = [
+        {key: _text(value.get(key), f"the {key} of message {number}") for key in ("role", "content")}
+        for number, value in enumerate(values, 1)
+    ]
+    while messages and messages[-1]["role"] != "assistant":
+        messages.pop()
+    if not messages:
+        raise _BadLine("no answer by the assistant")
+    roles = [message["role"] for message in messages]
+    if "user" not in roles[: roles.index("assistant")]:
+        raise _BadLine("no user message before the first answer")
+    record = Record(tuple(messages), domain)
+    if not record.instruction.strip():
+        raise _BadLine("the first user message is blank")
+    if not messages[-1]["content"].strip():
+        raise _BadLine("the last answer is blank")
+    return record
+
+
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise _BadLine(f"{what} is not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise _BadLine(f"{what} holds half a surrogate pair, which is no character") from None
+    return value

@@ -1,0 +1,91 @@
+"""JSON lines, and a file of test questions, read whole or not at all.
+
+A test set of which some lines are passed over is another test set, so that the first bad line ends it.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from io import BufferedIOBase
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ifprune_mlx.errors import DataError
+
+T = TypeVar("T")
+
+
+def parse_json_lines(path: str | Path, parse: Callable[[dict[str, Any]], T], expected: str) -> list[T]:
+    """Make something of every line of a UTF-8 file of JSON objects; empty lines are passed over.
+
+    Args:
+        path: may be packed as .gz or .bz2.
+        parse: takes a line's object; raises ValueError, saying why, for one that cannot be used.
+        expected: what a line is to hold, for error messages.
+
+    Raises:
+        DataError: if the file cannot be read or holds no lines, or for its first bad line.
+    """
+    path = Path(path)
+    result = []
+    for number, line in enumerate(text_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            value: Any = json.loads(line)
+        except (ValueError, RecursionError):
+            value = None
+        try:
+            if not isinstance(value, dict):
+                raise ValueError("no JSON object")
+            result.append(parse(value))
+        except ValueError as exc:
+            raise DataError(f"{path}, line {number}: {exc}; expected {expected}") from None
+    if not result:
+        raise DataError(f"{path}: holds no lines; give JSON lines with {expected}")
+    return result
+
+
+def filled_text(value: Any, what: str) -> str:
+    """`value`, if it is text that is not blank; else ValueError, naming `what`."""
+    if not isinstance(value, str):
+        raise ValueError(f"{what} is not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{what} holds half a surrogate pair, which is no character") from None
+    if not value.strip():
+        raise ValueError(f"{what} is blank")
+    return value
+
+
+def text_lines(path: Path) -> Iterator[str]:
+    """Lines of a UTF-8 file, packed as .gz or .bz2 or not. Only line feeds end them: JSON strings may hold Unicode's
+    other line breaks.
+
+    Raises:
+        DataError: if it cannot be read to its end as UTF-8.
+    """
+    number = 0
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: is no ordinary file; give a file of JSON lines")
+    try:
+        with _open(path) as file:
+            for number, line in enumerate(file, 1):
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError:
+        raise DataError(f"{path}, line {number}: not UTF-8 text; convert the file, for example with iconv") from None
+    except (EOFError, zlib.error) as exc:
+        raise DataError(f"{path}: damaged after line {number} ({exc}); copy or download it again") from None
+    except OSError as exc:
+        raise DataError(f"{path}: cannot be read ({exc.strerror or exc})") from None
+
+
+def _open(path: Path) -> BufferedIOBase:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")
+    return bz2.open(path, "rb") if path.suffix == ".bz2" else path.open("rb")

@@ -1,0 +1,210 @@
+"""Chats and texts as token ids: what is read, what is to be predicted, what selects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ifprune_mlx.chat_template import render_messages
+from ifprune_mlx.data.dataset import Message, Record
+from ifprune_mlx.errors import DataError, PromptError
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Token ids to learn from.
+
+    Attributes:
+        tokens: int32 `[n]`.
+        mask: bool `[n]`, True for the tokens that are to be predicted (token i from those before it); never the first.
+        prompt_length: index of the first token of the last answer.
+        instruction: the text that selects.
+        domain: the record's.
+        key: tells it apart from others; the record's, and of a chunk its number with it.
+    """
+
+    tokens: npt.NDArray[np.int32]
+    mask: npt.NDArray[np.bool_]
+    prompt_length: int
+    instruction: str
+    domain: str
+    key: str
+
+
+def encode(tokenizer: TokenizerWrapper, record: Record, max_length: int) -> Encoded | None:
+    """Token ids of a chat, with every answer to be predicted, cut off after `max_length`.
+
+    The prompt of the first answer is encoded exactly as at inference (`prompts.render_messages`), and what the chat
+    template adds is never split from what it adds it to, so that no token spans the border of a prompt and an answer.
+    An answer ends with its end-of-turn token; without a template, the last gets the end-of-text token. A template that
+    rewrites earlier turns (dropping their thoughts, say) leaves only the last answer to learn.
+
+    Returns:
+        None if no token of an answer lies within `max_length`.
+
+    Raises:
+        PromptError: if the chat template refuses the messages.
+        DataError: if the record is a plain text.
+    """
+    if record.text is not None:
+        raise DataError(f"plain text in the data of domain {record.domain!r}; give messages, or prompt and completion")
+    tokens: list[int] = []
+    mask: list[bool] = []
+    starts = []
+    for piece, answer in _pieces(tokenizer, record.messages):
+        if answer:
+            starts.append(len(tokens))
+        tokens += piece
+        mask += [answer] * len(piece)
+    within = [start for start in starts if start < max_length]
+    if not within:
+        return None
+    return Encoded(
+        np.array(tokens[:max_length], np.int32),
+        np.array(mask[:max_length], np.bool_),
+        within[-1],
+        record.instruction,
+        record.domain,
+        record.key,
+    )
+
+
+def encode_all(
+    tokenizer: TokenizerWrapper,
+    records: Iterable[Record],
+    max_length: int,
+    report: Callable[[str], object],
+    *,
+    limit: int | None = None,
+) -> list[Encoded]:
+    """`encode` every chat, leaving out those that have no answer within reach or that the chat template refuses.
+
+    Args:
+        report: is told, once for each reason, how many were left out.
+        limit: stop after so many.
+
+    Raises:
+        DataError: if nothing is left.
+    """
+    encoded: list[Encoded] = []
+    total, reasons, domains = 0, dict[str, int](), set[str]()
+    for record in records:
+        if len(encoded) == limit:
+            break
+        total += 1
+        domains.add(record.domain)
+        try:
+            example, reason = encode(tokenizer, record, max_length), f"the answer begins after {max_length} tokens"
+        except PromptError as exc:
+            example, reason = None, str(exc)
+        if example is None:
+            reasons[reason] = reasons.get(reason, 0) + 1
+        else:
+            encoded.append(example)
+    where = f"domain {domains.pop()!r}: " if len(domains) == 1 else ""
+    told = [f"{where}{count} of {total} chats left out: {reason}" for reason, count in reasons.items()]
+    if not encoded:
+        raise DataError(f"{told[0] if told else 'there are no chats'}; none is left, give other chats")
+    for line in told:
+        report(line)
+    return encoded
+
+
+def chunked(tokenizer: TokenizerWrapper, record: Record, size: int, *, context: bool = True) -> list[Encoded]:
+    """A plain text as pairs of neighbouring chunks of `size` tokens: the first selects for the second (stage 1).
+
+    The text is encoded as mlx-lm does for training, with the end-of-text token after it. The last chunk may be short.
+    A chunk of nothing but space selects nothing, so its pair is left out.
+
+    Args:
+        context: keep the first chunk before the second, as a prompt is kept before an answer; else `tokens` are the
+            second alone, and its first token is not predicted. The paper does not say which.
+
+    Raises:
+        DataError: if the record is a chat.
+    """
+    if record.text is None:
+        raise DataError(f"a chat in the data of domain {record.domain!r}, where plain text is needed; give text")
+    tokens = list(tokenizer.encode(record.text))
+    if tokenizer.eos_token_id is not None and tokens[-1:] != [tokenizer.eos_token_id]:
+        tokens.append(tokenizer.eos_token_id)
+    pairs = []
+    for index, start in enumerate(range(size, len(tokens), size)):
+        first, second = tokens[start - size : start], tokens[start : start + size]
+        instruction = str(tokenizer.decode(first, skip_special_tokens=True))
+        prompt = first if context else second[:1]
+        both = np.array(first + second if context else second, np.int32)
+        if len(both) < 2 or not instruction.strip():
+            continue
+        mask = np.arange(len(both)) >= len(prompt)
+        pairs.append(
+            Encoded(both, mask, len(prompt) if context else 0, instruction, record.domain, f"{record.key}-{index}")
+        )
+    return pairs
+
+
+def collate(examples: Sequence[Encoded], *, multiple: int = 1, length: int | None = None) -> tuple[mx.array, mx.array]:
+    """Pad examples on the right, with token 0, which a causal model's earlier tokens never see.
+
+    Args:
+        multiple: round the length up to a multiple of this.
+        length: at least this long; None: as long as the longest.
+
+    Returns:
+        tokens int32 and mask bool, both `[len(examples), length]`.
+    """
+    width = max([length or 1, *(len(example.tokens) for example in examples)])
+    width += -width % multiple
+    tokens = np.zeros((len(examples), width), np.int32)
+    mask = np.zeros((len(examples), width), np.bool_)
+    for row, example in enumerate(examples):
+        tokens[row, : len(example.tokens)] = example.tokens
+        mask[row, : len(example.mask)] = example.mask
+    return mx.array(tokens), mx.array(mask)
+
+
+def _pieces(tokenizer: TokenizerWrapper, messages: Sequence[Message]) -> Iterator[tuple[list[int], bool]]:
+    """Consecutive token ids of a chat that ends with an answer, each piece with whether it is to be predicted."""
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    # For every answer the text before it, ready for it, and the text after it.
+    texts = [(_render(tokenizer, messages[:i], True), _render(tokenizer, messages[: i + 1], False)) for i in answers]
+    flat = [text for pair in texts for text in pair]
+    if not all(longer.startswith(shorter) for shorter, longer in pairwise(flat)):
+        answers, texts = answers[-1:], texts[-1:]
+    yield render_messages(tokenizer, messages[: answers[0]]), False
+    ends, done = set(tokenizer.eos_token_ids), texts[0][0]
+    for index, (before, after) in zip(answers, texts, strict=True):
+        if len(before) > len(done):
+            yield _encode(tokenizer, before[len(done) :]), False
+        done, last = after, index == answers[-1]
+        # No prefix only in the rewriting template's last answer, which it may prepare for with more than it keeps.
+        answer = after[len(before) :] if after.startswith(before) else messages[index]["content"]
+        if last and not tokenizer.has_chat_template and tokenizer.eos_token_id is not None:
+            yield [*_encode(tokenizer, answer.removesuffix("\n")), tokenizer.eos_token_id], True
+            return
+        tokens = _encode(tokenizer, answer)
+        # What the template puts after the end of a turn, a line break as a rule, is no part of the answer.
+        end = max((i + 1 for i, token in enumerate(tokens) if token in ends), default=len(tokens))
+        yield tokens[:end], True
+        if not last:
+            yield tokens[end:], False
+
+
+def _render(tokenizer: TokenizerWrapper, messages: Sequence[Message], ready: bool) -> str:
+    """The text of messages, as `prompts.render_messages` encodes it if they are to be answered (`ready`)."""
+    if not tokenizer.has_chat_template:
+        return "\n".join(message["content"] for message in messages) + "\n"
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ready))
+    except Exception as exc:  # jinja and the templates themselves raise what they like
+        raise PromptError(f"the chat template refuses these messages ({' '.join(str(exc).split())[:200]})") from None
+
+
+def _encode(tokenizer: TokenizerWrapper, text: str) -> list[int]:
+    return list(tokenizer.encode(text, add_special_tokens=False))

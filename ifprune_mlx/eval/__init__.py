@@ -1,0 +1,1 @@
+"""Quality: losses under selections beside their controls, tasks, verdicts, charts."""

@@ -1,0 +1,405 @@
+"""An atlas of what a selector does: which prompts share neurons, which neurons are whose, what quality costs, and where
+an answer's time goes; as numbers, and as charts.
+
+overlap  for every two prompts the share of kept neurons that they have in common (the paper's Figure 4)
+shared   per layer, neurons that all domains select, that some do, that single prompts do, that none does
+quality  loss against active parameters, from what `ifprune evaluate --json` wrote
+time     select, switch, prefill and decode of real answers
+
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ifprune_mlx.errors import DataError
+from ifprune_mlx.eval.bootstrap import POOLED, Difference, paired_differences
+from ifprune_mlx.eval.losses import Example
+from ifprune_mlx.eval.overlap import Overlap, mean_overlaps
+from ifprune_mlx.eval.plots import Matrix, Panel, Series, band_chart, bar_chart, line_chart, matrix_chart, strip_chart
+from ifprune_mlx.generation import stream_generate
+from ifprune_mlx.model import Model, Progress
+from ifprune_mlx.selection.cache import SelectionCache
+from ifprune_mlx.selection.selection import Selection
+from ifprune_mlx.selection.selectors import Instruction, Selector, make_selector, selection_cache, use_selection_cache
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Values = npt.NDArray[np.float64]
+
+BANDS = ("all domains", "some domains", "single prompts", "nobody")
+"""Whose a neuron is: a domain's if half of its prompts or more select it, single prompts' if only fewer do."""
+
+PARTS = ("select", "switch", "prefill", "decode")
+
+_HALF = 0.5
+_BINS = 96
+# One loss, whatever the density.
+_LEVELS = ("dense", "healed-dense")
+_WARM_UP = 4
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a selector selects for the prompts of some domains.
+
+    Attributes:
+        selector: its name.
+        density: kept neurons / all neurons.
+        prompts: what tells the prompts apart, by domain, in the order of the matrix.
+        matrix: float64 `[prompts, prompts]`, mean over FFNs of the share of neurons that two selections have in common.
+        bands: by name of `BANDS`, per FFN the share of its neurons; together 1.
+        overlap: the matrix's means over domains.
+        differences: by domain, overlap with the own domain's other prompts minus overlap with those of other domains,
+            with its interval; empty if there is one domain only.
+    """
+
+    selector: str
+    density: float
+    prompts: dict[str, tuple[str, ...]]
+    matrix: Values
+    bands: dict[str, list[float]]
+    overlap: Overlap
+    differences: list[Difference]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON; shares are from 0 to 1."""
+        return {
+            "selector": self.selector,
+            "density": self.density,
+            "chance": self.overlap.chance,
+            "prompts": {domain: list(keys) for domain, keys in self.prompts.items()},
+            "matrix": self.matrix.tolist(),
+            "overlap": self.overlap.to_dict(),
+            "differences": [difference.to_dict() for difference in self.differences],
+            "neurons_of": self.bands,
+        }
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Losses at one density or more.
+
+    Attributes:
+        total_parameters: of the dense model.
+        curve: active parameters, ascending, each with the losses by domain and by selector, in nats per answer token.
+    """
+
+    total_parameters: int
+    curve: tuple[tuple[int, dict[str, dict[str, float]]], ...]
+
+    @classmethod
+    def of(cls, value: Any, where: str) -> Quality:
+        """From the JSON object of `ifprune evaluate --densities ... --json`.
+
+        Args:
+            where: it comes from, for messages.
+
+        Raises:
+            DataError: if it is anything else, or holds nothing that depends on the density.
+        """
+        if isinstance(value, dict) and "rows" in value and "curve" not in value:
+            raise DataError(f"{where}: holds one density, without its parameters; write it with `evaluate --densities`")
+        try:
+            total = int(value["total_parameters"])
+            curve = [(int(point["active_parameters"]), _losses(point["rows"])) for point in value["curve"]]
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+            raise DataError(f"{where}: not what `ifprune evaluate --densities LIST --json FILE` writes") from None
+        shapes = [{domain: list(losses) for domain, losses in found.items()} for _, found in curve]
+        if not any(shapes) or any(shape != shapes[0] for shape in shapes):
+            raise DataError(f"{where}: needs losses, and of all densities the same; evaluate with --data and try again")
+        if any(set(names) <= set(_LEVELS) for names in shapes[0].values()):
+            raise DataError(f"{where}: holds nothing but dense models' losses; evaluate a selector as well")
+        return cls(total, tuple(sorted(curve, key=lambda point: point[0])))
+
+    @classmethod
+    def read(cls, path: Path) -> Quality:
+        """From a file that `ifprune evaluate --densities ... --json` wrote.
+
+        Raises:
+            DataError: naming the file, if it cannot be read or holds anything else.
+        """
+        try:
+            value: Any = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as exc:
+            raise DataError(f"{path}: cannot be read ({exc.strerror or exc}); give another file") from None
+        except (ValueError, RecursionError):
+            raise DataError(
+                f"{path}: not JSON; write it with `ifprune evaluate --densities LIST --json FILE`"
+            ) from None
+        return cls.of(value, str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        points = [{"active_parameters": active, "nll": losses} for active, losses in self.curve]
+        return {"total_parameters": self.total_parameters, "curve": points}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Where one answer's time went, in seconds as `ifprune_mlx.Stats` has them."""
+
+    domain: str
+    prompt: str
+    prompt_tokens: int
+    completion_tokens: int
+    select_s: float
+    switch_s: float
+    prefill_s: float
+    decode_s: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+def survey(
+    model: Model,
+    data: Mapping[str, Sequence[Example]],
+    selector: Selector,
+    keep: Sequence[int],
+    *,
+    progress: Progress | None = None,
+) -> Survey:
+    """Select for every prompt. All selections stay in memory until the end, 4 bytes per kept neuron.
+
+    Args:
+        data: examples by domain, at least one a domain.
+        keep: per FFN, *k*.
+        progress: called with (prompts, prompts in all).
+
+    Raises:
+        PredictorError, SelectionError: as the selectors raise them.
+    """
+    total, done = sum(len(examples) for examples in data.values()), 0
+    chosen: dict[str, list[Selection]] = {domain: [] for domain in data}
+    for domain, examples in data.items():
+        for example in examples:
+            instruction = Instruction(example.instruction, tuple(_prompt(example)))
+            chosen[domain].append(selector.select(instruction, keep).selection)
+            mx.clear_cache()
+            done += 1
+            if progress is not None:
+                progress(done, total)
+    flat = [selection for selections in chosen.values() for selection in selections]
+    domains = np.repeat(np.arange(len(data)), [len(examples) for examples in data.values()])
+    matrix = np.zeros((total, total))
+    bands: dict[str, list[float]] = {name: [] for name in BANDS}
+    for layer, (width, k) in enumerate(zip(flat[0].widths, flat[0].keep, strict=True)):
+        kept = np.zeros((total, width), np.float32)
+        for row, selection in zip(kept, flat, strict=True):
+            row[selection.ids[layer]] = 1
+        matrix += (kept @ kept.T).astype(np.float64) / k
+        owners = np.sum([kept[domains == domain].mean(axis=0) >= _HALF for domain in range(len(data))], axis=0)
+        everyone, some = owners == len(data), (owners > 0) & (owners < len(data))
+        single = (owners == 0) & (kept.sum(axis=0) > 0)
+        for name, which in zip(BANDS, (everyone, some, single, ~(everyone | some | single)), strict=True):
+            bands[name].append(float(which.mean()))
+    return Survey(
+        selector.name,
+        flat[0].density,
+        {domain: tuple(example.key for example in examples) for domain, examples in data.items()},
+        matrix / len(flat[0].keep),
+        bands,
+        mean_overlaps(chosen),
+        _own_minus_others(matrix / len(flat[0].keep), list(data), domains),
+    )
+
+
+def time_answers(
+    model: Model,
+    tokenizer: TokenizerWrapper,
+    data: Mapping[str, Sequence[Example]],
+    selector: str | None,
+    density: float | None,
+    *,
+    count: int,
+    max_tokens: int,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[Timing]:
+    """Answer prompts of all domains in turn and take the time.
+
+    The last of them is answered in short beforehand, untimed, since what runs for the first time takes longer. Each
+    switch thus begins at another prompt's selection, as in use, unless there is one prompt only. Every prompt is new to
+    the selector: nothing is taken from the model's cache of selections.
+
+    Args:
+        data: examples by domain.
+        selector: its name; None takes the checkpoint's default.
+        density: to select with; None takes the checkpoint's.
+        count: of prompts, at least 1; fewer if there are fewer.
+        max_tokens: the most to generate for each.
+        seed: of the random selector.
+        progress: called with (answers, answers in all).
+
+    Raises:
+        PromptError, SelectionError, PredictorError: as `stream_generate` raises them.
+    """
+    turns = zip_longest(*([(domain, example) for example in examples] for domain, examples in data.items()))
+    asked = [pair for turn in turns for pair in turn if pair is not None][:count]
+    result: list[Timing] = []
+    usual = selection_cache(model)
+    use_selection_cache(model, SelectionCache(entries=0))
+    try:
+        chooser = make_selector(model, selector, seed=seed)
+    finally:
+        use_selection_cache(model, usual)
+    for number, (domain, example) in enumerate([asked[-1], *asked]):
+        options: dict[str, Any] = {"selector": chooser, "density": density, "instruction": example.instruction}
+        limit = max_tokens if number else min(max_tokens, _WARM_UP)
+        *_, last = stream_generate(model, tokenizer, _prompt(example), max_tokens=limit, **options)
+        stats = last.stats
+        assert stats is not None  # the last response of an answer has them
+        if number:
+            times = (stats.select_s, stats.switch_s, stats.prefill_s, stats.decode_s)
+            result.append(Timing(domain, example.key, stats.prompt_tokens, stats.completion_tokens, *times))
+        if progress is not None:
+            progress(number, len(asked))
+    return result
+
+
+def overlap_chart(found: Survey) -> Figure:
+    """The overlap of every two prompts, and the means over domains."""
+    names = list(found.prompts)
+    means = np.full((len(names), len(names)), np.nan)
+    for row, column in np.ndindex(means.shape):
+        layers = found.overlap.domains[names[row]][names[column]]
+        means[row, column] = np.nan if layers is None else layers.mean()
+    prompts = Matrix(
+        "every two prompts", found.matrix, tuple((name, len(keys)) for name, keys in found.prompts.items())
+    )
+    domains = Matrix("mean over pairs of different prompts", means, tuple((name, 1) for name in names))
+    chance = found.overlap.chance
+    return matrix_chart(
+        f"Neurons that two prompts share: {found.selector}, density {found.density:.2f}",
+        "prompts by domain",
+        f"share of kept neurons in common (chance: {chance:.2f})",
+        [prompts, domains],
+        min(chance, 0.99),  # all neurons are kept where chance is 1
+        1.0,
+    )
+
+
+def shared_chart(found: Survey) -> Figure:
+    """Whose the neurons of every layer are."""
+    return band_chart(
+        f"Who selects a layer's neurons: {found.selector}, density {found.density:.2f}",
+        "layer (a domain selects a neuron if at least half of its prompts do)",
+        "% of the layer's neurons",
+        {name: [100 * share for share in shares] for name, shares in found.bands.items()},
+    )
+
+
+def quality_chart(name: str, quality: Quality) -> Figure:
+    """Losses against active parameters: one panel over all domains, where there are several, and one per domain.
+
+    Args:
+        name: the model's.
+    """
+    first = quality.curve[0][1]
+    every = [(active, _with_mean(losses)) for active, losses in quality.curve]
+    titles = {POOLED: "mean over domains"} if len(first) > 1 else {}
+    titles |= {domain: domain for domain in first}
+    panels = []
+    for domain, title in titles.items():
+        series = []
+        for selector in every[0][1][domain]:
+            points = [(float(active), losses[domain][selector]) for active, losses in every]
+            level = selector in _LEVELS
+            series.append(Series(selector, tuple(points[:1] if level else points), level))
+        panels.append(Panel(title, tuple(series)))
+    label = f"active parameters, of {quality.total_parameters / 1e6:.1f}M"
+    return line_chart(f"{name}: loss of given answers", label, "nats per answer token", panels)
+
+
+def time_chart(timings: Sequence[Timing], where: str) -> Figure:
+    """Select, switch, prefill and decode of every answer, one bar each.
+
+    Args:
+        where: the time was taken: selector and machine.
+    """
+    seen: dict[str, int] = {}
+    bars = {}
+    for timing in timings:
+        number = seen[timing.domain] = seen.get(timing.domain, 0) + 1
+        name = f"{timing.domain} {number}: {timing.prompt_tokens} tokens in, {timing.completion_tokens} out"
+        bars[name] = {part: float(getattr(timing, f"{part}_s")) for part in PARTS}
+    return bar_chart(f"Where an answer's time goes: {where}", "seconds", bars, stacked=True)
+
+
+def machine() -> str:
+    """What MLX runs on here, such as `Darwin arm64, gpu`."""
+    return f"{platform.system()} {platform.machine()}, {mx.default_device().type.name}"
+
+
+def selection_chart(title: str, selection: Selection) -> Figure:
+    """Where in each layer the kept neurons lie."""
+    bins = min(_BINS, *selection.widths)
+    shares = np.zeros((len(selection.widths), bins))
+    for row, ids, width in zip(shares, selection.ids, selection.widths, strict=True):
+        inside = np.bincount(np.arange(width, dtype=np.int64) * bins // width, minlength=bins)
+        row[:] = np.bincount(ids.astype(np.int64) * bins // width, minlength=bins) / inside
+    where = "place in the layer, % of its neurons, in the source model's order"
+    return strip_chart(title, where, "layer", "share of neurons kept", shares)
+
+
+def selections_chart(title: str, selections: Mapping[str, Selection]) -> Figure:
+    """The overlap of every two selections, which may differ in density.
+
+    Args:
+        selections: by name, of one model, at least two.
+    """
+    flat = list(selections.values())
+    values = np.array([[one.overlap(other) for other in flat] for one in flat])
+    matrix = Matrix("", values, tuple((name, 1) for name in selections))
+    label = "share of the row's neurons that the column keeps, too"
+    low = min(float(values.min()), *(selection.density for selection in flat), 0.99)
+    return matrix_chart(title, "selected by", label, [matrix], low, 1.0)
+
+
+def _prompt(example: Example) -> list[int]:
+    """The tokens before the first answer."""
+    return [int(token) for token in example.tokens[: int(np.argmax(example.mask))]]
+
+
+def _own_minus_others(matrix: Values, names: Sequence[str], domains: npt.NDArray[np.int64]) -> list[Difference]:
+    """Per domain, mean overlap of its prompts with one another minus that with the others', paired by prompt."""
+    pairs: dict[str, dict[str, list[float]]] = {}
+    for index, name in enumerate(names):
+        own = np.flatnonzero(domains == index)
+        if len(own) < 2 or len(own) == len(domains):
+            continue
+        inside = (matrix[np.ix_(own, own)].sum(axis=1) - matrix[own, own]) / (len(own) - 1)
+        pairs[name] = {"own": inside.tolist(), "others": matrix[own][:, domains != index].mean(axis=1).tolist()}
+    return paired_differences(pairs)
+
+
+def _losses(rows: Any) -> dict[str, dict[str, float]]:
+    """By domain and selector, from evaluate's rows; raises ValueError and the like for anything else."""
+    result: dict[str, dict[str, float]] = {}
+    for row in rows:
+        selector, domain, loss = row["selector"], row["domain"], float(row["nll"])
+        if not (isinstance(selector, str) and isinstance(domain, str) and math.isfinite(loss)):
+            raise ValueError
+        result.setdefault(domain, {})[selector] = loss
+    return result
+
+
+def _with_mean(losses: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """With the mean over domains as one more."""
+    names = next(iter(losses.values()))
+    return losses | {POOLED: {name: float(np.mean([row[name] for row in losses.values()])) for name in names}}

@@ -1,0 +1,454 @@
+"""Tasks of lm-evaluation-harness under selections: each context selects, as a question of `eval.multiple_choice` or
+`eval.exact_match` does. Needs the package lm-eval; knows no files but those that lm-eval reads itself.
+
+The context, which the harness builds with the task's few-shot examples in it, is the instruction: it goes through the
+chat template as the user's message, if there is one, and selects once, whatever the harness asks about it. A task
+that puts its options into the context (Winogrande) therefore selects for each of them.
+
+The likelihood of a whole text (`loglikelihood_rolling`) has no instruction. There the text's beginning, up to 128
+tokens, selects for what follows. The beginning itself is scored under the static selection, or densely in the row
+`dense`, since what selects must not be what is scored; so all other rows agree on texts that are no longer than that.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import lru_cache
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import mlx.core as mx
+import numpy as np
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from mlx_lm.sample_utils import make_sampler
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ifprune_mlx.errors import DataError, IfpruneError
+from ifprune_mlx.eval.losses import answer_nll
+from ifprune_mlx.eval.metrics import TaskRow
+from ifprune_mlx.eval.task_rows import Choosers
+from ifprune_mlx.generation import Request, answer
+from ifprune_mlx.model import Model, Progress
+from ifprune_mlx.prompt_cache import History
+from ifprune_mlx.selection.selectors import Instruction, Selected, make_selector
+
+_BEGINNING = 128
+# Tokens read at a time.
+_STEP = 512
+# Where neither the task nor the model says: what the harness takes itself.
+_NEW_TOKENS, _CONTEXT = 256, 2048
+# A metric of the whole set is computed again at most so often, each time without a part of the questions.
+_PARTS = 200
+
+
+class HarnessTask:
+    """A task of the harness, or a group of tasks.
+
+    Attributes:
+        name: as it was asked for.
+        tasks: by name, the single tasks that it consists of.
+        is_group: whether these were asked for together, so that there is a figure of all of them.
+    """
+
+    def __init__(self, name: str, tasks: dict[str, Any], is_group: bool) -> None:
+        self.name, self.tasks, self.is_group = name, tasks, is_group
+
+    @property
+    def texts(self) -> list[str]:
+        """The first document of every task, as text."""
+        return [str(next(iter(task.eval_docs))) for task in self.tasks.values()]
+
+
+def load_tasks(names: Sequence[str], folders: Sequence[Path] = ()) -> list[HarnessTask]:
+    """Find tasks by name, and load their data sets, from the network where they are not in the cache.
+
+    Args:
+        names: of tasks, groups or tags, or paths of YAML files.
+        folders: of one's own tasks, YAML files; what is in them takes precedence. They may name Python functions
+            beside them, which run.
+
+    Raises:
+        DataError: if there is no such task, its data cannot be had, or it needs what is not done here: pictures, or
+            running what the model wrote.
+    """
+    for folder in folders:
+        if not folder.is_dir():
+            raise DataError(f"--lm-eval-tasks {folder}: no such folder; give one that holds YAML files of tasks")
+    # Its warnings are about models of its own.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    result: list[HarnessTask] = []
+    for name in dict.fromkeys(names):
+        try:
+            tasks: dict[str, Any] = _found(name, tuple(folders))
+            for task in tasks.values():
+                next(iter(task.eval_docs))
+        except DataError:
+            raise
+        except Exception as exc:  # data sets, YAML files and their functions raise what they like
+            raise DataError(f"--lm-eval {name}: cannot be loaded ({_reason(exc)})") from None
+        for single, task in tasks.items():
+            if getattr(task, "UNSAFE_CODE", False):
+                raise DataError(f"--lm-eval {name}: {single} runs code that the model writes, which is not done here")
+            if getattr(task, "MULTIMODAL", False):
+                raise DataError(f"--lm-eval {name}: {single} shows pictures, which no model here reads")
+            if any(single in earlier.tasks for earlier in result):
+                raise DataError(f"--lm-eval {name}: {single} is given twice; leave it out of one of them")
+        result.append(HarnessTask(name, tasks, len(tasks) > 1))
+    return result
+
+
+def _found(name: str, folders: tuple[Path, ...]) -> dict[str, Any]:
+    """The single tasks of a name, with their data."""
+    own = _manager(folders, defaults=False) if folders else None
+    if own is not None and name in own.all_tasks:
+        with suppress(Exception):  # a group may name tasks of lm-eval's own; other errors come again
+            return dict(own.load([name])["tasks"])
+    manager = _manager(folders, defaults=True)
+    if name not in manager.all_tasks and not Path(name).is_file():
+        raise DataError(f"--lm-eval {name}: lm-eval has no such task; `lm-eval ls tasks` lists them")
+    return dict(manager.load([name])["tasks"])
+
+
+@lru_cache(maxsize=2)
+def _manager(folders: tuple[Path, ...], *, defaults: bool) -> TaskManager:
+    """An index of tasks; that of lm-eval's own thousands takes seconds to make."""
+    return TaskManager(include_path=list(folders) or None, include_defaults=defaults)
+
+
+def score_harness(
+    model: Model,
+    tokenizer: TokenizerWrapper,
+    asked: HarnessTask,
+    rows: Sequence[str],
+    keep: Sequence[int],
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    report: Callable[[str], object] = lambda line: None,
+) -> list[TaskRow]:
+    """Measure a task under every row's selections. Leaves the model with whatever selection came last.
+
+    Args:
+        rows: of `ifprune_mlx.eval.task_rows.TASK_ROWS`, in the order wanted.
+        keep: per FFN, *k*.
+        limit: only the first questions of every single task, as with lm-eval's own `--limit`.
+        seed: of the random selector, and of who is whose other question; few-shot examples are lm-eval's choice.
+        progress: called with (requests answered, requests to be answered).
+        report: is told what was cut or left out.
+
+    Returns:
+        Every metric of every row, under the harness's name (`acc`, `exact_match,strict-match`). Of a group first the
+        figures of all its questions, for those metrics that all its tasks have and that are means. A metric that is no
+        mean over questions (perplexity, F1) has each question's jackknife value in place of its own, so that their
+        mean is the harness's figure and their spread its uncertainty.
+
+    Raises:
+        DataError: if a task fails, or has no two questions for `mismatched`.
+        CheckpointError, PredictorError: as the selectors raise them.
+    """
+    lm = HarnessLM(model, tokenizer, asked.name, rows, keep, seed=seed, progress=progress, report=report)
+    measured: dict[str, list[TaskRow]] = {name: [] for name in asked.tasks}
+    pooled: list[TaskRow] = []
+    for row in rows:
+        lm.row = row
+        try:
+            found = lm_eval.simple_evaluate(
+                model=lm,
+                tasks=list(asked.tasks.values()),
+                limit=limit,
+                # An empty index: the tasks are loaded, and to list lm-eval's own takes longer than many a task.
+                task_manager=_manager((), defaults=False),
+                bootstrap_iters=0,
+                apply_chat_template=lm.chats,
+                fewshot_as_multiturn=False,
+                torch_random_seed=None,
+            )
+        except IfpruneError:
+            raise
+        except Exception as exc:  # tasks' own functions raise what they like
+            raise DataError(f"--lm-eval {asked.name}: the task failed ({_reason(exc)})") from None
+        means: list[dict[str, tuple[float, ...]]] = []
+        for name, task in asked.tasks.items():
+            means.append({})
+            for metric, values in _metrics(found["samples"][name]).items():
+                try:
+                    per_question, is_mean = _per_question(values, task.aggregation().get(metric.split(",")[0], np.mean))
+                except (TypeError, ValueError):
+                    report(f"task {name!r}: {metric} is no number, and left out")
+                    continue
+                measured[name].append(TaskRow(row, name, metric, per_question))
+                if is_mean:
+                    means[-1][metric] = per_question
+        if asked.is_group:
+            for metric in [m for m in means[0] if all(m in of_task for of_task in means)]:
+                together = tuple(value for of_task in means for value in of_task[metric])
+                pooled.append(TaskRow(row, asked.name, metric, together))
+    return [*pooled, *(row for found in measured.values() for row in found)]
+
+
+class HarnessLM(LM):
+    """A model of ours as lm-eval asks it.
+
+    Attributes:
+        row: of `ifprune_mlx.eval.task_rows.TASK_ROWS`: whose selections answer the next requests.
+        chats: whether contexts go through a chat template.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: TokenizerWrapper,
+        task: str,
+        rows: Sequence[str],
+        keep: Sequence[int],
+        *,
+        seed: int = 0,
+        progress: Progress | None = None,
+        report: Callable[[str], object] = lambda line: None,
+    ) -> None:
+        super().__init__()
+        self._model, self.tokenizer, self._task = model, tokenizer, task
+        self._rows, self._keep, self._seed = list(rows), tuple(keep), seed
+        self._progress, self._report = progress or (lambda done, total: None), report
+        self._static = make_selector(model, "static")
+        self._context = model.context_length or _CONTEXT
+        self._messages: dict[str, str] = {}
+        self._choosers: dict[tuple[Instruction, ...], Choosers] = {}
+        self._told: set[str] = set()
+        self.row = self._rows[0]
+        self.chats: bool = tokenizer.has_chat_template
+
+    @property
+    def tokenizer_name(self) -> str:
+        """For lm-eval's caches, which are not used."""
+        return str(self._model.checkpoint.id)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Text of messages, whose user's message is remembered: it is what selects."""
+        rendered: str = self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+        users = [message["content"] for message in chat_history if message["role"] == "user"]
+        self._messages[rendered] = users[0]
+        return rendered
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Log likelihood of continuations in nats, and whether greedy decoding would give them."""
+        groups: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(request.args[0], []).append(index)
+        asked = [self._options(context, [requests[i].args[1] for i in places]) for context, places in groups.items()]
+        result: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        instructions = [
+            Instruction(self._messages.get(context, context), tuple(options[0][0][: min(s for _, s in options)]))
+            for context, options in zip(groups, asked, strict=True)
+        ]
+        done = 0
+        for places, options, selected, prompt in zip(
+            groups.values(), asked, self._selected(instructions), instructions, strict=True
+        ):
+            history = selected.history if selected is not None else None
+            if history is None:
+                history = History.empty(self._model).read(self._model, prompt.tokens[:-1])
+            for place, (tokens, start) in zip(places, options, strict=True):
+                # A copy, since not every kind of cache can be cut back to the prompt.
+                result[place] = _likelihood(self._model, copy.deepcopy(history), tokens, start)
+                if not math.isfinite(result[place][0]):
+                    raise IfpruneError(
+                        f"{self.row}, task {self._task!r}: a likelihood is not a finite number; the weights are "
+                        "damaged or float16 overflows, try --dtype float32 or bfloat16"
+                    )
+            done += len(places)
+            self._advance(done, len(requests))
+        return result
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        """Log likelihood of whole texts in nats, see above; windows of the model's context, one after the other."""
+        prefix = self._prefix()
+        texts = [self._encode(request.args[0], special=False) for request in requests]
+        instructions = []
+        for request, tokens in zip(requests, texts, strict=True):
+            whole = len(tokens) <= _BEGINNING
+            text = request.args[0] if whole else str(self.tokenizer.decode(tokens[:_BEGINNING]))
+            instructions.append(Instruction(text, (prefix, *tokens[:_BEGINNING])))
+        result = []
+        for index, (tokens, selected) in enumerate(zip(texts, self._selected(instructions), strict=True)):
+            total = 0.0
+            pairs = get_rolling_token_windows(tokens, prefix, self._context, 1)
+            for number, (before, wanted) in enumerate(map(make_disjoint_window, pairs)):
+                start, history = len(before), None
+                if number == 0 and self.row not in ("dense", "static"):
+                    active, start = self._model.selection, start + min(_BEGINNING, len(wanted))
+                    self._model.switch(self._static.select(instructions[index], self._keep).selection)
+                    total += self._sum([*before, *wanted][:start], len(before), None)
+                    self._model.switch(active)
+                    history = selected.history if selected is not None else None
+                if start < len(before) + len(wanted):
+                    total += self._sum([*before, *wanted], start, history)
+            result.append(total)
+            self._advance(index + 1, len(requests))
+        return result
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Answers, greedy unless the task samples, cut before the first of its stop strings."""
+        prompts, limits = [], []
+        for request in requests:
+            limits.append(int(request.args[1].get("max_gen_toks", _NEW_TOKENS)))
+            room = max(self._context - limits[-1], self._context // 2)
+            prompts.append(self._cut(self._encode(request.args[0], special=not self.chats) or [self._prefix()], room))
+        instructions = [
+            Instruction(self._messages.get(request.args[0], request.args[0]), tuple(tokens))
+            for request, tokens in zip(requests, prompts, strict=True)
+        ]
+        result = []
+        for index, selected in enumerate(self._selected(instructions)):
+            options, instruction = requests[index].args[1], instructions[index]
+            stops = options.get("until") or []
+            stops = [stops] if isinstance(stops, str) else [stop for stop in stops if stop]
+            selection, history = (None, None) if selected is None else (selected.selection, selected.history)
+            request = Request(list(instruction.tokens), instruction.text, None, selection, self._keep)
+            sampler = None
+            if options.get("do_sample") and float(options.get("temperature", 1.0)) > 0:
+                sampler = make_sampler(
+                    temp=float(options.get("temperature", 1.0)), top_p=float(options.get("top_p", 1.0))
+                )
+            text = ""
+            for response in answer(
+                self._model,
+                self.tokenizer,
+                history or History.empty(self._model),
+                request,
+                limits[index],
+                **({} if sampler is None else {"sampler": sampler}),
+            ):
+                text += response.text
+                if any(stop in text for stop in stops):
+                    break
+            result.append(text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))])
+            self._advance(index + 1, len(requests))
+        return result
+
+    def _selected(self, instructions: list[Instruction]) -> Iterator[Selected | None]:
+        """What the row selects for each, made active when it is asked for; None is dense."""
+        key = tuple(instructions)
+        if key not in self._choosers:
+            self._choosers[key] = Choosers(self._model, self._task, instructions, self._rows, self._keep, self._seed)
+        for index in range(len(instructions)):
+            selected = self._choosers[key].choose(self.row, index)
+            self._model.switch(None if selected is None else selected.selection)
+            yield selected
+            mx.clear_cache()
+
+    def _options(self, context: str, continuations: Sequence[str]) -> list[tuple[list[int], int]]:
+        """Per continuation: token ids of context and continuation, and where the continuation begins."""
+        special = not self.chats and bool(context)
+        before = self._encode(context, special=special) or [self._prefix()]
+        result = []
+        for continuation in continuations:
+            whole = self._encode(context + continuation, special=special)
+            whole = whole if context else [*before, *whole]
+            # A token may span the border: what is scored begins with it. At least one is read, and one scored.
+            agreeing = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, whole, strict=False)))
+            if len(whole) < 2:
+                whole, agreeing = [self._prefix(), *whole], agreeing + 1
+            result.append((whole, max(1, min(agreeing, len(whole) - 1))))
+        longest = max(len(whole) for whole, _ in result)
+        surplus = longest - len(self._cut([0] * longest, self._context + 1))
+        if surplus >= min(start for _, start in result):
+            raise DataError(
+                f"task {self._task!r}: an option is longer than the model's context of {self._context} tokens; "
+                "give a model of a longer one, or leave the task out"
+            )
+        return [(whole[surplus:], start - surplus) for whole, start in result]
+
+    def _sum(self, tokens: Sequence[int], start: int, history: History | None) -> float:
+        """Log likelihood of the tokens from `start` on."""
+        wanted = np.arange(len(tokens)) >= start
+        return -float(
+            answer_nll(self._model, np.array(tokens, np.int32), wanted, history=history).sum(dtype=np.float64)
+        )
+
+    def _cut(self, tokens: list[int], room: int) -> list[int]:
+        """The last tokens, as many as there is room for."""
+        if len(tokens) > room and self._task not in self._told:
+            self._told.add(self._task)
+            self._report(f"task {self._task!r}: prompts longer than the model's context lose their beginnings")
+        return tokens[-room:]
+
+    def _encode(self, text: str, *, special: bool) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=special)) if text else []
+
+    def _prefix(self) -> int:
+        """What stands before a text that nothing stands before."""
+        first = self.tokenizer.bos_token_id
+        return int(self.tokenizer.eos_token_id if first is None else first)
+
+    def _advance(self, done: int, total: int) -> None:
+        self._progress(self._rows.index(self.row) * total + done, len(self._rows) * total)
+
+
+def _likelihood(model: Model, history: History, tokens: Sequence[int], start: int) -> tuple[float, bool]:
+    """Log likelihood of the tokens from `start` on, nats, and whether each is the likeliest.
+
+    Args:
+        history: has read at most all before the one before `start`; it is used up.
+    """
+    total, greedy = 0.0, True
+    for begin in range(len(history.tokens), len(tokens) - 1, _STEP):
+        end = min(begin + _STEP, len(tokens) - 1)
+        logits = model(mx.array([list(tokens[begin:end])]), cache=history.kv)[0].astype(mx.float32)
+        targets = mx.array(list(tokens[begin + 1 : end + 1]))
+        wanted = mx.arange(begin + 1, end + 1) >= start
+        said = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0] - mx.logsumexp(logits, axis=-1)
+        total += float(mx.where(wanted, said, 0.0).sum())
+        greedy &= bool((~wanted | (logits.argmax(axis=-1) == targets)).all().item())
+    return total, greedy
+
+
+def _metrics(samples: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """What every question contributes, by metric; the harness's filters, if it has any, are part of the name."""
+    result: dict[str, list[Any]] = {}
+    for sample in samples:
+        for metric in sample["metrics"]:
+            name = metric if sample["filter"] == "none" else f"{metric},{sample['filter']}"
+            result.setdefault(name, []).append(sample[metric])
+    return result
+
+
+def _per_question(values: Sequence[Any], aggregate: Callable[[Sequence[Any]], Any]) -> tuple[tuple[float, ...], bool]:
+    """A value for every question, whose mean is the aggregate, and whether it is the question's own.
+
+    Raises:
+        TypeError, ValueError: if the aggregate is no number.
+    """
+    whole = float(aggregate(values))
+    if all(isinstance(value, (bool, int, float, np.number)) for value in values):
+        own = tuple(float(value) for value in values)
+        if math.isclose(float(np.mean(own)), whole, rel_tol=1e-6, abs_tol=1e-9):
+            return own, True
+    count = len(values)
+    if count == 1:
+        return (whole,), False
+    # The jackknife: what a question moves is told by the figure without it (Efron 1982). In parts, where they are many.
+    parts = np.array_split(np.arange(count), min(count, _PARTS))
+    without = [float(aggregate([values[i] for i in range(count) if not part[0] <= i <= part[-1]])) for part in parts]
+    moved = np.repeat(np.mean(without) - np.array(without), [len(part) for part in parts])
+    moved *= math.sqrt((len(parts) - 1) * (count - 1))
+    return tuple(float(value) for value in whole + moved - moved.mean()), False
+
+
+def _reason(exc: Exception) -> str:
+    return " ".join(f"{type(exc).__name__}: {exc}".split())[:300]

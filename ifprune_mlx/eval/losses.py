@@ -1,0 +1,530 @@
+"""Measures selectors by the loss of given answers, each beside its controls at the same density (DESIGN.md section 3,
+idea 7).
+
+The loss is the negative log likelihood of the answer's tokens, teacher-forced, in nats per token. All tokens of a row
+are computed under its selection, those of the prompt too, but for `activation`, which keeps its dense prefill.
+
+dense              all neurons
+learned            what the predictor selects for the prompt
+static             what the prior selects
+static-own         the same from a prior measured on the answers to the *other* prompts of the domain, in ten folds
+activation         what the prompt's activations and the prior select; the prompt stays dense, as when generating
+activation-sliced  the same selection, the prompt computed under it: what `mismatched` compares with
+random             arbitrary neurons
+matched            the selection that the next two take from elsewhere: `learned` or `activation-sliced`, as a rule
+mismatched         what the matched selector makes of another prompt of the same domain
+cross-domain       ... of a prompt of another domain
+oracle             what the activations of the answer itself and the prior select: no selector can know it, a bound
+
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Protocol
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from ifprune_mlx.errors import DataError, IfpruneError
+from ifprune_mlx.eval.bootstrap import POOLED, Difference, paired_differences
+from ifprune_mlx.eval.metrics import Summary, TaskRow, summarize
+from ifprune_mlx.eval.overlap import Overlap, mean_overlaps
+from ifprune_mlx.model import Model, Progress
+from ifprune_mlx.prompt_cache import History
+from ifprune_mlx.selection.selection import Scores, Selection, top_k
+from ifprune_mlx.selection.selectors import Instruction, RandomSelector, Selector, StaticSelector, make_selector
+from ifprune_mlx.sparse.importance import ImportanceRecorder, fuse_ranks, recorded
+
+ROWS = (
+    "dense",
+    "learned",
+    "static",
+    "static-own",
+    "activation",
+    "activation-sliced",
+    "random",
+    "matched",
+    "mismatched",
+    "cross-domain",
+    "oracle",
+)
+_OWNERS = {"learned": "learned", "activation": "activation", "activation-sliced": "activation"}
+_OF_MATCHED = ("matched", "mismatched", "cross-domain")
+# Logits of so many positions are in memory at once.
+_CHUNK = 256
+_FOLDS = 10
+# The mix that the activation selector uses, so that the two differ in whose activations they see only.
+_ORACLE_SHARE = 0.5
+
+
+class Example(Protocol):
+    """A prompt with its answer, as token ids; what `ifprune_mlx.data.tokenize.encode` gives."""
+
+    @property
+    def tokens(self) -> npt.NDArray[np.int32]:
+        """int32 `[n]`."""
+
+    @property
+    def mask(self) -> npt.NDArray[np.bool_]:
+        """bool `[n]`, True for the tokens of answers, whose loss is measured; never the first."""
+
+    @property
+    def instruction(self) -> str:
+        """The text that selects."""
+
+    @property
+    def key(self) -> str:
+        """Tells the prompt apart from the others of its domain."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One selector on one domain.
+
+    Attributes:
+        per_prompt: mean loss of every prompt's answer tokens, in the order of the data.
+        tokens: answer tokens of every prompt.
+    """
+
+    selector: str
+    domain: str
+    per_prompt: tuple[float, ...]
+    tokens: tuple[int, ...]
+
+    @property
+    def nll(self) -> float:
+        """Mean over prompts: every prompt counts the same."""
+        return float(np.mean(self.per_prompt))
+
+    @property
+    def nll_tokens(self) -> float:
+        """Mean over tokens: every answer token counts the same."""
+        return float(np.average(self.per_prompt, weights=self.tokens))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON (DESIGN.md section 11)."""
+        return {
+            "selector": self.selector,
+            "domain": self.domain,
+            "nll": self.nll,
+            "nll_tokens": self.nll_tokens,
+            "tokens": sum(self.tokens),
+            "n": len(self.per_prompt),
+            "per_prompt": list(self.per_prompt),
+        }
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `compare` measured.
+
+    Attributes:
+        density: kept neurons / all neurons of every row but `dense`.
+        matched: name of the selector that `mismatched` and `cross-domain` are about; None if neither was asked for.
+        rows: in the order in which the rows were asked for, domain by domain.
+        overlap: by name of every selector that reads the instruction.
+        keys: by domain, what tells its prompts apart, in the order of `Row.per_prompt`.
+        seed: of the random selector, of who is whose other prompt, and of the bootstrap.
+        tasks: what else was measured at this density, by `eval.multiple_choice` and `eval.exact_match`.
+    """
+
+    density: float
+    matched: str | None
+    rows: tuple[Row, ...]
+    overlap: dict[str, Overlap]
+    keys: dict[str, tuple[str, ...]]
+    seed: int = 0
+    tasks: tuple[TaskRow, ...] = ()
+
+    @property
+    def selectors(self) -> list[str]:
+        """Names of the rows, in order."""
+        return list(dict.fromkeys(row.selector for row in self.rows))
+
+    def nll(self, selector: str, domain: str = POOLED) -> float:
+        """A row's loss, mean over prompts; of `all`, the mean over domains."""
+        rows = [row for row in self.rows if row.selector == selector and domain in (row.domain, POOLED)]
+        return float(np.mean([row.nll for row in rows]))
+
+    @cached_property
+    def differences(self) -> list[Difference]:
+        """Between all selectors, with intervals; see `ifprune_mlx.eval.bootstrap`."""
+        per_prompt: dict[str, dict[str, Sequence[float]]] = {domain: {} for domain in self.keys}
+        for row in self.rows:
+            per_prompt[row.domain][row.selector] = row.per_prompt
+        return paired_differences(per_prompt, seed=self.seed % 2**63)
+
+    @cached_property
+    def summaries(self) -> list[Summary]:
+        """The tasks' rows with their intervals."""
+        return summarize(self.tasks, seed=self.seed % 2**63)
+
+    def difference(self, a: str, b: str, domain: str = POOLED) -> Difference | None:
+        """`a` minus `b`; of `all`, over all domains (of one domain, that one). None if it has no interval."""
+        if domain == POOLED and len(self.keys) == 1:
+            domain = next(iter(self.keys))
+        for found in self.differences:
+            if found.domain == domain and (found.a, found.b) == (a, b):
+                return found
+            if found.domain == domain and (found.a, found.b) == (b, a):
+                return Difference(a, b, domain, -found.mean, -found.high, -found.low)
+        return None
+
+    def with_rows(self, other: Evaluation, names: Mapping[str, str]) -> Evaluation:
+        """These rows and those of another model on the same prompts, such as a healed one, under new names.
+
+        Args:
+            names: of the other's rows, by what they are to be called.
+
+        Raises:
+            IfpruneError: if the two did not see the same prompts.
+        """
+        if self.keys != other.keys or any(
+            {row.domain: row.tokens for row in self.rows}[row.domain] != row.tokens for row in other.rows
+        ):
+            raise IfpruneError("the two evaluations did not measure the same answers; give the same data to both")
+        added = [replace(row, selector=new) for new, old in names.items() for row in other.rows if row.selector == old]
+        tasks = [replace(row, selector=new) for new, old in names.items() for row in other.tasks if row.selector == old]
+        return replace(self, rows=(*self.rows, *added), tasks=(*self.tasks, *tasks))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `ifprune evaluate --json` writes (DESIGN.md section 11, and more)."""
+        return {
+            "density": self.density,
+            "matched": self.matched,
+            "seed": self.seed,
+            "rows": [row.to_dict() for row in self.rows],
+            "tasks": [summary.to_dict() for summary in self.summaries],
+            "overlap": {name: overlap.to_dict() for name, overlap in self.overlap.items()},
+            "differences": [difference.to_dict() for difference in self.differences],
+            "prompts": {domain: list(keys) for domain, keys in self.keys.items()},
+        }
+
+
+def available_rows(model: Model, domains: int) -> list[str]:
+    """The rows that can be measured with this checkpoint and so many domains, without `matched`, an alias."""
+    left_out = {"matched"}
+    if not model.checkpoint.has_predictor:
+        left_out.add("learned")
+    if domains < 2:
+        left_out.add("cross-domain")
+    return [name for name in ROWS if name not in left_out]
+
+
+def compare(
+    model: Model,
+    data: Mapping[str, Sequence[Example]],
+    names: Sequence[str],
+    keep: Sequence[int],
+    *,
+    matched: Selector | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure rows on every example. Leaves the model with whatever selection came last.
+
+    The selections of all prompts stay in memory until the end, 4 bytes per kept neuron; logits do not.
+
+    Args:
+        data: examples by domain.
+        names: of `ROWS`, in the order wanted.
+        keep: per FFN, *k*.
+        matched: what `matched`, `mismatched` and `cross-domain` are about; None takes the predictor, or `activation`
+            where the checkpoint has none.
+        progress: called with (tokens read, tokens to read), over all rows.
+
+    Raises:
+        DataError: for a domain that is empty, repeats a prompt, or has too few for a row.
+        IfpruneError: for an unknown name, and where a loss is not a number.
+        PredictorError, SelectionError: as the selectors raise them.
+    """
+    return _Comparison(model, data, list(dict.fromkeys(names)), tuple(keep), matched, seed, progress).run()
+
+
+def answer_nll(
+    model: Model,
+    tokens: npt.NDArray[np.int32],
+    mask: npt.NDArray[np.bool_],
+    *,
+    history: History | None = None,
+    recorder: ImportanceRecorder | None = None,
+    progress: Progress | None = None,
+) -> npt.NDArray[np.float32]:
+    """Loss of answer tokens under the model's active selection.
+
+    Args:
+        tokens: int32 `[n]`.
+        mask: bool `[n]`, True for the tokens whose loss is wanted; not the first.
+        history: has read the first tokens already, at most up to the one before the first wanted; it is used up.
+        recorder: sees the positions that predict a wanted token and no others.
+        progress: called with (tokens read, tokens).
+
+    Returns:
+        float32 `[mask.sum()]`, nats.
+    """
+    history = history or History.empty(model)
+    start, wanted = len(history.tokens), np.append(mask[1:], False)
+    first = int(np.flatnonzero(wanted)[0])
+    assert start <= first
+    losses = []
+    # Chunks end where the answer begins: before it no logits are computed, since MLX computes what is asked for.
+    for begin, end in (*_chunks(start, first), *_chunks(first, len(tokens) - 1)):
+        if recorder is not None:
+            recorder.token_weights = mx.array(wanted[begin:end].astype(np.float32))
+        logits = model(mx.array(tokens[None, begin:end]), cache=history.kv)
+        states = [[cache.state for cache in history.kv], recorder.state() if recorder is not None else []]
+        places = np.flatnonzero(wanted[begin:end])
+        if len(places):
+            rows = logits[0, mx.array(places)].astype(mx.float32)
+            targets = mx.array(tokens[begin + 1 + places])
+            loss = mx.logsumexp(rows, axis=-1) - mx.take_along_axis(rows, targets[:, None], axis=-1)[:, 0]
+            mx.eval(loss, states)
+            losses.append(np.array(loss))
+        else:
+            mx.eval(states)
+        if progress is not None:
+            progress(end, len(tokens))
+    return np.concatenate(losses)
+
+
+def derangement(count: int, generator: np.random.Generator) -> npt.NDArray[np.int64]:
+    """A random cyclic order: `[count]`, for each its successor, which is never itself (with two or more)."""
+    order = generator.permutation(count)
+    partner = np.empty(count, np.int64)
+    partner[order] = np.roll(order, -1)
+    return partner
+
+
+class _Comparison:
+    """Two passes over the data: what must be known of all prompts first, then the rows that need it."""
+
+    def __init__(
+        self,
+        model: Model,
+        data: Mapping[str, Sequence[Example]],
+        names: list[str],
+        keep: tuple[int, ...],
+        matched: Selector | None,
+        seed: int,
+        progress: Progress | None,
+    ) -> None:
+        self._model, self._data, self._names, self._keep, self._seed = model, data, names, keep, seed
+        self._report = progress or (lambda done, total: None)
+        _check(data, names)
+        self._choosers: dict[str, Selector] = {}
+        self._matched: str | None = None
+        if any(name in _OF_MATCHED for name in names):
+            default = "learned" if model.checkpoint.has_predictor else "activation"
+            matched = matched or make_selector(model, default, seed=seed)
+            self._matched = matched.name
+            self._choosers[matched.name] = matched
+        for name in names:
+            owner = _OWNERS.get(name)
+            if owner is not None and owner not in self._choosers:
+                self._choosers[owner] = make_selector(model, owner, seed=seed)
+        self._random = RandomSelector(model, seed)
+        self._static = StaticSelector(model)
+        self._chosen: dict[str, dict[str, list[Selection]]] = {
+            name: {domain: [] for domain in data} for name in self._choosers
+        }
+        widths = [spec.d_ffn for spec in model.checkpoint.layout.ffns]
+        # Per domain and fold, sums over answer tokens of squared importance, and the tokens; see `_own_prior`.
+        own = data if "static-own" in names else ()
+        self._sums = {domain: [[np.zeros(width) for width in widths] for _ in range(_FOLDS)] for domain in own}
+        self._weights = {domain: np.zeros(_FOLDS) for domain in own}
+        self._own: dict[tuple[str, int], Selection] = {}
+        self._losses: dict[tuple[str, str], list[float]] = {(name, domain): [] for domain in data for name in names}
+        self._same = {domain: derangement(len(data[domain]), _generator(seed, domain)) for domain in data}
+        self._other = _partners_elsewhere(data, seed) if "cross-domain" in names else {}
+        self._done = 0
+        self._first = [name for name in names if name in ("dense", "activation", "oracle")]
+        self._second = [name for name in names if name not in self._first]
+        self._needs_dense = bool({"dense", "oracle", "static-own"} & set(names))
+        self._total = sum(self._cost(example) for examples in data.values() for example in examples)
+
+    def run(self) -> Evaluation:
+        """Measure everything."""
+        for domain, examples in self._data.items():
+            for index, example in enumerate(examples):
+                self._look(domain, index, example)
+                mx.clear_cache()
+        for domain, examples in self._data.items():
+            for index, example in enumerate(examples):
+                for name in self._second:
+                    self._model.switch(self._selection(name, domain, index, example))
+                    self._losses[name, domain].append(self._measure(name, domain, index, example))
+                mx.clear_cache()
+        tokens = {domain: tuple(int(e.mask.sum()) for e in examples) for domain, examples in self._data.items()}
+        rows = [
+            Row(name, domain, tuple(self._losses[name, domain]), tokens[domain])
+            for name in self._names
+            for domain in self._data
+        ]
+        return Evaluation(
+            sum(self._keep) / sum(spec.d_ffn for spec in self._model.checkpoint.layout.ffns),
+            self._matched,
+            tuple(rows),
+            {name: mean_overlaps(chosen) for name, chosen in self._chosen.items()},
+            {domain: tuple(example.key for example in examples) for domain, examples in self._data.items()},
+            self._seed,
+        )
+
+    def _look(self, domain: str, index: int, example: Example) -> None:
+        """The first pass over one example: what it selects, its importance, and the rows that come from these alone."""
+        model, prompt = self._model, _prompt_length(example)
+        instruction = Instruction(example.instruction, tuple(example.tokens[:prompt].tolist()))
+        for name, chooser in self._choosers.items():
+            selected = chooser.select(instruction, self._keep)
+            self._chosen[name][domain].append(selected.selection)
+            self._advance(prompt)
+            if name == "activation" and "activation" in self._names:
+                model.switch(selected.selection)
+                loss = self._measure("activation", domain, index, example, history=selected.history)
+                self._losses["activation", domain].append(loss)
+            del selected
+        if not self._needs_dense:
+            return
+        model.switch(None)
+        with recorded(model.down_leaves) as recorder:
+            loss = self._measure("dense", domain, index, example, recorder=recorder)
+            importance = recorder.importance(model.down_norms)
+        if "dense" in self._names:
+            self._losses["dense", domain].append(loss)
+        if "static-own" in self._names:
+            weight, fold = float(example.mask.sum()), index % _FOLDS
+            for layer, values in enumerate(importance):
+                self._sums[domain][fold][layer] += values.astype(np.float64) ** 2 * weight
+            self._weights[domain][fold] += weight
+        if "oracle" in self._names:
+            model.switch(top_k(fuse_ranks(importance, model.prior, _ORACLE_SHARE), self._keep, "oracle"))
+            self._losses["oracle", domain].append(self._measure("oracle", domain, index, example))
+
+    def _selection(self, name: str, domain: str, index: int, example: Example) -> Selection:
+        """What a row of the second pass selects."""
+        if name in ("static", "random"):
+            chooser = self._static if name == "static" else self._random
+            return chooser.select(Instruction(example.instruction, ()), self._keep).selection
+        if name == "static-own":
+            return self._own_prior(domain, index % _FOLDS)
+        if name in _OWNERS:
+            return self._chosen[_OWNERS[name]][domain][index]
+        assert self._matched is not None
+        chosen = self._chosen[self._matched]
+        if name == "matched":
+            return chosen[domain][index]
+        if name == "mismatched":
+            return chosen[domain][int(self._same[domain][index])]
+        other, place = self._other[domain][index]
+        return chosen[other][place]
+
+    def _own_prior(self, domain: str, fold: int) -> Selection:
+        """The best neurons by importance over the answers of a domain but for those of one fold."""
+        if (domain, fold) not in self._own:
+            others = [index for index in range(_FOLDS) if index != fold]
+            weight = self._weights[domain][others].sum()
+            scores: list[Scores] = []
+            for layer in range(len(self._keep)):
+                total = np.sum([self._sums[domain][index][layer] for index in others], axis=0)
+                scores.append(np.sqrt(total / weight).astype(np.float32))
+            self._own[domain, fold] = top_k(scores, self._keep, "static-own")
+        return self._own[domain, fold]
+
+    def _measure(
+        self,
+        name: str,
+        domain: str,
+        index: int,
+        example: Example,
+        *,
+        history: History | None = None,
+        recorder: ImportanceRecorder | None = None,
+    ) -> float:
+        """Mean loss of the answer under the active selection."""
+        read = 0 if history is None else len(history.tokens)
+
+        def progress(done: int, total: int) -> None:
+            nonlocal read
+            self._advance(done - read)
+            read = done
+
+        losses = answer_nll(
+            self._model, example.tokens, example.mask, history=history, recorder=recorder, progress=progress
+        )
+        loss = float(losses.mean(dtype=np.float64))
+        if not np.isfinite(loss):
+            raise IfpruneError(
+                f"{name}, domain {domain!r}, prompt {index + 1}: the loss is not a finite number; the weights are "
+                "damaged or float16 overflows, try --dtype float32 or bfloat16"
+            )
+        return loss
+
+    def _cost(self, example: Example) -> int:
+        """Tokens that `_advance` will be told of one example."""
+        passes = len(self._second) + self._needs_dense + ("oracle" in self._names)
+        prompt, whole = _prompt_length(example), len(example.tokens) - 1
+        # `activation` goes on after the prompt's last but one token, which its selector has read.
+        answer = whole - max(prompt - 1, 0) if "activation" in self._names else 0
+        return passes * whole + prompt * len(self._choosers) + answer
+
+    def _advance(self, tokens: int) -> None:
+        self._done += tokens
+        self._report(min(self._done, self._total), self._total)
+
+
+def _check(data: Mapping[str, Sequence[Example]], names: Sequence[str]) -> None:
+    unknown = [name for name in names if name not in ROWS]
+    if unknown or not names:
+        what = f"unknown selector {unknown[0]!r}" if unknown else "no selectors to compare"
+        raise IfpruneError(f"{what}; choose from {', '.join(name for name in ROWS if name != 'matched')}")
+    if not data:
+        raise DataError("no data to evaluate on; give at least one domain")
+    if POOLED in data:
+        raise DataError(f"a domain cannot be called {POOLED!r}, which means all of them; give it another name")
+    for domain, examples in data.items():
+        needed = 2 if {"mismatched", "static-own"} & set(names) else 1
+        if len(examples) < needed:
+            raise DataError(
+                f"domain {domain!r} has {len(examples)} usable prompts, mismatched and static-own need another one "
+                "beside each; give more, or leave those two out"
+                if examples
+                else f"domain {domain!r} has no prompts; give it data, or leave it out"
+            )
+        if len({example.key for example in examples}) < len(examples):
+            raise DataError(f"domain {domain!r} repeats a prompt; give each prompt once")
+    if "cross-domain" in names and len(data) < 2:
+        raise DataError("cross-domain needs two domains; give another --data, or leave it out of --selectors")
+
+
+def _generator(seed: int, *words: str) -> np.random.Generator:
+    digest = hashlib.sha256(":".join([str(seed), *words]).encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "little"))
+
+
+def _partners_elsewhere(data: Mapping[str, Sequence[Example]], seed: int) -> dict[str, list[tuple[str, int]]]:
+    """For every example a (domain, index) of another domain: the other domains in turn, their prompts shuffled."""
+    partners: dict[str, list[tuple[str, int]]] = {}
+    for domain, examples in data.items():
+        others = [name for name in data if name != domain]
+        orders = {name: _generator(seed, domain, name).permutation(len(data[name])) for name in others}
+        partners[domain] = []
+        for index, example in enumerate(examples):
+            name = others[index % len(others)]
+            turn = np.roll(orders[name], -(index // len(others)))
+            # The same prompt may be in two domains; it is no other prompt then.
+            different = (place for place in turn if data[name][place].key != example.key)
+            partners[domain].append((name, int(next(different, turn[0]))))
+    return partners
+
+
+def _prompt_length(example: Example) -> int:
+    """Tokens before the first answer."""
+    return int(np.argmax(example.mask))
+
+
+def _chunks(begin: int, end: int) -> list[tuple[int, int]]:
+    return [(start, min(start + _CHUNK, end)) for start in range(begin, end, _CHUNK)]

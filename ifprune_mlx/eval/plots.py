@@ -1,0 +1,396 @@
+"""Every chart of the project: lines, bars, bands and heat maps, drawn by matplotlib as PNG or SVG, whichever the file's
+name ends in. No display is needed: figures are made without
+pyplot. The same numbers give the same bytes (with the same matplotlib): no dates, no random ids, no settings of the
+user's. matplotlib comes with `ifprune-mlx[plots]` and is imported when something is drawn.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ifprune_mlx.checkpoint.atomic_write import write_atomic
+from ifprune_mlx.errors import IfpruneError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Values = npt.NDArray[np.float64]
+
+SUFFIXES = (".png", ".svg")
+
+# Okabe and Ito's colours, which the colour-blind tell apart; their yellow is too pale for a line. Dashes and markers
+# change with every round of them.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222")
+_DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
+_MARKERS = ("o", "s", "^")
+_HATCHES = ("", "///", "...")
+_LEVEL_DASH = (0, (8, 2, 2, 2))
+# Even in lightness from end to end, for the colour-blind too.
+_COLOUR_MAP = "viridis"
+# Inches; an SVG's are 72 points, so that it is as wide as a README's column.
+_WIDTH = 9.0
+_COLUMNS = 2
+_DPI = 160
+# From this ratio of the highest to the lowest value on, y is logarithmic: one bad line must not press all others flat.
+_LOG_RATIO = 3.0
+# Matrices of up to so many rows show their numbers.
+_MOST_NUMBERS = 12
+_MOST_NAMES = 40
+_STYLE: Any = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#666666",
+    "axes.labelcolor": "#222222",
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "figure.titlesize": 12,
+    "figure.titleweight": "bold",
+    "font.size": 10,
+    "grid.color": "#e4e4e4",
+    "legend.frameon": False,
+    "svg.fonttype": "none",  # text stays text, which can be searched, read out and compared
+    "svg.hashsalt": "ifprune",
+    "text.color": "#222222",
+    "text.parse_math": False,  # a prompt may hold dollar signs
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+}
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line.
+
+    Attributes:
+        points: (x, y), in the order in which they are joined.
+        level: a value that does not depend on x; its one point is drawn as a line across the panel.
+    """
+
+    name: str
+    points: tuple[tuple[float, float], ...]
+    level: bool = False
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One drawing area, with axes of its own. A name has the same colour in all panels."""
+
+    title: str
+    series: tuple[Series, ...]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A square of numbers, each of which is about two things of one list.
+
+    Attributes:
+        values: float64 `[n, n]`; NaN for what is not known.
+        groups: names of the rows, and columns, from the first on, each with how many of them it covers; n in all.
+    """
+
+    title: str
+    values: Values
+    groups: tuple[tuple[str, int], ...]
+
+
+def check_plot(path: Path, option: str) -> None:
+    """Raise IfpruneError unless a chart can be drawn into a file of this name; better asked before measuring.
+
+    Args:
+        option: which the name was given with.
+    """
+    if path.suffix not in SUFFIXES:
+        raise IfpruneError(f"{option} {path}: charts are PNG or SVG; give a name that ends in .png or .svg")
+    if not path.parent.is_dir():
+        raise IfpruneError(f"{option} {path}: no such folder; make it first")
+    check_library()
+
+
+def check_library() -> None:
+    """Raise IfpruneError, saying what to install, unless matplotlib is there."""
+    try:
+        import matplotlib as _  # noqa: F401
+    except ImportError:
+        raise IfpruneError("plots need the package matplotlib; pip install 'ifprune-mlx[plots]'") from None
+
+
+def write_figure(figure: Figure, path: Path) -> None:
+    """Write a figure beside `path`, as PNG or SVG by its suffix, and rename it there.
+
+    Raises:
+        IfpruneError: for another suffix, and if it cannot be written.
+    """
+    if path.suffix not in SUFFIXES:
+        raise IfpruneError(f"{path}: charts are PNG or SVG; give a name that ends in .png or .svg")
+    # What would differ from one day, or machine, to the next.
+    nothing = {".svg": {"Date": None, "Creator": None}, ".png": {"Software": None}}[path.suffix]
+    with _style(), warnings.catch_warnings():
+        # A sign that no font here has is a box in a PNG; in an SVG the reader's own fonts are used.
+        warnings.filterwarnings("ignore", message="Glyph")
+        write_atomic(
+            path,
+            lambda file: figure.savefig(file, format=path.suffix[1:], dpi=_DPI, metadata=nothing),
+            IfpruneError,
+        )
+
+
+def line_chart(title: str, x_label: str, y_label: str, panels: Sequence[Panel]) -> Figure:
+    """One or more panels side by side, with one legend on the right.
+
+    The y axis of a panel is logarithmic, and says so, if its values are above 0 and far apart.
+
+    Args:
+        panels: at least one; each has at least one series that is no level.
+    """
+    names = list(dict.fromkeys(series.name for panel in panels for series in panel.series))
+    columns = min(len(panels), _COLUMNS)
+    rows = math.ceil(len(panels) / columns)
+    with _style():
+        figure = _figure(title, 0.6 + max(rows * 3.1, 0.22 * len(names)))
+        grid = figure.subplots(rows, columns, squeeze=False)
+        handles: dict[str, Any] = {}
+        for index, axes in enumerate(grid.flat):
+            if index < len(panels):
+                handles |= _lines(axes, panels[index], names, x_label, y_label)
+            else:
+                axes.set_axis_off()
+        figure.legend([handles[name] for name in names], names, loc="outside right upper")
+    return figure
+
+
+def bar_chart(
+    title: str, value_label: str, bars: Mapping[str, Mapping[str, float]], *, stacked: bool = False
+) -> Figure:
+    """Bars from left to right, one group below the other, each with its number; a legend if they have names.
+
+    Args:
+        value_label: what the numbers are, with their unit.
+        bars: by group, by name, numbers of at least 0; a name has the same colour in all groups, and may be missing in
+            some.
+        stacked: a group's numbers are parts of a whole, drawn one after the other, with the sum at the end.
+    """
+    names = list(dict.fromkeys(name for group in bars.values() for name in group))
+    thickness = 0.8 if stacked else 0.8 / len(names)
+    with _style():
+        figure = _figure(title, 1.2 + len(bars) * max(0.3, 0.0 if stacked else 0.24 * len(names)))
+        axes = figure.subplots()
+        drawn: dict[str, Any] = {}
+        for row, group in enumerate(bars.values()):
+            begin = 0.0
+            for place, name in enumerate(names):
+                if name not in group:
+                    continue
+                y = row if stacked else row - 0.4 + (place + 0.5) * thickness
+                (drawn[name],) = axes.barh(y, group[name], thickness, begin, **_filled(names, name))
+                begin += group[name] if stacked else 0.0
+                if not stacked:
+                    _beside(axes, group[name], y)
+            if stacked:
+                _beside(axes, begin, row)
+        axes.set_yticks(range(len(bars)), list(bars))
+        axes.tick_params(axis="y", length=0)
+        axes.invert_yaxis()
+        axes.grid(axis="x")
+        axes.margins(x=0.12, y=0.02)
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_formatter(lambda value, _: _number(value))
+        axes.set_xlabel(value_label)
+        if len(names) > 1:
+            figure.legend([drawn[name] for name in names], names, loc="outside right upper")
+    return figure
+
+
+def band_chart(title: str, x_label: str, y_label: str, bands: Mapping[str, Sequence[float]]) -> Figure:
+    """Parts of a whole over a row of places 0, 1, 2, ...: bands upon each other, the first at the bottom.
+
+    Args:
+        bands: by name, one number of at least 0 a place; all of one length.
+    """
+    names = list(bands)
+    with _style():
+        from matplotlib.ticker import MaxNLocator
+
+        figure = _figure(title, 3.9)
+        axes = figure.subplots()
+        base = np.zeros(len(next(iter(bands.values()))))
+        handles = []
+        for name in names:
+            values = np.asarray(bands[name], np.float64)
+            (handle, *_) = axes.bar(np.arange(len(values)), values, 1.0, base, **_filled(names, name))
+            handles.append(handle)
+            base += values
+        axes.set_xlim(-0.5, len(base) - 0.5)
+        axes.set_ylim(0, float(base.max()))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        # From top to bottom, as the bands lie.
+        figure.legend(handles[::-1], names[::-1], loc="outside right upper")
+    return figure
+
+
+def matrix_chart(
+    title: str, label: str, value_label: str, matrices: Sequence[Matrix], low: float, high: float
+) -> Figure:
+    """Square heat maps side by side with one scale of colours; small ones show their numbers, too.
+
+    Args:
+        label: what rows and columns are.
+        matrices: at least one.
+        low, high: ends of the scale; what lies beyond them has the colour of the end.
+    """
+    with _style():
+        size = _WIDTH / (len(matrices) + 0.4) if len(matrices) > 1 else 6.4
+        figure = _figure(title, size + 0.6)
+        grid = figure.subplots(1, len(matrices), squeeze=False)
+        for axes, matrix in zip(grid.flat, matrices, strict=True):
+            image = _heat(axes, matrix.values, low, high, "equal")
+            axes.set_title(matrix.title)
+            axes.set_xlabel(label)
+            axes.set_ylabel(label)
+            _name_groups(axes, matrix.groups)
+            if len(matrix.values) <= _MOST_NUMBERS:
+                _write_numbers(axes, matrix.values, low, high)
+        ends = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
+        known = [matrix.values[np.isfinite(matrix.values)] for matrix in matrices]
+        beyond = any(bool((v < low).any()) for v in known), any(bool((v > high).any()) for v in known)
+        bar = figure.colorbar(image, ax=list(grid.flat), extend=ends[beyond], shrink=0.75, aspect=30)
+        bar.set_label(value_label, fontsize=9)
+    return figure
+
+
+def strip_chart(title: str, x_label: str, y_label: str, value_label: str, strips: Values) -> Figure:
+    """One strip of colours a row, the first row on top, from 0 to 100 % of the row's length.
+
+    Args:
+        strips: float64 `[rows, bins]`, from 0 to 1.
+    """
+    rows = len(strips)
+    with _style():
+        from matplotlib.ticker import MaxNLocator
+
+        figure = _figure(title, min(max(1.6 + 0.16 * rows, 2.4), 8.0))
+        axes = figure.subplots()
+        image = _heat(axes, strips, 0.0, 1.0, "auto")
+        image.set_extent((0, 100, rows - 0.5, -0.5))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        figure.colorbar(image, ax=axes, label=value_label, aspect=30)
+    return figure
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    """The project's look, whatever the user's matplotlibrc says. Axes read it when made, text and SVG when written."""
+    check_library()
+    import matplotlib as mpl
+
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(_STYLE)
+        yield
+
+
+def _figure(title: str, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left")
+    return figure
+
+
+def _lines(axes: Axes, panel: Panel, names: Sequence[str], x_label: str, y_label: str) -> dict[str, Any]:
+    """Draw a panel; its lines by name."""
+    handles: dict[str, Any] = {}
+    for series in panel.series:
+        look: dict[str, Any] = {"color": _colour(names, series.name), "linewidth": 1.8}
+        if series.level:
+            handles[series.name] = axes.axhline(series.points[0][1], linestyle=_LEVEL_DASH, **look)
+            continue
+        turn = names.index(series.name) // len(_COLOURS)
+        x, y = zip(*series.points, strict=True)
+        dash, marker = _DASHES[turn % len(_DASHES)], _MARKERS[turn % len(_MARKERS)]
+        (handles[series.name],) = axes.plot(x, y, linestyle=dash, marker=marker, markersize=5, **look)
+    heights = [y for series in panel.series for _, y in series.points]
+    if min(heights) > 0 and max(heights) / min(heights) >= _LOG_RATIO:
+        from matplotlib.ticker import LogLocator, NullFormatter
+
+        axes.set_yscale("log")
+        marks = (1, 2, 3, 5, 7) if max(heights) / min(heights) <= 30 else (1, 3)
+        axes.yaxis.set_major_locator(LogLocator(subs=marks))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        y_label = f"{y_label}, log scale"
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: _number(value))
+    axes.grid(axis="y")
+    axes.set_title(panel.title)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    return handles
+
+
+def _heat(axes: Axes, values: Values, low: float, high: float, aspect: Literal["equal", "auto"]) -> Any:
+    import matplotlib as mpl
+
+    colours = mpl.colormaps[_COLOUR_MAP].with_extremes(bad="#dddddd")
+    axes.spines[:].set_visible(False)
+    return axes.imshow(values, cmap=colours, vmin=low, vmax=high, aspect=aspect, interpolation="nearest")
+
+
+def _name_groups(axes: Axes, groups: Sequence[tuple[str, int]]) -> None:
+    """A name at the middle of each group, on both axes, and lines between groups."""
+    ends = np.cumsum([count for _, count in groups])
+    middles = [end - (count + 1) / 2 for end, (_, count) in zip(ends, groups, strict=True)]
+    names = [name for name, _ in groups]
+    every = math.ceil(len(names) / _MOST_NAMES)  # more names than that would lie upon each other
+    turned: dict[str, Any] = (
+        {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 8 else {}
+    )
+    axes.set_xticks(middles[::every], names[::every], **turned)
+    axes.set_yticks(middles[::every], names[::every])
+    axes.tick_params(length=0)
+    if any(count > 1 for _, count in groups):
+        for end in ends[:-1]:
+            axes.axhline(end - 0.5, color="white", linewidth=1.5)
+            axes.axvline(end - 0.5, color="white", linewidth=1.5)
+
+
+def _write_numbers(axes: Axes, values: Values, low: float, high: float) -> None:
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            dark = value > low + 0.6 * (high - low)  # the map's upper end is yellow
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="#222222" if dark else "white")
+
+
+def _beside(axes: Axes, value: float, y: float) -> None:
+    axes.annotate(f"{value:.3g}", (value, y), (4, 0), textcoords="offset points", va="center", fontsize=9)
+
+
+def _colour(names: Sequence[str], name: str) -> str:
+    return _COLOURS[names.index(name) % len(_COLOURS)]
+
+
+def _filled(names: Sequence[str], name: str) -> dict[str, Any]:
+    """The look of an area."""
+    hatch = _HATCHES[names.index(name) // len(_COLOURS) % len(_HATCHES)]
+    return {"color": _colour(names, name), "hatch": hatch, "edgecolor": "white", "linewidth": 0.5}
+
+
+def _number(value: float) -> str:
+    for factor, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(value) >= factor:
+            return f"{value / factor:.6g}{suffix}"
+    return f"{value:.6g}"

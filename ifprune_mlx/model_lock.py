@@ -1,0 +1,259 @@
+"""Whose turn it is with a model: one operation at a time, whichever threads and tasks ask.
+
+MLX has one set of streams per thread: an array that has been computed may be used in any thread, one that is still to
+be computed only in the thread that described it. So an operation stays in one thread from its first step to its last,
+and leaves only computed arrays behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Generic, TypeVar
+
+import mlx.core as mx
+
+from ifprune_mlx.errors import IfpruneError
+
+Step = TypeVar("Step")
+
+
+class ModelBusyError(IfpruneError):
+    """The model or the conversation was asked for something while an answer was under way."""
+
+
+class Operation(Iterator[Step], Generic[Step]):
+    """The steps of one operation, for the thread that begins it: mlx-lm holds that thread's stream between them.
+
+    Reading or closing it from another thread raises ModelBusyError and changes nothing. Dropping it closes it.
+    """
+
+    def __init__(self, steps: Generator[Step, None, None]) -> None:
+        self._steps = steps
+        self._thread: int | None = None
+
+    def __next__(self) -> Step:
+        self._check()
+        self._thread = threading.get_ident()
+        return next(self._steps)
+
+    def close(self) -> None:
+        """End the operation here, between two steps."""
+        self._check()
+        self._steps.close()
+
+    def _check(self) -> None:
+        if self._thread not in (None, threading.get_ident()):
+            raise ModelBusyError(
+                "an answer is read and closed in the thread that began it; end it from elsewhere with Session.cancel, "
+                "or ask with Session.astream"
+            )
+
+
+class _Streams:
+    """MLX's streams of one thread; MLX asks for a `clear_streams` in each thread before it ends."""
+
+    def __del__(self) -> None:
+        mx.clear_streams()
+
+
+_thread = threading.local()
+
+
+def begin_worker() -> None:
+    """What a thread that uses MLX begins with; an initializer for executors."""
+    _thread.streams = _Streams()  # goes when the thread does, in it, whether by `close` or at the end of the program
+
+
+class Ownership:
+    """Who has one model now. An operation has it from its first step to its last, between the steps as well.
+
+    Its methods may be called from any thread; what comes at the wrong time raises and changes nothing. Operations of
+    `in_worker` wait for each other instead, first come, first served.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._holder: object | None = None
+        self._running: int | None = None  # the thread in a step of the holder's; None between two steps
+        self._waiting: deque[Future[object]] = deque()
+        self._executor: ThreadPoolExecutor | None = None
+
+    def check(self) -> None:
+        """Raise ModelBusyError if an operation is under way, unless this call comes from within its step."""
+        if self._holder is not None and self._running != threading.get_ident():
+            raise ModelBusyError(
+                "the model is busy with an answer; read that to its end or close it first, or ask with "
+                "Session.astream, which waits for its turn"
+            )
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Have the model for one call: as part of the operation whose step this is, or as one of its own.
+
+        Raises:
+            ModelBusyError: if another operation is under way.
+        """
+        if self._running == threading.get_ident():
+            yield
+            return
+        holder = self._take()
+        try:
+            with self._step():
+                yield
+        finally:
+            self._release(holder)
+
+    def during(self, steps: Generator[Step, None, None]) -> Operation[Step]:
+        """The same steps as one operation, which begins with the first of them and ends with the last or a `close`.
+
+        Raises:
+            ModelBusyError: at the first step, if another operation is under way.
+        """
+        return Operation(self._during(steps))
+
+    async def in_worker(
+        self, steps: Generator[Step, None, None], stop: Callable[[], None]
+    ) -> AsyncGenerator[Step, None]:
+        """The same steps as one operation in the model's worker thread, one at each `await`; waits for its turn.
+
+        Args:
+            steps: yields no None.
+            stop: called when nobody wants more, perhaps while a step is under way; makes that one end soon.
+
+        Raises:
+            Exception: what a step raises.
+        """
+        holder = await self._turn()
+        worker, steps = self._worker(), self._steps(steps)
+
+        def end() -> None:
+            try:
+                steps.close()
+            finally:
+                self._release(holder)
+
+        try:
+            while (step := await asyncio.wrap_future(worker.submit(next, steps, None))) is not None:
+                yield step
+        finally:
+            stop()
+            # Runs after the step under way, and to its end also if the task is cancelled once more.
+            await asyncio.shield(asyncio.wrap_future(worker.submit(end)))
+
+    def in_turn(self, work: Callable[[], None], after: Callable[[], None]) -> Future[object]:
+        """Call `work` in the model's worker thread when its turn comes; the model is its own until it returns.
+
+        Args:
+            after: called, in the same thread, when the model has been given on.
+
+        Returns:
+            Its place in line. A `cancel` that succeeds calls both off.
+        """
+        place = self._place()
+
+        def call(holder: object) -> None:
+            try:
+                with self._step():
+                    work()
+            finally:
+                self._release(holder)
+                after()
+
+        def begin(given: Future[object]) -> None:
+            if not given.cancelled():
+                self._worker().submit(call, given.result())
+
+        place.add_done_callback(begin)
+        return place
+
+    def close(self) -> None:
+        """End the worker thread, if there is one. The model must not be in use."""
+        with self._lock:
+            executor, self._executor = self._executor, None
+        if executor is not None:
+            executor.shutdown()
+
+    def _during(self, steps: Generator[Step, None, None]) -> Generator[Step, None, None]:
+        if self._running == threading.get_ident():
+            yield from steps
+            return
+        holder = self._take()
+        try:
+            yield from self._steps(steps)
+        finally:
+            self._release(holder)
+
+    def _take(self) -> object:
+        with self._lock:
+            self.check()
+            self._holder = holder = object()
+            return holder
+
+    def _place(self) -> Future[object]:
+        """A place in line, whose result is the holder to be; done already if nobody has the model."""
+        place: Future[object] = Future()
+        with self._lock:
+            if self._holder is not None:
+                self._waiting.append(place)
+                return place
+            self._holder = holder = object()
+        place.set_running_or_notify_cancel()
+        place.set_result(holder)
+        return place
+
+    async def _turn(self) -> object:
+        place = self._place()
+        if place.done():
+            return place.result()
+        try:
+            return await asyncio.wrap_future(place)
+        except asyncio.CancelledError:
+            if not place.cancel():  # the turn came at the same moment: the next one shall have it
+                place.add_done_callback(lambda given: self._release(given.result()))
+            raise
+
+    def _release(self, holder: object) -> None:
+        given: Future[object] | None = None
+        with self._lock:
+            if self._holder is not holder:
+                return
+            self._holder = None
+            while self._waiting and self._holder is None:
+                given = self._waiting.popleft()
+                if given.set_running_or_notify_cancel():
+                    self._holder = object()
+            following = self._holder
+        if given is not None and following is not None:
+            given.set_result(following)
+
+    @contextmanager
+    def _step(self) -> Iterator[None]:
+        self._running = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._running = None
+
+    def _steps(self, steps: Generator[Step, None, None]) -> Generator[Step, None, None]:
+        try:
+            while True:
+                with self._step():
+                    try:
+                        step = next(steps)
+                    except StopIteration:
+                        return
+                yield step
+        finally:
+            with self._step():
+                steps.close()
+
+    def _worker(self) -> ThreadPoolExecutor:
+        with self._lock:
+            if self._executor is None:
+                self._executor = ThreadPoolExecutor(1, "ifprune", initializer=begin_worker)
+            return self._executor

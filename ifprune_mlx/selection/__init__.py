@@ -1,0 +1,1 @@
+"""Selections and what makes them: selectors, the sparsity predictor, caches, named presets."""

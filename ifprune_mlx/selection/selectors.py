@@ -1,0 +1,280 @@
+"""Selectors: what maps an instruction to a selection, behind one protocol (DESIGN.md section 6).
+
+learned      the paper's sparsity predictor; one pass of a small LM
+activation   no training: a dense prefill shows what the prompt uses; fused with the prior (GRIFFIN, GLASS)
+static       the prior alone; the same for every instruction
+random       a control: arbitrary neurons, the same ones for the same instruction and seed
+fixed        a selection made earlier
+
+Those whose choice depends on the instruction's words alone are not asked the same twice: see `CachedSelector`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+from weakref import WeakKeyDictionary
+
+import mlx.core as mx
+import numpy as np
+
+from ifprune_mlx.errors import CheckpointError, IfpruneError
+from ifprune_mlx.prompt_cache import DENSE, History
+from ifprune_mlx.selection.cache import SelectionCache
+from ifprune_mlx.selection.predictor import SparsityPredictor
+from ifprune_mlx.selection.selection import Selection, top_k
+from ifprune_mlx.sparse.importance import fuse_ranks, recorded
+
+if TYPE_CHECKING:
+    from ifprune_mlx.model import Model
+
+_PREFILL_STEP = 512
+# Of ranks from 0.25 to 0.75 the even mix had the lowest NLL on SmolLM2 (docs/log.md).
+_PROMPT_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """What a selector may look at.
+
+    Attributes:
+        text: the instruction in words: the user's message.
+        tokens: what the model will have read before it answers, as its own token ids.
+        history: what it has read of `tokens` already and will go on from; None for nothing.
+        progress: called with (tokens read, tokens) between chunks; may raise to stop.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    history: History | None = None
+    progress: Callable[[int, int], None] | None = None
+
+
+@dataclass(frozen=True)
+class Selected:
+    """A selector's answer.
+
+    Attributes:
+        selection: the kept neurons.
+        history: the KV cache of a dense prefill that the selector had to do anyway and decoding may go on from.
+    """
+
+    selection: Selection
+    history: History | None = None
+
+
+class Selector(Protocol):
+    """Maps an instruction to a selection."""
+
+    name: str
+
+    def select(self, instruction: Instruction, keep: Sequence[int]) -> Selected:
+        """Choose `keep[l]` neurons of every FFN."""
+        ...
+
+
+class RepeatableSelector(Selector, Protocol):
+    """A selector that chooses the same whenever it reads the same; never one that looks at the history."""
+
+    def reads(self, instruction: Instruction) -> bytes:
+        """All that its choice depends on, beside the checkpoint and *k*."""
+        ...
+
+
+class LearnedSelector:
+    """The trained sparsity predictor (paper, section 3)."""
+
+    name = "learned"
+
+    def __init__(self, model: Model, predictor: SparsityPredictor) -> None:
+        self._model = model
+        self._predictor = predictor
+
+    def select(self, instruction: Instruction, keep: Sequence[int]) -> Selected:
+        """Score with the predictor, keep the best. A predictor that reads the model's own layers leaves it dense."""
+        if self._predictor.head.layers is not None:
+            self._model.first_layers_in_order(self._predictor.head.layers)
+        return Selected(top_k(self._predictor.scores(instruction.text), keep, self.name))
+
+    def reads(self, instruction: Instruction) -> bytes:
+        """The tokens, and the float type of a model whose own layers read them."""
+        tokens = np.array(self._predictor.tokens(instruction.text), dtype="<i4").tobytes()
+        own = self._predictor.head.layers is not None
+        return (f"{self._model.dtype}:" if own else ":").encode() + tokens
+
+
+class StaticSelector:
+    """The prior alone: the honest baseline, and the fallback."""
+
+    name = "static"
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+
+    def select(self, instruction: Instruction, keep: Sequence[int]) -> Selected:
+        """The most important neurons, whatever the instruction."""
+        return Selected(top_k(self._model.prior, keep, self.name))
+
+    def reads(self, instruction: Instruction) -> bytes:
+        """Nothing."""
+        return b""
+
+
+class ActivationSelector:
+    """Training-free: which neurons does the prompt itself use, in a dense prefill, fused by rank with the prior.
+
+    The prefill's KV cache is kept, as GRIFFIN does (arXiv 2404.01365): the prompt is read densely, and only the answer
+    is computed on the selection. It therefore saves decoding time and no prefill time.
+    """
+
+    name = "activation"
+
+    def __init__(self, model: Model, prompt_share: float = _PROMPT_SHARE) -> None:
+        self._model = model
+        self._prompt_share = prompt_share
+
+    def select(self, instruction: Instruction, keep: Sequence[int]) -> Selected:
+        """Prefill all but the last token densely, rank neurons by what they did. Leaves the model dense."""
+        model = self._model
+        model.switch(None)
+        history = instruction.history or History.empty(model)
+        unread = list(instruction.tokens[len(history.tokens) :])
+        total = len(unread)
+        with recorded(model.down_leaves) as recorder:
+            # A prompt of one token leaves nothing to read ahead; it is then read for its activations only.
+            ahead = unread[:-1]
+            if not ahead:
+                model(mx.array([unread]))
+                mx.eval(recorder.state())
+            for start in range(0, len(ahead), _PREFILL_STEP):
+                if instruction.progress is not None:
+                    instruction.progress(start, total)
+                chunk = ahead[start : start + _PREFILL_STEP]
+                model(mx.array([chunk]), cache=history.kv)
+                mx.eval([cache.state for cache in history.kv], recorder.state())
+                history.append(chunk, DENSE)
+            seen = recorder.importance(model.down_norms)
+        scores = fuse_ranks(seen, model.prior, self._prompt_share)
+        return Selected(top_k(scores, keep, self.name), history)
+
+
+class RandomSelector:
+    """Arbitrary neurons: the floor that every other selector must beat."""
+
+    name = "random"
+
+    def __init__(self, model: Model, seed: int = 0) -> None:
+        self._widths = [spec.d_ffn for spec in model.checkpoint.layout.ffns]
+        self._seed = seed
+
+    def select(self, instruction: Instruction, keep: Sequence[int]) -> Selected:
+        """Draw without replacement, from a generator seeded by the seed and the instruction."""
+        digest = hashlib.sha256(self.reads(instruction)).digest()
+        generator = np.random.default_rng(int.from_bytes(digest[:8], "little"))
+        ids = [
+            np.sort(generator.choice(width, size=k, replace=False)).astype(np.int32)
+            for width, k in zip(self._widths, keep, strict=True)
+        ]
+        return Selected(Selection(tuple(ids), tuple(self._widths), self.name))
+
+    def reads(self, instruction: Instruction) -> bytes:
+        """The seed and the words."""
+        return f"{self._seed}:{instruction.text}".encode()
+
+
+class FixedSelector:
+    """A selection made earlier: no predictor run at all. The budget is the selection's own."""
+
+    name = "fixed"
+
+    def __init__(self, model: Model, selection: Selection) -> None:
+        model.check(selection)
+        self._selection = selection
+
+    def select(self, instruction: Instruction, keep: Sequence[int]) -> Selected:
+        """Always the same selection."""
+        return Selected(self._selection)
+
+
+class CachedSelector:
+    """Asks another selector only for what is not in a cache.
+
+    A selection that is found leaves the model as it was: also that of a predictor which reads the model's own layers.
+
+    Args:
+        selector: must choose by the checkpoint alone, since a key names nothing else that it may have been made with.
+        cache: may be shared with other selectors, and other models.
+    """
+
+    def __init__(self, model: Model, selector: RepeatableSelector, cache: SelectionCache) -> None:
+        self.name = selector.name
+        self.cache = cache
+        self._model = model
+        self._selector = selector
+
+    def select(self, instruction: Instruction, keep: Sequence[int]) -> Selected:
+        """What the selector would choose."""
+        widths = tuple(spec.d_ffn for spec in self._model.checkpoint.layout.ffns)
+        key = self._key(instruction, keep)
+        selection = self.cache.get(key, widths, tuple(keep))
+        if selection is None:
+            selection = self._selector.select(instruction, keep).selection
+            self.cache.put(key, selection)
+        return Selected(selection)
+
+    def _key(self, instruction: Instruction, keep: Sequence[int]) -> str:
+        # The checkpoint's id is that of its predictor and prior as well.
+        digest = hashlib.sha256(f"ifprune-selecting-1:{self._model.checkpoint.id}:{self.name}:".encode())
+        digest.update(np.array([len(keep), *keep], dtype="<i8").tobytes())
+        digest.update(self._selector.reads(instruction))
+        return digest.hexdigest()
+
+
+# One per model, so that the selectors that every answer and conversation makes for itself share it.
+_caches: WeakKeyDictionary[Model, SelectionCache] = WeakKeyDictionary()
+
+
+def selection_cache(model: Model) -> SelectionCache:
+    """The cache that `make_selector` gives the selectors of a model; at first an empty one in memory."""
+    return _caches.setdefault(model, SelectionCache())
+
+
+def use_selection_cache(model: Model, cache: SelectionCache) -> None:
+    """Have `make_selector` give the selectors of a model another cache from now on, such as one on disk."""
+    _caches[model] = cache
+
+
+def default_selector(model: Model) -> str:
+    """`learned` where the checkpoint has a predictor, else what its config names."""
+    return "learned" if model.checkpoint.has_predictor else model.checkpoint.layout.selector
+
+
+def make_selector(model: Model, name: str | None = None, *, seed: int = 0) -> Selector:
+    """A selector by name; None takes the checkpoint's default. All but `activation` look into `selection_cache(model)`.
+
+    Raises:
+        IfpruneError: if the name is unknown.
+        CheckpointError: for `learned` without a predictor in the checkpoint.
+    """
+    name = default_selector(model) if name is None else name
+    if name == "learned":
+        predictor = model.predictor
+        if predictor is None:
+            raise CheckpointError(
+                f"{model.checkpoint.path}: has no trained predictor; use --selector activation, "
+                "or convert with --predictor DIR"
+            )
+        return _cached(model, LearnedSelector(model, predictor))
+    if name == "activation":
+        return ActivationSelector(model)
+    if name == "static":
+        return _cached(model, StaticSelector(model))
+    if name == "random":
+        return _cached(model, RandomSelector(model, seed))
+    raise IfpruneError(f"unknown selector {name!r}; choose learned, activation, static or random")
+
+
+def _cached(model: Model, selector: RepeatableSelector) -> CachedSelector:
+    return CachedSelector(model, selector, selection_cache(model))

@@ -1,0 +1,97 @@
+"""How one job draws its tokens: mlx-lm's filters and penalties, with random numbers of the job's own.
+
+mlx-lm's `make_sampler` draws from its thread's one stream of random numbers, so that what a job gets depends on which
+others are decoded with it. Here every job has a key.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logits_processors
+
+from ifprune_mlx.errors import IfpruneError
+from ifprune_mlx.serving.engine.request import Sampling
+
+Sampler = Callable[[mx.array], mx.array]
+"""Log-probabilities `[1, vocabulary]` -> the token drawn, `[1]`."""
+Processor = Callable[[mx.array, mx.array], mx.array]
+"""What was read so far `[n]`, logits `[1, vocabulary]` -> logits."""
+
+
+def check_sampling(sampling: Sampling, vocabulary: int | None) -> None:
+    """Raise IfpruneError if a setting is out of its range (see `Sampling`) or a biased token unknown."""
+    ranges = {
+        "temperature": (0.0, math.inf),
+        "top_p": (0.0, 1.0),
+        "top_k": (0.0, math.inf),
+        "min_p": (0.0, 1.0),
+        "repetition_penalty": (0.0, math.inf),
+        "presence_penalty": (-2.0, 2.0),
+        "frequency_penalty": (-2.0, 2.0),
+    }
+    for name, (low, high) in ranges.items():
+        value = getattr(sampling, name)
+        open_ended = name in ("top_p", "repetition_penalty")  # 0 itself would leave nothing to draw from
+        if not math.isfinite(value) or value < low or value > high or (open_ended and value == low):
+            bounds = f"{'above' if open_ended else 'from'} {low:g}" + (f" to {high:g}" if high < math.inf else "")
+            raise IfpruneError(f"{name} is {value:g}; give a number {bounds}")
+    for token, bias in sampling.logit_bias.items():
+        if not math.isfinite(bias):
+            raise IfpruneError(f"logit_bias of token {token} is {bias:g}; give a number, such as -100")
+        if token < 0 or (vocabulary is not None and token >= vocabulary):
+            raise IfpruneError(f"logit_bias names token {token}, which the model does not have")
+
+
+def make_sampler(sampling: Sampling) -> Sampler:
+    """The sampler of one job. To be made and used in the thread that decodes."""
+    if sampling.temperature == 0:
+        return _greedy
+    return _Keyed(sampling)
+
+
+def make_processors(sampling: Sampling) -> list[Processor]:
+    """The penalties and biases of one job; at least one processor."""
+    processors: list[Processor] = make_logits_processors(
+        dict(sampling.logit_bias) or None,
+        sampling.repetition_penalty if sampling.repetition_penalty != 1 else None,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+    )
+    # mlx-lm 0.31 cannot decode a job without processors together with one that has some.
+    return processors or [_unchanged]
+
+
+def _greedy(logprobs: mx.array) -> mx.array:
+    return mx.argmax(logprobs, axis=-1)
+
+
+def _unchanged(tokens: mx.array, logits: mx.array) -> mx.array:
+    return logits
+
+
+class _Keyed:
+    """Draws with a key of its own, in mlx-lm's order: top-p, min-p, top-k, then temperature."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._temperature = sampling.temperature
+        self._filters: list[tuple[Callable[..., Any], float]] = []
+        if sampling.top_p < 1:
+            self._filters.append((apply_top_p, sampling.top_p))
+        if sampling.min_p > 0:
+            self._filters.append((apply_min_p, sampling.min_p))
+        self._top_k = sampling.top_k
+        self._key = mx.random.key(secrets.randbits(63) if sampling.seed is None else sampling.seed % 2**63)
+
+    def __call__(self, logprobs: mx.array) -> mx.array:
+        logprobs = logprobs.astype(mx.float32)
+        for narrow, bound in self._filters:
+            logprobs = narrow(logprobs, bound)
+        if 0 < self._top_k < logprobs.shape[-1]:
+            logprobs = apply_top_k(logprobs, self._top_k)
+        self._key, now = mx.random.split(self._key)
+        return mx.random.categorical(logprobs / self._temperature, key=now)

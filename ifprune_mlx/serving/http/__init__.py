@@ -1,0 +1,1 @@
+"""What speaks HTTP with clients: OpenAI's and Anthropic's APIs, the page, metrics."""

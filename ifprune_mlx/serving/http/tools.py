@@ -1,0 +1,150 @@
+"""Tool calls in the text of an answer: told apart from what is said, as it streams.
+
+How a model writes a call is its template's affair; mlx-lm has a parser for each such dialect.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+# What a call of a given name begins with, after the start marker. For other dialects the marker is all that is given.
+_BEGINNINGS = {
+    "json_tools": ('\n{{"name": "{name}", "arguments": ', '\n{{"name": "'),
+    "qwen3_coder": ("\n<function={name}>\n", "\n<function="),
+    "pythonic": ("[{name}(", "["),
+}
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call that the model makes.
+
+    Attributes:
+        arguments: JSON text of an object; what the model wrote, if a call that was forced is no JSON.
+    """
+
+    name: str
+    arguments: str
+
+
+def beginning(tokenizer: TokenizerWrapper, name: str | None) -> str:
+    """How the model begins to write a call, start marker included; of the tool `name`, or of any.
+
+    A name is given where it is known how the dialect writes it.
+    """
+    dialect = getattr(tokenizer.tool_parser, "__module__", "").rsplit(".", 1)[-1]
+    named, unnamed = _BEGINNINGS.get(dialect, ("", ""))
+    after = unnamed.format() if name is None else named.format(name=name)
+    return f"{tokenizer.tool_call_start}{after}"
+
+
+class ToolSplitter:
+    """Splits the text of an answer into what is said and the calls that are made.
+
+    Args:
+        tokenizer: has the markers and the parser of its dialect.
+        tools: as they were offered; some dialects need their parameter types.
+        begun: what the prompt has of a call already, start marker included.
+        forced: the tool whose call that is, if it is known.
+    """
+
+    def __init__(
+        self, tokenizer: TokenizerWrapper, tools: list[dict[str, Any]], begun: str = "", forced: str | None = None
+    ) -> None:
+        self._start: str = tokenizer.tool_call_start
+        self._end: str = tokenizer.tool_call_end
+        self._parse: Callable[[str, Any], Any] = tokenizer.tool_parser
+        self._tools = tools
+        self._forced = forced
+        self._begun = begun[len(self._start) :]
+        self._inside = bool(begun)
+        self._pending = ""
+        self._after_call = False
+
+    def feed(self, text: str) -> Iterator[str | ToolCall]:
+        """What is certain once `text` has been added; never an empty string."""
+        self._pending += text
+        while True:
+            if self._inside:
+                at = self._pending.find(self._end) if self._end else -1
+                if at < 0:
+                    return
+                body, self._pending = self._pending[:at], self._pending[at + len(self._end) :]
+                yield from self._call(body, self._end)
+            else:
+                at = self._pending.find(self._start)
+                keep = len(self._pending) - at if at >= 0 else self._overhang()
+                said, self._pending = (
+                    self._pending[: len(self._pending) - keep],
+                    self._pending[len(self._pending) - keep :],
+                )
+                yield from self._say(said)
+                if at < 0:
+                    return
+                self._pending = self._pending[len(self._start) :]
+                self._inside = True
+
+    def finish(self) -> Iterator[str | ToolCall]:
+        """The rest, when the text has ended."""
+        pending, self._pending = self._pending, ""
+        if self._inside:
+            yield from self._call(pending, "")
+        else:
+            yield from self._say(pending)
+
+    def _say(self, text: str) -> Iterator[str]:
+        if self._after_call:  # dialects put a line break between calls
+            text = text.lstrip()
+        if text:
+            self._after_call = False
+            yield text
+
+    def _call(self, body: str, end: str) -> Iterator[str | ToolCall]:
+        begun, forced = self._begun, self._forced
+        self._begun, self._forced, self._inside = "", None, False
+        calls = self._calls(begun + body)
+        if not calls and forced is not None and begun:
+            calls = [ToolCall(forced, _first_json(body))]
+        self._after_call = bool(calls)
+        if calls:
+            yield from calls
+        else:
+            yield f"{'' if begun else self._start}{begun}{body}{end}"
+
+    def _calls(self, text: str) -> list[ToolCall]:
+        """The calls in the text between two markers; none if it is not one."""
+        try:
+            parsed = self._parse(text, self._tools)
+            found = parsed if isinstance(parsed, list) else [parsed]
+            calls = [ToolCall(call["name"], _object(call["arguments"])) for call in found]
+        except Exception:  # mlx-lm's parsers raise what they like on text that is no call
+            return []
+        return calls if all(isinstance(call.name, str) and call.name for call in calls) else []
+
+    def _overhang(self) -> int:
+        """How many characters at the end of the pending text may be the beginning of the start marker."""
+        for length in range(min(len(self._start) - 1, len(self._pending)), 0, -1):
+            if self._start.startswith(self._pending[-length:]):
+                return length
+        return 0
+
+
+def _object(arguments: Any) -> str:
+    value = json.loads(arguments) if isinstance(arguments, str) else arguments
+    if not isinstance(value, dict):
+        raise ValueError("the arguments are no object")
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def _first_json(text: str) -> str:
+    """The JSON value that a text begins with, or all of it."""
+    try:
+        value, _ = json.JSONDecoder().raw_decode(text.strip())
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (ValueError, RecursionError):
+        return text

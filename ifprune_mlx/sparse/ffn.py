@@ -1,0 +1,175 @@
+"""The leaves that stand in for an FFN's gate, up and down projections (DESIGN.md section 3, ideas 1, 2, 4, 5).
+
+Only these leaves change; activation, norms and attention stay mlx-lm's. All three projections are neuron-major,
+`[d_ffn, d_model]`: gate and up multiply by the transpose, down as it is. `MaskedDown` is the plain reference that
+every sliced path is tested against.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+
+import mlx.core as mx
+from mlx import nn
+
+from ifprune_mlx.checkpoint.ffn_spec import FFNSpec, join_fused
+from ifprune_mlx.checkpoint.format import Quantization
+from ifprune_mlx.sparse.quantized import neuron_major_matmul
+from ifprune_mlx.sparse.slots import FFNSlots
+
+Observer = Callable[[mx.array], "mx.array | None"]
+"""Sees the hidden activations `[..., k]` of an FFN, in slot order, each time it runs; what it returns, if anything,
+takes their place."""
+
+_WITH_AVX512, _MOST_THREADS = (b"SkylakeX", b"Cooperlake", b"SapphireRapids"), 2
+"""Where panels were measured to be faster: gate and up beside one or two threads, down beside one."""
+_IN_PLACE = 1_000_000
+"""Weights that such an OpenBLAS multiplies by one row where they lie; more it copies first, every time."""
+_PANEL = 1 << 18
+"""Weights of a panel at most."""
+_FEWEST_ROWS = 32
+"""Of a panel; with fewer, the calls cost what they save."""
+
+
+class SlicedProjection(nn.Module):
+    """One projection over the active slots.
+
+    Args:
+        slots: the FFN's neurons; shared by its leaves, and no parameter of the module tree.
+        kind: `gate`, `up` or `down`; `gate_up` where the model has one leaf for the two.
+        quantization: how the rows are packed, or None for float rows.
+        fused: how a `gate_up` leaf lays out its output; see `FFNSpec`.
+    """
+
+    def __init__(self, slots: FFNSlots, kind: str, quantization: Quantization | None, fused: str | None = None) -> None:
+        super().__init__()
+        self.slots = slots
+        self.kind = kind
+        self.quantization = quantization
+        self.fused = fused
+        self.observer: Observer | None = None
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Gate, up: `[..., d_model]` -> `[..., k]`, both in one `[..., 2 k]`; down: `[..., k]` -> `[..., d_model]`.
+
+        Raises:
+            CheckpointError: in `ssd` residency, if the rows could not be read.
+        """
+        if self.slots.pending is not None:
+            self.slots.wait(x)
+        return self.project(self.observed(x), self.slots.active)
+
+    def observed(self, x: mx.array) -> mx.array:
+        """The input, or what the observer puts in its place."""
+        seen = None if self.observer is None else self.observer(x)
+        return x if seen is None else seen
+
+    def project(self, x: mx.array, rows: Callable[[str], mx.array | None]) -> mx.array:
+        """The projection over the rows that `rows` gives for the name of an array, None where the FFN has none."""
+        if self.fused is None:
+            return self._project(self.kind, x, rows)
+        return join_fused(self._project("gate", x, rows), self._project("up", x, rows), self.fused, axis=-1)
+
+    def _project(self, kind: str, x: mx.array, rows: Callable[[str], mx.array | None]) -> mx.array:
+        packed = self.quantization
+        weight = rows(f"{kind}.weight")
+        assert weight is not None
+        inwards = kind != "down"
+        bias = rows(f"{kind}.bias") if inwards else self.slots.down_bias
+        if packed is None:
+            y = multiply(x, weight, inwards)
+        else:
+            scales, biases = rows(f"{kind}.scales"), rows(f"{kind}.biases")
+            assert scales is not None
+            if inwards:
+                y = mx.quantized_matmul(x, weight, scales, biases, **packed.to_dict())
+            else:
+                y = neuron_major_matmul(x, weight, scales, biases, packed)
+        return y if bias is None else y + bias
+
+
+def multiply(x: mx.array, weight: mx.array, inwards: bool) -> mx.array:
+    """The product with neuron-major float rows `[k, d_model]`, in panels for one token on the CPU where that is faster.
+
+    Args:
+        inwards: gate and up, `[..., d_model]` -> `[..., k]`; else down, `[..., k]` -> `[..., d_model]`.
+    """
+    if x.size == x.shape[-1] and weight.dtype == mx.float32 and mx.default_device() == mx.Device(mx.cpu):
+        rows = panel_rows(*weight.shape)
+        # Panels have one thread.
+        if rows < len(weight) and 1 <= _copying_threads() <= (_MOST_THREADS if inwards else 1):
+            return multiply_in_panels(x, weight, inwards, rows)
+    return x @ (weight.T if inwards else weight)
+
+
+def multiply_in_panels(x: mx.array, weight: mx.array, inwards: bool, rows: int) -> mx.array:
+    """`multiply` for one token, `rows` neurons at a time; they divide *k*."""
+    panels = weight.reshape(-1, rows, weight.shape[1])
+    if inwards:
+        return (x.reshape(1, 1, -1) @ panels.swapaxes(1, 2)).reshape(*x.shape[:-1], len(weight))
+    return (x.reshape(-1, 1, rows) @ panels).sum(axis=0).reshape(*x.shape[:-1], weight.shape[1])
+
+
+@cache
+def panel_rows(k: int, d_model: int) -> int:
+    """The most neurons of a panel that divide *k*; *k* itself where there is no use in panels."""
+    if k * d_model <= _IN_PLACE:
+        return k
+    return next((rows for rows in range(_PANEL // d_model, _FEWEST_ROWS - 1, -1) if k % rows == 0), k)
+
+
+@cache
+def _copying_threads() -> int:
+    """Threads of a preloaded OpenBLAS that copies a large matrix before it multiplies one row by it; 0 without one."""
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "openblas_get_corename") or not hasattr(library, "openblas_get_num_threads"):
+        return 0
+    library.openblas_get_corename.restype = ctypes.c_char_p
+    return int(library.openblas_get_num_threads()) if library.openblas_get_corename() in _WITH_AVX512 else 0
+
+
+class MaskedDown(nn.Module):
+    """A down projection whose input is multiplied by a mask: the dense reference of a sliced FFN.
+
+    Args:
+        down: any module that maps `[..., d_ffn]` to `[..., d_model]`.
+        mask: float `[d_ffn]`, 1 for kept neurons and 0 for the rest (soft in training).
+    """
+
+    def __init__(self, down: nn.Module, mask: mx.array) -> None:
+        super().__init__()
+        self.down = down
+        self._mask = mask
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """`[..., d_ffn]` -> `[..., d_model]`."""
+        y: mx.array = self.down(x * self._mask.astype(x.dtype))
+        return y
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """The module at a dotted path, such as `model.layers.0.mlp`."""
+    module = model
+    for part in path.split("."):
+        module = module[int(part)] if isinstance(module, list) else module[part]
+    return module
+
+
+def replace_leaves(
+    model: nn.Module, spec: FFNSpec, slots: FFNSlots, gate_up: Quantization | None, down: Quantization | None
+) -> SlicedProjection:
+    """Put sliced leaves over `slots` into one FFN of an mlx-lm model.
+
+    Returns:
+        The new down leaf, whose observer sees the FFN's hidden activations.
+    """
+    ffn = module_at(model, spec.path)
+    if spec.fused is None:
+        ffn[spec.gate] = SlicedProjection(slots, "gate", gate_up)
+        ffn[spec.up] = SlicedProjection(slots, "up", gate_up)
+    else:
+        ffn[spec.gate] = SlicedProjection(slots, "gate_up", gate_up, spec.fused)
+    ffn[spec.down] = leaf = SlicedProjection(slots, "down", down)
+    return leaf

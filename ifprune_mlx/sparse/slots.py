@@ -1,0 +1,263 @@
+"""Slots: where each neuron of an FFN lies in memory, and how a switch moves them (DESIGN.md section 3, ideas 2 and 3).
+
+The first *k* slots are the active ones, so a pruned FFN reads a row prefix. In `ram` residency there is a slot for
+every neuron: the dense FFN reads all of them, and a switch exchanges only those that differ. In `ssd` residency there
+are *k* slots and, where memory allows, some spare ones that keep the neurons selected most often; a switch reads from
+the file what is nowhere in memory. `plan_switch` is pure; `FFNSlots.apply` moves and reads the rows.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from ifprune_mlx.checkpoint.neuron_reader import Rows
+from ifprune_mlx.checkpoint.raw_array import Raw, raw
+from ifprune_mlx.errors import CheckpointError
+from ifprune_mlx.sparse.inplace import copy_rows, exchange_rows, write_rows
+
+if TYPE_CHECKING:
+    from ifprune_mlx.selection.selection import Ids
+
+EMPTY = -1
+"""Stands in `order` for a slot that holds no neuron."""
+
+
+class Reader(Protocol):
+    """Reads neurons of one FFN that are not in memory."""
+
+    position: npt.NDArray[np.int32]
+    """Where in the file each neuron lies, `[d_ffn]`; the first ones are selected most often."""
+
+    def read(self, neurons: Ids) -> dict[str, Raw]:
+        """The rows of sorted neurons by array name, as `ifprune_mlx.sparse.inplace.raw` shows them."""
+        ...
+
+    def empty(self, slots: int) -> Rows:
+        """Arrays for that many slots, computed."""
+        ...
+
+
+@dataclass(frozen=True)
+class SwitchPlan:
+    """What a switch does; everything but `k` and `missing` are slots.
+
+    Attributes:
+        k: active slots afterwards.
+        leaving: active slots to be filled anew. The first `len(entering)` exchange their rows with `entering[i]`; the
+            rest take in `missing[i]`.
+        entering: inactive slots whose neuron is wanted.
+        missing: neurons that are in no slot, sorted.
+        parked, parking: slots whose neuron is kept by a copy to a spare slot before it is overwritten.
+    """
+
+    k: int
+    leaving: npt.NDArray[np.int32]
+    entering: npt.NDArray[np.int32]
+    missing: Ids
+    parked: npt.NDArray[np.int32]
+    parking: npt.NDArray[np.int32]
+
+    @property
+    def rows_written(self) -> int:
+        """Slots that change what they hold."""
+        return len(self.leaving) + len(self.entering) + len(self.parked)
+
+
+def plan_switch(order: npt.NDArray[np.int32], ids: Ids, position: npt.NDArray[np.int32] | None = None) -> SwitchPlan:
+    """The fewest moves that bring `ids` into the first `len(ids)` slots.
+
+    Args:
+        order: int32 `[slots]`, the neuron in each slot, or EMPTY.
+        ids: int32 `[k]`, the neurons to be active; at most as many as slots.
+        position: int32 `[d_ffn]`, the rank of each neuron by how often it is selected, which decides what stays in
+            spare slots; needed unless every neuron has a slot.
+    """
+    k = len(ids)
+    wanted = np.zeros(len(order) if position is None else len(position), dtype=bool)
+    wanted[ids] = True
+    wanted_slots = wanted[order] & (order != EMPTY)
+    leaving = np.flatnonzero(~wanted_slots[:k]).astype(np.int32)
+    entering = (np.flatnonzero(wanted_slots[k:]) + k).astype(np.int32)
+    none = np.empty(0, np.int32)
+    if len(leaving) == len(entering):
+        return SwitchPlan(k, leaving, entering, none, none, none)
+    assert position is not None
+    wanted[order[wanted_slots]] = False
+    missing = np.flatnonzero(wanted).astype(np.int32)
+    # Empty slots and then rarely selected neurons go first: the last of `leaving` are overwritten.
+    rank = np.where(order == EMPTY, len(position), position[order])
+    leaving = leaving[np.argsort(rank[leaving], kind="stable")]
+    lost = leaving[len(entering) :]
+    spare = np.setdiff1d(np.arange(k, len(order), dtype=np.int32), entering)
+    spare = spare[np.argsort(-rank[spare], kind="stable")]  # the least worth keeping first
+    pairs = min(len(lost), len(spare))
+    better = rank[lost[:pairs]] < rank[spare[:pairs]]
+    return SwitchPlan(k, leaving, entering, missing, lost[:pairs][better], spare[:pairs][better])
+
+
+class FFNSlots:
+    """The neurons of one FFN in memory, the active ones first.
+
+    Args:
+        rows: per-neuron arrays of all neurons in the source's order; None to begin with none.
+        down_bias: bias of the down projection `[d_model]`, which belongs to no neuron.
+        reader: reads what is not in memory; needed if `rows` is None.
+
+    Attributes:
+        rows: per-neuron arrays in slot order.
+        order: int32 `[slots]`, the neuron in each slot, or EMPTY.
+        k: number of active slots.
+        pending: the work of a switch that goes on in another thread; see `wait`.
+        bytes_moved: bytes of weights written since the FFN was loaded.
+    """
+
+    def __init__(self, rows: Rows | None, down_bias: mx.array | None = None, reader: Reader | None = None) -> None:
+        self.down_bias = down_bias
+        self._reader = None if rows is not None else reader
+        if rows is None:
+            assert reader is not None
+            rows = reader.empty(0)
+            self.d_ffn = len(reader.position)
+            self.order = np.empty(0, np.int32)
+            one = reader.empty(1)
+            self.row_bytes = sum(array.nbytes for array in one.values())
+        else:
+            self.d_ffn = int(rows["down.weight"].shape[0])
+            self.order = np.arange(self.d_ffn, dtype=np.int32)
+            self.row_bytes = sum(array.nbytes for array in rows.values()) // self.d_ffn
+        self.rows = rows
+        self.k = len(self.order)
+        self.pending: Future[None] | None = None
+        self.bytes_moved = 0
+        self._moving = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether every neuron has a slot, so that the FFN can be dense."""
+        return self._reader is None
+
+    def active(self, name: str) -> mx.array | None:
+        """The active rows of one array, a view `[k, ...]`; None if the FFN has no such array."""
+        array = self.rows.get(name)
+        if array is None or self.k == len(self.order):
+            return array
+        return array[: self.k]
+
+    def ids(self) -> Ids:
+        """The active neurons, sorted."""
+        return np.sort(self.order[: self.k])
+
+    def activate_all(self) -> None:
+        """Make every neuron active, or none where not all are in memory; moves nothing.
+
+        Raises:
+            CheckpointError: if an earlier move was cut off.
+        """
+        self._settle()
+        self._check_whole_rows()
+        self.k = self.d_ffn if self.whole else 0
+
+    def plan(self, ids: Ids, spare: int = 0) -> SwitchPlan:
+        """Plan to activate `ids`, after making as many slots as that takes.
+
+        Args:
+            spare: slots to have beyond the active ones, where not every neuron has one.
+
+        Raises:
+            CheckpointError: if an earlier move was cut off.
+        """
+        self._settle()
+        self._check_whole_rows()
+        if self._reader is None:
+            return plan_switch(self.order, ids)
+        slots = min(len(ids) + spare, self.d_ffn)
+        if slots != len(self.order):
+            self._resize(slots, ids)
+        return plan_switch(self.order, ids, self._reader.position)
+
+    def apply(self, plan: SwitchPlan) -> None:
+        """Move and read rows as planned, so that the first `plan.k` slots can be the active ones.
+
+        Nothing that is still to be computed may depend on the rows. If reading fails, slots that were to be filled are
+        empty, and the next plan fills them.
+
+        Raises:
+            CheckpointError: if the file cannot be read.
+        """
+        if not len(plan.leaving):
+            return
+        self.bytes_moved += plan.rows_written * self.row_bytes
+        count = len(plan.entering)
+        out, filled = plan.leaving[:count], plan.leaving[count:]
+        self._moving = True
+        for name in self.rows:
+            if count:
+                self.rows[name] = exchange_rows(self.rows[name], out, plan.entering)
+            if len(plan.parked):
+                self.rows[name] = copy_rows(self.rows[name], plan.parking, plan.parked)
+        self.order[out], self.order[plan.entering] = self.order[plan.entering], self.order[out]
+        self.order[plan.parking] = self.order[plan.parked]
+        self.order[filled] = EMPTY
+        self._moving = False
+        if len(filled):
+            assert self._reader is not None
+            for name, values in self._reader.read(plan.missing).items():
+                self.rows[name] = write_rows(self.rows[name], filled, values)
+            self.order[filled] = plan.missing
+
+    def restore(self) -> None:
+        """Put all rows back into the source's order, in which sums do not depend on what was active before.
+
+        Nothing that is still to be computed may depend on the rows. Every neuron must have a slot.
+        """
+        assert self.whole
+        home = np.arange(self.d_ffn, dtype=np.int32)
+        moved = np.flatnonzero(self.order != home).astype(np.int32)
+        if len(moved):
+            origin = np.argsort(self.order).astype(np.int32)[moved]
+            self._moving = True
+            for name in self.rows:
+                self.rows[name] = copy_rows(self.rows[name], moved, origin)
+            self.order = home
+            self._moving = False
+
+    def wait(self, needed: mx.array) -> None:
+        """Start computing `needed`, and wait until the rows are there.
+
+        Raises:
+            CheckpointError: if they could not be read.
+        """
+        pending = self.pending
+        if pending is not None:
+            mx.async_eval(needed)  # type: ignore[no-untyped-call]
+            pending.result()
+            self.pending = None  # not if it raised: then the rows are still missing
+
+    def _resize(self, slots: int, ids: Ids) -> None:
+        """Have that many slots from now on; of the neurons in memory, `ids` stay and then those selected most."""
+        assert self._reader is not None
+        held = np.flatnonzero(self.order != EMPTY)
+        rank = self._reader.position[self.order[held]] + np.where(np.isin(self.order[held], ids), 0, self.d_ffn)
+        kept = held[np.argsort(rank, kind="stable")][:slots].astype(np.int32)
+        order = np.full(slots, EMPTY, np.int32)
+        order[: len(kept)] = self.order[kept]
+        new = self._reader.empty(slots)
+        for name, rows in self.rows.items():
+            new[name] = write_rows(new[name], np.arange(len(kept), dtype=np.int32), raw(rows)[kept])
+        self.rows, self.order = new, order
+
+    def _settle(self) -> None:
+        """Wait for what is being read; what could not be is missing from `order`."""
+        if self.pending is not None:
+            self.pending.exception()
+            self.pending = None
+
+    def _check_whole_rows(self) -> None:
+        if self._moving:
+            raise CheckpointError("moving neurons was cut off half way (Ctrl-C, or no memory); load the model again")

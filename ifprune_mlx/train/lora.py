@@ -1,0 +1,111 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) of all linear layers. The base may be quantized."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.tuner.lora import LoRALinear
+
+from ifprune_mlx.errors import DataError
+from ifprune_mlx.model import Model
+from ifprune_mlx.sparse.ffn import SlicedProjection
+from ifprune_mlx.train.trainable import CONFIG, WEIGHTS, Chosen, ChosenProjection, Parameters, Tuned
+
+
+class AdaptedProjection(ChosenProjection):
+    """A sliced projection with a low-rank term of the same neurons.
+
+    `lora_a` `[in, r]` and `lora_b` `[r, out]` are those of the whole projection, as in mlx-lm.
+    """
+
+    def __init__(self, base: SlicedProjection, chosen: Chosen, d_model: int, rank: int, scale: float) -> None:
+        super().__init__(base, chosen)
+        d_ffn = base.slots.d_ffn
+        inputs, outputs = (d_ffn, d_model) if base.kind == "down" else (d_model, 2 * d_ffn if base.fused else d_ffn)
+        bound = inputs**-0.5
+        self.lora_a = mx.random.uniform(-bound, bound, (inputs, rank))
+        self.lora_b = mx.zeros((rank, outputs))
+        self.scale = scale
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """As `SlicedProjection`, over the chosen neurons."""
+        x = self.observed(x)
+        ids = self.chosen.neurons()
+        a, b = self.lora_a, self.lora_b
+        if ids is not None:
+            a, b = (mx.take(a, ids, axis=0), b) if self.kind == "down" else (a, mx.take(b, self.outputs(ids), axis=1))
+        y = self.project(x, self.chosen.rows)
+        return y + (self.scale * ((x @ a) @ b)).astype(y.dtype)
+
+
+class Adapted(Tuned):
+    """A model whose linear layers carry adapters.
+
+    Args:
+        model: as loaded; its leaves are replaced for good.
+        rank: *r* of every adapter.
+        scale: what the low-rank term is multiplied by (LoRA's alpha / r).
+        seed: of the first values.
+    """
+
+    kind = "lora"
+
+    def __init__(self, model: Model, *, rank: int, scale: float, seed: int = 0) -> None:
+        super().__init__(model)
+        self.rank, self.scale = rank, scale
+        self._keys: set[str] = set()
+        mx.random.seed(seed)
+        self._replace_leaves(lambda base, chosen, spec: AdaptedProjection(base, chosen, spec.d_model, rank, scale))
+        module = model.module
+        for layer in module.layers:
+            linear = [(path, leaf) for path, leaf in layer.named_modules() if type(leaf) in _LINEAR]
+            adapted = [(path, LoRALinear.from_base(leaf, r=rank, scale=scale)) for path, leaf in linear]
+            layer.update_modules(tree_unflatten(adapted))
+            self._keys |= {path for path, leaf in layer.named_modules() if "lora_a" in leaf}
+        module.freeze()
+        module.apply_to_modules(
+            lambda _, leaf: leaf.unfreeze(keys=["lora_a", "lora_b"], recurse=False) if "lora_a" in leaf else None
+        )
+        self.initial = dict(tree_flatten(module.trainable_parameters()))
+        mx.eval(self.initial)
+        self._nothing = {name: mx.zeros_like(array) for name, array in self.initial.items()}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Rank and scale."""
+        return {"rank": self.rank, "scale": self.scale}
+
+    def use(self, parameters: Parameters | None) -> None:
+        """Put adapter weights in place; None takes the adapters' effect away: the base model."""
+        self.model.module.update(tree_unflatten(list((parameters or self._nothing).items())))
+
+    def save(self, folder: Path, parameters: Parameters) -> None:
+        """Write adapter weights as mlx-lm does: `adapters.safetensors` and `adapter_config.json`."""
+        lora = {"rank": self.rank, "scale": self.scale, "dropout": 0.0, "keys": sorted(self._keys)}
+        self._write(folder, parameters, {"lora_parameters": lora})
+
+    def read(self, folder: Path) -> Parameters:
+        """Adapter weights that an earlier run saved.
+
+        Raises:
+            DataError: if they are missing, damaged, or were made for another model, rank or scale.
+        """
+        arrays, config = self._read(folder)
+        try:
+            scale = config["lora_parameters"]["scale"]
+        except (KeyError, TypeError) as exc:
+            raise DataError(f"{folder / CONFIG}: cannot be read ({exc!r}); train the adapter again") from None
+        ours = {name: array.shape for name, array in self.initial.items()}
+        if {name: array.shape for name, array in arrays.items()} != ours or scale != self.scale:
+            raise DataError(
+                f"{folder / WEIGHTS}: is of another model, rank or scale than this run (rank {self.rank}, scale "
+                f"{self.scale:g}); give the ones that it was trained with"
+            )
+        return {name: array.astype(mx.float32) for name, array in arrays.items()}
+
+
+_LINEAR = (nn.Linear, nn.QuantizedLinear)

@@ -1,0 +1,175 @@
+"""What all kinds of fine-tuning share: a loaded IFP checkpoint whose FFNs run on a few neurons of each sequence's own
+while they are trained, at the cost of a small model, and whose trained parameters come from outside.
+
+Several arms (learned, static, none) are sets of such parameters over one base, which is never changed. They are kept
+on disk as mlx-lm keeps them: `mlx_lm.fuse` and `ifprune convert --adapter` take them.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import mlx.core as mx
+import numpy as np
+
+from ifprune_mlx.checkpoint.atomic_write import write_atomic
+from ifprune_mlx.checkpoint.ffn_spec import FFNSpec, join_fused, split_fused
+from ifprune_mlx.checkpoint.safetensors_io import read_safetensors_header
+from ifprune_mlx.errors import DataError
+from ifprune_mlx.model import Model
+from ifprune_mlx.sparse.ffn import SlicedProjection, module_at
+from ifprune_mlx.sparse.slots import FFNSlots
+
+Parameters = dict[str, mx.array]
+"""Trained arrays by mlx-lm name, such as `model.layers.0.mlp.up_proj.lora_a`."""
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
+
+
+class Chosen:
+    """Which neurons of one FFN the forward passes under way compute.
+
+    Attributes:
+        ids: int32 `[m]`, in any order; None leaves it to the slots, as in the runtime.
+        mask: float `[m]`, or `[chats, 1, m]` with one for each, multiplies the activations of those neurons (soft or
+            straight-through); None is all ones.
+    """
+
+    def __init__(self, slots: FFNSlots) -> None:
+        self.slots = slots
+        self.ids: mx.array | None = None
+        self.mask: mx.array | None = None
+        self._order: np.ndarray[Any, Any] | None = None
+        self._slot_of = mx.array(0)
+
+    def neurons(self) -> mx.array | None:
+        """Ids of the neurons computed, int32 `[m]`, in the order in which they are; None for all, in their own."""
+        if self.ids is not None:
+            return self.ids
+        slots = self.slots
+        if slots.k == slots.d_ffn and np.array_equal(slots.order, np.arange(slots.d_ffn)):
+            return None
+        return mx.array(slots.order[: slots.k])
+
+    def rows(self, name: str) -> mx.array | None:
+        """Rows of one of the slots' arrays for those neurons."""
+        if self.ids is None:
+            return self.slots.active(name)
+        array = self.slots.rows.get(name)
+        if array is None:
+            return None
+        if self._order is None or not np.array_equal(self._order, self.slots.order):
+            self._order = self.slots.order.copy()
+            self._slot_of = mx.array(np.argsort(self._order).astype(np.int32))
+        return mx.take(array, mx.take(self._slot_of, self.ids), axis=0)
+
+
+class ChosenProjection(SlicedProjection):
+    """A sliced projection over the chosen neurons; what it multiplies by is its subclasses' matter."""
+
+    def __init__(self, base: SlicedProjection, chosen: Chosen) -> None:
+        super().__init__(base.slots, base.kind, base.quantization, base.fused)
+        self.chosen = chosen
+
+    def outputs(self, ids: mx.array) -> mx.array:
+        """Where the outputs of neurons `[m]` lie in the whole projection's, int32 `[m]`, of a common leaf `[2 m]`."""
+        if self.fused is None:
+            return ids
+        gate, up = split_fused(mx.arange(2 * self.slots.d_ffn), self.fused)
+        return join_fused(mx.take(gate, ids), mx.take(up, ids), self.fused)
+
+    def observed(self, x: mx.array) -> mx.array:
+        """The input, or what the observer puts in its place; the down projection's times the mask."""
+        x = super().observed(x)
+        mask = self.chosen.mask
+        if mask is None or self.kind != "down":
+            return x
+        if mask.ndim > x.ndim:  # some experts see the tokens of all chats in one row
+            mask = mx.broadcast_to(mask, (len(mask), x.size // mask.size, mask.shape[-1])).reshape(x.shape)
+        return x * mask.astype(x.dtype)
+
+
+class Tuned(ABC):
+    """A model with trained parameters.
+
+    Attributes:
+        kind: mlx-lm's `fine_tune_type`.
+        model: the model; its leaves were replaced for good.
+        chosen: per FFN, which neurons run.
+        initial: parameters to begin with, float32; they change nothing yet.
+        identity: what runs must have in common for one to go on with the other's parameters.
+    """
+
+    kind: ClassVar[str]
+    initial: Parameters
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.chosen = [Chosen(slots) for slots in model.slots]
+
+    @property
+    @abstractmethod
+    def identity(self) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def use(self, parameters: Parameters | None) -> None:
+        """Put parameters in place, through which gradients then flow to them; None gives the base model."""
+
+    @abstractmethod
+    def save(self, folder: Path, parameters: Parameters) -> None:
+        """Write parameters as mlx-lm does: `adapters.safetensors` and `adapter_config.json`."""
+
+    @abstractmethod
+    def read(self, folder: Path) -> Parameters:
+        """Parameters that an earlier run saved, float32.
+
+        Raises:
+            DataError: if they are missing, damaged, or were made for another model or in another way.
+        """
+
+    def choose(self, ids: Sequence[mx.array] | None, masks: Sequence[mx.array] | None = None) -> None:
+        """Run each FFN on these neurons from now on; None leaves it to `Model.switch` again."""
+        for index, chosen in enumerate(self.chosen):
+            chosen.ids = None if ids is None else ids[index]
+            chosen.mask = None if masks is None else masks[index]
+
+    def in_order(self) -> None:
+        """Run all neurons again, in the source's order: switches leave them in another, in which floats add up to
+        something else in the last digits."""
+        self.choose(None)
+        self.model.first_layers_in_order(len(self.model.slots))
+
+    def _replace_leaves(self, leaf: Callable[[SlicedProjection, Chosen, FFNSpec], ChosenProjection]) -> None:
+        model = self.model
+        for index, (spec, chosen) in enumerate(zip(model.checkpoint.layout.ffns, self.chosen, strict=True)):
+            ffn = module_at(model.module, spec.path)
+            for name in spec.leaves:
+                ffn[name] = leaf(ffn[name], chosen, spec)
+            model.down_leaves[index] = ffn[spec.down]
+
+    def _write(self, folder: Path, arrays: Parameters, more: Mapping[str, Any]) -> None:
+        config = {"fine_tune_type": self.kind, "num_layers": len(self.model.layers), **more}
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / WEIGHTS, lambda path: mx.save_safetensors(str(path), dict(arrays)), DataError)
+        text = json.dumps(config, indent=2) + "\n"
+        write_atomic(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"), DataError)
+
+    def _read(self, folder: Path) -> tuple[Parameters, dict[str, Any]]:
+        read_safetensors_header(folder / WEIGHTS, DataError)
+        arrays = mx.load(str(folder / WEIGHTS))
+        assert isinstance(arrays, dict)
+        try:
+            config = dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as exc:
+            raise DataError(f"{folder / CONFIG}: cannot be read ({exc!r}); train the adapter again") from None
+        kind = config.get("fine_tune_type", "lora")
+        if kind != self.kind:
+            raise DataError(
+                f"{folder / CONFIG}: was trained with --fine-tune-type {kind}, this run is of type {self.kind}; give "
+                f"--fine-tune-type {kind}, or begin with another run"
+            )
+        return arrays, config

@@ -1,0 +1,99 @@
+"""Engines on real tiny models: jobs for them, how they are asked, and what each job gets alone."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from mlx_lm.sample_utils import make_logits_processors
+
+from ifprune_mlx import Model, Selection, generate
+from ifprune_mlx.serving.engine.engine import Engine
+from ifprune_mlx.serving.engine.request import Choice, Job, JobStats, Piece, Sampling
+from tests.ifprune_mlx.reference import random_selection
+
+Tiny = tuple[Model, Any]
+WIDTHS = (128, 128)
+A = random_selection(WIDTHS, (48, 32), seed=1)
+B = random_selection(WIDTHS, (24, 64), seed=2)
+C = random_selection(WIDTHS, (64, 64), seed=3)
+CHOICES: dict[str, Selection | None] = {"A": A, "B": B, "C": C, "dense": None}
+# The tiny tokenizer has a token for every byte; those of letters make answers that are easy to cut. 2 is <|im_end|>.
+END = 2
+
+
+@contextmanager
+def serving(tiny: Tiny, **options: Any) -> Iterator[Engine]:
+    engine = Engine(*tiny, **options)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def prompt(seed: int, length: int = 20) -> tuple[int, ...]:
+    generator = np.random.default_rng(seed)
+    return tuple(int(token) for token in generator.integers(40, 100, length))
+
+
+def job(tokens: tuple[int, ...] = prompt(0), selection: Selection | None = A, **changes: Any) -> Job:
+    """A greedy job of 12 tokens that no end-of-text token ends."""
+    choice = Choice(selection=selection, dense=selection is None)
+    sampling = Sampling(logit_bias={END: -1000.0})
+    return replace(Job(tokens, "instruction", choice, sampling, max_tokens=12), **changes)
+
+
+async def pieces_of(engine: Engine, one: Job) -> list[Piece]:
+    return [piece async for piece in engine.stream(one)]
+
+
+def text_of(pieces: list[Piece]) -> str:
+    return "".join(piece.text for piece in pieces)
+
+
+def stats_of(pieces: list[Piece]) -> JobStats:
+    assert [piece.stats is None for piece in pieces] == [True] * (len(pieces) - 1) + [False]
+    stats = pieces[-1].stats
+    assert stats is not None
+    return stats
+
+
+def together(engine: Engine, *jobs: Job) -> list[list[Piece]]:
+    """The answers of jobs that are asked for at the same time, in the order given."""
+
+    async def gather() -> list[list[Piece]]:
+        return await asyncio.gather(*(pieces_of(engine, one) for one in jobs))
+
+    answers = asyncio.run(gather())
+    engine._books.wait_for_rest()  # then the model is free again
+    return answers
+
+
+def ask(engine: Engine, one: Job) -> tuple[str, JobStats]:
+    pieces = together(engine, one)[0]
+    return text_of(pieces), stats_of(pieces)
+
+
+def alone(tiny: Tiny, one: Job) -> str:
+    """The same answer from `ifprune_mlx.generate`, under the same selection."""
+    processors = make_logits_processors({END: -1000.0})
+    return generate(
+        *tiny,
+        list(one.tokens),
+        max_tokens=one.max_tokens,
+        selection=one.choice.selection,
+        dense=one.choice.dense,
+        logits_processors=processors,
+    )
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)

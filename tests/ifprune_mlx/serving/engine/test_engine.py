@@ -1,0 +1,189 @@
+"""The serving engine on real tiny models: what comes out of a crowd equals what each job gets alone."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx_lm.sample_utils import make_logits_processors
+
+from ifprune_mlx import BudgetError, load, make_selector, stream_generate
+from ifprune_mlx.selection.predictor import Head, SparsityPredictor
+from ifprune_mlx.selection.selectors import Instruction
+from ifprune_mlx.serving.engine.engine import Engine
+from ifprune_mlx.serving.engine.request import Choice, Piece, Sampling
+from tests.family_configs import tiny_config
+from tests.ifprune_mlx.reference import random_selection
+from tests.ifprune_mlx.serving.engine.engines import (
+    CHOICES,
+    END,
+    WIDTHS,
+    A,
+    Tiny,
+    alone,
+    ask,
+    job,
+    pieces_of,
+    prompt,
+    serving,
+    stats_of,
+    text_of,
+    together,
+)
+from tests.tiny import VOCABULARY, write_checkpoint
+
+
+def test_a_batch_equals_each_job_alone(tiny: Tiny) -> None:
+    jobs = [job(prompt(seed, length), max_tokens=16) for seed, length in enumerate((20, 7, 1, 33, 2))]
+    expected = [alone(tiny, one) for one in jobs]
+    with serving(tiny) as engine:
+        answers = together(engine, *jobs)
+    assert [text_of(pieces) for pieces in answers] == expected
+    assert {stats_of(pieces).batch for pieces in answers} == {5}
+    assert {stats_of(pieces).selection for pieces in answers} == {A.hash}
+
+
+def test_sixteen_jobs_over_three_selections_and_dense(tiny: Tiny) -> None:
+    names = ["A", "B", "dense", "A", "C", "B", "B", "A", "dense", "C", "A", "A", "C", "B", "dense", "A"]
+    jobs = [job(prompt(seed, 5 + 3 * seed % 11), CHOICES[name], max_tokens=6 + seed) for seed, name in enumerate(names)]
+    expected = [alone(tiny, one) for one in jobs]
+    tiny[0].switch(None)
+    with serving(tiny, concurrency=4, patience=60) as engine:
+        answers = together(engine, *jobs)
+        counters = engine.counters()
+    for name, pieces, text in zip(names, answers, expected, strict=True):
+        selection, stats = CHOICES[name], stats_of(pieces)
+        assert text_of(pieces) == text
+        assert stats.selection == (None if selection is None else selection.hash)
+        assert stats.density == (1.0 if selection is None else selection.density)
+        assert stats.finish_reason == "length"
+    # From dense: to A, and to each other one once.
+    assert counters.switches == 4
+    assert (counters.requests, counters.failed, counters.cancelled) == (16, 0, 0)
+    assert (counters.running, counters.waiting) == (0, 0)
+    assert counters.completion_tokens == sum(one.max_tokens for one in jobs)
+    assert counters.prompt_tokens == sum(len(one.tokens) for one in jobs)
+
+
+def test_event_loops_of_several_threads_share_an_engine(tiny: Tiny) -> None:
+    jobs = [job(prompt(seed), CHOICES[name]) for seed, name in enumerate(["A", "B", "A", "dense", "B"])]
+    expected = [alone(tiny, one) for one in jobs]
+    with serving(tiny) as engine, ThreadPoolExecutor(5) as threads:
+        answers = list(threads.map(lambda one: ask(engine, one)[0], jobs))
+    assert answers == expected
+
+
+@pytest.mark.parametrize("selector", ["static", "random", "activation"])
+def test_selectors_select_as_generate_does(tiny: Tiny, selector: str) -> None:
+    jobs = [
+        job(prompt(seed), choice=Choice(selector=selector, density=density), instruction=f"instruction {seed}")
+        for seed, density in enumerate((0.5, 0.25, 0.5))
+    ]
+    expected = []
+    for one in jobs:
+        options = {"selector": selector, "density": one.choice.density, "instruction": one.instruction}
+        processors = make_logits_processors({END: -1000.0})
+        responses = list(
+            stream_generate(*tiny, list(one.tokens), max_tokens=12, logits_processors=processors, **options)
+        )
+        expected.append(("".join(r.text for r in responses), responses[-1].stats))
+    with serving(tiny) as engine:
+        answers = together(engine, *jobs)
+    for pieces, (text, wanted) in zip(answers, expected, strict=True):
+        stats = stats_of(pieces)
+        assert wanted is not None
+        assert text_of(pieces) == text
+        assert (stats.selection, stats.selector, stats.density) == (wanted.selection, selector, wanted.density)
+        assert stats.batch == (1 if selector == "activation" else stats.batch)
+
+
+# lfm2 has a cache of arrays beside those of keys and values, gemma2 and mistral mask in their own way.
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "lfm2", "qwen3_5"])
+def test_other_families(tmp_path: Path, family: str) -> None:
+    if family in ("lfm2", "qwen3_5"):
+        config = tiny_config(family)
+        assert config is not None
+        path = write_checkpoint(tmp_path / "checkpoint", **(config | {"vocab_size": VOCABULARY}))
+    else:
+        path = write_checkpoint(tmp_path / "checkpoint", family)
+    tiny = load(path)
+    widths = [spec.d_ffn for spec in tiny[0].checkpoint.layout.ffns]
+    some = [random_selection(widths, [width // 2 for width in widths], seed) for seed in range(2)]
+    jobs = [job(prompt(seed, length), some[seed % 2]) for seed, length in enumerate((12, 5, 9, 3))]
+    expected = [alone(tiny, one) for one in jobs]
+    with serving(tiny) as engine:
+        assert [text_of(pieces) for pieces in together(engine, *jobs)] == expected
+        # Once more, and on: from caches where they are kept.
+        assert [text_of(pieces) for pieces in together(engine, *jobs)] == expected
+    tiny[0].close()
+
+
+def test_a_family_that_does_not_batch_is_served_one_by_one(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ifprune_mlx.serving.engine.batch.can_batch", lambda model: False)
+    penalties = Sampling(logit_bias={END: -1000.0}, repetition_penalty=1.3, frequency_penalty=0.5)
+    jobs = [job(prompt(seed), CHOICES[name], sampling=penalties) for seed, name in enumerate(["A", "B", "A", "A"])]
+    with serving(tiny, patience=60) as engine:
+        single = together(engine, *jobs)
+        assert {stats_of(pieces).batch for pieces in single} == {1}
+        assert engine.counters().switches == 2
+        again, stats = ask(engine, jobs[1])
+        assert stats.cached_tokens == 18
+    monkeypatch.undo()
+    with serving(tiny) as engine:
+        batched = together(engine, *jobs)
+    assert [text_of(pieces) for pieces in single] == [text_of(pieces) for pieces in batched]
+    assert again == text_of(batched[1])
+
+
+# Selectors and residencies that touch the model while others are decoded.
+
+
+def test_selecting_with_the_models_own_layers_disturbs_no_running_job(tiny: Tiny) -> None:
+    model, tokenizer = tiny
+    mx.random.seed(3)
+    first, second = mx.random.normal((16, 64)), mx.random.normal((256, 16))
+    head = Head(first, None, second, None, WIDTHS, layers=1)
+    model.__dict__["predictor"] = SparsityPredictor(model.module, tokenizer, head, model.context_length)
+    learned = [
+        job(prompt(seed), choice=Choice(selector="learned", density=0.5), instruction=f"{seed} instruction {seed}")
+        for seed in range(4)
+    ]
+    expected = []
+    for one in learned:
+        model.switch(None)
+        selection = make_selector(model, "learned").select(
+            Instruction(one.instruction, one.tokens), model.keep(density=0.5)
+        )
+        expected.append((selection.selection.hash, alone(tiny, job(one.tokens, selection.selection))))
+    assert len({selected for selected, _ in expected}) > 1
+    running = job(prompt(9), A, max_tokens=150)
+    whole = alone(tiny, running)
+
+    async def crowd(engine: Engine) -> tuple[str, list[list[Piece]]]:
+        stream = engine.stream(running)
+        said = (await stream.__anext__()).text
+        others = asyncio.gather(*(pieces_of(engine, one) for one in learned))
+        async for piece in stream:
+            said += piece.text
+        return said, await others
+
+    with serving(tiny, patience=60) as engine:
+        said, others = asyncio.run(crowd(engine))
+    assert said == whole
+    assert [(stats_of(pieces).selection, text_of(pieces)) for pieces in others] == expected
+    assert {stats_of(pieces).selector for pieces in others} == {"learned"}
+
+
+def test_a_model_on_ssd_is_served_but_never_dense(tiny: Tiny, tiny_checkpoint: Path) -> None:
+    jobs = [job(prompt(seed), CHOICES[name]) for seed, name in enumerate("ABAC")]
+    expected = [alone(tiny, one) for one in jobs]
+    streamed = load(tiny_checkpoint, residency="ssd")
+    with serving(streamed) as engine:
+        assert [text_of(pieces) for pieces in together(engine, *jobs)] == expected
+        for choice in (Choice(dense=True), Choice(selector="activation")):
+            with pytest.raises(BudgetError, match="residency ram"):
+                ask(engine, job(choice=choice))
+    streamed[0].close()

@@ -1,0 +1,113 @@
+"""Errors of the serving engine: what fails takes nothing else with it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from ifprune_mlx import BudgetError, IfpruneError, PromptError, SelectionError
+from ifprune_mlx.serving.engine.engine import Engine
+from ifprune_mlx.serving.engine.request import Choice, EngineFullError, GenerationFailedError, Job, Sampling
+from tests.ifprune_mlx.reference import random_selection
+from tests.ifprune_mlx.serving.engine.engines import (
+    CHOICES,
+    B,
+    Tiny,
+    alone,
+    job,
+    pieces_of,
+    prompt,
+    serving,
+    stats_of,
+    text_of,
+    together,
+)
+from tests.tiny import VOCABULARY
+
+
+def test_what_cannot_be_answered_fails_alone(tiny: Tiny) -> None:
+    wrong = random_selection((64, 64), (8, 8), seed=0)
+    good = job(prompt(1), max_tokens=30)
+    bad: list[tuple[Job, type[IfpruneError], str]] = [
+        (job(choice=Choice(selector="static", density=7.0)), BudgetError, "density 7"),
+        (job(choice=Choice(selector="nonsense")), IfpruneError, "unknown selector"),
+        (job(choice=Choice(selector="static", policy="never")), IfpruneError, "unknown policy"),
+        (job(selection=wrong), SelectionError, ""),
+        (job(()), PromptError, "empty"),
+        (job((VOCABULARY,)), PromptError, "token ids"),
+        (job(max_tokens=0), PromptError, "max tokens"),
+        (job(stop=("",)), IfpruneError, "stop string"),
+        (job(logprobs=21), IfpruneError, "from 0 to 20"),
+        (job(sampling=Sampling(temperature=-1)), IfpruneError, "temperature"),
+        (job(sampling=Sampling(top_p=0)), IfpruneError, "top_p"),
+        (job(sampling=Sampling(logit_bias={VOCABULARY: 1.0})), IfpruneError, "logit_bias"),
+        (job(sampling=Sampling(logit_bias={3: float("nan")})), IfpruneError, "logit_bias"),
+    ]
+
+    async def all_at_once(engine: Engine) -> list[Any]:
+        jobs = [good, *(one for one, _, _ in bad), good]
+        return await asyncio.gather(*(pieces_of(engine, one) for one in jobs), return_exceptions=True)
+
+    with serving(tiny) as engine:
+        first, *failed, last = asyncio.run(all_at_once(engine))
+    assert text_of(first) == text_of(last) == alone(tiny, good)
+    for (_, kind, message), error in zip(bad, failed, strict=True):
+        assert type(error) is kind
+        assert message in str(error)
+        assert "\n" not in str(error)
+
+
+def test_a_full_queue_refuses(tiny: Tiny) -> None:
+    async def fill(engine: Engine) -> None:
+        running = engine.stream(job(prompt(1), max_tokens=400))
+        await running.__anext__()
+        waiting = [asyncio.create_task(pieces_of(engine, job(prompt(seed), B))) for seed in range(2)]
+        while engine.counters().waiting < 2:
+            await asyncio.sleep(0)
+        with pytest.raises(EngineFullError, match="2 requests wait"):
+            await pieces_of(engine, job())
+        await running.aclose()
+        for pieces in await asyncio.gather(*waiting):
+            assert stats_of(pieces).selection == B.hash
+
+    with serving(tiny, queue=2, patience=60) as engine:
+        asyncio.run(fill(engine))
+
+
+def test_a_model_that_fails_takes_its_batch_with_it_and_nothing_else(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny[0]
+    jobs = [job(prompt(seed), CHOICES[name]) for seed, name in enumerate("AAB")]
+    expected = [alone(tiny, one) for one in jobs]
+    layer = model.layers[1]
+    with serving(tiny, patience=60) as engine:
+        together(engine, *jobs)
+        calls = [0]
+        whole = type(layer).__call__
+
+        def failing(self: Any, *args: Any, **kwargs: Any) -> Any:
+            calls[0] += self is layer
+            if self is layer and calls[0] == 5:
+                raise RuntimeError("out of\nmemory")
+            return whole(self, *args, **kwargs)
+
+        monkeypatch.setattr(type(layer), "__call__", failing)
+
+        async def fail() -> list[Any]:
+            return await asyncio.gather(*(pieces_of(engine, one) for one in jobs), return_exceptions=True)
+
+        ends = asyncio.run(fail())
+        failed = [isinstance(end, GenerationFailedError) for end in ends]
+        assert failed in ([True, True, False], [False, False, True])
+        for end, text in zip(ends, expected, strict=True):
+            if isinstance(end, GenerationFailedError):
+                assert str(end) == "the model failed (out of memory); ask again"
+            else:
+                assert text_of(end) == text
+        again = together(engine, *jobs)
+        assert [text_of(pieces) for pieces in again] == expected
+        assert not any(stats_of(pieces).cached_tokens for pieces, gone in zip(again, failed, strict=True) if gone)
+        assert engine.counters().failed == sum(failed)

@@ -1,0 +1,46 @@
+"""Stop strings, fed in every way that a text can be cut."""
+
+from __future__ import annotations
+
+from itertools import combinations, pairwise
+
+import pytest
+
+from ifprune_mlx.serving.engine.stop_strings import StopText
+
+
+def fed(stops: tuple[str, ...], pieces: list[str]) -> tuple[str, str | None]:
+    text = StopText(stops)
+    said = "".join(text.feed(piece) for piece in pieces)
+    assert text.matched is None or (text.feed("more"), text.flush()) == ("", "")
+    return said + text.flush(), text.matched
+
+
+@pytest.mark.parametrize(
+    ("stops", "text", "expected", "matched"),
+    [
+        ((), "abc", "abc", None),
+        (("b",), "abc", "a", "b"),
+        (("bc",), "abbcd", "ab", "bc"),
+        (("aab",), "aaab", "a", "aab"),
+        (("abcd", "bc"), "abcd", "a", "bc"),  # complete first
+        (("c", "abc"), "abc", "", "abc"),  # complete together: the longer one
+        (("xyz",), "abxy", "abxy", None),
+        (("\n\n",), "one\ntwo\n\nthree", "one\ntwo", "\n\n"),
+        (("ä€",), "1ä€2", "1", "ä€"),
+    ],
+)
+def test_every_way_to_cut_a_text(stops: tuple[str, ...], text: str, expected: str, matched: str | None) -> None:
+    for count in range(min(len(text), 5)):
+        for cuts in combinations(range(1, len(text)), count):
+            edges = [0, *cuts, len(text)]
+            pieces = [text[start:end] for start, end in pairwise(edges)]
+            assert fed(stops, pieces) == (expected, matched)
+
+
+def test_text_comes_as_soon_as_it_can() -> None:
+    text = StopText(("STOP", "END."))
+    assert [text.feed(piece) for piece in ("a", "S", "T", "x", "E", "ND", "S", "TOP")] == [
+        "a", "", "", "STx", "", "", "END", "",
+    ]  # fmt: skip
+    assert text.matched == "STOP"

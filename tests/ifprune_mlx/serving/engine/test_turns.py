@@ -1,0 +1,108 @@
+"""Whose turn it is in the serving engine: few switches, and nobody starves."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import numpy as np
+
+from ifprune_mlx import Selection
+from ifprune_mlx.serving.engine.engine import Engine
+from ifprune_mlx.serving.engine.request import Choice, Piece
+from tests.ifprune_mlx.serving.engine.engines import (
+    CHOICES,
+    WIDTHS,
+    A,
+    B,
+    Tiny,
+    alone,
+    ask,
+    job,
+    pieces_of,
+    prompt,
+    serving,
+    stats_of,
+    text_of,
+    together,
+)
+
+
+def test_a_job_joins_the_running_batch_of_its_selection(tiny: Tiny) -> None:
+    late = job(prompt(2))
+    expected = alone(tiny, late)
+
+    async def join(engine: Engine) -> tuple[list[Piece], list[Piece]]:
+        first = engine.stream(job(prompt(1), max_tokens=60))
+        head = [await first.__anext__() for _ in range(3)]
+        joined = await pieces_of(engine, late)
+        return [*head, *[piece async for piece in first]], joined
+
+    with serving(tiny) as engine:
+        longer, joined = asyncio.run(join(engine))
+    assert stats_of(longer).batch == stats_of(joined).batch == 2
+    assert stats_of(longer).completion_tokens == 60
+    assert (text_of(joined), stats_of(joined).switch_s) == (expected, 0)
+
+
+def test_the_live_selection_goes_first_within_patience(tiny: Tiny) -> None:
+    jobs = [job(prompt(seed), CHOICES[name]) for seed, name in enumerate("AABABAAB")]
+    with serving(tiny, concurrency=2, patience=60) as engine:
+        together(engine, *jobs)
+        assert engine.counters().switches == 2
+
+
+def test_no_patience_is_first_come_first_served(tiny: Tiny) -> None:
+    ended: list[int] = []
+
+    async def ask_in_order(engine: Engine) -> None:
+        async def note(number: int, name: str) -> None:
+            await pieces_of(engine, job(prompt(number), CHOICES[name]))
+            ended.append(number)
+
+        await asyncio.gather(*(note(number, name) for number, name in enumerate("ABABAB")))
+
+    with serving(tiny, patience=0) as engine:
+        asyncio.run(ask_in_order(engine))
+    assert ended == list(range(6))
+
+
+def test_a_stream_of_live_jobs_does_not_starve_another_selection(tiny: Tiny) -> None:
+    async def crowd(engine: Engine) -> int:
+        done = asyncio.Event()
+        asked = [0]
+
+        async def keep_asking(number: int) -> None:
+            while not done.is_set():
+                asked[0] += 1
+                await pieces_of(engine, job(prompt(number), A, max_tokens=20 + 7 * number))
+
+        async def other() -> None:
+            await asyncio.sleep(0.05)
+            assert stats_of(await pieces_of(engine, job(prompt(9), B))).selection == B.hash
+            done.set()
+
+        await asyncio.wait_for(asyncio.gather(*map(keep_asking, range(3)), other()), 30)
+        return asked[0]
+
+    with serving(tiny, patience=0.1, concurrency=4) as engine:
+        asyncio.run(crowd(engine))
+        assert engine.counters().switches <= 3
+
+
+def test_auto_keeps_a_live_selection_that_agrees(tiny: Tiny) -> None:
+    near = Choice(selector="static", density=0.5, policy="auto")
+    with serving(tiny) as engine:
+        _, first = ask(engine, job(choice=replace(near, policy="turn")))
+        ids = [list(ids) for ids in tiny[0].selection.ids]
+        spare = [next(i for i in range(128) if i not in layer) for layer in ids]
+        close = Selection(
+            tuple(np.array(sorted([*layer[1:], one]), np.int32) for layer, one in zip(ids, spare, strict=True)),
+            WIDTHS,
+            "static",
+        )
+        assert ask(engine, job(selection=close))[1].selection == close.hash
+        assert ask(engine, job(choice=near))[1].selection == close.hash
+        assert ask(engine, job(choice=replace(near, policy="turn")))[1].selection == first.selection
+        # Another density is another matter, however much it has in common.
+        assert ask(engine, job(choice=replace(near, density=0.25)))[1].density == 0.25

@@ -1,0 +1,96 @@
+"""`ifprune serve` as a command: how it begins, ends, and says what it cannot do."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests.cli.process import run
+from tests.ifprune_mlx.serving.http.serving import Served, eventually, serving
+from tests.tiny import write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("serve") / "checkpoint")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_it_says_where_it_listens_and_ends_on_a_signal(
+    checkpoint: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    with serving(checkpoint, tmp_path, prelude="pass") as server:
+        eventually(lambda: f"listens on {server.url}" in "".join(server.stderr))  # a thread of the tests reads it
+        server.process.send_signal(number)
+        assert server.process.wait(60) == 0
+
+
+def test_an_answer_under_way_does_not_hold_up_the_end(checkpoint: Path, tmp_path: Path) -> None:
+    body = b'{"prompt": "a", "max_tokens": 100000, "stream": true, "logit_bias": {"2": -100}}'
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with serving(checkpoint, tmp_path, prelude="pass") as server, socket.create_connection(server.address) as client:
+        client.sendall(head + body)
+        assert client.recv(100)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(60) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--host", "0.0.0.0", "--port", "0"], ["--host 0.0.0.0", "API key"]),
+        (["--host", "no.such.host.invalid"], ["--host no.such.host.invalid"]),
+        (["--port", "0", "--api-key", " "], ["API key is empty"]),
+        (["--port", "0", "--density", "2"], ["density 2"]),
+        (["--port", "0", "--density", "0.5", "--dense"], ["--dense", "--density", "exclude"]),
+        (["--port", "0", "--task", "nothing"], ["no task 'nothing'"]),
+        (["--port", "0", "--selector", "learned"], ["no trained predictor"]),
+        (["--port", "0", "--prompt-cache-size", "lots"], ["--prompt-cache-size"]),
+        (["--port", "0", "--temp", "-1"], ["temperature"]),
+    ],
+)
+def test_what_cannot_be_is_one_line(checkpoint: Path, tmp_path: Path, options: list[str], words: list[str]) -> None:
+    result = run("serve", "--model", checkpoint, *options, cache=tmp_path)
+    assert result.returncode == 1
+    [line] = result.stderr.splitlines()
+    assert all(word in line for word in words), line
+    assert result.stdout == ""
+
+
+def test_a_port_in_use_is_one_line(served: Served, checkpoint: Path, tmp_path: Path) -> None:
+    port = str(served.address[1])
+    result = run("serve", "--model", checkpoint, "--port", port, cache=tmp_path)
+    assert result.returncode == 1
+    [line] = result.stderr.splitlines()
+    assert f"port {port}" in line
+    assert "in use" in line
+
+
+def test_without_its_packages_it_says_what_to_install(checkpoint: Path, tmp_path: Path) -> None:
+    absent = (
+        "import importlib.util as u; find = u.find_spec; "
+        "u.find_spec = lambda name, *given: None if name == 'uvicorn' else find(name, *given)"
+    )
+    result = run("serve", "--model", checkpoint, "--port", "0", cache=tmp_path, prelude=absent)
+    assert result.returncode == 1
+    assert result.stderr.splitlines() == [
+        "ifprune: error: uvicorn missing; install with: pip install 'ifprune-mlx[server]'"
+    ]
+
+
+def test_the_page_is_given_out_when_asked_for(served: Served, checkpoint: Path, tmp_path: Path) -> None:
+    page = served.get("/")
+    assert page.status_code == 200
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    for name, kind in (
+        ("page.js", "text/javascript"),
+        ("page.css", "text/css"),
+        ("icon.svg", "image/svg+xml"),
+    ):
+        assert name in page.text
+        assert served.get(f"/{name}").headers["content-type"].startswith(kind)
+    with serving(checkpoint, tmp_path) as server:
+        assert server.get("/").status_code == 404
