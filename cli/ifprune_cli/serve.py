@@ -41,7 +41,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ifprune_mlx.serving.engine.request import Sampling
+    from ifprune_mlx.serving.engine.request import SamplingParams
 
 _KEY_VARIABLE = "IFPRUNE_API_KEY"
 
@@ -189,16 +189,16 @@ def serve(
         service.close()
 
 
-def _sampling(temp: float, top_p: float, min_p: float, top_k: int) -> Sampling:
+def _sampling(temp: float, top_p: float, min_p: float, top_k: int) -> SamplingParams:
     """How tokens are drawn for requests that do not say.
 
     Raises:
         IfpruneError: if an option is out of range.
     """
-    from ifprune_mlx.serving.engine.request import Sampling
+    from ifprune_mlx.serving.engine.request import SamplingParams
     from ifprune_mlx.serving.engine.sampling import check_sampling
 
-    sampling = Sampling(temperature=temp, top_p=top_p, min_p=min_p, top_k=top_k)
+    sampling = SamplingParams(temperature=temp, top_p=top_p, min_p=min_p, top_k=top_k)
     check_sampling(sampling, None)
     return sampling
 

@@ -12,11 +12,11 @@ from ifprune_mlx.model import Model
 from ifprune_mlx.prompt_cache import DENSE
 from ifprune_mlx.selection.selection import Selection
 from ifprune_mlx.serving.engine.request import GenerationFailedError
-from ifprune_mlx.serving.engine.request_state import Ticket, owner_of, reason_of
-from ifprune_mlx.serving.engine.request_table import Books
+from ifprune_mlx.serving.engine.request_state import RequestState, owner_of, reason_of
+from ifprune_mlx.serving.engine.request_table import RequestTable
 
 
-class Switching:
+class ActiveSelection:
     """The live selection of one model.
 
     Attributes:
@@ -25,7 +25,7 @@ class Switching:
         since: when `owner` became so, by `time.monotonic`.
     """
 
-    def __init__(self, model: Model, books: Books) -> None:
+    def __init__(self, model: Model, books: RequestTable) -> None:
         self._model, self._books = model, books
         self.active: Selection | None = None
         self.owner, self.since = DENSE, 0.0
@@ -46,7 +46,7 @@ class Switching:
         if owner_of(self._model.selection) != owner_of(self.active):
             self._model.switch(self.active)
 
-    def holds(self, ticket: Ticket) -> bool:
+    def holds(self, ticket: RequestState) -> bool:
         """Whether what is active is for certain the ticket's selection."""
         return self._certain and owner_of(self._model.selection) == owner_of(ticket.selection)
 
@@ -54,7 +54,7 @@ class Switching:
         """Whether `owner` is the live one for certain. If not, nothing may run any more when it is switched to."""
         return self._certain and owner == self.owner
 
-    def switch(self, ticket: Ticket, owner: str) -> None:
+    def switch(self, ticket: RequestState, owner: str) -> None:
         """Make a ticket's selection active, if it is not; `owner` is then the live one.
 
         Raises:

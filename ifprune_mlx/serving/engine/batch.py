@@ -12,12 +12,12 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ifprune_mlx.model import Model
 from ifprune_mlx.prompt_cache import History
-from ifprune_mlx.serving.engine.decoder import BatchLane, Lane, Read, Sequence, SoloLane, Token, can_batch
-from ifprune_mlx.serving.engine.output_processor import Answer
-from ifprune_mlx.serving.engine.prefix_cache import Prefixes
-from ifprune_mlx.serving.engine.request import Piece
-from ifprune_mlx.serving.engine.request_state import Ticket
-from ifprune_mlx.serving.engine.request_table import Books
+from ifprune_mlx.serving.engine.decoder import BatchDecoder, Decoder, Read, Sequence, SingleDecoder, Token, can_batch
+from ifprune_mlx.serving.engine.output_processor import OutputProcessor
+from ifprune_mlx.serving.engine.prefix_cache import PrefixCache
+from ifprune_mlx.serving.engine.request import RequestOutput
+from ifprune_mlx.serving.engine.request_state import RequestState
+from ifprune_mlx.serving.engine.request_table import RequestTable
 from ifprune_mlx.serving.engine.sampling import make_processors, make_sampler
 from ifprune_mlx.serving.engine.scheduler import ALONE
 
@@ -32,13 +32,13 @@ class Batch:
     """
 
     def __init__(
-        self, model: Model, tokenizer: TokenizerWrapper, books: Books, concurrency: int, prompt_cache_bytes: int
+        self, model: Model, tokenizer: TokenizerWrapper, books: RequestTable, concurrency: int, prompt_cache_bytes: int
     ) -> None:
         self._model, self._tokenizer, self._books = model, tokenizer, books
         self._concurrency = concurrency
-        self._lane: Lane | None = None
+        self._lane: Decoder | None = None
         self._batches: bool | None = None  # whether the model's sequences can be decoded together, once known
-        self._prefixes = Prefixes(prompt_cache_bytes)
+        self._prefixes = PrefixCache(prompt_cache_bytes)
 
     @property
     def prompt_cache_bytes(self) -> int:
@@ -48,9 +48,9 @@ class Batch:
     @property
     def has_room(self) -> bool:
         """Whether one more may run."""
-        return len(self._books.running) < (self._concurrency if isinstance(self._lane, BatchLane) else 1)
+        return len(self._books.running) < (self._concurrency if isinstance(self._lane, BatchDecoder) else 1)
 
-    def add(self, ticket: Ticket, history: History | None) -> None:
+    def add(self, ticket: RequestState, history: History | None) -> None:
         """Run a ticket whose selection is active.
 
         Args:
@@ -66,7 +66,7 @@ class Batch:
             ticket.cached_tokens = read
         if self._lane is None:
             self._lane = self._new_lane(ticket.owner == ALONE)
-        ticket.answer = Answer(job, self._tokenizer)
+        ticket.answer = OutputProcessor(job, self._tokenizer)
         ticket.started = time.monotonic()
         left = job.max_tokens
         if model.context_length is not None:
@@ -100,13 +100,13 @@ class Batch:
         text, logprobs = answer.add(token.id, token.logprobs, token.finish_reason)
         if answer.finish_reason is None:
             if text or logprobs:
-                ticket.tell(Piece(text, logprobs))
+                ticket.tell(RequestOutput(text, logprobs))
             return
         assert self._lane is not None
         self._keep(ticket, token.read if token.read is not None else self._lane.remove(token.uid))
         stats = ticket.stats(answer, now)
         self._books.answered(token.uid, stats)
-        ticket.tell(Piece(text, logprobs, stats, ticket.selection))
+        ticket.tell(RequestOutput(text, logprobs, stats, ticket.selection))
 
     def drop(self, uid: int) -> None:
         """End a ticket that nobody listens to."""
@@ -127,13 +127,13 @@ class Batch:
         """Keep none of the KV caches of finished tickets."""
         self._prefixes.clear()
 
-    def _new_lane(self, alone: bool) -> Lane:
+    def _new_lane(self, alone: bool) -> Decoder:
         end = self._tokenizer.eos_token_ids
         if self._batches is None:
             self._batches = can_batch(self._model)
         batched = self._batches and not alone
-        return BatchLane(self._model, end, self._concurrency) if batched else SoloLane(self._model, end)
+        return BatchDecoder(self._model, end, self._concurrency) if batched else SingleDecoder(self._model, end)
 
-    def _keep(self, ticket: Ticket, read: Read) -> None:
+    def _keep(self, ticket: RequestState, read: Read) -> None:
         if ticket.owner is not None and ticket.owner != ALONE:
             self._prefixes.store(ticket.owner, read.tokens, read.cache)

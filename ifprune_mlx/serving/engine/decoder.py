@@ -73,7 +73,7 @@ class Token:
     read: Read | None
 
 
-class Lane(Protocol):
+class Decoder(Protocol):
     """Sequences that are decoded under the model's active selection."""
 
     def insert(self, sequence: Sequence) -> int:
@@ -97,7 +97,7 @@ class Lane(Protocol):
         ...
 
 
-class BatchLane:
+class BatchDecoder:
     """Any number of sequences, decoded together; new ones join between two steps."""
 
     def __init__(self, model: Model, end: Iterable[int], concurrency: int) -> None:
@@ -110,7 +110,7 @@ class BatchLane:
         )
 
     def insert(self, sequence: Sequence) -> int:
-        """See `Lane`."""
+        """See `Decoder`."""
         uids = self._generator.insert(
             [sequence.tokens],
             [sequence.max_tokens],
@@ -122,7 +122,7 @@ class BatchLane:
         return int(uids[0])
 
     def step(self) -> list[Token]:
-        """See `Lane`."""
+        """See `Decoder`."""
         _, responses = self._generator.next()
         return [
             Token(
@@ -136,21 +136,21 @@ class BatchLane:
         ]
 
     def remove(self, uid: int) -> Read:
-        """See `Lane`."""
+        """See `Decoder`."""
         cache, tokens = self._generator.remove([uid], return_prompt_caches=True)[uid]
         return Read(tokens, cache)
 
     def drop(self, uid: int) -> None:
-        """See `Lane`."""
+        """See `Decoder`."""
         self._generator.remove([uid])
 
     def close(self) -> None:
-        """See `Lane`."""
+        """See `Decoder`."""
         self._generator.close()
         mx.synchronize(generation_stream)  # the tokens that nobody wants any more are still being computed
 
 
-class SoloLane:
+class SingleDecoder:
     """One sequence at a time: for families whose caches do not batch, and for a cache of mixed provenance."""
 
     def __init__(self, model: Model, end: Iterable[int]) -> None:
@@ -161,7 +161,7 @@ class SoloLane:
         self._left = self._uid = 0
 
     def insert(self, sequence: Sequence) -> int:
-        """See `Lane`."""
+        """See `Decoder`."""
         assert self._steps is None
         self._cache = make_prompt_cache(self._model.module) if sequence.cache is None else sequence.cache
         self._read = [*sequence.read, *sequence.tokens]
@@ -185,7 +185,7 @@ class SoloLane:
         return self._uid
 
     def step(self) -> list[Token]:
-        """See `Lane`."""
+        """See `Decoder`."""
         assert self._steps is not None
         try:
             token, logprobs = next(self._steps)
@@ -198,19 +198,19 @@ class SoloLane:
         return [Token(self._uid, int(token), logprobs, reason, read)]
 
     def remove(self, uid: int) -> Read:
-        """See `Lane`."""
+        """See `Decoder`."""
         read = Read(self._read, self._cache)
         self.drop(uid)
         return read
 
     def drop(self, uid: int) -> None:
-        """See `Lane`."""
+        """See `Decoder`."""
         if self._steps is not None:
             self._steps.close()
         self._steps, self._cache, self._read = None, [], []
 
     def close(self) -> None:
-        """See `Lane`."""
+        """See `Decoder`."""
         self.drop(self._uid)
         mx.synchronize(generation_stream)
 

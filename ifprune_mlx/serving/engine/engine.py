@@ -14,14 +14,20 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ifprune_mlx.errors import IfpruneError
 from ifprune_mlx.model import Model
-from ifprune_mlx.serving.engine.active_selection import Switching
+from ifprune_mlx.serving.engine.active_selection import ActiveSelection
 from ifprune_mlx.serving.engine.batch import Batch
-from ifprune_mlx.serving.engine.request import Counters, EngineClosedError, GenerationFailedError, Job, Piece
-from ifprune_mlx.serving.engine.request_state import Ticket, reason_of
-from ifprune_mlx.serving.engine.request_table import Books
+from ifprune_mlx.serving.engine.request import (
+    EngineClosedError,
+    EngineStats,
+    GenerationFailedError,
+    Request,
+    RequestOutput,
+)
+from ifprune_mlx.serving.engine.request_state import RequestState, reason_of
+from ifprune_mlx.serving.engine.request_table import RequestTable
 from ifprune_mlx.serving.engine.scheduler import ALONE
 from ifprune_mlx.serving.engine.selection_step import choose, read_densely
-from ifprune_mlx.serving.engine.validation import check_job
+from ifprune_mlx.serving.engine.validation import check_request
 
 
 class Engine:
@@ -50,12 +56,12 @@ class Engine:
         patience: float = 2.0,
     ) -> None:
         self._model, self._concurrency = model, concurrency
-        self._books = Books(queue, patience)
+        self._books = RequestTable(queue, patience)
         # The worker's own.
-        self._switching = Switching(model, self._books)
+        self._switching = ActiveSelection(model, self._books)
         self._batch = Batch(model, tokenizer, self._books, concurrency, prompt_cache_bytes)
 
-    async def stream(self, job: Job) -> AsyncGenerator[Piece, None]:
+    async def stream(self, job: Request) -> AsyncGenerator[RequestOutput, None]:
         """Answer one job; may be called in any event loop of any thread.
 
         The answer is computed whether or not its pieces are read. Ending the generator early (`aclose`, cancelling its
@@ -67,17 +73,17 @@ class Engine:
             GenerationFailedError: if the model fails.
             IfpruneError: if the job cannot be answered: PromptError, BudgetError, SelectionError, CheckpointError, ...
         """
-        check_job(self._model, job)
+        check_request(self._model, job)
         loop = asyncio.get_running_loop()
-        inbox: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
+        inbox: asyncio.Queue[RequestOutput | BaseException] = asyncio.Queue()
 
-        def tell(news: Piece | BaseException) -> None:
+        def tell(news: RequestOutput | BaseException) -> None:
             try:
                 loop.call_soon_threadsafe(inbox.put_nowait, news)
             except RuntimeError:  # the event loop is gone, and its job with it
                 ticket.left = True
 
-        ticket = Ticket(job, tell)
+        ticket = RequestState(job, tell)
         if self._books.enter(ticket):
             self._begin()
         try:
@@ -91,10 +97,10 @@ class Engine:
         finally:
             self._books.leave(ticket)
 
-    def counters(self) -> Counters:
+    def counters(self) -> EngineStats:
         """What has been done so far; from any thread."""
         live = self._model.selection
-        return Counters(
+        return EngineStats(
             **self._books.counts(),
             selection=None if live is None else live.hash,
             prompt_cache_bytes=self._batch.prompt_cache_bytes,
@@ -182,7 +188,7 @@ class Engine:
             except Exception as exc:
                 self._refuse(ticket, exc)
 
-    def _start(self, ticket: Ticket) -> None:
+    def _start(self, ticket: RequestState) -> None:
         """Make a job's selection active and begin to decode it."""
         owner, history = ticket.owner, None
         assert owner is not None
@@ -206,7 +212,7 @@ class Engine:
         for token in tokens:
             self._batch.give(token)
 
-    def _refuse(self, ticket: Ticket, exc: Exception) -> None:
+    def _refuse(self, ticket: RequestState, exc: Exception) -> None:
         """Fail one job; the others know nothing of it."""
         self._books.refused(ticket)
         if not isinstance(exc, (IfpruneError, GenerationFailedError)):

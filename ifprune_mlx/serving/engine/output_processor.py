@@ -9,11 +9,11 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ifprune_mlx.serving.engine.request import STOP, Job, TokenLogprob
+from ifprune_mlx.serving.engine.request import STOP, Request, TokenLogprob
 from ifprune_mlx.serving.engine.stop_strings import StopText
 
 
-class Answer:
+class OutputProcessor:
     """The text of one job, as it grows.
 
     Attributes:
@@ -22,7 +22,7 @@ class Answer:
         completion_tokens: generated so far, with an end-of-text token.
     """
 
-    def __init__(self, job: Job, tokenizer: TokenizerWrapper) -> None:
+    def __init__(self, job: Request, tokenizer: TokenizerWrapper) -> None:
         self.finish_reason: str | None = None
         self.matched_stop: str | None = None
         self.completion_tokens = 0

@@ -12,7 +12,7 @@ from mlx_lm.models.cache import LRUPromptCache
 _MOST = 1024
 
 
-class Prefixes:
+class PrefixCache:
     """Caches by (owner, tokens), where an owner is a selection's hash or `dense`. Used in one thread.
 
     Args:

@@ -28,7 +28,7 @@ class GenerationFailedError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Choice:
+class SelectionParams:
     """What chooses the neurons of a job.
 
     Attributes:
@@ -36,7 +36,7 @@ class Choice:
         selection: a fixed one (a task that was looked up); no selector runs.
         dense: all neurons; no selector runs.
         density, active_parameters: the budget; None takes the checkpoint's. A fixed selection has its own.
-        policy: `first` and `turn` select by `Job.instruction` and differ only in what that is (the first or the last
+        policy: `first` and `turn` select by `Request.instruction` and differ only in what that is (first or last
             user message). `auto` does too, but keeps the live selection where the new one agrees with it by
             `ifprune_mlx.session.SWITCH_BELOW` or more and both keep the same number of neurons; `activation` always
             selects.
@@ -51,7 +51,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How a token is drawn from the model's distribution. The names and meanings are mlx-lm's.
 
     Attributes:
@@ -77,7 +77,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Job:
+class Request:
     """One answer to be computed.
 
     Attributes:
@@ -90,8 +90,8 @@ class Job:
 
     tokens: tuple[int, ...]
     instruction: str
-    choice: Choice
-    sampling: Sampling
+    choice: SelectionParams
+    sampling: SamplingParams
     max_tokens: int
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
@@ -112,7 +112,7 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True)
-class JobStats:
+class RequestStats:
     """What one job took. Seconds, plain numbers.
 
     Attributes:
@@ -152,7 +152,7 @@ class JobStats:
 
 
 @dataclass(frozen=True)
-class Piece:
+class RequestOutput:
     """A stretch of an answer.
 
     Attributes:
@@ -165,13 +165,13 @@ class Piece:
 
     text: str
     tokens: tuple[TokenLogprob, ...] = ()
-    stats: JobStats | None = None
+    stats: RequestStats | None = None
     selection: Selection | None = None
 
 
 @dataclass(frozen=True)
-class Counters:
-    """What an engine has done since it began. Tokens and seconds are sums over the `JobStats` of answered jobs.
+class EngineStats:
+    """What an engine has done since it began. Tokens and seconds are sums over the `RequestStats` of answered jobs.
 
     Attributes:
         requests: jobs that ended: answered, failed or cancelled.

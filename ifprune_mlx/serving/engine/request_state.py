@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 from ifprune_mlx.prompt_cache import DENSE
 from ifprune_mlx.selection.selection import Selection
-from ifprune_mlx.serving.engine.output_processor import Answer
-from ifprune_mlx.serving.engine.request import Job, JobStats, Piece
+from ifprune_mlx.serving.engine.output_processor import OutputProcessor
+from ifprune_mlx.serving.engine.request import Request, RequestOutput, RequestStats
 
 
-class Ticket:
+class RequestState:
     """A job on its way. The worker thread owns it, but for `left` and `counted`, which any thread may set.
 
     Attributes:
@@ -23,26 +23,26 @@ class Ticket:
         answer: None before its prompt is read.
         started, first: when reading its prompt began, and when its first token came, by `time.monotonic`.
 
-    The others are those of `JobStats`.
+    The others are those of `RequestStats`.
     """
 
-    def __init__(self, job: Job, tell: Callable[[Piece | BaseException], None]) -> None:
+    def __init__(self, job: Request, tell: Callable[[RequestOutput | BaseException], None]) -> None:
         self.job, self.tell = job, tell
         self.arrived = time.monotonic()
         self.left = self.counted = False
         self.owner: str | None = None
         self.selection: Selection | None = None
-        self.answer: Answer | None = None
+        self.answer: OutputProcessor | None = None
         self.overlap: float | None = None
         self.cached_tokens = self.batch = 0
         self.select_s = self.switch_s = 0.0
         self.started = self.first = 0.0
 
-    def stats(self, answer: Answer, now: float) -> JobStats:
+    def stats(self, answer: OutputProcessor, now: float) -> RequestStats:
         """What it took, at its end."""
         count, decode_s = answer.completion_tokens, now - self.first
         assert answer.finish_reason is not None
-        return JobStats(
+        return RequestStats(
             finish_reason=answer.finish_reason,
             matched_stop=answer.matched_stop,
             prompt_tokens=len(self.job.tokens),

@@ -11,15 +11,15 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
 
-from ifprune_mlx.serving.engine.request import EngineClosedError, EngineFullError, JobStats
-from ifprune_mlx.serving.engine.request_state import Ticket
+from ifprune_mlx.serving.engine.request import EngineClosedError, EngineFullError, RequestStats
+from ifprune_mlx.serving.engine.request_state import RequestState
 from ifprune_mlx.serving.engine.scheduler import next_job
 
 _TOKENS = ("prompt_tokens", "cached_tokens", "completion_tokens")
 _SECONDS = ("select_s", "switch_s", "prefill_s", "decode_s")
 
 
-class Books:
+class RequestTable:
     """The books of one engine. It is at work while it is in line for the model or has it, and else at rest.
 
     Args:
@@ -30,8 +30,8 @@ class Books:
     def __init__(self, most: int, patience: float) -> None:
         self._most, self._patience = most, patience
         self._lock = threading.Lock()
-        self._waiting: list[Ticket] = []
-        self._running: dict[int, Ticket] = {}  # only the worker changes it
+        self._waiting: list[RequestState] = []
+        self._running: dict[int, RequestState] = {}  # only the worker changes it
         self._place: Future[object] | None = None
         self._closed = self._working = False
         self._idle = threading.Event()
@@ -46,16 +46,16 @@ class Books:
         """Whether nobody may enter any more."""
         return self._closed
 
-    def given_up(self, ticket: Ticket) -> bool:
+    def given_up(self, ticket: RequestState) -> bool:
         """Whether nobody waits for the ticket's answer, or the engine is closed."""
         return ticket.left or self._closed
 
     def counts(self) -> dict[str, Any]:
-        """What `Counters` says of jobs: how many, their tokens and their seconds."""
+        """What `EngineStats` says of jobs: how many, their tokens and their seconds."""
         with self._lock:
             return {**self._counts, "running": len(self._running), "waiting": len(self._waiting), **self._sums}
 
-    def enter(self, ticket: Ticket) -> bool:
+    def enter(self, ticket: RequestState) -> bool:
         """Let a ticket wait.
 
         Returns:
@@ -76,7 +76,7 @@ class Books:
             self._idle.clear()
             return True
 
-    def leave(self, ticket: Ticket) -> None:
+    def leave(self, ticket: RequestState) -> None:
         """Nobody listens to a ticket any more: it waits no longer, and if it runs, the worker drops it."""
         with self._lock:
             ticket.left = True
@@ -112,7 +112,7 @@ class Books:
     # From the worker, which alone starts and ends tickets; `fail_all` also where its turn has been called off.
 
     @property
-    def running(self) -> Mapping[int, Ticket]:
+    def running(self) -> Mapping[int, RequestState]:
         """The tickets that are being computed, by their uids in the lane."""
         return self._running
 
@@ -122,12 +122,12 @@ class Books:
         with self._lock:
             return not (self._waiting or self._running)
 
-    def without_owner(self, most: int) -> list[Ticket]:
+    def without_owner(self, most: int) -> list[RequestState]:
         """The first tickets in the queue that have not selected, `most` at most."""
         with self._lock:
             return [ticket for ticket in self._waiting if ticket.owner is None][:most]
 
-    def take_next(self, live: str, since: float) -> Ticket | None:
+    def take_next(self, live: str, since: float) -> RequestState | None:
         """Take the ticket whose turn it is from the queue; see `queueing.next_job`."""
         with self._lock:
             now = time.monotonic()
@@ -136,7 +136,7 @@ class Books:
                 self._waiting.remove(ticket)
             return ticket
 
-    def started(self, uid: int, ticket: Ticket) -> None:
+    def started(self, uid: int, ticket: RequestState) -> None:
         """A ticket runs."""
         with self._lock:
             self._running[uid] = ticket
@@ -146,7 +146,7 @@ class Books:
         with self._lock:
             self._counts["switches"] += 1
 
-    def answered(self, uid: int, stats: JobStats) -> None:
+    def answered(self, uid: int, stats: RequestStats) -> None:
         """A running ticket has got its whole answer."""
         with self._lock:
             del self._running[uid]
@@ -154,14 +154,14 @@ class Books:
             for name in self._sums:
                 self._sums[name] += getattr(stats, name)
 
-    def cancelled(self, uid: int) -> Ticket:
+    def cancelled(self, uid: int) -> RequestState:
         """A running ticket, to which nobody listens, has ended."""
         with self._lock:
             ticket = self._running.pop(uid)
             self._count("cancelled")
             return ticket
 
-    def refused(self, ticket: Ticket) -> None:
+    def refused(self, ticket: RequestState) -> None:
         """A ticket that does not run yet has ended with an error."""
         with self._lock:
             if ticket in self._waiting:
@@ -169,7 +169,7 @@ class Books:
             if not ticket.counted:  # by `leave`, while its selection was made
                 self._count("cancelled" if ticket.left else "failed")
 
-    def fail_running(self) -> list[Ticket]:
+    def fail_running(self) -> list[RequestState]:
         """Every running ticket ends with an error."""
         with self._lock:
             failed = list(self._running.values())
@@ -177,7 +177,7 @@ class Books:
             self._count("failed", len(failed))
             return failed
 
-    def fail_all(self) -> list[Ticket]:
+    def fail_all(self) -> list[RequestState]:
         """Every ticket that there is ends with an error."""
         with self._lock:
             failed = [*self._running.values(), *self._waiting]

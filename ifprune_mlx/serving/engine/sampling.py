@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logits_processors
 
 from ifprune_mlx.errors import IfpruneError
-from ifprune_mlx.serving.engine.request import Sampling
+from ifprune_mlx.serving.engine.request import SamplingParams
 
 Sampler = Callable[[mx.array], mx.array]
 """Log-probabilities `[1, vocabulary]` -> the token drawn, `[1]`."""
@@ -23,8 +23,8 @@ Processor = Callable[[mx.array, mx.array], mx.array]
 """What was read so far `[n]`, logits `[1, vocabulary]` -> logits."""
 
 
-def check_sampling(sampling: Sampling, vocabulary: int | None) -> None:
-    """Raise IfpruneError if a setting is out of its range (see `Sampling`) or a biased token unknown."""
+def check_sampling(sampling: SamplingParams, vocabulary: int | None) -> None:
+    """Raise IfpruneError if a setting is out of its range (see `SamplingParams`) or a biased token unknown."""
     ranges = {
         "temperature": (0.0, math.inf),
         "top_p": (0.0, 1.0),
@@ -47,14 +47,14 @@ def check_sampling(sampling: Sampling, vocabulary: int | None) -> None:
             raise IfpruneError(f"logit_bias names token {token}, which the model does not have")
 
 
-def make_sampler(sampling: Sampling) -> Sampler:
+def make_sampler(sampling: SamplingParams) -> Sampler:
     """The sampler of one job. To be made and used in the thread that decodes."""
     if sampling.temperature == 0:
         return _greedy
     return _Keyed(sampling)
 
 
-def make_processors(sampling: Sampling) -> list[Processor]:
+def make_processors(sampling: SamplingParams) -> list[Processor]:
     """The penalties and biases of one job; at least one processor."""
     processors: list[Processor] = make_logits_processors(
         dict(sampling.logit_bias) or None,
@@ -77,7 +77,7 @@ def _unchanged(tokens: mx.array, logits: mx.array) -> mx.array:
 class _Keyed:
     """Draws with a key of its own, in mlx-lm's order: top-p, min-p, top-k, then temperature."""
 
-    def __init__(self, sampling: Sampling) -> None:
+    def __init__(self, sampling: SamplingParams) -> None:
         self._temperature = sampling.temperature
         self._filters: list[tuple[Callable[..., Any], float]] = []
         if sampling.top_p < 1:

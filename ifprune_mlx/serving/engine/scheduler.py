@@ -21,12 +21,12 @@ class Waiting(Protocol):
     owner: str | None
 
 
-Job = TypeVar("Job", bound=Waiting)
+Queued = TypeVar("Queued", bound=Waiting)
 
 
 def next_job(
-    waiting: Sequence[Job], live: str | None, since: float, running: bool, patience: float, now: float
-) -> Job | None:
+    waiting: Sequence[Queued], live: str | None, since: float, running: bool, patience: float, now: float
+) -> Queued | None:
     """The job to start now; None if it has to wait until those that run have ended, or until one has selected.
 
     Jobs of the live selection go first, in order, and join a running batch. A job of another selection that has waited

@@ -12,14 +12,14 @@ from ifprune_mlx.prompt_cache import DENSE, History
 from ifprune_mlx.selection.selection import Selection
 from ifprune_mlx.selection.selectors import Instruction, default_selector, make_selector
 from ifprune_mlx.serving.engine.request import EngineClosedError
-from ifprune_mlx.serving.engine.request_state import Ticket
+from ifprune_mlx.serving.engine.request_state import RequestState
 from ifprune_mlx.serving.engine.scheduler import ALONE
 from ifprune_mlx.session import SWITCH_BELOW
 
 _ACTIVATION = "activation"
 
 
-def choose(model: Model, ticket: Ticket, live: Selection | None) -> None:
+def choose(model: Model, ticket: RequestState, live: Selection | None) -> None:
     """Give a ticket its owner, and its selection unless `read_densely` is to find that. May leave the model dense.
 
     Args:
@@ -51,7 +51,7 @@ def choose(model: Model, ticket: Ticket, live: Selection | None) -> None:
     ticket.owner = ticket.selection.hash
 
 
-def read_densely(model: Model, ticket: Ticket, given_up: Callable[[], bool]) -> History:
+def read_densely(model: Model, ticket: RequestState, given_up: Callable[[], bool]) -> History:
     """The activation selector's dense reading of the prompt, which finds the ticket's selection.
 
     Args:

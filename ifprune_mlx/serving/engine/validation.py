@@ -5,13 +5,13 @@ from __future__ import annotations
 from ifprune_mlx.chat_template import check_prompt
 from ifprune_mlx.errors import IfpruneError, PromptError
 from ifprune_mlx.model import Model
-from ifprune_mlx.serving.engine.request import POLICIES, Job
+from ifprune_mlx.serving.engine.request import POLICIES, Request
 from ifprune_mlx.serving.engine.sampling import check_sampling
 
 _MOST_LOGPROBS = 20
 
 
-def check_job(model: Model, job: Job) -> None:
+def check_request(model: Model, job: Request) -> None:
     """Raise PromptError or IfpruneError if `model` cannot answer `job`, as far as that is known before it selects."""
     check_prompt(model, job.tokens)
     vocabulary = model.config.get("vocab_size", model.config.get("text_config", {}).get("vocab_size"))

@@ -7,15 +7,15 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from starlette.requests import Request
+from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from ifprune_mlx.serving.engine.request import Job, JobStats, Piece
+from ifprune_mlx.serving.engine.request import Request, RequestOutput, RequestStats
 from ifprune_mlx.serving.http.chat_rendering import AUTO, NAMED, NONE, REQUIRED, Conversation, Tools
 from ifprune_mlx.serving.http.error_responses import JsonResponse, error_body, to_json
 from ifprune_mlx.serving.http.fields import Fields, RequestError, read_sampling, read_stops, read_wish
 from ifprune_mlx.serving.http.service import Service
-from ifprune_mlx.serving.http.streaming import Exchange, event, read_fields
+from ifprune_mlx.serving.http.streaming import AnswerResponse, event, read_fields
 from ifprune_mlx.serving.http.tools import ToolCall, ToolSplitter
 
 _MOST_TOKENS = 2**31
@@ -28,7 +28,7 @@ class Anthropic:
     def __init__(self, service: Service) -> None:
         self._service = service
 
-    async def create(self, request: Request) -> Exchange:
+    async def create(self, request: HTTPRequest) -> AnswerResponse:
         """POST /v1/messages."""
         service, fields = self._service, await read_fields(request)
         service.check_model(fields.text("model"))
@@ -41,7 +41,7 @@ class Anthropic:
         stream = bool(fields.flag("stream"))
         tokens = await service.aside(lambda: service.renderer.conversation(conversation))
         choice = await service.aside(lambda: service.choice(wish))
-        job = Job(
+        job = Request(
             tokens=tokens,
             instruction=conversation.instruction(choice.policy),
             choice=choice,
@@ -50,9 +50,9 @@ class Anthropic:
             stop=stops + service.renderer.stops(conversation.tools),
         )
         writer = _MessageWriter(service, job, service.renderer.splitter(conversation.tools), stops)
-        return Exchange(service, [job], writer, stream)
+        return AnswerResponse(service, [job], writer, stream)
 
-    async def count(self, request: Request) -> Response:
+    async def count(self, request: HTTPRequest) -> Response:
         """POST /v1/messages/count_tokens."""
         service, fields = self._service, await read_fields(request)
         service.check_model(fields.text("model"))
@@ -64,11 +64,11 @@ class Anthropic:
 class _MessageWriter:
     """A message; as events, one content block after the other."""
 
-    def __init__(self, service: Service, job: Job, splitter: ToolSplitter | None, stops: tuple[str, ...]) -> None:
+    def __init__(self, service: Service, job: Request, splitter: ToolSplitter | None, stops: tuple[str, ...]) -> None:
         self._service, self._job, self._splitter, self._stops = service, job, splitter, stops
         self._blocks: list[dict[str, Any]] = []
         self._open = False
-        self._stats: JobStats | None = None
+        self._stats: RequestStats | None = None
         self._head = {
             "id": f"msg_{uuid.uuid4().hex[:24]}",
             "type": "message",
@@ -88,7 +88,7 @@ class _MessageWriter:
         }
         yield _event("message_start", message=message)
 
-    def take(self, index: int, piece: Piece) -> Iterator[bytes]:
+    def take(self, index: int, piece: RequestOutput) -> Iterator[bytes]:
         """Text and calls, as they become certain."""
         for part in self._parts(piece):
             tool = _tool_use(part) if isinstance(part, ToolCall) else None
@@ -126,7 +126,7 @@ class _MessageWriter:
         """The message object."""
         return {**self._head, "content": self._blocks, **self._ending(), "usage": self._usage(), **self._figures()}
 
-    def _parts(self, piece: Piece) -> Iterator[str | ToolCall]:
+    def _parts(self, piece: RequestOutput) -> Iterator[str | ToolCall]:
         if self._splitter is None:
             if piece.text:
                 yield piece.text

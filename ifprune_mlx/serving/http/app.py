@@ -8,7 +8,8 @@ from pathlib import Path
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
@@ -49,19 +50,19 @@ def make_app(service: Service, limits: Limits, *, ui: bool = False) -> ASGIApp:
     openai, anthropic = OpenAI(service), Anthropic(service)
     described = document(service.name, limits.api_key is not None)
 
-    async def health(request: Request) -> Response:
+    async def health(request: HTTPRequest) -> Response:
         return JsonResponse({"status": "ok", "model": service.name})
 
-    async def metrics(request: Request) -> Response:
+    async def metrics(request: HTTPRequest) -> Response:
         return Response(watch.text(service.engine.counters()), media_type=MEDIA_TYPE)
 
-    async def openapi(request: Request) -> Response:
+    async def openapi(request: HTTPRequest) -> Response:
         return JsonResponse(described)
 
-    async def tasks(request: Request) -> Response:
+    async def tasks(request: HTTPRequest) -> Response:
         return JsonResponse({"tasks": await service.aside(service.tasks)})
 
-    async def selection(request: Request) -> Response:
+    async def selection(request: HTTPRequest) -> Response:
         return JsonResponse(service.selection(request.path_params["hash"]))
 
     routes = [
@@ -105,18 +106,18 @@ def make_app(service: Service, limits: Limits, *, ui: bool = False) -> ASGIApp:
     return watch
 
 
-def _file(content: bytes, media_type: str) -> Callable[[Request], Response]:
-    def give(request: Request) -> Response:
+def _file(content: bytes, media_type: str) -> Callable[[HTTPRequest], Response]:
+    def give(request: HTTPRequest) -> Response:
         return Response(content, media_type=media_type, headers=_PAGE_HEADERS)
 
     return give
 
 
-async def _refused(request: Request, exc: Exception) -> Response:
+async def _refused(request: HTTPRequest, exc: Exception) -> Response:
     return error_response(request.url.path, refusal(exc))
 
 
-async def _not_found(request: Request, exc: Exception) -> Response:
+async def _not_found(request: HTTPRequest, exc: Exception) -> Response:
     """What Starlette itself refuses: an unknown path, or a method that a path has not."""
     assert isinstance(exc, HTTPException)
     path, headers = request.url.path, exc.headers
@@ -125,6 +126,6 @@ async def _not_found(request: Request, exc: Exception) -> Response:
     return error_response(path, RequestError(reason, status=exc.status_code, code=code, headers=headers))
 
 
-async def _gone(request: Request, exc: Exception) -> Response:
+async def _gone(request: HTTPRequest, exc: Exception) -> Response:
     """The client went away while it sent its body; nobody reads this."""
     return error_response(request.url.path, RequestError("the body is incomplete", code="incomplete_body"))

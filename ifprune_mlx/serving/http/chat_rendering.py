@@ -63,7 +63,7 @@ class Conversation:
         return str(users[0 if policy == "first" else -1]["content"])
 
 
-class Renderer:
+class ChatRenderer:
     """Makes conversations and texts into tokens of one model's prompt.
 
     Args:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ifprune_mlx.errors import IfpruneError
-from ifprune_mlx.serving.engine.request import POLICIES, Sampling
+from ifprune_mlx.serving.engine.request import POLICIES, SamplingParams
 
 SELECTORS = ("learned", "activation", "static", "random")
 MAX_STOPS, MAX_STOP_LENGTH = 16, 1000
@@ -185,7 +185,7 @@ class Wish:
 
     Attributes:
         task: the name of a saved selection.
-        policy: `first`, `turn` or `auto`; see `Choice`.
+        policy: `first`, `turn` or `auto`; see `SelectionParams`.
     """
 
     task: str | None = None
@@ -226,7 +226,7 @@ def read_wish(fields: Fields, headers: Mapping[str, str]) -> Wish:
     return wish
 
 
-def read_sampling(fields: Fields, defaults: Sampling, vocabulary: int) -> Sampling:
+def read_sampling(fields: Fields, defaults: SamplingParams, vocabulary: int) -> SamplingParams:
     """How to draw tokens, for what a body says of it; `defaults` for the rest.
 
     Args:
@@ -245,13 +245,13 @@ def read_sampling(fields: Fields, defaults: Sampling, vocabulary: int) -> Sampli
         "logit_bias": _logit_bias(fields, vocabulary),
         "seed": None if seed is None else seed % _SEEDS,
     }
-    return Sampling(**{**vars(defaults), **{name: value for name, value in given.items() if value is not None}})
+    return SamplingParams(**{**vars(defaults), **{name: value for name, value in given.items() if value is not None}})
 
 
-def seeded(sampling: Sampling, index: int) -> Sampling:
+def seeded(sampling: SamplingParams, index: int) -> SamplingParams:
     """The same for the `index`-th of several answers to one request: its seed differs."""
     seed = sampling.seed
-    return sampling if seed is None else Sampling(**{**vars(sampling), "seed": (seed + index) % _SEEDS})
+    return sampling if seed is None else SamplingParams(**{**vars(sampling), "seed": (seed + index) % _SEEDS})
 
 
 def read_stops(fields: Fields, field: str) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from collections import Counter
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ifprune_mlx.serving.engine.request import Counters
+from ifprune_mlx.serving.engine.request import EngineStats
 from ifprune_mlx.serving.http.error_responses import error_response, log_failure, refusal
 
 log = logging.getLogger("ifprune.serve")
@@ -78,7 +78,7 @@ class Watch:
             where = scope.get("raw_path", b"").decode("ascii", "replace")[:100]
             log.info("%s %s %d %.2f s%s", scope["method"], where, status, seconds, f", {note}" if note else "")
 
-    def text(self, counters: Counters) -> str:
+    def text(self, counters: EngineStats) -> str:
         """All figures, in Prometheus' text format."""
         lines = []
         for name, field, kind, meaning in _ENGINE:

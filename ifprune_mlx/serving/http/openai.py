@@ -11,15 +11,15 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
 
-from starlette.requests import Request
+from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from ifprune_mlx.serving.engine.request import Job, JobStats, Piece, TokenLogprob
+from ifprune_mlx.serving.engine.request import Request, RequestOutput, RequestStats, TokenLogprob
 from ifprune_mlx.serving.http.chat_rendering import AUTO, NAMED, NONE, REQUIRED, Conversation, Tools
 from ifprune_mlx.serving.http.error_responses import JsonResponse, error_body, to_json
 from ifprune_mlx.serving.http.fields import Fields, RequestError, read_sampling, read_stops, read_wish, seeded
 from ifprune_mlx.serving.http.service import Service
-from ifprune_mlx.serving.http.streaming import Exchange, event, read_fields
+from ifprune_mlx.serving.http.streaming import AnswerResponse, event, read_fields
 from ifprune_mlx.serving.http.tools import ToolCall, ToolSplitter
 
 _MOST_TOKENS = 2**31
@@ -43,7 +43,7 @@ class OpenAI:
     def __init__(self, service: Service) -> None:
         self._service = service
 
-    async def chat(self, request: Request) -> Exchange:
+    async def chat(self, request: HTTPRequest) -> AnswerResponse:
         """POST /v1/chat/completions."""
         service, fields = self._service, await read_fields(request)
         asked = self._asked(fields)
@@ -58,7 +58,7 @@ class OpenAI:
         tokens = await service.aside(lambda: service.renderer.conversation(conversation))
         choice = await service.aside(lambda: service.choice(wish))
         jobs = [
-            Job(
+            Request(
                 tokens=tokens,
                 instruction=conversation.instruction(choice.policy),
                 choice=choice,
@@ -70,9 +70,9 @@ class OpenAI:
             for index in range(asked.n)
         ]
         splitters = [service.renderer.splitter(conversation.tools) for _ in jobs]
-        return Exchange(service, jobs, _ChatWriter(service, asked, jobs, splitters), asked.stream)
+        return AnswerResponse(service, jobs, _ChatWriter(service, asked, jobs, splitters), asked.stream)
 
-    async def complete(self, request: Request) -> Exchange:
+    async def complete(self, request: HTTPRequest) -> AnswerResponse:
         """POST /v1/completions."""
         service, fields = self._service, await read_fields(request)
         asked = self._asked(fields)
@@ -93,13 +93,13 @@ class OpenAI:
             return [(service.renderer.prompt(prompt), service.renderer.instruction(prompt)) for prompt in prompts]
 
         jobs = [
-            Job(tokens, instruction, choice, seeded(sampling, index), max_tokens, stops, logprobs)
+            Request(tokens, instruction, choice, seeded(sampling, index), max_tokens, stops, logprobs)
             for tokens, instruction in await service.aside(encoded)
             for index in range(asked.n)
         ]
-        return Exchange(service, jobs, _TextWriter(service, asked, jobs), asked.stream)
+        return AnswerResponse(service, jobs, _TextWriter(service, asked, jobs), asked.stream)
 
-    async def models(self, request: Request) -> Response:
+    async def models(self, request: HTTPRequest) -> Response:
         """GET /v1/models; in the words of both APIs at once."""
         model = self._model()
         return JsonResponse(
@@ -112,7 +112,7 @@ class OpenAI:
             }
         )
 
-    async def model(self, request: Request) -> Response:
+    async def model(self, request: HTTPRequest) -> Response:
         """GET /v1/models/{model}."""
         self._service.check_model(request.path_params["model"])
         return JsonResponse(self._model())
@@ -168,7 +168,7 @@ class _Said:
     text: str = ""
     calls: list[dict[str, Any]] = field(default_factory=list)
     tokens: list[TokenLogprob] = field(default_factory=list)
-    stats: JobStats | None = None
+    stats: RequestStats | None = None
 
     @property
     def finish_reason(self) -> str | None:
@@ -183,7 +183,7 @@ class _OpenAIWriter(ABC):
     kind = ""
     prefix = ""
 
-    def __init__(self, service: Service, asked: _Asked, jobs: Sequence[Job]) -> None:
+    def __init__(self, service: Service, asked: _Asked, jobs: Sequence[Request]) -> None:
         self._service, self._asked, self._jobs = service, asked, jobs
         self._said = [_Said() for _ in jobs]
         self._logprobs = jobs[0].logprobs is not None
@@ -218,11 +218,11 @@ class _OpenAIWriter(ABC):
     def _choice(self, index: int, said: _Said) -> dict[str, Any]:
         """One answer of the completion object."""
 
-    def _chunk(self, choice: dict[str, Any], stats: JobStats | None = None) -> bytes:
+    def _chunk(self, choice: dict[str, Any], stats: RequestStats | None = None) -> bytes:
         usage = {"usage": None} if self._asked.include_usage else {}
         return event(to_json({**self._head, "choices": [choice], **usage, **self._figures(stats)}))
 
-    def _figures(self, stats: JobStats | None) -> dict[str, Any]:
+    def _figures(self, stats: RequestStats | None) -> dict[str, Any]:
         return {} if stats is None else {"ifprune": self._service.figures(stats)}
 
     def _usage(self) -> dict[str, Any]:
@@ -244,7 +244,7 @@ class _ChatWriter(_OpenAIWriter):
     prefix = "chatcmpl"
 
     def __init__(
-        self, service: Service, asked: _Asked, jobs: Sequence[Job], splitters: Sequence[ToolSplitter | None]
+        self, service: Service, asked: _Asked, jobs: Sequence[Request], splitters: Sequence[ToolSplitter | None]
     ) -> None:
         self.kind = "chat.completion.chunk" if asked.stream else "chat.completion"
         super().__init__(service, asked, jobs)
@@ -255,7 +255,7 @@ class _ChatWriter(_OpenAIWriter):
         for index in range(len(self._jobs)):
             yield self._chunk(_delta(index, {"role": "assistant", "content": ""}))
 
-    def take(self, index: int, piece: Piece) -> Iterator[bytes]:
+    def take(self, index: int, piece: RequestOutput) -> Iterator[bytes]:
         """Text and calls, as they become certain."""
         said, tokens = self._said[index], list(piece.tokens)
         said.tokens += tokens
@@ -275,7 +275,7 @@ class _ChatWriter(_OpenAIWriter):
             said.stats = piece.stats
             yield self._chunk(_delta(index, {}, said.finish_reason), piece.stats)
 
-    def _parts(self, index: int, piece: Piece) -> Iterator[str | ToolCall]:
+    def _parts(self, index: int, piece: RequestOutput) -> Iterator[str | ToolCall]:
         splitter = self._splitters[index]
         if splitter is None:
             if piece.text:
@@ -322,7 +322,7 @@ class _TextWriter(_OpenAIWriter):
         """Nothing goes before the text."""
         return iter(())
 
-    def take(self, index: int, piece: Piece) -> Iterator[bytes]:
+    def take(self, index: int, piece: RequestOutput) -> Iterator[bytes]:
         """Text, as it becomes certain."""
         said, tokens = self._said[index], list(piece.tokens)
         offset = sum(len(token.text) for token in said.tokens)

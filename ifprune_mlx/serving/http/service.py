@@ -20,8 +20,8 @@ from ifprune_mlx.model import Model
 from ifprune_mlx.selection.presets import TaskStore
 from ifprune_mlx.selection.selection import Selection
 from ifprune_mlx.serving.engine.engine import Engine
-from ifprune_mlx.serving.engine.request import Choice, Job, JobStats, Piece, Sampling
-from ifprune_mlx.serving.http.chat_rendering import Renderer
+from ifprune_mlx.serving.engine.request import Request, RequestOutput, RequestStats, SamplingParams, SelectionParams
+from ifprune_mlx.serving.http.chat_rendering import ChatRenderer
 from ifprune_mlx.serving.http.fields import RequestError, Wish
 
 Result = TypeVar("Result")
@@ -39,7 +39,7 @@ class Defaults:
     """
 
     wish: Wish = field(default_factory=Wish)
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     max_tokens: int = 512
 
 
@@ -72,7 +72,7 @@ class Service:
         self.defaults = defaults or Defaults()
         self.jobs = jobs
         self.started = int(time.time())
-        self.renderer = Renderer(model, tokenizer)
+        self.renderer = ChatRenderer(model, tokenizer)
         self.vocabulary = int(model.config.get("vocab_size") or model.config["text_config"]["vocab_size"])
         self._names = {name, *aliases, *ALIASES}
         self._tasks = TaskStore(model.checkpoint)
@@ -117,13 +117,13 @@ class Service:
             policy=asked.policy or own.policy,
         )
 
-    def choice(self, wish: Wish) -> Choice:
+    def choice(self, wish: Wish) -> SelectionParams:
         """What chooses the neurons; reads the file of a task, so call it aside.
 
         Raises:
             RequestError: if there is no such task.
         """
-        return Choice(
+        return SelectionParams(
             selector=wish.selector,
             selection=None if wish.task is None else self._task(wish.task),
             dense=wish.dense,
@@ -163,7 +163,7 @@ class Service:
             )
         return self._used[key]
 
-    async def run(self, jobs: Sequence[Job]) -> AsyncGenerator[tuple[int, Piece], None]:
+    async def run(self, jobs: Sequence[Request]) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         """Answer jobs side by side; pieces come as they are computed, each with the place of its job.
 
         Raises:
@@ -176,7 +176,7 @@ class Service:
                     self._remember(piece.selection)
                 yield index, piece
 
-    def figures(self, stats: JobStats) -> dict[str, Any]:
+    def figures(self, stats: RequestStats) -> dict[str, Any]:
         """What clients are told of how an answer came about: the `ifprune` object of a response."""
         total = self.model.total_parameters
         return {
@@ -196,7 +196,7 @@ class Service:
             "batch": stats.batch,
         }
 
-    async def _one(self, job: Job) -> AsyncGenerator[tuple[int, Piece], None]:
+    async def _one(self, job: Request) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         async with aclosing(self.engine.stream(job)) as stream:
             async for piece in stream:
                 yield 0, piece
@@ -232,10 +232,10 @@ class Service:
             del self._active[oldest]
 
 
-async def _merged(engine: Engine, jobs: Sequence[Job]) -> AsyncGenerator[tuple[int, Piece], None]:
-    news: asyncio.Queue[tuple[int, Piece] | Exception | None] = asyncio.Queue()
+async def _merged(engine: Engine, jobs: Sequence[Request]) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+    news: asyncio.Queue[tuple[int, RequestOutput] | Exception | None] = asyncio.Queue()
 
-    async def follow(index: int, job: Job) -> None:
+    async def follow(index: int, job: Request) -> None:
         try:
             async with aclosing(engine.stream(job)) as stream:
                 async for piece in stream:

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
-from starlette.requests import Request
+from starlette.requests import Request as HTTPRequest
 from starlette.types import Receive, Scope, Send
 
-from ifprune_mlx.serving.engine.request import Job, Piece
+from ifprune_mlx.serving.engine.request import Request, RequestOutput
 from ifprune_mlx.serving.http.error_responses import JsonResponse, log_failure, refusal
 from ifprune_mlx.serving.http.fields import Fields, RequestError, decode_json
 from ifprune_mlx.serving.http.service import Service
@@ -26,7 +26,7 @@ class Writer(Protocol):
         """The events before the first piece."""
         ...
 
-    def take(self, index: int, piece: Piece) -> Iterator[bytes]:
+    def take(self, index: int, piece: RequestOutput) -> Iterator[bytes]:
         """Take in a piece of the answer of a job; the events that it makes."""
         ...
 
@@ -43,13 +43,13 @@ class Writer(Protocol):
         ...
 
 
-class Exchange:
+class AnswerResponse:
     """The response that computes `jobs` and sends what `writer` makes of them; an ASGI application.
 
     What cannot be answered at all is raised before anything is sent.
     """
 
-    def __init__(self, service: Service, jobs: Sequence[Job], writer: Writer, stream: bool) -> None:
+    def __init__(self, service: Service, jobs: Sequence[Request], writer: Writer, stream: bool) -> None:
         self._service, self._jobs, self._writer, self._stream = service, jobs, writer, stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -100,7 +100,7 @@ class Exchange:
                 await _send(send, self._writer.error(error))
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    def _note(self, scope: Scope, piece: Piece) -> None:
+    def _note(self, scope: Scope, piece: RequestOutput) -> None:
         stats = piece.stats
         if stats is not None:
             what = "dense" if stats.selection is None else f"{stats.selector} {stats.density:.2f} {stats.selection[:6]}"
@@ -109,7 +109,7 @@ class Exchange:
             )
 
 
-async def read_fields(request: Request) -> Fields:
+async def read_fields(request: HTTPRequest) -> Fields:
     """The JSON object in a request's body.
 
     Raises:

@@ -18,7 +18,7 @@ from tests.hub_stub import HubStub, serve
 RESOLVE = """
 import json, sys
 from ifprune_mlx.errors import IfpruneError
-from ifprune_mlx.hub import resolve
+from ifprune_mlx.checkpoint.hub import resolve
 
 def answer(name):
     told = []

@@ -189,8 +189,8 @@ def test_processes_share_a_folder(tmp_path: Path) -> None:
     """They write, read and throw out the same few files at once; nobody sees a wrong selection, and nobody fails."""
     code = """
 import sys
-from ifprune_mlx.selection_cache import SelectionCache
-from tests.ifprune_mlx.test_selection_cache import key, look, made
+from ifprune_mlx.selection.cache import SelectionCache
+from tests.ifprune_mlx.selection.test_cache import key, look, made
 expected = [made(number) for number in range(6)]
 for round_ in range(8):
     cache = SelectionCache(sys.argv[1], files=3)

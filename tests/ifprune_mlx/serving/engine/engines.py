@@ -14,7 +14,7 @@ from mlx_lm.sample_utils import make_logits_processors
 
 from ifprune_mlx import Model, Selection, generate
 from ifprune_mlx.serving.engine.engine import Engine
-from ifprune_mlx.serving.engine.request import Choice, Job, JobStats, Piece, Sampling
+from ifprune_mlx.serving.engine.request import Request, RequestOutput, RequestStats, SamplingParams, SelectionParams
 from tests.ifprune_mlx.reference import random_selection
 
 Tiny = tuple[Model, Any]
@@ -41,32 +41,32 @@ def prompt(seed: int, length: int = 20) -> tuple[int, ...]:
     return tuple(int(token) for token in generator.integers(40, 100, length))
 
 
-def job(tokens: tuple[int, ...] = prompt(0), selection: Selection | None = A, **changes: Any) -> Job:
+def job(tokens: tuple[int, ...] = prompt(0), selection: Selection | None = A, **changes: Any) -> Request:
     """A greedy job of 12 tokens that no end-of-text token ends."""
-    choice = Choice(selection=selection, dense=selection is None)
-    sampling = Sampling(logit_bias={END: -1000.0})
-    return replace(Job(tokens, "instruction", choice, sampling, max_tokens=12), **changes)
+    choice = SelectionParams(selection=selection, dense=selection is None)
+    sampling = SamplingParams(logit_bias={END: -1000.0})
+    return replace(Request(tokens, "instruction", choice, sampling, max_tokens=12), **changes)
 
 
-async def pieces_of(engine: Engine, one: Job) -> list[Piece]:
+async def pieces_of(engine: Engine, one: Request) -> list[RequestOutput]:
     return [piece async for piece in engine.stream(one)]
 
 
-def text_of(pieces: list[Piece]) -> str:
+def text_of(pieces: list[RequestOutput]) -> str:
     return "".join(piece.text for piece in pieces)
 
 
-def stats_of(pieces: list[Piece]) -> JobStats:
+def stats_of(pieces: list[RequestOutput]) -> RequestStats:
     assert [piece.stats is None for piece in pieces] == [True] * (len(pieces) - 1) + [False]
     stats = pieces[-1].stats
     assert stats is not None
     return stats
 
 
-def together(engine: Engine, *jobs: Job) -> list[list[Piece]]:
+def together(engine: Engine, *jobs: Request) -> list[list[RequestOutput]]:
     """The answers of jobs that are asked for at the same time, in the order given."""
 
-    async def gather() -> list[list[Piece]]:
+    async def gather() -> list[list[RequestOutput]]:
         return await asyncio.gather(*(pieces_of(engine, one) for one in jobs))
 
     answers = asyncio.run(gather())
@@ -74,12 +74,12 @@ def together(engine: Engine, *jobs: Job) -> list[list[Piece]]:
     return answers
 
 
-def ask(engine: Engine, one: Job) -> tuple[str, JobStats]:
+def ask(engine: Engine, one: Request) -> tuple[str, RequestStats]:
     pieces = together(engine, one)[0]
     return text_of(pieces), stats_of(pieces)
 
 
-def alone(tiny: Tiny, one: Job) -> str:
+def alone(tiny: Tiny, one: Request) -> str:
     """The same answer from `ifprune_mlx.generate`, under the same selection."""
     processors = make_logits_processors({END: -1000.0})
     return generate(

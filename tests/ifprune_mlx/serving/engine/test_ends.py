@@ -11,9 +11,9 @@ import pytest
 
 from ifprune_mlx import ModelBusyError, PromptError, Session, load
 from ifprune_mlx.serving.engine.engine import Engine
-from ifprune_mlx.serving.engine.request import Choice, EngineClosedError, Sampling
-from ifprune_mlx.serving.engine.request_state import Ticket
-from ifprune_mlx.serving.engine.request_table import Books
+from ifprune_mlx.serving.engine.request import EngineClosedError, SamplingParams, SelectionParams
+from ifprune_mlx.serving.engine.request_state import RequestState
+from ifprune_mlx.serving.engine.request_table import RequestTable
 from tests.ifprune_mlx.serving.engine.engines import (
     CHOICES,
     END,
@@ -63,7 +63,7 @@ def test_leaving_while_a_long_prompt_is_read(
     if not batches:
         monkeypatch.setattr("ifprune_mlx.serving.engine.batch.can_batch", lambda model: False)
     tiny = load(write_checkpoint(tmp_path / "checkpoint", max_position_embeddings=16384))
-    long = job(prompt(1, 12000), choice=Choice(selector=selector, density=0.5))
+    long = job(prompt(1, 12000), choice=SelectionParams(selector=selector, density=0.5))
 
     async def leave(engine: Engine) -> None:
         task = asyncio.create_task(pieces_of(engine, long))
@@ -103,7 +103,7 @@ def test_no_piece_holds_what_may_be_a_stop_string(tiny: Tiny) -> None:
 def test_an_end_of_text_token_ends_the_answer_and_is_not_text(tiny: Tiny) -> None:
     whole = alone(tiny, job())
     with serving(tiny) as engine:
-        text, stats = ask(engine, job(sampling=Sampling(logit_bias={END: 1000.0})))
+        text, stats = ask(engine, job(sampling=SamplingParams(logit_bias={END: 1000.0})))
         assert (text, stats.finish_reason, stats.completion_tokens) == ("", "stop", 1)
         assert ask(engine, job())[0] == whole
 
@@ -171,8 +171,8 @@ def test_an_engine_waits_for_its_turn_with_the_model(tiny: Tiny) -> None:
 @pytest.mark.parametrize("moment", ["while it waits", "while it is next"])
 def test_a_job_that_is_left_and_fails_is_counted_once(moment: str) -> None:
     """Its client leaves while the worker makes its selection, which then fails."""
-    books = Books(most=4, patience=1.0)
-    ticket = Ticket(job(), lambda news: None)
+    books = RequestTable(most=4, patience=1.0)
+    ticket = RequestState(job(), lambda news: None)
     books.enter(ticket)
     if moment == "while it is next":
         ticket.owner = "dense"

@@ -14,7 +14,7 @@ from ifprune_mlx import BudgetError, load, make_selector, stream_generate
 from ifprune_mlx.selection.predictor import Head, SparsityPredictor
 from ifprune_mlx.selection.selectors import Instruction
 from ifprune_mlx.serving.engine.engine import Engine
-from ifprune_mlx.serving.engine.request import Choice, Piece, Sampling
+from ifprune_mlx.serving.engine.request import RequestOutput, SamplingParams, SelectionParams
 from tests.family_configs import tiny_config
 from tests.ifprune_mlx.reference import random_selection
 from tests.ifprune_mlx.serving.engine.engines import (
@@ -79,7 +79,7 @@ def test_event_loops_of_several_threads_share_an_engine(tiny: Tiny) -> None:
 @pytest.mark.parametrize("selector", ["static", "random", "activation"])
 def test_selectors_select_as_generate_does(tiny: Tiny, selector: str) -> None:
     jobs = [
-        job(prompt(seed), choice=Choice(selector=selector, density=density), instruction=f"instruction {seed}")
+        job(prompt(seed), choice=SelectionParams(selector=selector, density=density), instruction=f"instruction {seed}")
         for seed, density in enumerate((0.5, 0.25, 0.5))
     ]
     expected = []
@@ -123,7 +123,7 @@ def test_other_families(tmp_path: Path, family: str) -> None:
 
 def test_a_family_that_does_not_batch_is_served_one_by_one(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ifprune_mlx.serving.engine.batch.can_batch", lambda model: False)
-    penalties = Sampling(logit_bias={END: -1000.0}, repetition_penalty=1.3, frequency_penalty=0.5)
+    penalties = SamplingParams(logit_bias={END: -1000.0}, repetition_penalty=1.3, frequency_penalty=0.5)
     jobs = [job(prompt(seed), CHOICES[name], sampling=penalties) for seed, name in enumerate(["A", "B", "A", "A"])]
     with serving(tiny, patience=60) as engine:
         single = together(engine, *jobs)
@@ -148,7 +148,11 @@ def test_selecting_with_the_models_own_layers_disturbs_no_running_job(tiny: Tiny
     head = Head(first, None, second, None, WIDTHS, layers=1)
     model.__dict__["predictor"] = SparsityPredictor(model.module, tokenizer, head, model.context_length)
     learned = [
-        job(prompt(seed), choice=Choice(selector="learned", density=0.5), instruction=f"{seed} instruction {seed}")
+        job(
+            prompt(seed),
+            choice=SelectionParams(selector="learned", density=0.5),
+            instruction=f"{seed} instruction {seed}",
+        )
         for seed in range(4)
     ]
     expected = []
@@ -162,7 +166,7 @@ def test_selecting_with_the_models_own_layers_disturbs_no_running_job(tiny: Tiny
     running = job(prompt(9), A, max_tokens=150)
     whole = alone(tiny, running)
 
-    async def crowd(engine: Engine) -> tuple[str, list[list[Piece]]]:
+    async def crowd(engine: Engine) -> tuple[str, list[list[RequestOutput]]]:
         stream = engine.stream(running)
         said = (await stream.__anext__()).text
         others = asyncio.gather(*(pieces_of(engine, one) for one in learned))
@@ -183,7 +187,7 @@ def test_a_model_on_ssd_is_served_but_never_dense(tiny: Tiny, tiny_checkpoint: P
     streamed = load(tiny_checkpoint, residency="ssd")
     with serving(streamed) as engine:
         assert [text_of(pieces) for pieces in together(engine, *jobs)] == expected
-        for choice in (Choice(dense=True), Choice(selector="activation")):
+        for choice in (SelectionParams(dense=True), SelectionParams(selector="activation")):
             with pytest.raises(BudgetError, match="residency ram"):
                 ask(engine, job(choice=choice))
     streamed[0].close()

@@ -9,7 +9,13 @@ import pytest
 
 from ifprune_mlx import BudgetError, IfpruneError, PromptError, SelectionError
 from ifprune_mlx.serving.engine.engine import Engine
-from ifprune_mlx.serving.engine.request import Choice, EngineFullError, GenerationFailedError, Job, Sampling
+from ifprune_mlx.serving.engine.request import (
+    EngineFullError,
+    GenerationFailedError,
+    Request,
+    SamplingParams,
+    SelectionParams,
+)
 from tests.ifprune_mlx.reference import random_selection
 from tests.ifprune_mlx.serving.engine.engines import (
     CHOICES,
@@ -30,20 +36,20 @@ from tests.tiny import VOCABULARY
 def test_what_cannot_be_answered_fails_alone(tiny: Tiny) -> None:
     wrong = random_selection((64, 64), (8, 8), seed=0)
     good = job(prompt(1), max_tokens=30)
-    bad: list[tuple[Job, type[IfpruneError], str]] = [
-        (job(choice=Choice(selector="static", density=7.0)), BudgetError, "density 7"),
-        (job(choice=Choice(selector="nonsense")), IfpruneError, "unknown selector"),
-        (job(choice=Choice(selector="static", policy="never")), IfpruneError, "unknown policy"),
+    bad: list[tuple[Request, type[IfpruneError], str]] = [
+        (job(choice=SelectionParams(selector="static", density=7.0)), BudgetError, "density 7"),
+        (job(choice=SelectionParams(selector="nonsense")), IfpruneError, "unknown selector"),
+        (job(choice=SelectionParams(selector="static", policy="never")), IfpruneError, "unknown policy"),
         (job(selection=wrong), SelectionError, ""),
         (job(()), PromptError, "empty"),
         (job((VOCABULARY,)), PromptError, "token ids"),
         (job(max_tokens=0), PromptError, "max tokens"),
         (job(stop=("",)), IfpruneError, "stop string"),
         (job(logprobs=21), IfpruneError, "from 0 to 20"),
-        (job(sampling=Sampling(temperature=-1)), IfpruneError, "temperature"),
-        (job(sampling=Sampling(top_p=0)), IfpruneError, "top_p"),
-        (job(sampling=Sampling(logit_bias={VOCABULARY: 1.0})), IfpruneError, "logit_bias"),
-        (job(sampling=Sampling(logit_bias={3: float("nan")})), IfpruneError, "logit_bias"),
+        (job(sampling=SamplingParams(temperature=-1)), IfpruneError, "temperature"),
+        (job(sampling=SamplingParams(top_p=0)), IfpruneError, "top_p"),
+        (job(sampling=SamplingParams(logit_bias={VOCABULARY: 1.0})), IfpruneError, "logit_bias"),
+        (job(sampling=SamplingParams(logit_bias={3: float("nan")})), IfpruneError, "logit_bias"),
     ]
 
     async def all_at_once(engine: Engine) -> list[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ifprune_mlx.serving.engine.request import Sampling
+from ifprune_mlx.serving.engine.request import SamplingParams
 from tests.ifprune_mlx.serving.engine.engines import (
     END,
     A,
@@ -36,7 +36,7 @@ def test_a_conversation_goes_on_from_its_cache_and_only_under_its_selection(tiny
 
 def test_a_batch_of_cached_and_new_prompts_equals_each_alone(tiny: Tiny) -> None:
     # Penalties look at what was read, whether from a cache or not.
-    sampling = Sampling(logit_bias={END: -1000.0}, repetition_penalty=1.5, presence_penalty=1.0)
+    sampling = SamplingParams(logit_bias={END: -1000.0}, repetition_penalty=1.5, presence_penalty=1.0)
     jobs = [job((*prompt(1), *prompt(seed, 3 * seed)), sampling=sampling) for seed in range(2, 6)]
     with serving(tiny, prompt_cache_bytes=0) as engine:
         expected = [ask(engine, one)[0] for one in jobs]

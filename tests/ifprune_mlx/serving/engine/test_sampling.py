@@ -9,13 +9,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from ifprune_mlx.serving.engine.request import Job, Sampling
+from ifprune_mlx.serving.engine.request import Request, SamplingParams
 from tests.ifprune_mlx.serving.engine.engines import END, A, Tiny, alone, ask, job, prompt, serving, text_of, together
 
 
 def test_the_same_seed_draws_the_same_tokens_whoever_is_beside(tiny: Tiny) -> None:
-    def drawn(seed: int | None, **settings: Any) -> Job:
-        sampling = Sampling(temperature=1.0, seed=seed, logit_bias={END: -1000.0}, **settings)
+    def drawn(seed: int | None, **settings: Any) -> Request:
+        sampling = SamplingParams(temperature=1.0, seed=seed, logit_bias={END: -1000.0}, **settings)
         return job(prompt(1), sampling=sampling, max_tokens=20)
 
     with serving(tiny) as engine:
@@ -32,7 +32,7 @@ def test_the_same_seed_draws_the_same_tokens_whoever_is_beside(tiny: Tiny) -> No
 def test_a_temperature_draws_by_the_models_own_distribution(tiny: Tiny) -> None:
     bias = {100: 50.0, 101: 50.0 + float(np.log(3.0))}
     with serving(tiny, concurrency=32, queue=400) as engine:
-        one = job(max_tokens=1, logprobs=2, sampling=Sampling(temperature=1.0, logit_bias=bias))
+        one = job(max_tokens=1, logprobs=2, sampling=SamplingParams(temperature=1.0, logit_bias=bias))
         answers = together(engine, *[replace(one, sampling=replace(one.sampling, seed=seed)) for seed in range(300)])
     tokens = [pieces[-1].tokens[0] for pieces in answers]
     top = {id: np.exp(logprob) for id, _, logprob in tokens[0].top}
@@ -43,7 +43,7 @@ def test_a_temperature_draws_by_the_models_own_distribution(tiny: Tiny) -> None:
 
 def test_logprobs_are_the_models(tiny: Tiny) -> None:
     model, _ = tiny
-    one = job(logprobs=3, sampling=Sampling())
+    one = job(logprobs=3, sampling=SamplingParams())
     with serving(tiny) as engine:
         pieces = together(engine, one, job(prompt(2)))[0]
     tokens = [token for piece in pieces for token in piece.tokens]

@@ -10,15 +10,15 @@ from ifprune_mlx.serving.engine.scheduler import ALONE, next_job
 
 
 @dataclass
-class Job:
+class Request:
     arrived: float
     owner: str | None
 
 
-def jobs(text: str) -> list[Job]:
+def jobs(text: str) -> list[Request]:
     """`A0 B1`: owner and arrival; `?` has not selected, `-` is alone."""
     names = {"?": None, "-": ALONE}
-    return [Job(float(item[1:]), names.get(item[0], item[0])) for item in text.split()]
+    return [Request(float(item[1:]), names.get(item[0], item[0])) for item in text.split()]
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_a_selection_that_has_just_come_has_its_time() -> None:
 def test_under_a_steady_crowd_nobody_starves_and_switches_are_bounded(patience: float) -> None:
     """A machine with two seats, three selections, and more jobs than it can ever answer; one unit a job."""
     names = "ABC"
-    waiting: list[Job] = []
+    waiting: list[Request] = []
     running: list[float] = []
     live, since, switches, waits = "A", 0.0, 0, []
     steps, came = 400, 0
@@ -66,7 +66,7 @@ def test_under_a_steady_crowd_nobody_starves_and_switches_are_bounded(patience: 
         now = step * 0.5
         running = [end for end in running if end > now]
         for _ in range(2 if step < 40 else 1 if step % 2 else 2):
-            waiting.append(Job(now, names[came * 7 % 5 % 3]))
+            waiting.append(Request(now, names[came * 7 % 5 % 3]))
             came += 1
         while len(running) < 2 and (job := next_job(waiting, live, since, bool(running), patience, now)) is not None:
             waiting.remove(job)

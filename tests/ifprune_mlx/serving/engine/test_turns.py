@@ -9,7 +9,7 @@ import numpy as np
 
 from ifprune_mlx import Selection
 from ifprune_mlx.serving.engine.engine import Engine
-from ifprune_mlx.serving.engine.request import Choice, Piece
+from ifprune_mlx.serving.engine.request import RequestOutput, SelectionParams
 from tests.ifprune_mlx.serving.engine.engines import (
     CHOICES,
     WIDTHS,
@@ -32,7 +32,7 @@ def test_a_job_joins_the_running_batch_of_its_selection(tiny: Tiny) -> None:
     late = job(prompt(2))
     expected = alone(tiny, late)
 
-    async def join(engine: Engine) -> tuple[list[Piece], list[Piece]]:
+    async def join(engine: Engine) -> tuple[list[RequestOutput], list[RequestOutput]]:
         first = engine.stream(job(prompt(1), max_tokens=60))
         head = [await first.__anext__() for _ in range(3)]
         joined = await pieces_of(engine, late)
@@ -91,7 +91,7 @@ def test_a_stream_of_live_jobs_does_not_starve_another_selection(tiny: Tiny) -> 
 
 
 def test_auto_keeps_a_live_selection_that_agrees(tiny: Tiny) -> None:
-    near = Choice(selector="static", density=0.5, policy="auto")
+    near = SelectionParams(selector="static", density=0.5, policy="auto")
     with serving(tiny) as engine:
         _, first = ask(engine, job(choice=replace(near, policy="turn")))
         ids = [list(ids) for ids in tiny[0].selection.ids]

@@ -46,7 +46,7 @@ def frail(trouble: Path) -> Iterator[Served]:
         checkpoint,
         trouble.parent,
         env={"TROUBLE": str(trouble)},
-        prelude=fails("ifprune_mlx.serving.engine.decoder", "BatchLane.step"),
+        prelude=fails("ifprune_mlx.serving.engine.decoder", "BatchDecoder.step"),
     ) as server:
         yield server
 
