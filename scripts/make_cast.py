@@ -126,8 +126,14 @@ def output(command: list[str], columns: int, rows: int) -> Iterator[tuple[float,
         raise SystemExit(f"{shlex.join(command)}: exit code {status}")
 
 
-def record(commands: list[str], columns: int, rows: int, speed: float, longest: float) -> tuple[list[Piece], int, list]:
-    """Every piece of text, the ticks of the whole, and (tick, number of lines) whenever the last one changes."""
+def record(
+    commands: list[str], columns: int, rows: int, speed: float, longest: float
+) -> tuple[list[Piece], int, list[tuple[int, int]]]:
+    """Run the commands one after the other.
+
+    Returns:
+        Every piece of text; the ticks of the whole; (tick, number of lines) for each moment at which it grows.
+    """
     screen, clock = Screen(columns), 0.0
     pieces: list[Piece] = []
     shown: dict[int, str] = {}
@@ -182,8 +188,10 @@ def svg(pieces: list[Piece], ticks: int, heights: list[tuple[int, int]], columns
 
     def animated(attribute: str, values: list[tuple[int, str]]) -> str:
         moments, states = [at(tick) for tick, _ in values], [state for _, state in values]
-        kind = 'Transform attributeName="transform" type="translate"' if attribute == "transform" else (
-            f' attributeName="{attribute}"'
+        kind = (
+            'Transform attributeName="transform" type="translate"'
+            if attribute == "transform"
+            else (f' attributeName="{attribute}"')
         )
         return (
             f'<animate{kind} calcMode="discrete" dur="{seconds}" repeatCount="indefinite" '
