@@ -111,7 +111,7 @@ def output(command: list[str], columns: int, rows: int) -> Iterator[tuple[float,
             command = [sys.executable, "-m", "ifprune_cli.main", *command[1:]]
         os.execvp(command[0], command)
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-    decoder, began = codecs.getincrementaldecoder("utf-8")("replace"), time.monotonic()
+    decoder, began, last = codecs.getincrementaldecoder("utf-8")("replace"), time.monotonic(), ""
     while True:
         select.select([terminal], [], [])
         try:
@@ -120,10 +120,11 @@ def output(command: list[str], columns: int, rows: int) -> Iterator[tuple[float,
             data = b""
         if not data:
             break
-        yield time.monotonic() - began, decoder.decode(data)
+        last = decoder.decode(data)
+        yield time.monotonic() - began, last
     os.close(terminal)
     if status := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
-        raise SystemExit(f"{shlex.join(command)}: exit code {status}")
+        raise SystemExit(f"{shlex.join(command)}: exit code {status}\n{last}")
 
 
 def record(
