@@ -32,6 +32,8 @@ TICK = 0.1
 """Seconds of the shortest change that is drawn."""
 HOLD = 5.0
 """Seconds for which the last screen stays."""
+COMMANDS, FIGURES = ("$ ", "> "), ("[", "  dense: ", "  sliced: ")
+"""How lines begin that are drawn in green, and in grey."""
 CONTROL = re.compile(r"\x1b\[([?0-9;]*)([A-Za-z])|\x1b\][^\x07]*\x07|\x1b[()].|\x1b.")
 
 
@@ -201,7 +203,7 @@ def svg(pieces: list[Piece], ticks: int, heights: list[tuple[int, int]], columns
 
     def style(piece: Piece) -> str:
         line = next((one.text for one in pieces if one.row == piece.row and one.column == 0), piece.text)
-        return " class='c'" if line.startswith("$ ") else " class='d'" if line.startswith("[") else ""
+        return " class='c'" if line.startswith(COMMANDS) else " class='d'" if line.startswith(FIGURES) else ""
 
     scrolls = [(0, 0)]
     for tick, lines in heights:
