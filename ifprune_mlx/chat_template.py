@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ifprune_mlx.errors import PromptError
+from ifprune_mlx.errors import PromptError, reason_of
 
 if TYPE_CHECKING:
     from ifprune_mlx.model import Model
@@ -49,7 +49,7 @@ def render_messages(tokenizer: TokenizerWrapper, messages: Messages) -> list[int
     try:
         return list(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True))
     except Exception as exc:  # jinja and the templates themselves raise what they like
-        raise PromptError(f"the chat template refuses these messages ({' '.join(str(exc).split())[:200]})") from None
+        raise PromptError(f"the chat template refuses these messages ({reason_of(exc)})") from None
 
 
 def instruction_of(tokenizer: TokenizerWrapper, prompt: Prompt) -> str:

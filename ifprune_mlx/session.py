@@ -19,8 +19,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ifprune_mlx.chat_template import render_messages
 from ifprune_mlx.checkpoint.atomic_write import write_atomic
 from ifprune_mlx.checkpoint.format import read_json_object
-from ifprune_mlx.errors import ChatFileError, IfpruneError, PromptError, SelectionError
-from ifprune_mlx.generation import REPREFILL, GenerationResponse, Request, Stats, answer
+from ifprune_mlx.errors import ChatFileError, IfpruneError, PromptError, SelectionError, reason_of
+from ifprune_mlx.generation import REPREFILL, GenerationRequest, GenerationResponse, Stats, answer
 from ifprune_mlx.model import Model, Progress
 from ifprune_mlx.model_lock import ModelBusyError, Operation
 from ifprune_mlx.prompt_cache import History
@@ -126,7 +126,7 @@ class Session:
             PromptError: if the message is empty or the conversation no longer fits the context.
             ModelBusyError: if another answer of this model is under way, or another thread reads or closes this one.
         """
-        return self.model.ownership.during(self._answer(text, max_tokens, progress, threading.Event()))
+        return self.model.lock.during(self._answer(text, max_tokens, progress, threading.Event()))
 
     def astream(
         self, text: str, *, max_tokens: int = 256, progress: Progress | None = None
@@ -146,7 +146,7 @@ class Session:
             PromptError: as `stream`.
         """
         stop = threading.Event()
-        return self.model.ownership.in_worker(self._answer(text, max_tokens, progress, stop), stop.set)
+        return self.model.lock.in_worker(self._answer(text, max_tokens, progress, stop), stop.set)
 
     def ask(self, text: str, **kwargs: Any) -> str:
         """The whole answer to one message; takes what `stream` takes."""
@@ -262,7 +262,7 @@ class Session:
                 raise ValueError("neurons to keep that the model does not have")
             instruction = None if state["instruction"] is None else str(state["instruction"])
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, MemoryError, SelectionError) as exc:
-            raise ChatFileError(f"{path}: the saved chat is damaged ({exc!r}); nothing was loaded") from None
+            raise ChatFileError(f"{path}: the saved chat is damaged ({reason_of(exc)}); nothing was loaded") from None
         self.reset()
         self.messages, self.system_prompt, self.dense = messages, system, dense
         self._selection, self._instruction, self._keep = selection, instruction, keep
@@ -275,7 +275,7 @@ class Session:
     def _answer(
         self, text: str, max_tokens: int, progress: Progress | None, stop: threading.Event
     ) -> Generator[GenerationResponse, None, None]:
-        """What `stream` says, as one operation of `Ownership`; `stop` ends it early."""
+        """What `stream` says, as one operation of `ModelLock`; `stop` ends it early."""
         if not text.strip():
             raise PromptError("the message is empty; write something to answer")
         user = {"role": "user", "content": text}
@@ -322,7 +322,7 @@ class Session:
     def _system(self) -> list[dict[str, str]]:
         return [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
 
-    def _request(self, text: str, messages: list[dict[str, str]]) -> Request:
+    def _request(self, text: str, messages: list[dict[str, str]]) -> GenerationRequest:
         tokens = render_messages(self.tokenizer, messages)
         selecting = not self.dense and (self._selection is None or self.policy in ("turn", "auto"))
         # Without a selection but with an instruction, a budget change or `reselect` said what to select by.
@@ -330,9 +330,11 @@ class Session:
         if not selecting:
             selection = None if self.dense else self._selection
             kept = self._instruction if self._instruction is not None else text
-            return Request(tokens, kept, None, selection, self._keep, self.on_switch)
+            return GenerationRequest(tokens, kept, None, selection, self._keep, self.on_switch)
         threshold = self.switch_below if self.policy == "auto" else None
-        return Request(tokens, instruction, self._selector, self._selection, self._keep, self.on_switch, threshold)
+        return GenerationRequest(
+            tokens, instruction, self._selector, self._selection, self._keep, self.on_switch, threshold
+        )
 
 
 def _pack(selection: Selection) -> dict[str, Any]:

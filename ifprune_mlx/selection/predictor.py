@@ -28,8 +28,8 @@ from mlx_lm.utils import load_model, load_tokenizer
 
 from ifprune_mlx.checkpoint.atomic_write import write_atomic
 from ifprune_mlx.checkpoint.format import PREDICTOR_SETTINGS, Quantization, read_json_object, refuse_custom_code
-from ifprune_mlx.checkpoint.safetensors_io import read_safetensors_header
-from ifprune_mlx.errors import PredictorError
+from ifprune_mlx.checkpoint.safetensors_io import load_arrays, read_safetensors_header
+from ifprune_mlx.errors import PredictorError, reason_of
 from ifprune_mlx.selection.selection import Scores
 
 SELECT_WINDOW = 256
@@ -217,14 +217,13 @@ class Head:
             packing = Quantization(**settings["quantization"]) if version == _PACKED_FORMAT else None
         except (KeyError, TypeError, ValueError) as exc:
             raise PredictorError(
-                f"{path}: has no predictor settings in its metadata ({exc!r}); export it again"
+                f"{path}: has no predictor settings in its metadata ({reason_of(exc)}); export it again"
             ) from None
         known = set(_TENSORS) - (_PACKED_TENSORS if packing is None else set())
         needed = {"head1.weight", "head2.weight"} | (_PACKED_TENSORS if packing is not None else set())
         if not needed <= set(header.tensors) <= known:
             raise PredictorError(f"{path}: must hold {' and '.join(sorted(needed))} and biases of the layers only")
-        arrays = mx.load(str(path))
-        assert isinstance(arrays, dict)
+        arrays = load_arrays(path)
         named: dict[str, Any] = {attribute: arrays.get(name) for name, attribute in _TENSORS.items()}
         try:
             return cls(
@@ -365,9 +364,8 @@ def load_backbone(folder: Path) -> tuple[nn.Module, TokenizerWrapper, int | None
     except PredictorError as exc:
         raise PredictorError(f"{folder}: {exc}") from None
     except Exception as exc:  # mlx-lm and transformers raise whatever their parsers do
-        reason = " ".join(str(exc).split())[:300]
         raise PredictorError(
-            f"{folder}: the backbone cannot be loaded ({reason}); download or export its folder again"
+            f"{folder}: the backbone cannot be loaded ({reason_of(exc)}); download or export its folder again"
         ) from None
     context = config.get("max_position_embeddings")
     return backbone, tokenizer, int(context) if context else None

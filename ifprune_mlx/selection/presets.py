@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ifprune_mlx.checkpoint.format import Checkpoint
-from ifprune_mlx.errors import SelectionError, TaskError
+from ifprune_mlx.errors import SelectionError, TaskError, reason_of
 from ifprune_mlx.selection.selection import Selection
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}")
@@ -123,7 +123,7 @@ class TaskStore:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as exc:
             raise TaskError(
-                f"task {name}: {self.folder} cannot be made ({exc.strerror or exc}); set IFPRUNE_DATA to another folder"
+                f"task {name}: {self.folder} cannot be made ({reason_of(exc)}); set IFPRUNE_DATA to another folder"
             ) from None
         try:
             selection.save(file)
@@ -145,7 +145,7 @@ class TaskStore:
         try:
             task.file.unlink()
         except OSError as exc:
-            raise TaskError(f"{task.file}: cannot be removed ({exc.strerror or exc}); check permissions") from None
+            raise TaskError(f"{task.file}: cannot be removed ({reason_of(exc)}); check permissions") from None
         with suppress(OSError):  # it holds others
             self.folder.rmdir()
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ifprune_mlx.checkpoint.atomic_write import write_atomic
-from ifprune_mlx.checkpoint.safetensors_io import read_safetensors_header
+from ifprune_mlx.checkpoint.safetensors_io import load_arrays, read_safetensors_header
 from ifprune_mlx.errors import SelectionError
 
 Ids = npt.NDArray[np.int32]
@@ -127,8 +127,7 @@ class Selection:
         names = [f"layers.{layer}" for layer in range(len(header.tensors))]
         if set(names) != set(header.tensors) or any(info.dtype != "I32" for info in header.tensors.values()):
             raise SelectionError(f"{path}: must hold int32 tensors layers.0 .. layers.N and nothing else")
-        arrays = mx.load(str(path))
-        assert isinstance(arrays, dict)
+        arrays = load_arrays(path)
         try:
             widths = tuple(int(width) for width in metadata["widths"].split())
             selection = cls(tuple(np.array(arrays[name]) for name in names), widths, metadata["selector"])

@@ -1,4 +1,4 @@
-"""Made `files.tar.gz` and `expected.json`, with the code of commit 3018b37: before the packages got their present names.
+"""Made `files.tar.gz` and `expected.json` with the code of commit 3018b37, before the packages got their present names.
 
 It runs in a checkout of that commit, whose module names it imports, and need not run again:
 

@@ -97,7 +97,7 @@ def test_a_prompt_cache_goes_on_and_knows_what_computed_it(files: Path, learned:
     model, tokenizer = learned
     history = History.load(files / "prompt.safetensors", model)
     assert history.tokens == TOKENS
-    assert [[span.tokens, span.owner] for span in history.spans] == EXPECTED["prompt_cache"]["spans"]
+    assert [[span.tokens, span.computed_by] for span in history.spans] == EXPECTED["prompt_cache"]["spans"]
     selection = Selection.load(files / "selection.safetensors")
     answer = stream_generate(
         model, tokenizer, [60, 61], prompt_cache=history, selection=selection, on_switch="keep", max_tokens=6
