@@ -162,7 +162,7 @@ def stream_generate(
         selector = selection = None
     elif selection is not None:
         selector = FixedSelector(model, selection)
-    elif selector is None or isinstance(selector, str):
+    else:
         selector = make_selector(model, selector, seed=seed)
     request = GenerationRequest(
         tokens=history.tokens + tokens,

@@ -1,4 +1,4 @@
-"""A conversation: turns, when to select anew, and what happens to the history then (DESIGN.md section 7).
+"""A conversation: turns, when to select anew, and what happens to the history then.
 
 Policies: `first` (the paper: the first human message decides, and the selection stays), `turn` (every message selects),
 `auto` (every message selects, but a selection that agrees enough with the live one changes nothing), `task` (fixed).
@@ -53,6 +53,13 @@ class Session:
         max_kv_size: as in mlx-lm.
         options: passed to mlx-lm's generation: `sampler`, `logits_processors`, `kv_bits`, `prefill_step_size`, ...
 
+    Attributes:
+        messages: the conversation so far, without the system prompt.
+        selection: what it has selected; None before the first answer.
+        keep: *k* per FFN that the next selection will have.
+        history: tokens read, their KV cache and its provenance.
+        stats: of the last answer.
+
     Raises:
         IfpruneError: on an unknown policy or selector, or a budget that cannot be met.
     """
@@ -90,29 +97,15 @@ class Session:
         self.messages: list[dict[str, str]] = []
         self.stats: Stats | None = None
         self.options = options
-        self._max_kv_size = max_kv_size
-        self._keep = model.keep(density, active_parameters, memory)
+        self.selection: Selection | None = None
+        self.history = History.empty(model, max_kv_size)
+        self.keep = model.keep(density, active_parameters, memory)
         if selection is not None:
-            self._selector: Selector = FixedSelector(model, selection)
-            self._keep = selection.keep
-        elif selector is None or isinstance(selector, str):
-            self._selector = make_selector(model, selector, seed=seed)
-        else:
-            self._selector = selector
-        self._selection: Selection | None = None
+            selector, self.keep = FixedSelector(model, selection), selection.keep
+        self._selector = make_selector(model, selector, seed=seed)
+        self._max_kv_size = max_kv_size
         self._instruction: str | None = None
         self._stop: threading.Event | None = None  # of the answer under way
-        self._history = History.empty(model, max_kv_size)
-
-    @property
-    def selection(self) -> Selection | None:
-        """What the conversation has selected; None before its first answer."""
-        return self._selection
-
-    @property
-    def history(self) -> History:
-        """Tokens read, their KV cache and its provenance."""
-        return self._history
 
     def stream(
         self, text: str, *, max_tokens: int = 256, progress: Progress | None = None
@@ -165,11 +158,11 @@ class Session:
         """Forget the conversation; the next message selects anew."""
         self._check_idle()
         self.messages = []
-        self._history = History.empty(self.model, self._max_kv_size)
+        self.history = History.empty(self.model, self._max_kv_size)
         self._instruction = None
         self.stats = None
         if self.policy != "task":
-            self._selection = None
+            self.selection = None
 
     def reselect(self, instruction: str | None = None) -> None:
         """Select anew at the next message: by it, or by the given instruction."""
@@ -178,14 +171,14 @@ class Session:
             raise IfpruneError(
                 "the selection is fixed in this conversation; start one without --selection or --task to select"
             )
-        self._selection = None
+        self.selection = None
         self._instruction = instruction
 
     def use(self, selection: Selection) -> None:
         """Go on with a given selection (policy `first`: it stays; otherwise until the next message selects)."""
         self._check_idle()
         self.model.check(selection)
-        self._selection = selection
+        self.selection = selection
         self.dense = False
 
     def set_budget(
@@ -195,15 +188,10 @@ class Session:
         self._check_idle()
         if self.policy == "task":
             raise IfpruneError("the selection is fixed in this conversation, and its density with it")
-        self._keep = self.model.keep(density, active_parameters, memory)
-        self._selection = None
+        self.keep = self.model.keep(density, active_parameters, memory)
+        self.selection = None
         if self.policy != "first":
             self._instruction = None
-
-    @property
-    def keep(self) -> tuple[int, ...]:
-        """*k* per FFN that the next selection will have."""
-        return self._keep
 
     def save(self, path: str | Path) -> None:
         """Write the conversation as JSON: messages, settings and the selection. The KV cache is computed again on load.
@@ -211,14 +199,14 @@ class Session:
         Raises:
             ChatFileError: if the file cannot be written.
         """
-        selection = self._selection
+        selection = self.selection
         state = {
             "format": _FILE_FORMAT,
             "checkpoint": self.model.checkpoint.id,
             "system_prompt": self.system_prompt,
             "policy": self.policy,
             "dense": self.dense,
-            "keep": list(self._keep),
+            "keep": list(self.keep),
             "instruction": self._instruction,
             "selection": None if selection is None else _pack(selection),
             "messages": self.messages,
@@ -265,7 +253,7 @@ class Session:
             raise ChatFileError(f"{path}: the saved chat is damaged ({reason_of(exc)}); nothing was loaded") from None
         self.reset()
         self.messages, self.system_prompt, self.dense = messages, system, dense
-        self._selection, self._instruction, self._keep = selection, instruction, keep
+        self.selection, self._instruction, self.keep = selection, instruction, keep
         if policy == "task" and selection is not None:
             self._selector = FixedSelector(self.model, selection)
         elif self.policy == "task":
@@ -279,15 +267,15 @@ class Session:
         if not text.strip():
             raise PromptError("the message is empty; write something to answer")
         user = {"role": "user", "content": text}
-        request = self._request(text, [*self._system(), *self.messages, user])
-        said = ""
-        answered = False
+        system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
+        request = self._request(text, [*system, *self.messages, user])
+        said, answered = "", False
         self._stop, thread = stop, threading.get_ident()
         try:
             responses = answer(
                 self.model,
                 self.tokenizer,
-                self._history,
+                self.history,
                 request,
                 max_tokens,
                 cancel=stop.is_set,
@@ -301,39 +289,34 @@ class Session:
                 if response.stats is not None:
                     self.stats = response.stats
                 yield response
-        except GeneratorExit:
-            raise
-        except BaseException:
-            answered = False
+        except BaseException as exc:
+            answered = answered and isinstance(exc, GeneratorExit)
             raise
         finally:
             self._stop = None
-            self._history.settle(self.model, thread)
+            self.history.settle(self.model, thread)
             if answered:
                 self.messages += [user, {"role": "assistant", "content": said}]
                 if not self.dense:
-                    self._selection = self.model.selection
+                    self.selection = self.model.selection
                     self._instruction = request.instruction
 
     def _check_idle(self) -> None:
         if self._stop is not None:
             raise ModelBusyError("an answer of this conversation is under way; cancel it or wait for its end first")
 
-    def _system(self) -> list[dict[str, str]]:
-        return [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
-
     def _request(self, text: str, messages: list[dict[str, str]]) -> GenerationRequest:
         tokens = render_messages(self.tokenizer, messages)
-        selecting = not self.dense and (self._selection is None or self.policy in ("turn", "auto"))
+        selecting = not self.dense and (self.selection is None or self.policy in ("turn", "auto"))
         # Without a selection but with an instruction, a budget change or `reselect` said what to select by.
-        instruction = text if self._selection is not None or self._instruction is None else self._instruction
+        instruction = text if self.selection is not None or self._instruction is None else self._instruction
         if not selecting:
-            selection = None if self.dense else self._selection
+            selection = None if self.dense else self.selection
             kept = self._instruction if self._instruction is not None else text
-            return GenerationRequest(tokens, kept, None, selection, self._keep, self.on_switch)
+            return GenerationRequest(tokens, kept, None, selection, self.keep, self.on_switch)
         threshold = self.switch_below if self.policy == "auto" else None
         return GenerationRequest(
-            tokens, instruction, self._selector, self._selection, self._keep, self.on_switch, threshold
+            tokens, instruction, self._selector, self.selection, self.keep, self.on_switch, threshold
         )
 
 

@@ -61,7 +61,7 @@ def bench(config: BenchConfig, progress: Callable[[int, int], None] | None = Non
     """Time every row in turn.
 
     Returns:
-        What `ifprune bench --json` writes (DESIGN.md section 11), with intervals and spreads beside; ratios that were
+        What `ifprune bench --json` writes, with intervals and spreads beside; ratios that were
         not measured are None.
 
     Raises:

@@ -282,17 +282,6 @@ class SparsityPredictor:
         backbone, tokenizer, context_length = load_backbone(folder)
         return cls(backbone, tokenizer, head, context_length, folder, select_window)
 
-    @classmethod
-    def on_first_layers(
-        cls, folder: Path, model: nn.Module, tokenizer: TokenizerWrapper, context_length: int | None
-    ) -> SparsityPredictor:
-        """Load a predictor whose backbone is the first layers of `model`, which must be dense when it is asked.
-
-        Raises:
-            PredictorError: naming the file, if it does not fit.
-        """
-        return cls(model, tokenizer, Head.load(folder / "head.safetensors"), context_length, folder)
-
     def with_head(self, head: Head) -> SparsityPredictor:
         """The same backbone with another head."""
         other = copy.copy(self)
@@ -328,7 +317,8 @@ def load_predictor(
     """Load a predictor folder of either kind.
 
     Args:
-        model, tokenizer, context_length: of the model it selects for, whose first layers may be its backbone.
+        model, tokenizer, context_length: of the model it selects for, whose first layers may be its backbone; it must
+            be dense whenever these score.
         widths: `d_ffn` of that model's FFNs.
 
     Raises:
@@ -336,9 +326,10 @@ def load_predictor(
     """
     head = Head.load(folder / "head.safetensors")
     head.check_widths(widths, folder)
-    if head.layers is None:
-        return SparsityPredictor.load(folder)
-    return SparsityPredictor.on_first_layers(folder, model, tokenizer, context_length)
+    if head.layers is not None:
+        return SparsityPredictor(model, tokenizer, head, context_length, folder)
+    backbone, own_tokenizer, own_length = load_backbone(folder)
+    return SparsityPredictor(backbone, own_tokenizer, head, own_length, folder)
 
 
 def load_backbone(folder: Path) -> tuple[nn.Module, TokenizerWrapper, int | None]:

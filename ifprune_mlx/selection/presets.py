@@ -1,4 +1,4 @@
-"""Named tasks: saved selections of one checkpoint, found by name (DESIGN.md sections 5 and 6).
+"""Named tasks: saved selections of one checkpoint, found by name.
 
 A user's own lie in the user's data folder, keyed by the checkpoint's id, since a hub's cache is read-only; a checkpoint
 may ship some in its `tasks` folder. Each is a plain selection file.

@@ -1,8 +1,8 @@
-"""The leaves that stand in for an FFN's gate, up and down projections (DESIGN.md section 3, ideas 1, 2, 4, 5).
+"""The leaves that stand in for an FFN's gate, up and down projections, over its active slots.
 
 Only these leaves change; activation, norms and attention stay mlx-lm's. All three projections are neuron-major,
-`[d_ffn, d_model]`: gate and up multiply by the transpose, down as it is. `MaskedDown` is the plain reference that
-every sliced path is tested against.
+`[d_ffn, d_model]`: gate and up multiply by the transpose, down as it is. The reference of it all is the dense FFN with
+the input of its down projection masked (`MaskedDown` in the tests).
 """
 
 from __future__ import annotations
@@ -77,25 +77,6 @@ class SlicedProjection(nn.Module):
             else:
                 y = neuron_major_matmul(x, weight, scales, biases, packed)
         return y if bias is None else y + bias
-
-
-class MaskedDown(nn.Module):
-    """A down projection whose input is multiplied by a mask: the dense reference of a sliced FFN.
-
-    Args:
-        down: any module that maps `[..., d_ffn]` to `[..., d_model]`.
-        mask: float `[d_ffn]`, 1 for kept neurons and 0 for the rest (soft in training).
-    """
-
-    def __init__(self, down: nn.Module, mask: mx.array) -> None:
-        super().__init__()
-        self.down = down
-        self._mask = mask
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """`[..., d_ffn]` -> `[..., d_model]`."""
-        y: mx.array = self.down(x * self._mask.astype(x.dtype))
-        return y
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:

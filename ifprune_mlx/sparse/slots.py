@@ -1,4 +1,4 @@
-"""Slots: where each neuron of an FFN lies in memory, and how a switch moves them (DESIGN.md section 3, ideas 2 and 3).
+"""Slots: where each neuron of an FFN lies in memory, and how a switch moves them.
 
 The first *k* slots are the active ones, so a pruned FFN reads a row prefix. In `ram` residency there is a slot for
 every neuron: the dense FFN reads all of them, and a switch exchanges only those that differ. In `ssd` residency there
@@ -160,7 +160,6 @@ class FFNSlots:
             CheckpointError: if an earlier move was cut off.
         """
         self._settle()
-        self._check_whole_rows()
         self.k = self.d_ffn if self.whole else 0
 
     def plan(self, ids: Ids, spare: int = 0) -> SwitchPlan:
@@ -173,7 +172,6 @@ class FFNSlots:
             CheckpointError: if an earlier move was cut off.
         """
         self._settle()
-        self._check_whole_rows()
         if self._reader is None:
             return plan_switch(self.order, ids)
         slots = min(len(ids) + spare, self.d_ffn)
@@ -233,10 +231,9 @@ class FFNSlots:
         Raises:
             CheckpointError: if they could not be read.
         """
-        pending = self.pending
-        if pending is not None:
+        if self.pending is not None:
             mx.async_eval(needed)  # type: ignore[no-untyped-call]
-            pending.result()
+            self.pending.result()
             self.pending = None  # not if it raised: then the rows are still missing
 
     def _resize(self, slots: int, ids: Ids) -> None:
@@ -253,11 +250,13 @@ class FFNSlots:
         self.rows, self.order = new, order
 
     def _settle(self) -> None:
-        """Wait for what is being read; what could not be is missing from `order`."""
+        """Wait for what is being read; what could not be is missing from `order`.
+
+        Raises:
+            CheckpointError: if an earlier move was cut off.
+        """
         if self.pending is not None:
             self.pending.exception()
             self.pending = None
-
-    def _check_whole_rows(self) -> None:
         if self._moving:
             raise CheckpointError("moving neurons was cut off half way (Ctrl-C, or no memory); load the model again")

@@ -8,8 +8,9 @@ import pytest
 from mlx import nn
 
 from ifprune_mlx.selection.selection import Ids
-from ifprune_mlx.sparse.ffn import MaskedDown, SlicedProjection
+from ifprune_mlx.sparse.ffn import SlicedProjection
 from ifprune_mlx.sparse.slots import FFNSlots
+from tests.ifprune_mlx.reference import MaskedDown
 
 D_MODEL, D_FFN, K = 1024, 2048, 1024
 TOLERANCE = 1e-5
