@@ -35,7 +35,7 @@ from ifprune_convert.frequency import reorder
 from ifprune_convert.packing import quantization_of
 from ifprune_convert.synthetic import SHAPES
 from ifprune_mlx import Checkpoint, Selection, load, make_selector
-from ifprune_mlx.bench.worker import drop_from_cache, start_worker
+from ifprune_mlx.bench.worker import start_worker
 from ifprune_mlx.checkpoint.budget import RAM, SSD, resident_bytes
 from ifprune_mlx.checkpoint.format import write_manifest
 from ifprune_mlx.selection.selection import Ids
@@ -93,6 +93,14 @@ def bytes_read() -> int:
     """Bytes that this process had the disk read."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("read_bytes")).split()[1])
+
+
+def drop_from_cache(checkpoint: Checkpoint) -> None:
+    """Ask the system to forget a checkpoint's files, so that reading them reads the disk."""
+    for file in checkpoint.path.glob("*.safetensors"):
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def disk_rate(checkpoint: Checkpoint) -> float:

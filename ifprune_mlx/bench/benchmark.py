@@ -20,6 +20,7 @@ import numpy as np
 from ifprune_mlx.bench.worker import WorkerClient, start_worker
 from ifprune_mlx.checkpoint.budget import RAM, SSD, physical_memory, resident_bytes
 from ifprune_mlx.checkpoint.format import Checkpoint
+from ifprune_mlx.checkpoint.safetensors_io import DTYPE_BYTES
 from ifprune_mlx.errors import BudgetError
 from ifprune_mlx.eval.bootstrap import RESAMPLES
 from ifprune_mlx.selection.selection import Ids, Selection
@@ -166,7 +167,7 @@ class _Selections:
         return letters.tobytes().decode(), self._generator.integers(0, vocabulary, size=length).tolist()
 
     def near(self) -> Path:
-        """One that shares NEAR of each FFN's neurons with the last one drawn."""
+        """File of one that shares NEAR of each FFN's neurons with the last one drawn."""
         ids = []
         for live, width in zip(self._ids, self._widths, strict=True):
             out = min(round((1 - NEAR) * len(live)), width - len(live))
@@ -176,9 +177,8 @@ class _Selections:
         return self._save(ids)
 
     def far(self) -> Path:
-        """An arbitrary one."""
-        keep = self._config.keep
-        pairs = zip(self._widths, keep, strict=True)
+        """File of an arbitrary one."""
+        pairs = zip(self._widths, self._config.keep, strict=True)
         return self._save([np.sort(self._generator.permutation(width)[:k]).astype(np.int32) for width, k in pairs])
 
     def _save(self, ids: list[Ids]) -> Path:
@@ -221,52 +221,45 @@ def _report(
     everything = tuple(spec.d_ffn for spec in layout.ffns)
     size = {name: bytes_per_token(checkpoint, everything) for name in (DENSE, OUR_DENSE)}
     size |= {name: bytes_per_token(checkpoint, config.keep) for name in (SLICED, STATIC, ON_SSD)}
-    floats = {"float32": 4, "float16": 2, "bfloat16": 2}
+    scale = _cast_scale(config)
 
     def each(name: str, what: str) -> list[float]:
         return [round_[name][what] for round_ in rounds]
 
-    def ratios(one: str, other: str, what: str, factor: float = 1.0) -> dict[str, float] | None:
+    def rates(one: str, other: str, what: str, factor: float = 1.0) -> dict[str, float] | None:
+        """The ratio of two rows' rates: the seconds of the other by those of the one."""
         if one not in names or other not in names:
             return None
-        # Rates, and so the seconds of the other by those of the one.
         return interval([factor * b / a for a, b in zip(each(one, what), each(other, what), strict=True)])
+
+    def of_sliced(share: Callable[[dict[str, float]], float]) -> float:
+        return statistics.median(share(round_[SLICED]) for round_ in rounds)
 
     rows = []
     for name in names:
+        medians = {
+            what: statistics.median(each(name, what)) for what in ("prefill_s", "select_s", "switch_s", "ttft_s")
+        }
         decode = statistics.median(each(name, "decode_s"))
         quartiles = statistics.quantiles(each(name, "decode_s"), n=4) if len(rounds) > 1 else [decode] * 3
-        row: dict[str, Any] = {
+        row = {
             "name": name,
-            "prefill_tok_s": config.prompt_tokens / statistics.median(each(name, "prefill_s")),
+            "prefill_tok_s": config.prompt_tokens / medians.pop("prefill_s"),
             "decode_tok_s": 1 / decode,
             "decode_spread": (quartiles[2] - quartiles[0]) / decode,
-            "select_s": statistics.median(each(name, "select_s")),
-            "switch_s": statistics.median(each(name, "switch_s")),
-            "ttft_s": statistics.median(each(name, "ttft_s")),
+            **medians,
             "peak_memory": memory[name]["mlx_peak"],
             "rss": memory[name]["rss"],
             "moved_in_decode": max(each(name, "moved_in_decode")),
             "bytes_per_token": size[name],
-            "share_of_limit": size[name] / bandwidth / decode if config.dtype is None else None,
+            "share_of_limit": None if scale is None else scale * size[name] / bandwidth / decode,
         }
-        if config.dtype is not None and layout.gate_up is None:
-            parts = (part for strip in checkpoint.strips(0) for part in strip.parts)
-            typed = next(part.dtype for part in parts if part.name == "gate_up.weight")
-            scale = floats[config.dtype] / {"F32": 4, "F16": 2, "BF16": 2}[typed]
-            row["share_of_limit"] = scale * size[name] / bandwidth / decode
         rows.append(row)
-    near_far: dict[str, float] = {}
-    sliced = [round_[SLICED] for round_ in rounds]
-    near_far["near"] = statistics.median((r["select_s"] + r["switch_s"]) / r["ttft_s"] for r in sliced)
-    far = [r["select_s"] + r["far_rows_s"] for r in sliced]
-    near_far["far"] = statistics.median(f / (f + r["prefill_s"]) for f, r in zip(far, sliced, strict=True))
-    near_far["live"] = statistics.median(r["live_s"] / (r["live_s"] + r["prefill_s"]) for r in sliced)
     measured = {
-        "decode_vs_static": ratios(SLICED, STATIC, "decode_s"),
-        "decode_vs_dense_limit": ratios(SLICED, DENSE, "decode_s", size[SLICED] / size[OUR_DENSE]),
-        "prefill_vs_static": ratios(SLICED, STATIC, "prefill_s"),
-        "ssd_decode_vs_static": ratios(ON_SSD, STATIC, "decode_s"),
+        "decode_vs_static": rates(SLICED, STATIC, "decode_s"),
+        "decode_vs_dense_limit": rates(SLICED, DENSE, "decode_s", size[SLICED] / size[OUR_DENSE]),
+        "prefill_vs_static": rates(SLICED, STATIC, "prefill_s"),
+        "ssd_decode_vs_static": rates(ON_SSD, STATIC, "decode_s"),
     }
     resident = None
     if ON_SSD in names and STATIC in names:
@@ -285,14 +278,27 @@ def _report(
         "rows": rows,
         "ratios": {
             **{name: None if value is None else value["median"] for name, value in measured.items()},
-            "select_switch_share_of_ttft": near_far["near"],
-            "select_switch_share_of_ttft_random": near_far["far"],
-            "select_switch_share_of_ttft_live": near_far["live"],
-            "switch_bytes_share": statistics.median(r["entered"] / r["active"] for r in sliced),
-            "switch_written_share": statistics.median(r["written"] / r["active"] for r in sliced),
-            "switch_s_vs_random": statistics.median(r["switch_s"] / r["far_rows_s"] for r in sliced),
+            "select_switch_share_of_ttft": of_sliced(lambda r: (r["select_s"] + r["switch_s"]) / r["ttft_s"]),
+            "select_switch_share_of_ttft_random": of_sliced(
+                lambda r: (r["select_s"] + r["far_rows_s"]) / (r["select_s"] + r["far_rows_s"] + r["prefill_s"])
+            ),
+            "select_switch_share_of_ttft_live": of_sliced(lambda r: r["live_s"] / (r["live_s"] + r["prefill_s"])),
+            "switch_bytes_share": of_sliced(lambda r: r["entered"] / r["active"]),
+            "switch_written_share": of_sliced(lambda r: r["written"] / r["active"]),
+            "switch_s_vs_random": of_sliced(lambda r: r["switch_s"] / r["far_rows_s"]),
             "resident_vs_static": resident,
         },
         "intervals": {name: value for name, value in measured.items() if value is not None},
-        "memory": {name: memory[name] for name in names},
+        "memory": memory,
     }
+
+
+def _cast_scale(config: BenchConfig) -> float | None:
+    """By what casting to `dtype` multiplies the bytes that a token reads; None where only a part of them is cast."""
+    if config.dtype is None:
+        return 1.0
+    if config.checkpoint.layout.gate_up is not None:
+        return None
+    parts = (part for strip in config.checkpoint.strips(0) for part in strip.parts)
+    typed = next(part.dtype for part in parts if part.name == "gate_up.weight")
+    return {"float32": 4, "float16": 2, "bfloat16": 2}[config.dtype] / DTYPE_BYTES[typed]

@@ -24,7 +24,6 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
-from ifprune_mlx.checkpoint.format import Checkpoint
 from ifprune_mlx.errors import IfpruneError
 from ifprune_mlx.model import Model, limit_cache, load
 from ifprune_mlx.selection.selection import Selection
@@ -251,14 +250,3 @@ def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     shown = subprocess.run(["ps", "-o", "rss=", "-p", str(os.getpid())], capture_output=True, text=True, check=True)
     return int(shown.stdout) * 1024
-
-
-def drop_from_cache(checkpoint: Checkpoint) -> bool:
-    """Ask the system to forget a checkpoint's files, so that reading them reads the disk; False where it cannot."""
-    if not hasattr(os, "posix_fadvise"):
-        return False
-    for file in checkpoint.path.glob("*.safetensors"):
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
-            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return True

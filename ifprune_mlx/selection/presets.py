@@ -118,7 +118,7 @@ class TaskStore:
         """
         check_task_name(name)
         self._check(selection, f"task {name}")
-        file = self._own(name)
+        file = self.folder / f"{name}{_SUFFIX}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as exc:
@@ -149,16 +149,11 @@ class TaskStore:
         with suppress(OSError):  # it holds others
             self.folder.rmdir()
 
-    def _own(self, name: str) -> Path:
-        return self.folder / f"{name}{_SUFFIX}"
-
     def _find(self, name: str) -> Task:
         check_task_name(name)
-        own, shipped = self._own(name), self.shipped_folder / f"{name}{_SUFFIX}"
-        if own.is_file():
-            return Task(name, own, False)
-        if shipped.is_file():
-            return Task(name, shipped, True)
+        for folder, shipped in ((self.folder, False), (self.shipped_folder, True)):
+            if (file := folder / f"{name}{_SUFFIX}").is_file():
+                return Task(name, file, shipped)
         known = ", ".join(task.name for task in self.tasks())
         there = f"it has {known}" if known else "it has none"
         # A checkpoint that was converted again has another id, and its user looks for what was saved before.

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from ifprune_mlx.checkpoint.neuron_reader import Rows
-from ifprune_mlx.checkpoint.raw_array import Raw, raw
+from ifprune_mlx.checkpoint.neuron_reader import RowReader, Rows
+from ifprune_mlx.checkpoint.raw_array import raw
 from ifprune_mlx.errors import CheckpointError
 from ifprune_mlx.sparse.inplace import copy_rows, exchange_rows, write_rows
 
@@ -26,21 +26,6 @@ if TYPE_CHECKING:
 
 EMPTY = -1
 """Stands in `order` for a slot that holds no neuron."""
-
-
-class Reader(Protocol):
-    """Reads neurons of one FFN that are not in memory."""
-
-    position: npt.NDArray[np.int32]
-    """Where in the file each neuron lies, `[d_ffn]`; the first ones are selected most often."""
-
-    def read(self, neurons: Ids) -> dict[str, Raw]:
-        """The rows of sorted neurons by array name, as `ifprune_mlx.sparse.inplace.raw` shows them."""
-        ...
-
-    def empty(self, slots: int) -> Rows:
-        """Arrays for that many slots, computed."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -117,7 +102,7 @@ class FFNSlots:
         bytes_moved: bytes of weights written since the FFN was loaded.
     """
 
-    def __init__(self, rows: Rows | None, down_bias: mx.array | None = None, reader: Reader | None = None) -> None:
+    def __init__(self, rows: Rows | None, down_bias: mx.array | None = None, reader: RowReader | None = None) -> None:
         self.down_bias = down_bias
         self._reader = None if rows is not None else reader
         if rows is None:
@@ -137,11 +122,6 @@ class FFNSlots:
         self.bytes_moved = 0
         self._moving = False
 
-    @property
-    def whole(self) -> bool:
-        """Whether every neuron has a slot, so that the FFN can be dense."""
-        return self._reader is None
-
     def active(self, name: str) -> mx.array | None:
         """The active rows of one array, a view `[k, ...]`; None if the FFN has no such array."""
         array = self.rows.get(name)
@@ -160,7 +140,7 @@ class FFNSlots:
             CheckpointError: if an earlier move was cut off.
         """
         self._settle()
-        self.k = self.d_ffn if self.whole else 0
+        self.k = self.d_ffn if self._reader is None else 0
 
     def plan(self, ids: Ids, spare: int = 0) -> SwitchPlan:
         """Plan to activate `ids`, after making as many slots as that takes.
@@ -214,7 +194,7 @@ class FFNSlots:
 
         Nothing that is still to be computed may depend on the rows. Every neuron must have a slot.
         """
-        assert self.whole
+        assert self._reader is None
         home = np.arange(self.d_ffn, dtype=np.int32)
         moved = np.flatnonzero(self.order != home).astype(np.int32)
         if len(moved):
