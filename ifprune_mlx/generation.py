@@ -22,7 +22,7 @@ from ifprune_mlx.errors import IfpruneError, PromptError
 from ifprune_mlx.model import Model, Progress
 from ifprune_mlx.prompt_cache import DENSE, History
 from ifprune_mlx.selection.selection import Selection
-from ifprune_mlx.selection.selectors import FixedSelector, Instruction, Selector, make_selector
+from ifprune_mlx.selection.selectors import Instruction, Selector, make_selector
 
 REPREFILL, KEEP = "reprefill", "keep"
 
@@ -159,15 +159,12 @@ def stream_generate(
     tokens = encode_prompt(tokenizer, prompt)
     history = prompt_cache if prompt_cache is not None else History.empty(model, max_kv_size)
     if dense:
-        selector = selection = None
-    elif selection is not None:
-        selector = FixedSelector(model, selection)
-    else:
-        selector = make_selector(model, selector, seed=seed)
+        selection = None
+    chosen = None if dense or selection is not None else make_selector(model, selector, seed=seed)
     request = GenerationRequest(
         tokens=history.tokens + tokens,
         instruction=instruction if instruction is not None else instruction_of(tokenizer, prompt),
-        selector=selector,
+        selector=chosen,
         selection=selection,
         keep=model.keep(density, active_parameters, memory),
         on_switch=on_switch,

@@ -25,7 +25,7 @@ from ifprune_mlx.model import Model, Progress
 from ifprune_mlx.model_lock import ModelBusyError, Operation
 from ifprune_mlx.prompt_cache import History
 from ifprune_mlx.selection.selection import Selection
-from ifprune_mlx.selection.selectors import FixedSelector, Selector, make_selector
+from ifprune_mlx.selection.selectors import Selector, make_selector
 
 POLICIES = ("first", "turn", "auto", "task")
 _FILE_FORMAT = 1
@@ -55,7 +55,7 @@ class Session:
 
     Attributes:
         messages: the conversation so far, without the system prompt.
-        selection: what it has selected; None before the first answer.
+        selection: what it has selected, or was given; None before the first answer.
         keep: *k* per FFN that the next selection will have.
         history: tokens read, their KV cache and its provenance.
         stats: of the last answer.
@@ -97,12 +97,13 @@ class Session:
         self.messages: list[dict[str, str]] = []
         self.stats: Stats | None = None
         self.options = options
-        self.selection: Selection | None = None
+        self.selection = selection
         self.history = History.empty(model, max_kv_size)
         self.keep = model.keep(density, active_parameters, memory)
+        self._selector = make_selector(model, selector, seed=seed) if selection is None else None
         if selection is not None:
-            selector, self.keep = FixedSelector(model, selection), selection.keep
-        self._selector = make_selector(model, selector, seed=seed)
+            model.check(selection)
+            self.keep = selection.keep
         self._max_kv_size = max_kv_size
         self._instruction: str | None = None
         self._stop: threading.Event | None = None  # of the answer under way
@@ -254,9 +255,7 @@ class Session:
         self.reset()
         self.messages, self.system_prompt, self.dense = messages, system, dense
         self.selection, self._instruction, self.keep = selection, instruction, keep
-        if policy == "task" and selection is not None:
-            self._selector = FixedSelector(self.model, selection)
-        elif self.policy == "task":
+        if policy != "task" and self._selector is None:
             self._selector = make_selector(self.model)
         self.policy = policy
 

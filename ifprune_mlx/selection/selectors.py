@@ -4,7 +4,6 @@ learned      the paper's sparsity predictor; one pass of a small LM
 activation   no training: a dense prefill shows what the prompt uses; fused with the prior (GRIFFIN, GLASS)
 static       the prior alone; the same for every instruction
 random       a control: arbitrary neurons, the same ones for the same instruction and seed
-fixed        a selection made earlier
 
 Where the choice depends on the instruction's words alone, it is made once and then found: see `CachedSelector`.
 """
@@ -182,20 +181,6 @@ class RandomSelector:
     def reads(self, instruction: Instruction) -> bytes:
         """The seed and the words."""
         return f"{self._seed}:{instruction.text}".encode()
-
-
-class FixedSelector:
-    """A selection made earlier: no predictor run at all. The budget is the selection's own."""
-
-    name = "fixed"
-
-    def __init__(self, model: Model, selection: Selection) -> None:
-        model.check(selection)
-        self._selection = selection
-
-    def select(self, instruction: Instruction, keep: Sequence[int]) -> Selected:
-        """Always the same selection."""
-        return Selected(self._selection)
 
 
 class CachedSelector:
