@@ -75,8 +75,8 @@ MUTATIONS = (
     Mutation(
         "gate and up swapped in read_rows",
         "ifprune_mlx/checkpoint/neuron_reader.py",
-        'mx.contiguous(array[:, 0])\n                rows[f"up.{leaf}"] = mx.contiguous(array[:, 1])',
-        'mx.contiguous(array[:, 1])\n                rows[f"up.{leaf}"] = mx.contiguous(array[:, 0])',
+        "for index, name in enumerate(names):",
+        "for index, name in enumerate(names[::-1]):",
         (_SLICED,),
     ),
     Mutation(
