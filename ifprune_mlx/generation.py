@@ -142,7 +142,7 @@ def stream_generate(
         prompt_cache: goes on after what this history holds (and updates it); `prompt` is then only what is new.
         on_switch: what to do with history that another selection computed: `reprefill` it, or `keep` it.
         seed: for the random selector.
-        cancel: asked between tokens and prefill chunks; True ends the answer with what is there.
+        cancel: called between tokens and prefill chunks; True ends the answer with what is there.
         progress: called with (prompt tokens read, prompt tokens).
         max_kv_size: as in mlx-lm, for models without caches of their own.
         kwargs: `sampler`, `logits_processors`, `kv_bits`, `kv_group_size`, `quantized_kv_start`,

@@ -95,7 +95,7 @@ class Model:
         selection: the active selection; None while the model is dense.
         slots: the neurons of every FFN in memory.
         down_leaves: the down projection of every FFN, whose observer sees its hidden activations.
-        lock: whose turn it is; shared with the module, which asks it before every call.
+        lock: lets one operation at a time use the model; the module checks it before every call.
         residency: `ram`, or `ssd`: only active neurons are in memory, and the model cannot be dense.
         memory: bytes that its weights may take, if that was limited when it was loaded.
     """

@@ -1,4 +1,4 @@
-"""Whose turn it is with a model: one operation at a time, whichever threads and tasks ask.
+"""The lock of one model: one operation at a time, from whichever thread or task it comes.
 
 MLX has one set of streams per thread: an array that has been computed may be used in any thread, one that is still to
 be computed only in the thread that described it. So an operation stays in one thread from its first step to its last,
@@ -23,7 +23,7 @@ Step = TypeVar("Step")
 
 
 class ModelBusyError(IfpruneError):
-    """The model or the conversation was asked for something while an answer was under way."""
+    """The model or the conversation cannot be used now: an answer is under way."""
 
 
 class _Streams:
@@ -98,7 +98,7 @@ class Operation(Iterator[Step], Generic[Step]):
 
 
 class ModelLock:
-    """Who has one model now. An operation has it from its first step to its last, between the steps as well.
+    """The lock of one model. An operation holds it from its first step to its last, between the steps as well.
 
     Its methods may be called from any thread; what comes at the wrong time raises and changes nothing. Operations of
     `in_worker` wait for each other instead, first come, first served.
@@ -155,7 +155,7 @@ class ModelLock:
 
         Args:
             steps: yields no None.
-            stop: called when nobody wants more, perhaps while a step is under way; makes that one end soon.
+            stop: called when the reader has gone, perhaps while a step is under way; makes that step end soon.
 
         Raises:
             Exception: what a step raises.
@@ -249,7 +249,7 @@ class ModelLock:
         try:
             return await asyncio.wrap_future(place)
         except asyncio.CancelledError:
-            if not place.cancel():  # the turn came at the same moment: the next one shall have it
+            if not place.cancel():  # the turn came at the same moment: give it to the next one
                 place.add_done_callback(lambda given: self.release(given.result()))
             raise
 

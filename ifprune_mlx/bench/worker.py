@@ -148,7 +148,7 @@ class Worker:
         }
 
     def select(self, text: str, *, cached: bool) -> float:
-        """Seconds to select by a text; `cached`: as `ifprune` does, which knows the texts it has seen."""
+        """Seconds to select by a text; `cached`: a text seen before is found in the cache of selections."""
         assert self._model is not None
         if self._selector is None:
             learned = self._model.checkpoint.has_predictor

@@ -51,7 +51,7 @@ class Task:
     """A named selection.
 
     Attributes:
-        name: as it is asked for.
+        name: what `--task` takes.
         file: where it lies.
         shipped: whether it came with the checkpoint; else it is the user's own.
     """

@@ -1,4 +1,4 @@
-"""A selection: for every sliced FFN, the neurons that are kept. Pure data; knows no model.
+"""A selection: for every sliced FFN, the neurons that are kept. Data alone, no model.
 
 Ids are in the numbering of the source model, sorted, so equal selections have equal hashes whoever made them.
 """
