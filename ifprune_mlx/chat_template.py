@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ifprune_mlx.errors import PromptError
+from ifprune_mlx.errors import PromptError, reason_of
 
 if TYPE_CHECKING:
     from ifprune_mlx.model import Model
@@ -34,8 +34,9 @@ def encode_prompt(tokenizer: TokenizerWrapper, prompt: Prompt) -> list[int]:
             return []
         special = tokenizer.bos_token is None or not prompt.startswith(tokenizer.bos_token)
         return list(tokenizer.encode(prompt, add_special_tokens=special))
-    ids, messages = _ids_or_messages(prompt)
-    return render_messages(tokenizer, messages) if messages else ids
+    if messages := _messages(prompt):
+        return render_messages(tokenizer, messages)
+    return [int(item) for item in prompt if not isinstance(item, dict)]
 
 
 def render_messages(tokenizer: TokenizerWrapper, messages: Messages) -> list[int]:
@@ -49,25 +50,19 @@ def render_messages(tokenizer: TokenizerWrapper, messages: Messages) -> list[int
     try:
         return list(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True))
     except Exception as exc:  # jinja and the templates themselves raise what they like
-        raise PromptError(f"the chat template refuses these messages ({' '.join(str(exc).split())[:200]})") from None
+        raise PromptError(f"the chat template refuses these messages ({reason_of(exc)})") from None
 
 
 def instruction_of(tokenizer: TokenizerWrapper, prompt: Prompt) -> str:
     """What a selector reads of a prompt: the first user message, or all of it."""
     if isinstance(prompt, str):
         return prompt
-    ids, messages = _ids_or_messages(prompt)
+    messages = _messages(prompt)
     if not messages:
-        return str(tokenizer.decode(ids))
+        return str(tokenizer.decode(encode_prompt(tokenizer, prompt)))
     users = [message for message in messages if message["role"] == "user"]
     return str((users or messages)[0]["content"])
 
 
-def _ids_or_messages(prompt: Sequence[int] | Messages) -> tuple[list[int], list[dict[str, Any]]]:
-    ids, messages = [], []
-    for item in prompt:
-        if isinstance(item, dict):
-            messages.append(item)
-        else:
-            ids.append(int(item))
-    return ids, messages
+def _messages(prompt: Sequence[int] | Messages) -> list[dict[str, Any]]:
+    return [item for item in prompt if isinstance(item, dict)]

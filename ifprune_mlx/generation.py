@@ -22,7 +22,7 @@ from ifprune_mlx.errors import IfpruneError, PromptError
 from ifprune_mlx.model import Model, Progress
 from ifprune_mlx.prompt_cache import DENSE, History
 from ifprune_mlx.selection.selection import Selection
-from ifprune_mlx.selection.selectors import FixedSelector, Instruction, Selector, make_selector
+from ifprune_mlx.selection.selectors import Instruction, Selector, make_selector
 
 REPREFILL, KEEP = "reprefill", "keep"
 
@@ -68,7 +68,7 @@ class GenerationResponse(LMResponse):
 
 
 @dataclass(frozen=True)
-class Request:
+class GenerationRequest:
     """One answer to be computed; what `Session` and `stream_generate` both boil down to.
 
     Attributes:
@@ -142,7 +142,7 @@ def stream_generate(
         prompt_cache: goes on after what this history holds (and updates it); `prompt` is then only what is new.
         on_switch: what to do with history that another selection computed: `reprefill` it, or `keep` it.
         seed: for the random selector.
-        cancel: asked between tokens and prefill chunks; True ends the answer with what is there.
+        cancel: called between tokens and prefill chunks; True ends the answer with what is there.
         progress: called with (prompt tokens read, prompt tokens).
         max_kv_size: as in mlx-lm, for models without caches of their own.
         kwargs: `sampler`, `logits_processors`, `kv_bits`, `kv_group_size`, `quantized_kv_start`,
@@ -158,16 +158,10 @@ def stream_generate(
     """
     tokens = encode_prompt(tokenizer, prompt)
     history = prompt_cache if prompt_cache is not None else History.empty(model, max_kv_size)
-    chosen: Selector | None
     if dense:
-        chosen, selection = None, None
-    elif selection is not None:
-        chosen = FixedSelector(model, selection)
-    else:
-        chosen = (
-            make_selector(model, selector, seed=seed) if selector is None or isinstance(selector, str) else selector
-        )
-    request = Request(
+        selection = None
+    chosen = None if dense or selection is not None else make_selector(model, selector, seed=seed)
+    request = GenerationRequest(
         tokens=history.tokens + tokens,
         instruction=instruction if instruction is not None else instruction_of(tokenizer, prompt),
         selector=chosen,
@@ -178,7 +172,7 @@ def stream_generate(
     steps = answer(model, tokenizer, history, request, max_tokens, cancel=cancel, progress=progress, **kwargs)
     thread = threading.get_ident()
     try:
-        yield from model.ownership.during(steps)
+        yield from model.lock.during(steps)
     finally:
         history.settle(model, thread)
 
@@ -187,7 +181,7 @@ def answer(
     model: Model,
     tokenizer: TokenizerWrapper,
     history: History,
-    request: Request,
+    request: GenerationRequest,
     max_tokens: int,
     *,
     cancel: Callable[[], bool] | None = None,
@@ -195,14 +189,17 @@ def answer(
     **options: Any,
 ) -> Generator[GenerationResponse, None, None]:
     """Compute one request and bring `history` up to date with it. See `stream_generate` for arguments and errors."""
-    _check(model, request, max_tokens)
+    check_prompt(model, request.tokens)
+    if max_tokens == 0 or max_tokens < -1:
+        raise PromptError(f"max tokens is {max_tokens}; give a number above 0, or -1 for no limit")
+    if request.on_switch not in (REPREFILL, KEEP):
+        raise IfpruneError(f"on_switch {request.on_switch!r} is unknown; choose {REPREFILL} or {KEEP}")
     run = _Run(model, history, request, cancel, progress)
     try:
-        try:
-            run.select_and_switch()
-            yield from run.decode(tokenizer, max_tokens, options)
-        except _Cancelled:
-            yield run.cancelled()
+        run.select_and_switch()
+        yield from run.decode(tokenizer, max_tokens, options)
+    except _Cancelled:
+        yield run.cancelled()
     except (IfpruneError, GeneratorExit):
         raise
     except BaseException:
@@ -217,51 +214,93 @@ class _Run:
         self,
         model: Model,
         history: History,
-        request: Request,
+        request: GenerationRequest,
         cancel: Callable[[], bool] | None,
         progress: Progress | None,
     ) -> None:
         self.model, self.history, self.request = model, history, request
-        self._cancel, self._progress = cancel or (lambda: False), progress or (lambda done, total: None)
+        self._cancel, self._progress = cancel, progress
         self.overlap: float | None = None
         self.reused = self.count = 0
         self.select_s = self.switch_s = self.prefill_s = self.decode_s = 0.0
 
     def select_and_switch(self) -> None:
         """Find the selection, make it active, and cut the history back to what may be gone on from."""
-        model, live = self.model, self.model.selection
-        start = time.perf_counter()
+        live, start = self.model.selection, time.perf_counter()
         try:
-            selection = _select(model, self.history, self.request, self._checked)
+            selection = self._select()
         except _Cancelled:
-            model.switch(live)
+            self.model.switch(live)  # a selector may have left the model dense
             raise
         finally:
             self.select_s = time.perf_counter() - start
-        self.switch_s = model.switch(selection).seconds
+        self.switch_s = self.model.switch(selection).seconds
         if selection is not None and live is not None:
             self.overlap = selection.overlap(live)
-        self.reused = _rewind(model, self.history, self.request.tokens, _owners(selection), self.request.on_switch)
+        usable = {DENSE if selection is None else selection.hash}
+        if selection is not None and selection.selector == "activation":
+            usable.add(DENSE)  # the dense prefill that found it
+        self._rewind(usable if self.request.on_switch == REPREFILL else None)
+        self.reused = len(self.history.tokens)
+
+    def _select(self) -> Selection | None:
+        """The selection to compute the answer with; a selector's own dense prefill goes into the history."""
+        request, history = self.request, self.history
+        if request.selector is None:
+            return request.selection
+        if request.on_switch == KEEP:
+            self._rewind(None)
+            base = history
+        else:
+            base = History.empty(self.model, history.max_kv_size)
+        instruction = Instruction(request.instruction, tuple(request.tokens), base, self._report)
+        selected = request.selector.select(instruction, request.keep)
+        if selected.history is not None:
+            history.kv, history.tokens, history.spans = (
+                selected.history.kv,
+                selected.history.tokens,
+                selected.history.spans,
+            )
+        live, threshold = request.selection, request.switch_below
+        if live is not None and threshold is not None and selected.selection.agreement(live) >= threshold:
+            return live
+        return selected.selection
+
+    def _rewind(self, usable: set[str] | None) -> None:
+        """Cut the history back to what of the prompt may be gone on from; at least one token is left to read.
+
+        Args:
+            usable: what may have computed it, selections' hashes or `dense`; None for anything.
+        """
+        tokens = self.request.tokens
+        count = min(self.history.common_prefix(tokens), len(tokens) - 1)
+        if usable is not None:
+            count = min(count, self.history.prefix_computed_by(usable))
+        if not self.history.trim_to(count):
+            self.history.clear(self.model)
 
     def decode(
         self, tokenizer: TokenizerWrapper, max_tokens: int, options: dict[str, Any]
     ) -> Iterator[GenerationResponse]:
         """Read the rest of the prompt and stream the answer with mlx-lm."""
-        owner = self.model.selection.hash if self.model.selection is not None else DENSE
+        computed_by = self.model.selection.hash if self.model.selection is not None else DENSE
         tokens = self.request.tokens
+        if self.model.context_length is not None:
+            left = self.model.context_length - len(tokens)
+            max_tokens = left if max_tokens == -1 else min(max_tokens, left)
 
         def on_prefill(done: int, total: int) -> None:
             # Entries for `done` tokens are complete in every layer when mlx-lm calls this.
-            self.history.append(tokens[len(self.history.tokens) : self.reused + done], owner)
+            self.history.append(tokens[len(self.history.tokens) : self.reused + done], computed_by)
             # At the end mlx-lm has read the first answer token too: cancelling waits until `history` has that one.
-            (self._checked if done < total else self._progress)(done, total)
+            self._report(done, total, may_cancel=done < total)
 
         start = first = time.perf_counter()
         stream = lm_stream_generate(
             self.model.module,
             tokenizer,
             mx.array(tokens[self.reused :]),
-            _within_context(self.model, len(tokens), max_tokens),
+            max_tokens,
             prompt_cache=self.history.kv,
             prompt_progress_callback=on_prefill,
             **options,
@@ -270,12 +309,13 @@ class _Run:
             for response in stream:
                 if response.generation_tokens > self.count:  # the last response may repeat the last token
                     self.count = response.generation_tokens
-                    self.history.append([response.token], owner)
+                    self.history.append([response.token], computed_by)
                     if self.count == 1:
                         first = time.perf_counter()
                         self.prefill_s = first - start
                 self.decode_s = time.perf_counter() - first
-                stop = response.finish_reason or ("cancelled" if self._cancel() else None)
+                cancelled = self._cancel is not None and self._cancel()
+                stop = response.finish_reason or ("cancelled" if cancelled else None)
                 fields = dict(vars(response), finish_reason=stop, prompt_tokens=len(tokens))
                 yield GenerationResponse(**fields, stats=None if stop is None else self._stats(stop))
                 if stop is not None:
@@ -303,9 +343,10 @@ class _Run:
             stats=stats,
         )
 
-    def _checked(self, done: int, total: int) -> None:
-        self._progress(done, total)
-        if self._cancel():
+    def _report(self, done: int, total: int, may_cancel: bool = True) -> None:
+        if self._progress is not None:
+            self._progress(done, total)
+        if may_cancel and self._cancel is not None and self._cancel():
             raise _Cancelled
 
     def _stats(self, finish_reason: str) -> Stats:
@@ -328,58 +369,3 @@ class _Run:
             tokens_per_s=(self.count - 1) / self.decode_s if self.count > 1 and self.decode_s > 0 else 0.0,
             peak_memory=mx.get_peak_memory(),
         )
-
-
-def _check(model: Model, request: Request, max_tokens: int) -> None:
-    check_prompt(model, request.tokens)
-    if max_tokens == 0 or max_tokens < -1:
-        raise PromptError(f"max tokens is {max_tokens}; give a number above 0, or -1 for no limit")
-    if request.on_switch not in (REPREFILL, KEEP):
-        raise IfpruneError(f"on_switch {request.on_switch!r} is unknown; choose {REPREFILL} or {KEEP}")
-
-
-def _within_context(model: Model, prompt_tokens: int, max_tokens: int) -> int:
-    """`max_tokens`, or fewer where the context ends before."""
-    if model.context_length is None:
-        return max_tokens
-    left = model.context_length - prompt_tokens
-    return left if max_tokens == -1 else min(max_tokens, left)
-
-
-def _select(model: Model, history: History, request: Request, progress: Progress) -> Selection | None:
-    """The selection to compute the answer with; a selector's own dense prefill goes into `history`."""
-    if request.selector is None:
-        return request.selection
-    base = History.empty(model, history.max_kv_size)
-    if request.on_switch == KEEP:
-        _rewind(model, history, request.tokens, set(), KEEP)
-        base = history
-    instruction = Instruction(request.instruction, tuple(request.tokens), base, progress)
-    selected = request.selector.select(instruction, request.keep)
-    if selected.history is not None:
-        history.kv, history.tokens, history.spans = selected.history.kv, selected.history.tokens, selected.history.spans
-    live, threshold = request.selection, request.switch_below
-    if live is not None and threshold is not None and selected.selection.agreement(live) >= threshold:
-        return live
-    return selected.selection
-
-
-def _owners(selection: Selection | None) -> set[str]:
-    """Whose KV entries a selection may go on from: its own, and for `activation` the dense prefill that found it."""
-    if selection is None:
-        return {DENSE}
-    return {selection.hash, DENSE} if selection.selector == "activation" else {selection.hash}
-
-
-def _rewind(model: Model, history: History, tokens: list[int], owners: set[str], on_switch: str) -> int:
-    """Cut `history` back to what of `tokens` may be gone on from; at least one token is left to read.
-
-    Returns:
-        Tokens that need not be read again.
-    """
-    usable = min(history.common_prefix(tokens), len(tokens) - 1)
-    if on_switch == REPREFILL:
-        usable = min(usable, history.owned_prefix(owners))
-    if not history.trim_to(usable):
-        history.clear(model)
-    return len(history.tokens)

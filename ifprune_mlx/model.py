@@ -38,8 +38,9 @@ from ifprune_mlx.checkpoint.budget import (
 from ifprune_mlx.checkpoint.format import Checkpoint, Layout
 from ifprune_mlx.checkpoint.hub import resolve
 from ifprune_mlx.checkpoint.neuron_reader import RowReader, read_rows
-from ifprune_mlx.errors import BudgetError, CheckpointError
-from ifprune_mlx.model_lock import Ownership, begin_worker
+from ifprune_mlx.checkpoint.safetensors_io import load_arrays
+from ifprune_mlx.errors import BudgetError, CheckpointError, reason_of
+from ifprune_mlx.model_lock import ModelLock, begin_worker
 from ifprune_mlx.selection.predictor import SparsityPredictor, load_predictor
 from ifprune_mlx.selection.selection import Scores, Selection
 from ifprune_mlx.sparse.ffn import SlicedProjection, replace_leaves
@@ -94,7 +95,7 @@ class Model:
         selection: the active selection; None while the model is dense.
         slots: the neurons of every FFN in memory.
         down_leaves: the down projection of every FFN, whose observer sees its hidden activations.
-        ownership: whose turn it is; shared with the module, which asks it before every call.
+        lock: lets one operation at a time use the model; the module checks it before every call.
         residency: `ram`, or `ssd`: only active neurons are in memory, and the model cannot be dense.
         memory: bytes that its weights may take, if that was limited when it was loaded.
     """
@@ -105,7 +106,7 @@ class Model:
         module: nn.Module,
         slots: list[FFNSlots],
         down: list[SlicedProjection],
-        ownership: Ownership,
+        lock: ModelLock,
         residency: str,
         memory: int | None,
         float_bytes: int | None,
@@ -121,7 +122,7 @@ class Model:
         self.selection: Selection | None = None
         self.down_leaves = down
         self.slots = slots
-        self.ownership = ownership
+        self.lock = lock
 
     def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
         """As the mlx-lm model: tokens int `[B, L]` (and `cache=`) -> logits `[B, L, vocabulary]`."""
@@ -216,53 +217,52 @@ class Model:
             BudgetError: in `ssd` residency, if it takes more than the model's memory budget.
             ModelBusyError: if an answer is under way.
         """
-        with self.ownership.held():
-            return self._switch(selection)
-
-    def _switch(self, selection: Selection | None) -> Switch:
         start = time.perf_counter()
-        if selection is None:
-            for slots in self.slots:
-                slots.activate_all()
+        with self.lock.held():
+            if selection is None:
+                for slots in self.slots:
+                    slots.activate_all()
+                self.selection = None
+                return Switch(time.perf_counter() - start, 0, 0, 0, None)
+            self.checkpoint.check(selection)
+            overlap = selection.overlap(self.selection) if self.selection else None
+            _synchronize()
+            spare = self._spare_slots(selection) if self.residency == SSD else 0
+            # Until all layers are done no selection is active: an exception between two must not leave a mixture.
             self.selection = None
-            return Switch(time.perf_counter() - start, 0, 0, 0, None)
-        self.check(selection)
-        overlap = selection.overlap(self.selection) if self.selection else None
-        _synchronize()
-        spare = (
-            spare_slots(self.checkpoint, self.memory, selection.keep, self._float_bytes) if self.residency == SSD else 0
-        )
-        self._check_room(selection)
-        # Until all layers are done no selection is active: an exception between two must not leave a mixture.
-        self.selection = None
-        for slots in self.slots:
-            slots.k = 0
-        neurons = missing = written = 0
-        # Layer by layer, so that a scatter that has to copy holds one copy of one layer's array at most.
-        for slots, ids in zip(self.slots, selection.ids, strict=True):
-            plan = slots.plan(ids, spare)
-            neurons += len(plan.leaving)
-            missing += len(plan.missing)
-            written += plan.rows_written * slots.row_bytes
-            if len(plan.missing):
-                # In layer order, while the layers before compute: see `FFNSlots.wait`.
-                slots.pending = self._reader().submit(slots.apply, plan)
-            else:
-                slots.apply(plan)
-        for slots, ids in zip(self.slots, selection.ids, strict=True):
-            slots.k = len(ids)
-        self.selection = selection
-        return Switch(time.perf_counter() - start, neurons, missing, written, overlap)
+            for slots in self.slots:
+                slots.k = 0
+            neurons = missing = written = 0
+            # Layer by layer, so that a scatter that has to copy holds one copy of one layer's array at most.
+            for slots, ids in zip(self.slots, selection.ids, strict=True):
+                plan = slots.plan(ids, spare)
+                neurons += len(plan.leaving)
+                missing += len(plan.missing)
+                written += plan.rows_written * slots.row_bytes
+                if len(plan.missing):
+                    # In layer order, while the layers before compute: see `FFNSlots.wait`.
+                    slots.pending = self._reader().submit(slots.apply, plan)
+                else:
+                    slots.apply(plan)
+            for slots, ids in zip(self.slots, selection.ids, strict=True):
+                slots.k = len(ids)
+            self.selection = selection
+            return Switch(time.perf_counter() - start, neurons, missing, written, overlap)
 
-    def _check_room(self, selection: Selection) -> None:
-        """Raise BudgetError if a selection takes more than the memory that the model was given."""
-        if self.residency == SSD and self.memory is not None:
+    def _spare_slots(self, selection: Selection) -> int:
+        """Slots of every FFN that the memory budget leaves for inactive neurons, in `ssd` residency.
+
+        Raises:
+            BudgetError: if the selection alone takes more.
+        """
+        if self.memory is not None:
             size = resident_bytes(self.checkpoint, SSD, selection.keep, self._float_bytes)
             if size > self.memory:
                 raise BudgetError(
                     f"the selection of density {selection.density:.3g} takes {size / 1e9:.3g} GB, the memory budget is "
                     f"{self.memory / 1e9:.3g} GB; lower the density, or raise the budget"
                 )
+        return spare_slots(self.checkpoint, self.memory, selection.keep, self._float_bytes)
 
     def first_layers_in_order(self, layers: int) -> None:
         """Leave no selection active, and that many first FFNs dense in the source's order of neurons.
@@ -272,8 +272,8 @@ class Model:
         Raises:
             ModelBusyError: if an answer is under way.
         """
-        with self.ownership.held():
-            self._switch(None)
+        with self.lock.held():
+            self.switch(None)
             _synchronize()
             for slots in self.slots[:layers]:
                 slots.restore()
@@ -291,7 +291,7 @@ class Model:
         Raises:
             ModelBusyError: if an answer is under way.
         """
-        with self.ownership.held():
+        with self.lock.held():
             if self._reading is not None:
                 self._reading.shutdown(cancel_futures=True)
             for slots in self.slots:
@@ -302,11 +302,10 @@ class Model:
             self.__dict__.pop("predictor", None)
             mx.clear_cache()
             _limit.closed(self)
-        self.ownership.close()
+        self.lock.close()
 
     def _priors(self, kind: str) -> list[Scores]:
-        arrays = mx.load(str(self.checkpoint.priors_file))
-        assert isinstance(arrays, dict)
+        arrays = load_arrays(self.checkpoint.priors_file)
         return [np.array(arrays[f"{kind}.{index}"]) for index in range(len(self.checkpoint.layout.ffns))]
 
 
@@ -364,8 +363,8 @@ def load_checkpoint(
         if progress is not None:
             progress(index + 1, len(ffns))
     leaves: list[SlicedProjection] = []
-    ownership = Ownership()
-    module = _load_module(checkpoint, slots, leaves, ownership)
+    lock = ModelLock()
+    module = _load_module(checkpoint, slots, leaves, lock)
     if dtype is not None:
         floats = (mx.float32, mx.float16, mx.bfloat16)
         may_cast = getattr(module, "cast_predicate", lambda _: True)
@@ -376,7 +375,7 @@ def load_checkpoint(
         module.update(tree_map_with_path(cast, module.parameters()))
     # All of it, not only its parameters: rope tables are none, and another thread could not compute them later.
     mx.eval(module)
-    return Model(checkpoint, module, slots, leaves, ownership, residency, memory, None if dtype is None else dtype.size)
+    return Model(checkpoint, module, slots, leaves, lock, residency, memory, None if dtype is None else dtype.size)
 
 
 def limit_cache() -> tuple[int, int]:
@@ -424,7 +423,7 @@ def _synchronize() -> None:
 
 
 def _load_module(
-    checkpoint: Checkpoint, slots: Sequence[FFNSlots], leaves: list[SlicedProjection], ownership: Ownership
+    checkpoint: Checkpoint, slots: Sequence[FFNSlots], leaves: list[SlicedProjection], lock: ModelLock
 ) -> nn.Module:
     layout: Layout = checkpoint.layout
 
@@ -442,7 +441,7 @@ def _load_module(
 
             @wraps(base.__call__)  # mlx-lm looks at the signature
             def __call__(self, *args: Any, **kwargs: Any) -> Any:
-                ownership.check()
+                lock.check()
                 if any(entry.k == 0 for entry in slots):
                     raise BudgetError(_NOT_DENSE)
                 return super().__call__(*args, **kwargs)
@@ -462,9 +461,8 @@ def _load_module(
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, OSError) as exc:
         if "alloc" in str(exc).lower():  # out of memory, and no fault of the files
             raise
-        reason = " ".join(str(exc).split())[:300] or type(exc).__name__
         raise CheckpointError(
-            f"{checkpoint.path}: mlx-lm cannot build the model ({reason}); its files do not belong together, "
+            f"{checkpoint.path}: mlx-lm cannot build the model ({reason_of(exc)}); its files do not belong together, "
             "convert the source again"
         ) from None
     return module
@@ -478,7 +476,6 @@ def _load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool) -> Tokenize
             eos_token_ids=checkpoint.config.get("eos_token_id"),
         )
     except Exception as exc:  # transformers raises whatever its parsers do
-        reason = " ".join(str(exc).split())[:300]
         raise CheckpointError(
-            f"{checkpoint.path}: the tokenizer cannot be loaded ({reason}); convert the source again"
+            f"{checkpoint.path}: the tokenizer cannot be loaded ({reason_of(exc)}); convert the source again"
         ) from None

@@ -1,4 +1,4 @@
-"""Whose turn it is with a model: one operation at a time, whichever threads and tasks ask.
+"""The lock of one model: one operation at a time, from whichever thread or task it comes.
 
 MLX has one set of streams per thread: an array that has been computed may be used in any thread, one that is still to
 be computed only in the thread that described it. So an operation stays in one thread from its first step to its last,
@@ -23,35 +23,7 @@ Step = TypeVar("Step")
 
 
 class ModelBusyError(IfpruneError):
-    """The model or the conversation was asked for something while an answer was under way."""
-
-
-class Operation(Iterator[Step], Generic[Step]):
-    """The steps of one operation, for the thread that begins it: mlx-lm holds that thread's stream between them.
-
-    Reading or closing it from another thread raises ModelBusyError and changes nothing. Dropping it closes it.
-    """
-
-    def __init__(self, steps: Generator[Step, None, None]) -> None:
-        self._steps = steps
-        self._thread: int | None = None
-
-    def __next__(self) -> Step:
-        self._check()
-        self._thread = threading.get_ident()
-        return next(self._steps)
-
-    def close(self) -> None:
-        """End the operation here, between two steps."""
-        self._check()
-        self._steps.close()
-
-    def _check(self) -> None:
-        if self._thread not in (None, threading.get_ident()):
-            raise ModelBusyError(
-                "an answer is read and closed in the thread that began it; end it from elsewhere with Session.cancel, "
-                "or ask with Session.astream"
-            )
+    """The model or the conversation cannot be used now: an answer is under way."""
 
 
 class _Streams:
@@ -69,23 +41,82 @@ def begin_worker() -> None:
     _thread.streams = _Streams()  # goes when the thread does, in it, whether by `close` or at the end of the program
 
 
-class Ownership:
-    """Who has one model now. An operation has it from its first step to its last, between the steps as well.
+class Operation(Iterator[Step], Generic[Step]):
+    """The steps of one operation, for the thread that begins it: mlx-lm holds that thread's stream between them.
+
+    It has the model from its first step to its last, or until it is closed or dropped. Reading or closing it from
+    another thread raises ModelBusyError and changes nothing.
+    """
+
+    def __init__(self, lock: ModelLock, steps: Generator[Step, None, None], holder: object | None = None) -> None:
+        self._lock, self._steps, self._holder = lock, steps, holder
+        self._thread: int | None = None
+
+    def __next__(self) -> Step:
+        self._check_thread()
+        if self._thread is None:
+            if self._holder is None and self._lock.running != threading.get_ident():
+                self._holder = self._lock.take()
+            self._thread = threading.get_ident()
+        if self._holder is None:  # a part of the operation whose step this is, or over
+            return next(self._steps)
+        self._lock.running = self._thread
+        try:
+            return next(self._steps)
+        except BaseException:  # StopIteration among them
+            self._end()
+            raise
+        finally:
+            self._lock.running = None
+
+    def close(self) -> None:
+        """End the operation here, between two steps."""
+        self._check_thread()
+        self._end()
+
+    def __del__(self) -> None:
+        self._end()
+
+    def _check_thread(self) -> None:
+        if self._thread not in (None, threading.get_ident()):
+            raise ModelBusyError(
+                "an answer is read and closed in the thread that began it; end it from elsewhere with Session.cancel, "
+                "or ask with Session.astream"
+            )
+
+    def _end(self) -> None:
+        holder, self._holder = self._holder, None
+        if holder is None:
+            self._steps.close()
+            return
+        self._lock.running = threading.get_ident()
+        try:
+            self._steps.close()
+        finally:
+            self._lock.running = None
+            self._lock.release(holder)
+
+
+class ModelLock:
+    """The lock of one model. An operation holds it from its first step to its last, between the steps as well.
 
     Its methods may be called from any thread; what comes at the wrong time raises and changes nothing. Operations of
     `in_worker` wait for each other instead, first come, first served.
+
+    Attributes:
+        running: the thread in a step of the operation that has the model; None between two steps.
     """
 
     def __init__(self) -> None:
+        self.running: int | None = None
         self._lock = threading.Lock()
         self._holder: object | None = None
-        self._running: int | None = None  # the thread in a step of the holder's; None between two steps
         self._waiting: deque[Future[object]] = deque()
         self._executor: ThreadPoolExecutor | None = None
 
     def check(self) -> None:
         """Raise ModelBusyError if an operation is under way, unless this call comes from within its step."""
-        if self._holder is not None and self._running != threading.get_ident():
+        if self._holder is not None and self.running != threading.get_ident():
             raise ModelBusyError(
                 "the model is busy with an answer; read that to its end or close it first, or ask with "
                 "Session.astream, which waits for its turn"
@@ -98,15 +129,16 @@ class Ownership:
         Raises:
             ModelBusyError: if another operation is under way.
         """
-        if self._running == threading.get_ident():
+        if self.running == threading.get_ident():
             yield
             return
-        holder = self._take()
+        holder = self.take()
+        self.running = threading.get_ident()
         try:
-            with self._step():
-                yield
+            yield
         finally:
-            self._release(holder)
+            self.running = None
+            self.release(holder)
 
     def during(self, steps: Generator[Step, None, None]) -> Operation[Step]:
         """The same steps as one operation, which begins with the first of them and ends with the last or a `close`.
@@ -114,7 +146,7 @@ class Ownership:
         Raises:
             ModelBusyError: at the first step, if another operation is under way.
         """
-        return Operation(self._during(steps))
+        return Operation(self, steps)
 
     async def in_worker(
         self, steps: Generator[Step, None, None], stop: Callable[[], None]
@@ -123,27 +155,20 @@ class Ownership:
 
         Args:
             steps: yields no None.
-            stop: called when nobody wants more, perhaps while a step is under way; makes that one end soon.
+            stop: called when the reader has gone, perhaps while a step is under way; makes that step end soon.
 
         Raises:
             Exception: what a step raises.
         """
-        holder = await self._turn()
-        worker, steps = self._worker(), self._steps(steps)
-
-        def end() -> None:
-            try:
-                steps.close()
-            finally:
-                self._release(holder)
-
+        operation = Operation(self, steps, await self._turn())
+        worker = self._worker()
         try:
-            while (step := await asyncio.wrap_future(worker.submit(next, steps, None))) is not None:
+            while (step := await asyncio.wrap_future(worker.submit(next, operation, None))) is not None:
                 yield step
         finally:
             stop()
             # Runs after the step under way, and to its end also if the task is cancelled once more.
-            await asyncio.shield(asyncio.wrap_future(worker.submit(end)))
+            await asyncio.shield(asyncio.wrap_future(worker.submit(operation.close)))
 
     def in_turn(self, work: Callable[[], None], after: Callable[[], None]) -> Future[object]:
         """Call `work` in the model's worker thread when its turn comes; the model is its own until it returns.
@@ -157,11 +182,12 @@ class Ownership:
         place = self._place()
 
         def call(holder: object) -> None:
+            self.running = threading.get_ident()
             try:
-                with self._step():
-                    work()
+                work()
             finally:
-                self._release(holder)
+                self.running = None
+                self.release(holder)
                 after()
 
         def begin(given: Future[object]) -> None:
@@ -178,21 +204,31 @@ class Ownership:
         if executor is not None:
             executor.shutdown()
 
-    def _during(self, steps: Generator[Step, None, None]) -> Generator[Step, None, None]:
-        if self._running == threading.get_ident():
-            yield from steps
-            return
-        holder = self._take()
-        try:
-            yield from self._steps(steps)
-        finally:
-            self._release(holder)
+    def take(self) -> object:
+        """Have the model until `release` is called with what this returns.
 
-    def _take(self) -> object:
+        Raises:
+            ModelBusyError: if another operation is under way.
+        """
         with self._lock:
             self.check()
             self._holder = holder = object()
             return holder
+
+    def release(self, holder: object) -> None:
+        """Give the model to the first in line; nothing if `holder` does not have it."""
+        given: Future[object] | None = None
+        with self._lock:
+            if self._holder is not holder:
+                return
+            self._holder = None
+            while self._waiting and self._holder is None:
+                given = self._waiting.popleft()
+                if given.set_running_or_notify_cancel():
+                    self._holder = object()
+            following = self._holder
+        if given is not None and following is not None:
+            given.set_result(following)
 
     def _place(self) -> Future[object]:
         """A place in line, whose result is the holder to be; done already if nobody has the model."""
@@ -213,44 +249,9 @@ class Ownership:
         try:
             return await asyncio.wrap_future(place)
         except asyncio.CancelledError:
-            if not place.cancel():  # the turn came at the same moment: the next one shall have it
-                place.add_done_callback(lambda given: self._release(given.result()))
+            if not place.cancel():  # the turn came at the same moment: give it to the next one
+                place.add_done_callback(lambda given: self.release(given.result()))
             raise
-
-    def _release(self, holder: object) -> None:
-        given: Future[object] | None = None
-        with self._lock:
-            if self._holder is not holder:
-                return
-            self._holder = None
-            while self._waiting and self._holder is None:
-                given = self._waiting.popleft()
-                if given.set_running_or_notify_cancel():
-                    self._holder = object()
-            following = self._holder
-        if given is not None and following is not None:
-            given.set_result(following)
-
-    @contextmanager
-    def _step(self) -> Iterator[None]:
-        self._running = threading.get_ident()
-        try:
-            yield
-        finally:
-            self._running = None
-
-    def _steps(self, steps: Generator[Step, None, None]) -> Generator[Step, None, None]:
-        try:
-            while True:
-                with self._step():
-                    try:
-                        step = next(steps)
-                    except StopIteration:
-                        return
-                yield step
-        finally:
-            with self._step():
-                steps.close()
 
     def _worker(self) -> ThreadPoolExecutor:
         with self._lock:

@@ -1,6 +1,6 @@
-"""What a model has read: tokens, their KV cache, and which selection computed each stretch (DESIGN.md section 3).
+"""What a model has read: tokens, their KV cache, and which selection computed each stretch.
 
-A KV cache belongs to the selection that computed it; `History` never forgets whose it is.
+A KV cache belongs to the selection that computed it: going on from it under another one is a choice, never an accident.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mlx_lm.models.cache import (
 
 from ifprune_mlx.checkpoint.atomic_write import write_atomic
 from ifprune_mlx.checkpoint.safetensors_io import read_safetensors_header
-from ifprune_mlx.errors import ChatFileError
+from ifprune_mlx.errors import ChatFileError, reason_of
 
 if TYPE_CHECKING:
     from ifprune_mlx.model import Model
@@ -34,10 +34,10 @@ _STEP = 512
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of tokens and the owner of their KV entries: a selection's hash, or `dense`."""
+    """A stretch of tokens and what computed their KV entries: a selection's hash, or `dense`."""
 
     tokens: int
-    owner: str
+    computed_by: str
 
 
 @dataclass
@@ -86,15 +86,15 @@ class History:
         else:
             self.clear(model)
 
-    def append(self, tokens: list[int], owner: str) -> None:
-        """Note that `kv` now also holds `tokens`, computed by `owner`."""
+    def append(self, tokens: list[int], computed_by: str) -> None:
+        """Note that `kv` now also holds `tokens`, and what computed them: a selection's hash, or `dense`."""
         if not tokens:
             return
         self.tokens.extend(tokens)
-        if self.spans and self.spans[-1].owner == owner:
-            self.spans[-1] = Span(self.spans[-1].tokens + len(tokens), owner)
+        if self.spans and self.spans[-1].computed_by == computed_by:
+            self.spans[-1] = Span(self.spans[-1].tokens + len(tokens), computed_by)
         else:
-            self.spans.append(Span(len(tokens), owner))
+            self.spans.append(Span(len(tokens), computed_by))
 
     def common_prefix(self, tokens: list[int]) -> int:
         """How many leading tokens of `tokens` have been read already."""
@@ -105,11 +105,11 @@ class History:
             count += 1
         return count
 
-    def owned_prefix(self, owners: set[str]) -> int:
-        """How many leading tokens were computed by one of `owners`."""
+    def prefix_computed_by(self, names: set[str]) -> int:
+        """How many leading tokens were computed by one of `names`."""
         count = 0
         for span in self.spans:
-            if span.owner not in owners:
+            if span.computed_by not in names:
                 break
             count += span.tokens
         return count
@@ -129,7 +129,7 @@ class History:
         spans, left = [], count
         for span in self.spans:
             if left > 0:
-                spans.append(Span(min(span.tokens, left), span.owner))
+                spans.append(Span(min(span.tokens, left), span.computed_by))
             left -= span.tokens
         self.spans = spans
         return True
@@ -144,7 +144,7 @@ class History:
         metadata = {
             "ifprune_checkpoint": model.checkpoint.id,
             "ifprune_tokens": json.dumps(self.tokens),
-            "ifprune_spans": json.dumps([[span.tokens, span.owner] for span in self.spans]),
+            "ifprune_spans": json.dumps([[span.tokens, span.computed_by] for span in self.spans]),
         }
         write_atomic(path, lambda file: save_prompt_cache(str(file), self.kv, metadata), ChatFileError)
 
@@ -162,9 +162,9 @@ class History:
             mx.eval([cache.state for cache in kv])
             checkpoint = metadata["ifprune_checkpoint"]
             tokens = [int(token) for token in json.loads(metadata["ifprune_tokens"])]
-            spans = [Span(int(count), str(owner)) for count, owner in json.loads(metadata["ifprune_spans"])]
+            spans = [Span(int(count), str(name)) for count, name in json.loads(metadata["ifprune_spans"])]
         except Exception as exc:  # mlx-lm's reader raises whatever its parsing meets
-            raise ChatFileError(f"{path}: not a prompt cache of ifprune ({exc!r}); make it again") from None
+            raise ChatFileError(f"{path}: not a prompt cache of ifprune ({reason_of(exc)}); make it again") from None
         if checkpoint != model.checkpoint.id:
             raise ChatFileError(f"{path}: was computed by another checkpoint; make it again with this one")
         # Some kinds of caches do not say how much they have read.

@@ -1,4 +1,4 @@
-"""A conversation: turns, when to select anew, and what happens to the history then (DESIGN.md section 7).
+"""A conversation: turns, when to select anew, and what happens to the history then.
 
 Policies: `first` (the paper: the first human message decides, and the selection stays), `turn` (every message selects),
 `auto` (every message selects, but a selection that agrees enough with the live one changes nothing), `task` (fixed).
@@ -19,13 +19,13 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ifprune_mlx.chat_template import render_messages
 from ifprune_mlx.checkpoint.atomic_write import write_atomic
 from ifprune_mlx.checkpoint.format import read_json_object
-from ifprune_mlx.errors import ChatFileError, IfpruneError, PromptError, SelectionError
-from ifprune_mlx.generation import REPREFILL, GenerationResponse, Request, Stats, answer
+from ifprune_mlx.errors import ChatFileError, IfpruneError, PromptError, SelectionError, reason_of
+from ifprune_mlx.generation import REPREFILL, GenerationRequest, GenerationResponse, Stats, answer
 from ifprune_mlx.model import Model, Progress
 from ifprune_mlx.model_lock import ModelBusyError, Operation
 from ifprune_mlx.prompt_cache import History
 from ifprune_mlx.selection.selection import Selection
-from ifprune_mlx.selection.selectors import FixedSelector, Selector, make_selector
+from ifprune_mlx.selection.selectors import Selector, make_selector
 
 POLICIES = ("first", "turn", "auto", "task")
 _FILE_FORMAT = 1
@@ -52,6 +52,13 @@ class Session:
         system_prompt: put before the first message.
         max_kv_size: as in mlx-lm.
         options: passed to mlx-lm's generation: `sampler`, `logits_processors`, `kv_bits`, `prefill_step_size`, ...
+
+    Attributes:
+        messages: the conversation so far, without the system prompt.
+        selection: what it has selected, or was given; None before the first answer.
+        keep: *k* per FFN that the next selection will have.
+        history: tokens read, their KV cache and its provenance.
+        stats: of the last answer.
 
     Raises:
         IfpruneError: on an unknown policy or selector, or a budget that cannot be met.
@@ -90,29 +97,16 @@ class Session:
         self.messages: list[dict[str, str]] = []
         self.stats: Stats | None = None
         self.options = options
-        self._max_kv_size = max_kv_size
-        self._keep = model.keep(density, active_parameters, memory)
+        self.selection = selection
+        self.history = History.empty(model, max_kv_size)
+        self.keep = model.keep(density, active_parameters, memory)
+        self._selector = make_selector(model, selector, seed=seed) if selection is None else None
         if selection is not None:
-            self._selector: Selector = FixedSelector(model, selection)
-            self._keep = selection.keep
-        elif selector is None or isinstance(selector, str):
-            self._selector = make_selector(model, selector, seed=seed)
-        else:
-            self._selector = selector
-        self._selection: Selection | None = None
+            model.check(selection)
+            self.keep = selection.keep
+        self._max_kv_size = max_kv_size
         self._instruction: str | None = None
         self._stop: threading.Event | None = None  # of the answer under way
-        self._history = History.empty(model, max_kv_size)
-
-    @property
-    def selection(self) -> Selection | None:
-        """What the conversation has selected; None before its first answer."""
-        return self._selection
-
-    @property
-    def history(self) -> History:
-        """Tokens read, their KV cache and its provenance."""
-        return self._history
 
     def stream(
         self, text: str, *, max_tokens: int = 256, progress: Progress | None = None
@@ -126,7 +120,7 @@ class Session:
             PromptError: if the message is empty or the conversation no longer fits the context.
             ModelBusyError: if another answer of this model is under way, or another thread reads or closes this one.
         """
-        return self.model.ownership.during(self._answer(text, max_tokens, progress, threading.Event()))
+        return self.model.lock.during(self._answer(text, max_tokens, progress, threading.Event()))
 
     def astream(
         self, text: str, *, max_tokens: int = 256, progress: Progress | None = None
@@ -146,7 +140,7 @@ class Session:
             PromptError: as `stream`.
         """
         stop = threading.Event()
-        return self.model.ownership.in_worker(self._answer(text, max_tokens, progress, stop), stop.set)
+        return self.model.lock.in_worker(self._answer(text, max_tokens, progress, stop), stop.set)
 
     def ask(self, text: str, **kwargs: Any) -> str:
         """The whole answer to one message; takes what `stream` takes."""
@@ -165,11 +159,11 @@ class Session:
         """Forget the conversation; the next message selects anew."""
         self._check_idle()
         self.messages = []
-        self._history = History.empty(self.model, self._max_kv_size)
+        self.history = History.empty(self.model, self._max_kv_size)
         self._instruction = None
         self.stats = None
         if self.policy != "task":
-            self._selection = None
+            self.selection = None
 
     def reselect(self, instruction: str | None = None) -> None:
         """Select anew at the next message: by it, or by the given instruction."""
@@ -178,14 +172,14 @@ class Session:
             raise IfpruneError(
                 "the selection is fixed in this conversation; start one without --selection or --task to select"
             )
-        self._selection = None
+        self.selection = None
         self._instruction = instruction
 
     def use(self, selection: Selection) -> None:
         """Go on with a given selection (policy `first`: it stays; otherwise until the next message selects)."""
         self._check_idle()
         self.model.check(selection)
-        self._selection = selection
+        self.selection = selection
         self.dense = False
 
     def set_budget(
@@ -195,15 +189,10 @@ class Session:
         self._check_idle()
         if self.policy == "task":
             raise IfpruneError("the selection is fixed in this conversation, and its density with it")
-        self._keep = self.model.keep(density, active_parameters, memory)
-        self._selection = None
+        self.keep = self.model.keep(density, active_parameters, memory)
+        self.selection = None
         if self.policy != "first":
             self._instruction = None
-
-    @property
-    def keep(self) -> tuple[int, ...]:
-        """*k* per FFN that the next selection will have."""
-        return self._keep
 
     def save(self, path: str | Path) -> None:
         """Write the conversation as JSON: messages, settings and the selection. The KV cache is computed again on load.
@@ -211,14 +200,14 @@ class Session:
         Raises:
             ChatFileError: if the file cannot be written.
         """
-        selection = self._selection
+        selection = self.selection
         state = {
             "format": _FILE_FORMAT,
             "checkpoint": self.model.checkpoint.id,
             "system_prompt": self.system_prompt,
             "policy": self.policy,
             "dense": self.dense,
-            "keep": list(self._keep),
+            "keep": list(self.keep),
             "instruction": self._instruction,
             "selection": None if selection is None else _pack(selection),
             "messages": self.messages,
@@ -262,32 +251,30 @@ class Session:
                 raise ValueError("neurons to keep that the model does not have")
             instruction = None if state["instruction"] is None else str(state["instruction"])
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, MemoryError, SelectionError) as exc:
-            raise ChatFileError(f"{path}: the saved chat is damaged ({exc!r}); nothing was loaded") from None
+            raise ChatFileError(f"{path}: the saved chat is damaged ({reason_of(exc)}); nothing was loaded") from None
         self.reset()
         self.messages, self.system_prompt, self.dense = messages, system, dense
-        self._selection, self._instruction, self._keep = selection, instruction, keep
-        if policy == "task" and selection is not None:
-            self._selector = FixedSelector(self.model, selection)
-        elif self.policy == "task":
+        self.selection, self._instruction, self.keep = selection, instruction, keep
+        if policy != "task" and self._selector is None:
             self._selector = make_selector(self.model)
         self.policy = policy
 
     def _answer(
         self, text: str, max_tokens: int, progress: Progress | None, stop: threading.Event
     ) -> Generator[GenerationResponse, None, None]:
-        """What `stream` says, as one operation of `Ownership`; `stop` ends it early."""
+        """What `stream` says, as one operation of `ModelLock`; `stop` ends it early."""
         if not text.strip():
             raise PromptError("the message is empty; write something to answer")
         user = {"role": "user", "content": text}
-        request = self._request(text, [*self._system(), *self.messages, user])
-        said = ""
-        answered = False
+        system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
+        request = self._request(text, [*system, *self.messages, user])
+        said, answered = "", False
         self._stop, thread = stop, threading.get_ident()
         try:
             responses = answer(
                 self.model,
                 self.tokenizer,
-                self._history,
+                self.history,
                 request,
                 max_tokens,
                 cancel=stop.is_set,
@@ -301,38 +288,35 @@ class Session:
                 if response.stats is not None:
                     self.stats = response.stats
                 yield response
-        except GeneratorExit:
-            raise
-        except BaseException:
-            answered = False
+        except BaseException as exc:
+            answered = answered and isinstance(exc, GeneratorExit)
             raise
         finally:
             self._stop = None
-            self._history.settle(self.model, thread)
+            self.history.settle(self.model, thread)
             if answered:
                 self.messages += [user, {"role": "assistant", "content": said}]
                 if not self.dense:
-                    self._selection = self.model.selection
+                    self.selection = self.model.selection
                     self._instruction = request.instruction
 
     def _check_idle(self) -> None:
         if self._stop is not None:
             raise ModelBusyError("an answer of this conversation is under way; cancel it or wait for its end first")
 
-    def _system(self) -> list[dict[str, str]]:
-        return [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
-
-    def _request(self, text: str, messages: list[dict[str, str]]) -> Request:
+    def _request(self, text: str, messages: list[dict[str, str]]) -> GenerationRequest:
         tokens = render_messages(self.tokenizer, messages)
-        selecting = not self.dense and (self._selection is None or self.policy in ("turn", "auto"))
+        selecting = not self.dense and (self.selection is None or self.policy in ("turn", "auto"))
         # Without a selection but with an instruction, a budget change or `reselect` said what to select by.
-        instruction = text if self._selection is not None or self._instruction is None else self._instruction
+        instruction = text if self.selection is not None or self._instruction is None else self._instruction
         if not selecting:
-            selection = None if self.dense else self._selection
+            selection = None if self.dense else self.selection
             kept = self._instruction if self._instruction is not None else text
-            return Request(tokens, kept, None, selection, self._keep, self.on_switch)
+            return GenerationRequest(tokens, kept, None, selection, self.keep, self.on_switch)
         threshold = self.switch_below if self.policy == "auto" else None
-        return Request(tokens, instruction, self._selector, self._selection, self._keep, self.on_switch, threshold)
+        return GenerationRequest(
+            tokens, instruction, self._selector, self.selection, self.keep, self.on_switch, threshold
+        )
 
 
 def _pack(selection: Selection) -> dict[str, Any]:

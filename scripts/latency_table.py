@@ -24,7 +24,7 @@ from ifprune_cli.console import progress
 from ifprune_convert.contenders import Plain, make_noise, make_plain
 from ifprune_convert.packing import quantization_of
 from ifprune_convert.synthetic import shape_of
-from ifprune_mlx.bench.benchmark import DENSE, OUR_DENSE, SLICED, STATIC, Settings, bench
+from ifprune_mlx.bench.benchmark import DENSE, OUR_DENSE, SLICED, STATIC, BenchConfig, bench
 from ifprune_mlx.checkpoint.budget import resolve_keep
 from ifprune_mlx.checkpoint.format import Checkpoint
 
@@ -95,7 +95,7 @@ def main() -> None:
         return
     counts = (given.prompt_tokens, given.generation_tokens, given.num_trials)
     keep = resolve_keep(checkpoint)
-    result = bench(Settings(checkpoint, plain.dense, plain.static, False, keep, None, *counts, given.work / name))
+    result = bench(BenchConfig(checkpoint, plain.dense, plain.static, False, keep, None, *counts, given.work / name))
     print("The paper, one A6000, 4000 tokens read and 100 generated:\n")
     print("\n".join(table(PAPER)))
     device = mx.device_info().get("device_name", mx.default_device())

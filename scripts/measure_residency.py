@@ -35,8 +35,7 @@ from ifprune_convert.frequency import reorder
 from ifprune_convert.packing import quantization_of
 from ifprune_convert.synthetic import SHAPES
 from ifprune_mlx import Checkpoint, Selection, load, make_selector
-from ifprune_mlx.bench.benchmark import contender
-from ifprune_mlx.bench.worker import drop_from_cache
+from ifprune_mlx.bench.worker import start_worker
 from ifprune_mlx.checkpoint.budget import RAM, SSD, resident_bytes
 from ifprune_mlx.checkpoint.format import write_manifest
 from ifprune_mlx.selection.selection import Ids
@@ -96,6 +95,14 @@ def bytes_read() -> int:
     return int(next(line for line in lines if line.startswith("read_bytes")).split()[1])
 
 
+def drop_from_cache(checkpoint: Checkpoint) -> None:
+    """Ask the system to forget a checkpoint's files, so that reading them reads the disk."""
+    for file in checkpoint.path.glob("*.safetensors"):
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def disk_rate(checkpoint: Checkpoint) -> float:
     """Bytes per second of reading the neurons files from end to end."""
     drop_from_cache(checkpoint)
@@ -147,14 +154,14 @@ def cold_answers(checkpoint: Checkpoint, static: Path, selection: Path, rate: fl
     text = "abcd " * (PROMPT_TOKENS // 5)
     size = resident_bytes(checkpoint, SSD, keep)
     cold, warm = [], []
-    with contender(static, None, None, "static") as plain:
+    with start_worker(static, None, None, "static") as plain:
         plain("run", tokens=tokens, generate=2)
         for _ in range(trials):
             warm.append(plain("run", tokens=tokens, generate=2)["prefill_s"])
             drop_from_cache(checkpoint)
-            with contender(checkpoint.path, SSD, None, "ssd") as ssd:
-                select = ssd("select", text=text, cached=False)["select_s"]
-                first = ssd("first", selection=str(selection), tokens=tokens)["seconds"]
+            with start_worker(checkpoint.path, SSD, None, "ssd") as ssd:
+                select = ssd("select", text=text, cached=False)
+                first = ssd("first", selection=str(selection), tokens=tokens)
                 cold.append(ssd.load_s + select + first)
     limit = size / rate + statistics.median(warm)
     return {
@@ -174,15 +181,15 @@ def memory(checkpoint: Checkpoint, plain: Any, files: Sequence[Path], counts: tu
     everything = [spec.d_ffn for spec in checkpoint.layout.ffns]
     dense = resident_bytes(checkpoint, RAM, everything) - checkpoint.predictor_bytes
     layer = everything[0] * checkpoint.neuron_bytes(0)
-    with contender(checkpoint.path, RAM, None, "ram") as ram:
+    with start_worker(checkpoint.path, RAM, None, "ram") as ram:
         ram("switches", selections=[names[i % len(names)] for i in range(counts[0])], check=check)
         ram_peak = ram("memory")
-    with contender(plain.static, None, None, "static") as static:
+    with start_worker(plain.static, None, None, "static") as static:
         static("switches", selections=[], check=check)
         static("run", tokens=check, generate=2)
         base = static("memory")
-    with contender(checkpoint.path, SSD, None, "ssd") as ssd:
-        predictor = ssd("predict")["bytes"]
+    with start_worker(checkpoint.path, SSD, None, "ssd") as ssd:
+        predictor = ssd("predict")
         after = ssd("switches", selections=[names[i % len(names)] for i in range(counts[1])], check=check)
     resident = np.array([entry["rss"] for entry in after], float)[20:]
     slope = float(np.polyfit(np.arange(len(resident)), resident, 1)[0])

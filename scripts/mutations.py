@@ -75,8 +75,8 @@ MUTATIONS = (
     Mutation(
         "gate and up swapped in read_rows",
         "ifprune_mlx/checkpoint/neuron_reader.py",
-        'mx.contiguous(array[:, 0])\n                rows[f"up.{leaf}"] = mx.contiguous(array[:, 1])',
-        'mx.contiguous(array[:, 1])\n                rows[f"up.{leaf}"] = mx.contiguous(array[:, 0])',
+        "for index, name in enumerate(names):",
+        "for index, name in enumerate(names[::-1]):",
         (_SLICED,),
     ),
     Mutation(
@@ -108,24 +108,24 @@ MUTATIONS = (
         (_SLICED,),
     ),
     Mutation(
-        "panels of down averaged, not summed",
+        "bias of down dropped",
         "ifprune_mlx/sparse/ffn.py",
-        "@ panels).sum(axis=0)",
-        "@ panels).mean(axis=0)",
+        'bias = rows(f"{kind}.bias") if inwards else self.slots.down_bias',
+        'bias = rows(f"{kind}.bias")',
         (_FFN,),
     ),
     Mutation(
         "KV provenance ignored",
         "ifprune_mlx/prompt_cache.py",
-        "if span.owner not in owners:\n                break",
-        "if span.owner not in owners:\n                pass",
+        "if span.computed_by not in names:\n                break",
+        "if span.computed_by not in names:\n                pass",
         (_HISTORY, _GENERATION),
     ),
     Mutation(
         "KV provenance ignored (seen in generation alone)",
         "ifprune_mlx/prompt_cache.py",
-        "if span.owner not in owners:\n                break",
-        "if span.owner not in owners:\n                pass",
+        "if span.computed_by not in names:\n                break",
+        "if span.computed_by not in names:\n                pass",
         (_GENERATION,),
     ),
     Mutation(

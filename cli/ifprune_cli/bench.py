@@ -134,7 +134,7 @@ def _measure(
 ) -> dict[str, Any]:
     from ifprune_convert.contenders import check_room, make_plain
     from ifprune_mlx import IfpruneError
-    from ifprune_mlx.bench.benchmark import Settings
+    from ifprune_mlx.bench.benchmark import BenchConfig
     from ifprune_mlx.bench.benchmark import bench as measure
     from ifprune_mlx.checkpoint.budget import resolve_keep
 
@@ -147,7 +147,7 @@ def _measure(
         check_room(folder, checkpoint, keep)
         with progress("export", "B") as update:
             plain = make_plain(folder, checkpoint, keep, update)
-    settings = Settings(
+    config = BenchConfig(
         checkpoint,
         None if plain is None else plain.dense,
         None if plain is None else plain.static,
@@ -158,7 +158,7 @@ def _measure(
         folder,
     )
     with progress("bench", "trials") as update:
-        return measure(settings, update)
+        return measure(config, update)
 
 
 def _table(result: dict[str, Any]) -> list[str]:

@@ -190,7 +190,7 @@ class Commands:
     def _session_rows(self) -> list[tuple[str, str]]:
         session = self._session
         history, limit = session.history, session.model.context_length
-        spans = ", ".join(f"{span.tokens} tokens {span.owner[:8]}" for span in history.spans)
+        spans = ", ".join(f"{span.tokens} tokens {span.computed_by[:8]}" for span in history.spans)
         return [
             ("selection", self._selection_line()),
             ("policy", f"{session.policy}, {session.on_switch} on a switch"),

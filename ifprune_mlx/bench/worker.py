@@ -1,18 +1,20 @@
-"""One model in a process of its own, timed on demand; `ifprune_mlx.bench.benchmark` asks several of them in turn.
+"""A worker: one model in a process of its own, timed on demand; and the client that talks to it.
 
 A process of its own, so that what it keeps in memory can be told from what the others do. It answers one JSON request
-after the other; knows nothing of what it is compared with.
+after the other.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,6 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
-from ifprune_mlx.checkpoint.format import Checkpoint
 from ifprune_mlx.errors import IfpruneError
 from ifprune_mlx.model import Model, limit_cache, load
 from ifprune_mlx.selection.selection import Selection
@@ -30,6 +31,60 @@ from ifprune_mlx.selection.selectors import Instruction, LearnedSelector, Select
 
 _BANDWIDTH_ELEMENTS = 1 << 26
 _COLUMNS = 1 << 12
+
+
+class WorkerClient:
+    """This process's end of a worker.
+
+    Attributes:
+        load_s: seconds that loading its model took.
+    """
+
+    def __init__(self, connection: Connection, name: str) -> None:
+        self._connection = connection
+        self._name = name
+        self.load_s = float(self._answer()["load_s"])
+
+    def __call__(self, do: str, **arguments: Any) -> Any:
+        """Have the worker call its method `do`, and wait for what that returns.
+
+        Raises:
+            IfpruneError: if it failed, or its process ended.
+        """
+        self._connection.send_bytes(json.dumps({"do": do, **arguments}).encode())
+        return self._answer()
+
+    def _answer(self) -> Any:
+        try:
+            answer = json.loads(self._connection.recv_bytes())
+        except (EOFError, OSError):
+            raise IfpruneError(
+                f"bench: the process of {self._name} ended before it answered (out of memory?); give fewer --layers"
+            ) from None
+        if "error" in answer:
+            raise IfpruneError(f"bench, {self._name}: {answer['error']}")
+        return answer["ok"]
+
+
+@contextmanager
+def start_worker(folder: Path, residency: str | None, dtype: str | None, name: str) -> Iterator[WorkerClient]:
+    """A worker, ended with the block. Arguments as for `serve`; `name` stands in error messages."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=serve, args=(theirs, str(folder), residency, dtype), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        yield WorkerClient(ours, name)
+    except BaseException:
+        process.kill()
+        raise
+    finally:
+        ours.close()
+        process.join(10)
+        if process.is_alive():
+            process.kill()
+            process.join()
 
 
 def serve(connection: Connection, folder: str, residency: str | None, dtype: str | None) -> None:
@@ -42,11 +97,11 @@ def serve(connection: Connection, folder: str, residency: str | None, dtype: str
     """
     cast = None if dtype is None else getattr(mx, dtype)
     try:
-        contender = Contender(Path(folder), residency, cast)
-        connection.send_bytes(json.dumps({"ok": {"load_s": contender.load_s}}).encode())
+        worker = Worker(Path(folder), residency, cast)
+        connection.send_bytes(json.dumps({"ok": {"load_s": worker.load_s}}).encode())
         while True:
             request = json.loads(connection.recv_bytes())
-            answer = getattr(contender, request.pop("do"))(**request)
+            answer = getattr(worker, request.pop("do"))(**request)
             connection.send_bytes(json.dumps({"ok": answer}).encode())
     except (EOFError, KeyboardInterrupt, BrokenPipeError):
         pass
@@ -58,8 +113,8 @@ def serve(connection: Connection, folder: str, residency: str | None, dtype: str
         os._exit(0)  # MLX's exit handlers may take a second per process
 
 
-class Contender:
-    """A loaded model and what can be asked of it."""
+class Worker:
+    """A loaded model. Its public methods are the requests that a client can send."""
 
     def __init__(self, folder: Path, residency: str | None, dtype: mx.Dtype | None) -> None:
         start = time.perf_counter()
@@ -92,8 +147,8 @@ class Contender:
             "moved_in_decode": self._moved() - moved,
         }
 
-    def select(self, text: str, *, cached: bool) -> dict[str, Any]:
-        """Seconds to select by a text; `cached`: as `ifprune` does, which knows the texts it has seen."""
+    def select(self, text: str, *, cached: bool) -> float:
+        """Seconds to select by a text; `cached`: a text seen before is found in the cache of selections."""
         assert self._model is not None
         if self._selector is None:
             learned = self._model.checkpoint.has_predictor
@@ -103,8 +158,8 @@ class Contender:
             chooser = LearnedSelector(self._model, self._model.predictor)
         instruction = Instruction(text, (1,))
         start = time.perf_counter()
-        selection = chooser.select(instruction, self._model.keep()).selection
-        return {"select_s": time.perf_counter() - start, "selection": selection.hash}
+        chooser.select(instruction, self._model.keep())
+        return time.perf_counter() - start
 
     def switch(self, selection: str | None) -> dict[str, Any]:
         """Make the selection of a file active, or all neurons; waits until what it reads is there."""
@@ -127,13 +182,13 @@ class Contender:
             "active": neurons * row[0],
         }
 
-    def first(self, selection: str, tokens: list[int]) -> dict[str, float]:
+    def first(self, selection: str, tokens: list[int]) -> float:
         """Seconds from a selection to the first token; what has to be read is read while the first layers compute."""
         assert self._model is not None
         start = time.perf_counter()
         self._model.switch(Selection.load(selection))
         next(generate_step(mx.array(tokens), self._module, max_tokens=1, prompt_cache=make_prompt_cache(self._module)))
-        return {"seconds": time.perf_counter() - start}
+        return time.perf_counter() - start
 
     def memory(self) -> dict[str, int]:
         """Bytes: what the process has resident, its peak, and MLX's own figures."""
@@ -146,14 +201,14 @@ class Contender:
             "mlx_peak": mx.get_peak_memory(),
         }
 
-    def predict(self) -> dict[str, int]:
+    def predict(self) -> int:
         """Load the predictor, if there is one; bytes that the process grew by."""
         before = resident()
         predictor = None if self._model is None else self._model.predictor
         if predictor is not None:
             predictor.scores("a few words")
             mx.clear_cache()
-        return {"bytes": max(resident() - before, 0)}
+        return max(resident() - before, 0)
 
     def switches(self, selections: list[str], check: list[int]) -> list[dict[str, int]]:
         """Make one selection after another active, with an answer token each; memory after every one."""
@@ -165,9 +220,9 @@ class Contender:
             after.append({"missing": done["missing"], **self.memory()})
         return after
 
-    def bandwidth(self) -> dict[str, float]:
+    def bandwidth(self) -> float:
         """See `measure_bandwidth`."""
-        return {"bandwidth": measure_bandwidth()}
+        return measure_bandwidth()
 
     def _moved(self) -> int:
         slots = [] if self._model is None else self._model.slots
@@ -195,14 +250,3 @@ def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     shown = subprocess.run(["ps", "-o", "rss=", "-p", str(os.getpid())], capture_output=True, text=True, check=True)
     return int(shown.stdout) * 1024
-
-
-def drop_from_cache(checkpoint: Checkpoint) -> bool:
-    """Ask the system to forget a checkpoint's files, so that reading them reads the disk; False where it cannot."""
-    if not hasattr(os, "posix_fadvise"):
-        return False
-    for file in checkpoint.path.glob("*.safetensors"):
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
-            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return True

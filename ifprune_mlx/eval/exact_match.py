@@ -29,7 +29,7 @@ from ifprune_mlx.chat_template import render_messages
 from ifprune_mlx.data.jsonl import filled_text, parse_json_lines
 from ifprune_mlx.eval.metrics import TaskRow
 from ifprune_mlx.eval.task_rows import Choosers
-from ifprune_mlx.generation import Request, answer
+from ifprune_mlx.generation import GenerationRequest, answer
 from ifprune_mlx.model import Model, Progress
 from ifprune_mlx.prompt_cache import History
 from ifprune_mlx.selection.selectors import Instruction
@@ -122,7 +122,7 @@ def score_exact(
             selected = choosers.choose(row, index)
             selection, history = (None, None) if selected is None else (selected.selection, selected.history)
             instruction = question.instruction
-            request = Request(list(instruction.tokens), instruction.text, None, selection, tuple(keep))
+            request = GenerationRequest(list(instruction.tokens), instruction.text, None, selection, tuple(keep))
             text, reason = "", None
             for response in answer(model, tokenizer, history or History.empty(model), request, max_tokens):
                 text, reason = text + response.text, response.finish_reason

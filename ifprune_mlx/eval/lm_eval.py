@@ -36,7 +36,7 @@ from ifprune_mlx.errors import DataError, IfpruneError
 from ifprune_mlx.eval.losses import answer_nll
 from ifprune_mlx.eval.metrics import TaskRow
 from ifprune_mlx.eval.task_rows import Choosers
-from ifprune_mlx.generation import Request, answer
+from ifprune_mlx.generation import GenerationRequest, answer
 from ifprune_mlx.model import Model, Progress
 from ifprune_mlx.prompt_cache import History
 from ifprune_mlx.selection.selectors import Instruction, Selected, make_selector
@@ -319,7 +319,7 @@ class HarnessLM(LM):
             stops = options.get("until") or []
             stops = [stops] if isinstance(stops, str) else [stop for stop in stops if stop]
             selection, history = (None, None) if selected is None else (selected.selection, selected.history)
-            request = Request(list(instruction.tokens), instruction.text, None, selection, self._keep)
+            request = GenerationRequest(list(instruction.tokens), instruction.text, None, selection, self._keep)
             sampler = None
             if options.get("do_sample") and float(options.get("temperature", 1.0)) > 0:
                 sampler = make_sampler(

@@ -9,11 +9,13 @@ from collections import OrderedDict
 from contextlib import suppress
 from pathlib import Path
 
-from ifprune_mlx.errors import SelectionError
+from ifprune_mlx.errors import SelectionError, reason_of
 from ifprune_mlx.selection.selection import Selection
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 _SUFFIX = ".safetensors"
+# Of a full folder this share of the files goes at once, so that not every put has to scan it.
+_SWEPT_SHARE = 16
 
 
 class SelectionCache:
@@ -42,6 +44,7 @@ class SelectionCache:
         self._entries, self._size, self._files = entries, size, files
         self._known: OrderedDict[str, Selection] = OrderedDict()
         self._bytes = 0
+        self._written = 0  # files in the folder, as far as this process knows
         self._lock = threading.Lock()
         self._folder = None if folder is None else Path(folder).expanduser()
         if self._folder is not None:
@@ -49,8 +52,9 @@ class SelectionCache:
                 self._folder.mkdir(parents=True, exist_ok=True)
             except OSError as exc:
                 raise SelectionError(
-                    f"{self._folder}: cannot be a cache of selections ({exc.strerror or exc}); give another folder"
+                    f"{self._folder}: cannot be a cache of selections ({reason_of(exc)}); give another folder"
                 ) from None
+            self._sweep(files)
 
     def __len__(self) -> int:
         """Selections in memory."""
@@ -84,10 +88,16 @@ class SelectionCache:
             self._remember(key, selection)
         if self._folder is None:
             return
-        with suppress(SelectionError):  # a full disk, say
-            selection.save(self._file(key))
-        with suppress(OSError):
-            self._sweep()
+        file = self._file(key)
+        new = not file.exists()
+        try:
+            selection.save(file)
+        except SelectionError:  # a full disk, say
+            return
+        with self._lock:
+            self._written += new
+            if self._written > self._files:
+                self._sweep(self._files - self._files // _SWEPT_SHARE)
 
     def _remember(self, key: str, selection: Selection) -> None:
         if (replaced := self._known.pop(key, None)) is not None:
@@ -112,18 +122,24 @@ class SelectionCache:
             os.utime(file)  # so that what is used stays
         return selection
 
-    def _sweep(self) -> None:
-        """Remove the files that were not used for longest, what a killed process left half written among them."""
+    def _sweep(self, most: int) -> None:
+        """Remove the files that were not used for longest, what a killed process left half written among them.
+
+        Args:
+            most: how many may stay.
+        """
         assert self._folder is not None
         found = []
-        for entry in os.scandir(self._folder):
-            # Hidden, with the key in front: being written. Nothing else in the folder is ours.
-            if entry.name.endswith(_SUFFIX) and _KEY.match(entry.name.removeprefix(".")):
-                with suppress(OSError):
-                    found.append((entry.stat().st_mtime, entry.path))
-        for _, path in sorted(found)[: max(len(found) - self._files, 0)]:
+        with suppress(OSError):
+            for entry in os.scandir(self._folder):
+                # Hidden, with the key in front: being written. Nothing else in the folder is ours.
+                if entry.name.endswith(_SUFFIX) and _KEY.match(entry.name.removeprefix(".")):
+                    with suppress(OSError):
+                        found.append((entry.stat().st_mtime, entry.path))
+        for _, path in sorted(found)[: max(len(found) - most, 0)]:
             with suppress(OSError):  # another process was quicker
                 Path(path).unlink()
+        self._written = min(len(found), most)
 
     def _file(self, key: str) -> Path:
         assert self._folder is not None

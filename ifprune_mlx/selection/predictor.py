@@ -28,8 +28,8 @@ from mlx_lm.utils import load_model, load_tokenizer
 
 from ifprune_mlx.checkpoint.atomic_write import write_atomic
 from ifprune_mlx.checkpoint.format import PREDICTOR_SETTINGS, Quantization, read_json_object, refuse_custom_code
-from ifprune_mlx.checkpoint.safetensors_io import read_safetensors_header
-from ifprune_mlx.errors import PredictorError
+from ifprune_mlx.checkpoint.safetensors_io import load_arrays, read_safetensors_header
+from ifprune_mlx.errors import PredictorError, reason_of
 from ifprune_mlx.selection.selection import Scores
 
 SELECT_WINDOW = 256
@@ -217,14 +217,13 @@ class Head:
             packing = Quantization(**settings["quantization"]) if version == _PACKED_FORMAT else None
         except (KeyError, TypeError, ValueError) as exc:
             raise PredictorError(
-                f"{path}: has no predictor settings in its metadata ({exc!r}); export it again"
+                f"{path}: has no predictor settings in its metadata ({reason_of(exc)}); export it again"
             ) from None
         known = set(_TENSORS) - (_PACKED_TENSORS if packing is None else set())
         needed = {"head1.weight", "head2.weight"} | (_PACKED_TENSORS if packing is not None else set())
         if not needed <= set(header.tensors) <= known:
             raise PredictorError(f"{path}: must hold {' and '.join(sorted(needed))} and biases of the layers only")
-        arrays = mx.load(str(path))
-        assert isinstance(arrays, dict)
+        arrays = load_arrays(path)
         named: dict[str, Any] = {attribute: arrays.get(name) for name, attribute in _TENSORS.items()}
         try:
             return cls(
@@ -283,17 +282,6 @@ class SparsityPredictor:
         backbone, tokenizer, context_length = load_backbone(folder)
         return cls(backbone, tokenizer, head, context_length, folder, select_window)
 
-    @classmethod
-    def on_first_layers(
-        cls, folder: Path, model: nn.Module, tokenizer: TokenizerWrapper, context_length: int | None
-    ) -> SparsityPredictor:
-        """Load a predictor whose backbone is the first layers of `model`, which must be dense when it is asked.
-
-        Raises:
-            PredictorError: naming the file, if it does not fit.
-        """
-        return cls(model, tokenizer, Head.load(folder / "head.safetensors"), context_length, folder)
-
     def with_head(self, head: Head) -> SparsityPredictor:
         """The same backbone with another head."""
         other = copy.copy(self)
@@ -329,7 +317,8 @@ def load_predictor(
     """Load a predictor folder of either kind.
 
     Args:
-        model, tokenizer, context_length: of the model it selects for, whose first layers may be its backbone.
+        model, tokenizer, context_length: of the model it selects for, whose first layers may be its backbone; it must
+            be dense whenever these score.
         widths: `d_ffn` of that model's FFNs.
 
     Raises:
@@ -337,9 +326,10 @@ def load_predictor(
     """
     head = Head.load(folder / "head.safetensors")
     head.check_widths(widths, folder)
-    if head.layers is None:
-        return SparsityPredictor.load(folder)
-    return SparsityPredictor.on_first_layers(folder, model, tokenizer, context_length)
+    if head.layers is not None:
+        return SparsityPredictor(model, tokenizer, head, context_length, folder)
+    backbone, own_tokenizer, own_length = load_backbone(folder)
+    return SparsityPredictor(backbone, own_tokenizer, head, own_length, folder)
 
 
 def load_backbone(folder: Path) -> tuple[nn.Module, TokenizerWrapper, int | None]:
@@ -365,9 +355,8 @@ def load_backbone(folder: Path) -> tuple[nn.Module, TokenizerWrapper, int | None
     except PredictorError as exc:
         raise PredictorError(f"{folder}: {exc}") from None
     except Exception as exc:  # mlx-lm and transformers raise whatever their parsers do
-        reason = " ".join(str(exc).split())[:300]
         raise PredictorError(
-            f"{folder}: the backbone cannot be loaded ({reason}); download or export its folder again"
+            f"{folder}: the backbone cannot be loaded ({reason_of(exc)}); download or export its folder again"
         ) from None
     context = config.get("max_position_embeddings")
     return backbone, tokenizer, int(context) if context else None

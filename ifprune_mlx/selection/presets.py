@@ -1,4 +1,4 @@
-"""Named tasks: saved selections of one checkpoint, found by name (DESIGN.md sections 5 and 6).
+"""Named tasks: saved selections of one checkpoint, found by name.
 
 A user's own lie in the user's data folder, keyed by the checkpoint's id, since a hub's cache is read-only; a checkpoint
 may ship some in its `tasks` folder. Each is a plain selection file.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ifprune_mlx.checkpoint.format import Checkpoint
-from ifprune_mlx.errors import SelectionError, TaskError
+from ifprune_mlx.errors import SelectionError, TaskError, reason_of
 from ifprune_mlx.selection.selection import Selection
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}")
@@ -51,7 +51,7 @@ class Task:
     """A named selection.
 
     Attributes:
-        name: as it is asked for.
+        name: what `--task` takes.
         file: where it lies.
         shipped: whether it came with the checkpoint; else it is the user's own.
     """
@@ -118,12 +118,12 @@ class TaskStore:
         """
         check_task_name(name)
         self._check(selection, f"task {name}")
-        file = self._own(name)
+        file = self.folder / f"{name}{_SUFFIX}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as exc:
             raise TaskError(
-                f"task {name}: {self.folder} cannot be made ({exc.strerror or exc}); set IFPRUNE_DATA to another folder"
+                f"task {name}: {self.folder} cannot be made ({reason_of(exc)}); set IFPRUNE_DATA to another folder"
             ) from None
         try:
             selection.save(file)
@@ -145,20 +145,15 @@ class TaskStore:
         try:
             task.file.unlink()
         except OSError as exc:
-            raise TaskError(f"{task.file}: cannot be removed ({exc.strerror or exc}); check permissions") from None
+            raise TaskError(f"{task.file}: cannot be removed ({reason_of(exc)}); check permissions") from None
         with suppress(OSError):  # it holds others
             self.folder.rmdir()
 
-    def _own(self, name: str) -> Path:
-        return self.folder / f"{name}{_SUFFIX}"
-
     def _find(self, name: str) -> Task:
         check_task_name(name)
-        own, shipped = self._own(name), self.shipped_folder / f"{name}{_SUFFIX}"
-        if own.is_file():
-            return Task(name, own, False)
-        if shipped.is_file():
-            return Task(name, shipped, True)
+        for folder, shipped in ((self.folder, False), (self.shipped_folder, True)):
+            if (file := folder / f"{name}{_SUFFIX}").is_file():
+                return Task(name, file, shipped)
         known = ", ".join(task.name for task in self.tasks())
         there = f"it has {known}" if known else "it has none"
         # A checkpoint that was converted again has another id, and its user looks for what was saved before.

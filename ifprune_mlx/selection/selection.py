@@ -1,4 +1,4 @@
-"""A selection: for every sliced FFN, the neurons that are kept. Pure data; knows no model.
+"""A selection: for every sliced FFN, the neurons that are kept. Data alone, no model.
 
 Ids are in the numbering of the source model, sorted, so equal selections have equal hashes whoever made them.
 """
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ifprune_mlx.checkpoint.atomic_write import write_atomic
-from ifprune_mlx.checkpoint.safetensors_io import read_safetensors_header
+from ifprune_mlx.checkpoint.safetensors_io import load_arrays, read_safetensors_header
 from ifprune_mlx.errors import SelectionError
 
 Ids = npt.NDArray[np.int32]
@@ -127,8 +127,7 @@ class Selection:
         names = [f"layers.{layer}" for layer in range(len(header.tensors))]
         if set(names) != set(header.tensors) or any(info.dtype != "I32" for info in header.tensors.values()):
             raise SelectionError(f"{path}: must hold int32 tensors layers.0 .. layers.N and nothing else")
-        arrays = mx.load(str(path))
-        assert isinstance(arrays, dict)
+        arrays = load_arrays(path)
         try:
             widths = tuple(int(width) for width in metadata["widths"].split())
             selection = cls(tuple(np.array(arrays[name]) for name in names), widths, metadata["selector"])

@@ -1,12 +1,11 @@
-"""Selectors: what maps an instruction to a selection, behind one protocol (DESIGN.md section 6).
+"""Selectors: what maps an instruction to a selection, behind one protocol.
 
 learned      the paper's sparsity predictor; one pass of a small LM
 activation   no training: a dense prefill shows what the prompt uses; fused with the prior (GRIFFIN, GLASS)
 static       the prior alone; the same for every instruction
 random       a control: arbitrary neurons, the same ones for the same instruction and seed
-fixed        a selection made earlier
 
-Those whose choice depends on the instruction's words alone are not asked the same twice: see `CachedSelector`.
+Where the choice depends on the instruction's words alone, it is made once and then found: see `CachedSelector`.
 """
 
 from __future__ import annotations
@@ -184,22 +183,8 @@ class RandomSelector:
         return f"{self._seed}:{instruction.text}".encode()
 
 
-class FixedSelector:
-    """A selection made earlier: no predictor run at all. The budget is the selection's own."""
-
-    name = "fixed"
-
-    def __init__(self, model: Model, selection: Selection) -> None:
-        model.check(selection)
-        self._selection = selection
-
-    def select(self, instruction: Instruction, keep: Sequence[int]) -> Selected:
-        """Always the same selection."""
-        return Selected(self._selection)
-
-
 class CachedSelector:
-    """Asks another selector only for what is not in a cache.
+    """Looks into a cache, and calls another selector for what is not there.
 
     A selection that is found leaves the model as it was: also that of a predictor which reads the model's own layers.
 
@@ -216,20 +201,17 @@ class CachedSelector:
 
     def select(self, instruction: Instruction, keep: Sequence[int]) -> Selected:
         """What the selector would choose."""
-        widths = tuple(spec.d_ffn for spec in self._model.checkpoint.layout.ffns)
-        key = self._key(instruction, keep)
-        selection = self.cache.get(key, widths, tuple(keep))
+        checkpoint = self._model.checkpoint
+        # The checkpoint's id is that of its predictor and prior as well.
+        digest = hashlib.sha256(f"ifprune-selecting-1:{checkpoint.id}:{self.name}:".encode())
+        digest.update(np.array([len(keep), *keep], dtype="<i8").tobytes())
+        digest.update(self._selector.reads(instruction))
+        key = digest.hexdigest()
+        selection = self.cache.get(key, tuple(spec.d_ffn for spec in checkpoint.layout.ffns), tuple(keep))
         if selection is None:
             selection = self._selector.select(instruction, keep).selection
             self.cache.put(key, selection)
         return Selected(selection)
-
-    def _key(self, instruction: Instruction, keep: Sequence[int]) -> str:
-        # The checkpoint's id is that of its predictor and prior as well.
-        digest = hashlib.sha256(f"ifprune-selecting-1:{self._model.checkpoint.id}:{self.name}:".encode())
-        digest.update(np.array([len(keep), *keep], dtype="<i8").tobytes())
-        digest.update(self._selector.reads(instruction))
-        return digest.hexdigest()
 
 
 # One per model, so that the selectors that every answer and conversation makes for itself share it.
@@ -251,30 +233,33 @@ def default_selector(model: Model) -> str:
     return "learned" if model.checkpoint.has_predictor else model.checkpoint.layout.selector
 
 
-def make_selector(model: Model, name: str | None = None, *, seed: int = 0) -> Selector:
-    """A selector by name; None takes the checkpoint's default. All but `activation` look into `selection_cache(model)`.
+def make_selector(model: Model, name: str | Selector | None = None, *, seed: int = 0) -> Selector:
+    """A selector by name; None takes the checkpoint's default, a selector is returned as it is.
+
+    All but `activation` look into `selection_cache(model)` before they choose.
 
     Raises:
         IfpruneError: if the name is unknown.
         CheckpointError: for `learned` without a predictor in the checkpoint.
     """
-    name = default_selector(model) if name is None else name
+    if name is None:
+        name = default_selector(model)
+    elif not isinstance(name, str):
+        return name
+    selector: RepeatableSelector
+    if name == "activation":
+        return ActivationSelector(model)
     if name == "learned":
-        predictor = model.predictor
-        if predictor is None:
+        if model.predictor is None:
             raise CheckpointError(
                 f"{model.checkpoint.path}: has no trained predictor; use --selector activation, "
                 "or convert with --predictor DIR"
             )
-        return _cached(model, LearnedSelector(model, predictor))
-    if name == "activation":
-        return ActivationSelector(model)
-    if name == "static":
-        return _cached(model, StaticSelector(model))
-    if name == "random":
-        return _cached(model, RandomSelector(model, seed))
-    raise IfpruneError(f"unknown selector {name!r}; choose learned, activation, static or random")
-
-
-def _cached(model: Model, selector: RepeatableSelector) -> CachedSelector:
+        selector = LearnedSelector(model, model.predictor)
+    elif name == "static":
+        selector = StaticSelector(model)
+    elif name == "random":
+        selector = RandomSelector(model, seed)
+    else:
+        raise IfpruneError(f"unknown selector {name!r}; choose learned, activation, static or random")
     return CachedSelector(model, selector, selection_cache(model))

@@ -1,15 +1,13 @@
-"""The leaves that stand in for an FFN's gate, up and down projections (DESIGN.md section 3, ideas 1, 2, 4, 5).
+"""The leaves that stand in for an FFN's gate, up and down projections, over its active slots.
 
 Only these leaves change; activation, norms and attention stay mlx-lm's. All three projections are neuron-major,
-`[d_ffn, d_model]`: gate and up multiply by the transpose, down as it is. `MaskedDown` is the plain reference that
-every sliced path is tested against.
+`[d_ffn, d_model]`: gate and up multiply by the transpose, down as it is. The reference of it all is the dense FFN with
+the input of its down projection masked (`MaskedDown` in the tests).
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
-from functools import cache
 
 import mlx.core as mx
 from mlx import nn
@@ -22,15 +20,6 @@ from ifprune_mlx.sparse.slots import FFNSlots
 Observer = Callable[[mx.array], "mx.array | None"]
 """Sees the hidden activations `[..., k]` of an FFN, in slot order, each time it runs; what it returns, if anything,
 takes their place."""
-
-_WITH_AVX512, _MOST_THREADS = (b"SkylakeX", b"Cooperlake", b"SapphireRapids"), 2
-"""Where panels were measured to be faster: gate and up beside one or two threads, down beside one."""
-_IN_PLACE = 1_000_000
-"""Weights that such an OpenBLAS multiplies by one row where they lie; more it copies first, every time."""
-_PANEL = 1 << 18
-"""Weights of a panel at most."""
-_FEWEST_ROWS = 32
-"""Of a panel; with fewer, the calls cost what they save."""
 
 
 class SlicedProjection(nn.Module):
@@ -79,7 +68,7 @@ class SlicedProjection(nn.Module):
         inwards = kind != "down"
         bias = rows(f"{kind}.bias") if inwards else self.slots.down_bias
         if packed is None:
-            y = multiply(x, weight, inwards)
+            y = x @ (weight.T if inwards else weight)
         else:
             scales, biases = rows(f"{kind}.scales"), rows(f"{kind}.biases")
             assert scales is not None
@@ -88,65 +77,6 @@ class SlicedProjection(nn.Module):
             else:
                 y = neuron_major_matmul(x, weight, scales, biases, packed)
         return y if bias is None else y + bias
-
-
-def multiply(x: mx.array, weight: mx.array, inwards: bool) -> mx.array:
-    """The product with neuron-major float rows `[k, d_model]`, in panels for one token on the CPU where that is faster.
-
-    Args:
-        inwards: gate and up, `[..., d_model]` -> `[..., k]`; else down, `[..., k]` -> `[..., d_model]`.
-    """
-    if x.size == x.shape[-1] and weight.dtype == mx.float32 and mx.default_device() == mx.Device(mx.cpu):
-        rows = panel_rows(*weight.shape)
-        # Panels have one thread.
-        if rows < len(weight) and 1 <= _copying_threads() <= (_MOST_THREADS if inwards else 1):
-            return multiply_in_panels(x, weight, inwards, rows)
-    return x @ (weight.T if inwards else weight)
-
-
-def multiply_in_panels(x: mx.array, weight: mx.array, inwards: bool, rows: int) -> mx.array:
-    """`multiply` for one token, `rows` neurons at a time; they divide *k*."""
-    panels = weight.reshape(-1, rows, weight.shape[1])
-    if inwards:
-        return (x.reshape(1, 1, -1) @ panels.swapaxes(1, 2)).reshape(*x.shape[:-1], len(weight))
-    return (x.reshape(-1, 1, rows) @ panels).sum(axis=0).reshape(*x.shape[:-1], weight.shape[1])
-
-
-@cache
-def panel_rows(k: int, d_model: int) -> int:
-    """The most neurons of a panel that divide *k*; *k* itself where there is no use in panels."""
-    if k * d_model <= _IN_PLACE:
-        return k
-    return next((rows for rows in range(_PANEL // d_model, _FEWEST_ROWS - 1, -1) if k % rows == 0), k)
-
-
-@cache
-def _copying_threads() -> int:
-    """Threads of a preloaded OpenBLAS that copies a large matrix before it multiplies one row by it; 0 without one."""
-    library = ctypes.CDLL(None)
-    if not hasattr(library, "openblas_get_corename") or not hasattr(library, "openblas_get_num_threads"):
-        return 0
-    library.openblas_get_corename.restype = ctypes.c_char_p
-    return int(library.openblas_get_num_threads()) if library.openblas_get_corename() in _WITH_AVX512 else 0
-
-
-class MaskedDown(nn.Module):
-    """A down projection whose input is multiplied by a mask: the dense reference of a sliced FFN.
-
-    Args:
-        down: any module that maps `[..., d_ffn]` to `[..., d_model]`.
-        mask: float `[d_ffn]`, 1 for kept neurons and 0 for the rest (soft in training).
-    """
-
-    def __init__(self, down: nn.Module, mask: mx.array) -> None:
-        super().__init__()
-        self.down = down
-        self._mask = mask
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """`[..., d_ffn]` -> `[..., d_model]`."""
-        y: mx.array = self.down(x * self._mask.astype(x.dtype))
-        return y
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:

@@ -49,8 +49,7 @@ def exchange_rows(array: mx.array, one: npt.NDArray[np.int32], other: npt.NDArra
         The array to use from now on: the same one, written in place, or a scatter's result.
     """
     if not shared():
-        target, origin = np.concatenate([one, other]), np.concatenate([other, one])
-        return _scattered(array, target, lambda: mx.take(array, mx.array(origin), axis=0))
+        return copy_rows(array, np.concatenate([one, other]), np.concatenate([other, one]))
     rows = raw(array)
     step = max(_CHUNK_BYTES * len(rows) // max(rows.nbytes, 1), 1)
     for start in range(0, len(one), step):

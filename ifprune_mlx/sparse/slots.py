@@ -1,4 +1,4 @@
-"""Slots: where each neuron of an FFN lies in memory, and how a switch moves them (DESIGN.md section 3, ideas 2 and 3).
+"""Slots: where each neuron of an FFN lies in memory, and how a switch moves them.
 
 The first *k* slots are the active ones, so a pruned FFN reads a row prefix. In `ram` residency there is a slot for
 every neuron: the dense FFN reads all of them, and a switch exchanges only those that differ. In `ssd` residency there
@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from ifprune_mlx.checkpoint.neuron_reader import Rows
-from ifprune_mlx.checkpoint.raw_array import Raw, raw
+from ifprune_mlx.checkpoint.neuron_reader import RowReader, Rows
+from ifprune_mlx.checkpoint.raw_array import raw
 from ifprune_mlx.errors import CheckpointError
 from ifprune_mlx.sparse.inplace import copy_rows, exchange_rows, write_rows
 
@@ -26,21 +26,6 @@ if TYPE_CHECKING:
 
 EMPTY = -1
 """Stands in `order` for a slot that holds no neuron."""
-
-
-class Reader(Protocol):
-    """Reads neurons of one FFN that are not in memory."""
-
-    position: npt.NDArray[np.int32]
-    """Where in the file each neuron lies, `[d_ffn]`; the first ones are selected most often."""
-
-    def read(self, neurons: Ids) -> dict[str, Raw]:
-        """The rows of sorted neurons by array name, as `ifprune_mlx.sparse.inplace.raw` shows them."""
-        ...
-
-    def empty(self, slots: int) -> Rows:
-        """Arrays for that many slots, computed."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -117,7 +102,7 @@ class FFNSlots:
         bytes_moved: bytes of weights written since the FFN was loaded.
     """
 
-    def __init__(self, rows: Rows | None, down_bias: mx.array | None = None, reader: Reader | None = None) -> None:
+    def __init__(self, rows: Rows | None, down_bias: mx.array | None = None, reader: RowReader | None = None) -> None:
         self.down_bias = down_bias
         self._reader = None if rows is not None else reader
         if rows is None:
@@ -137,11 +122,6 @@ class FFNSlots:
         self.bytes_moved = 0
         self._moving = False
 
-    @property
-    def whole(self) -> bool:
-        """Whether every neuron has a slot, so that the FFN can be dense."""
-        return self._reader is None
-
     def active(self, name: str) -> mx.array | None:
         """The active rows of one array, a view `[k, ...]`; None if the FFN has no such array."""
         array = self.rows.get(name)
@@ -160,8 +140,7 @@ class FFNSlots:
             CheckpointError: if an earlier move was cut off.
         """
         self._settle()
-        self._check_whole_rows()
-        self.k = self.d_ffn if self.whole else 0
+        self.k = self.d_ffn if self._reader is None else 0
 
     def plan(self, ids: Ids, spare: int = 0) -> SwitchPlan:
         """Plan to activate `ids`, after making as many slots as that takes.
@@ -173,7 +152,6 @@ class FFNSlots:
             CheckpointError: if an earlier move was cut off.
         """
         self._settle()
-        self._check_whole_rows()
         if self._reader is None:
             return plan_switch(self.order, ids)
         slots = min(len(ids) + spare, self.d_ffn)
@@ -216,7 +194,7 @@ class FFNSlots:
 
         Nothing that is still to be computed may depend on the rows. Every neuron must have a slot.
         """
-        assert self.whole
+        assert self._reader is None
         home = np.arange(self.d_ffn, dtype=np.int32)
         moved = np.flatnonzero(self.order != home).astype(np.int32)
         if len(moved):
@@ -233,10 +211,9 @@ class FFNSlots:
         Raises:
             CheckpointError: if they could not be read.
         """
-        pending = self.pending
-        if pending is not None:
+        if self.pending is not None:
             mx.async_eval(needed)  # type: ignore[no-untyped-call]
-            pending.result()
+            self.pending.result()
             self.pending = None  # not if it raised: then the rows are still missing
 
     def _resize(self, slots: int, ids: Ids) -> None:
@@ -253,11 +230,13 @@ class FFNSlots:
         self.rows, self.order = new, order
 
     def _settle(self) -> None:
-        """Wait for what is being read; what could not be is missing from `order`."""
+        """Wait for what is being read; what could not be is missing from `order`.
+
+        Raises:
+            CheckpointError: if an earlier move was cut off.
+        """
         if self.pending is not None:
             self.pending.exception()
             self.pending = None
-
-    def _check_whole_rows(self) -> None:
         if self._moving:
             raise CheckpointError("moving neurons was cut off half way (Ctrl-C, or no memory); load the model again")

@@ -50,17 +50,24 @@ def soft_top_k(scores: mx.array, k: int | mx.array, epsilon: float | mx.array) -
     Raises:
         ValueError: if k or epsilon, given as plain numbers, are out of range.
     """
-    return _soft(_rows(scores, k), epsilon)
-
-
-def masked_soft_top_k(scores: mx.array, k: int | mx.array, epsilon: float | mx.array) -> mx.array:
-    """The paper's training mask: `soft_top_k` on the k best entries, 0 elsewhere. Arguments as there.
-
-    Returns:
-        float32 `[..., n]` with at most k entries above 0; they need not sum to k.
-    """
-    rows = _rows(scores, k)
-    return _soft(rows, epsilon) * _hard(rows)
+    if not isinstance(epsilon, mx.array) and not 1e-30 <= epsilon < math.inf:
+        raise ValueError(f"epsilon must be at least 1e-30 and finite, not {epsilon}")
+    scores, counts, ordered, pivot = _rows(scores, k)
+    n = scores.shape[-1]
+    e = mx.exp((ordered - pivot) / epsilon)
+    # S_m, summed upwards from the smallest, stands at the largest entry that it holds; there `left` is k - m.
+    left = mx.arange(1, n + 1) - (n - counts)
+    x = mx.min(mx.where(left > 0, mx.cumsum(e, axis=-1) / mx.maximum(left, 1), math.inf), axis=-1, keepdims=True)
+    # x >= 1 but for rounding; held to that, it never saturates the k-th entry or those below, so m < k.
+    threshold = mx.stop_gradient(mx.log(mx.maximum(x, 1)))
+    u = (scores - pivot) / epsilon
+    saturated = u > threshold
+    m = saturated.sum(axis=-1, keepdims=True)
+    # Minus infinity before `exp`, not zero after it: an exp that overflows has no gradient that 0 could cancel.
+    e = mx.exp(mx.where(saturated, -math.inf, u))
+    free = e * ((counts - m) / _sum(e))
+    # Also where it rounds to 1 or above, as for k = n, there is nothing to gain from a higher score.
+    return mx.where(saturated | (free >= 1), 1, free)
 
 
 def hard_top_k(scores: mx.array, k: int | mx.array) -> mx.array:
@@ -78,34 +85,11 @@ def hard_top_k(scores: mx.array, k: int | mx.array) -> mx.array:
     Raises:
         ValueError: if k, given as an int, is out of range.
     """
-    return _hard(_rows(scores, k))
-
-
-def straight_through_top_k(scores: mx.array, k: int | mx.array, epsilon: float | mx.array) -> mx.array:
-    """`hard_top_k` forward, the gradient of `soft_top_k` backward: the model sees what inference will give it.
-
-    Arguments as for `soft_top_k`.
-
-    Returns:
-        float32 `[..., n]`, exactly 0 or 1.
-    """
     rows = _rows(scores, k)
-    soft = _soft(rows, epsilon)
-    # In this order the soft part cancels to exactly 0.
-    return _hard(rows) + (soft - mx.stop_gradient(soft))
-
-
-def annealed(step: int, total: int, start: float, end: float) -> float:
-    """Epsilon at a step: from `start` at step 0 to `end` at step `total` and after, by the same factor every step.
-
-    Raises:
-        ValueError: unless `start` and `end` are above 0.
-    """
-    if not (start > 0 and end > 0):
-        raise ValueError(f"epsilon must be above 0, not {start} -> {end}")
-    if step >= total:
-        return end
-    return float(start * (end / start) ** (max(step, 0) / total))
+    # By value and not by `argsort`, whose order among equals MLX does not promise on every backend.
+    above, level = rows.scores > rows.pivot, rows.scores == rows.pivot
+    wanted = rows.counts - above.sum(axis=-1, keepdims=True)
+    return (above | (level & (mx.cumsum(level.astype(mx.int32), axis=-1) <= wanted))).astype(mx.float32)
 
 
 class _Rows(NamedTuple):
@@ -127,34 +111,6 @@ def _rows(scores: mx.array, k: int | mx.array) -> _Rows:
     counts = mx.broadcast_to(k.astype(mx.int32), scores.shape[:-1])[..., None]
     ordered = mx.sort(mx.stop_gradient(scores), axis=-1)
     return _Rows(scores, counts, ordered, mx.take_along_axis(ordered, n - counts, axis=-1))
-
-
-def _soft(rows: _Rows, epsilon: float | mx.array) -> mx.array:
-    if not isinstance(epsilon, mx.array) and not 1e-30 <= epsilon < math.inf:
-        raise ValueError(f"epsilon must be at least 1e-30 and finite, not {epsilon}")
-    scores, counts, ordered, pivot = rows
-    n = scores.shape[-1]
-    e = mx.exp((ordered - pivot) / epsilon)
-    # S_m, summed upwards from the smallest, stands at the largest entry that it holds; there `left` is k - m.
-    left = mx.arange(1, n + 1) - (n - counts)
-    x = mx.min(mx.where(left > 0, mx.cumsum(e, axis=-1) / mx.maximum(left, 1), math.inf), axis=-1, keepdims=True)
-    # x >= 1 but for rounding; held to that, it never saturates the k-th entry or those below, so m < k.
-    threshold = mx.stop_gradient(mx.log(mx.maximum(x, 1)))
-    u = (scores - pivot) / epsilon
-    saturated = u > threshold
-    m = saturated.sum(axis=-1, keepdims=True)
-    # Minus infinity before `exp`, not zero after it: an exp that overflows has no gradient that 0 could cancel.
-    e = mx.exp(mx.where(saturated, -math.inf, u))
-    free = e * ((counts - m) / _sum(e))
-    # Also where it rounds to 1 or above, as for k = n, there is nothing to gain from a higher score.
-    return mx.where(saturated | (free >= 1), 1, free)
-
-
-def _hard(rows: _Rows) -> mx.array:
-    # By value and not by `argsort`, whose order among equals MLX does not promise on every backend.
-    above, level = rows.scores > rows.pivot, rows.scores == rows.pivot
-    wanted = rows.counts - above.sum(axis=-1, keepdims=True)
-    return (above | (level & (mx.cumsum(level.astype(mx.int32), axis=-1) <= wanted))).astype(mx.float32)
 
 
 def _sum(values: mx.array) -> mx.array:

@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx import nn
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import _get_classes
@@ -16,11 +17,29 @@ from mlx_lm.utils import _get_classes
 from ifprune_mlx import Model, Selection
 from ifprune_mlx.checkpoint.format import Checkpoint
 from ifprune_mlx.model import load_checkpoint
-from ifprune_mlx.sparse.ffn import MaskedDown
 from tests.tiny import make_model
 
 TOLERANCE = 1e-4
 """On logits of tiny float32 models: the order of summation differs, nothing else does (errors seen: below 1e-5)."""
+
+
+class MaskedDown(nn.Module):
+    """A down projection whose input is multiplied by a mask: the dense reference of a sliced FFN.
+
+    Args:
+        down: any module that maps `[..., d_ffn]` to `[..., d_model]`.
+        mask: float `[d_ffn]`, 1 for kept neurons and 0 for the rest (soft in training).
+    """
+
+    def __init__(self, down: nn.Module, mask: mx.array) -> None:
+        super().__init__()
+        self.down = down
+        self._mask = mask
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """`[..., d_ffn]` -> `[..., d_model]`."""
+        y: mx.array = self.down(x * self._mask.astype(x.dtype))
+        return y
 
 
 def open_model(folder: Path) -> Model:

@@ -62,7 +62,7 @@ def test_only_entries_of_the_same_selection_are_gone_on_from(
     assert [np.array(r.logprobs) for r in second] == [pytest.approx(np.array(r.logprobs), abs=1e-4) for r in fresh]
     assert second[-1].stats is not None
     assert second[-1].stats.reused_tokens == (len(read) - 1 if first is then else 0)
-    assert [span.owner for span in history.spans] == [DENSE if then is None else then.hash]
+    assert [span.computed_by for span in history.spans] == [DENSE if then is None else then.hash]
 
 
 def test_keep_goes_on_from_what_another_selection_computed(tiny: Tiny, tiny_checkpoint: Path) -> None:

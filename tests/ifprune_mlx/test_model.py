@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -12,7 +13,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from ifprune_convert.packing import quantization_of
 from ifprune_convert.pipeline import Options
-from ifprune_mlx import CheckpointError, load
+from ifprune_mlx import CheckpointError, Model, SelectionError, load
 from tests.ifprune_mlx.reference import greedy, logits, open_model, random_selection, source_model
 from tests.tiny import CONFIGS, write_checkpoint
 
@@ -113,3 +114,11 @@ def test_a_switch_keeps_no_second_copy_of_the_weights(tmp_path: Path) -> None:
     assert mx.get_active_memory() <= before + 1000
     # One array's copy where MLX cannot write in place, and the rows that move.
     assert mx.get_peak_memory() - before < 2.5 * largest
+
+
+@pytest.mark.parametrize("widths", [(128,), (64, 64), (128, 128, 128)])
+def test_a_selection_for_another_model_is_refused(tiny: tuple[Model, Any], widths: tuple[int, ...]) -> None:
+    model, live = tiny[0], tiny[0].selection
+    with pytest.raises(SelectionError, match="made for another model"):
+        model.switch(random_selection(widths, [8] * len(widths), seed=1))
+    assert model.selection is live

@@ -420,7 +420,7 @@ def test_a_turn_given_to_a_task_as_it_is_cancelled_goes_to_the_next(tiny: Tiny) 
         waiting = [asyncio.create_task(told(session(tiny), "Two")) for _ in range(2)]
         await asyncio.sleep(0.01)
         closing = asyncio.ensure_future(answers.aclose())
-        while model.ownership._waiting and len(model.ownership._waiting) == 2:
+        while model.lock._waiting and len(model.lock._waiting) == 2:
             await asyncio.sleep(0)
         waiting[0].cancel()
         await closing

@@ -19,10 +19,10 @@ from tests.tiny import write_checkpoint
 TOKENS = [40, 41, 42, 43, 44, 45, 46, 47, 48, 49]
 
 
-def read(model: Model, history: History, tokens: list[int], owner: str) -> None:
+def read(model: Model, history: History, tokens: list[int], computed_by: str) -> None:
     model(mx.array([tokens]), cache=history.kv)
     mx.eval([cache.state for cache in history.kv])
-    history.append(tokens, owner)
+    history.append(tokens, computed_by)
 
 
 @pytest.fixture
@@ -34,12 +34,12 @@ def model(tiny_checkpoint: Path) -> Model:
 def mixed(model: Model) -> History:
     """Four tokens read by `a`, three by `b`, two densely."""
     history = History.empty(model)
-    for tokens, owner in ((TOKENS[:4], "a"), (TOKENS[4:7], "b"), (TOKENS[7:9], DENSE)):
-        read(model, history, tokens, owner)
+    for tokens, name in ((TOKENS[:4], "a"), (TOKENS[4:7], "b"), (TOKENS[7:9], DENSE)):
+        read(model, history, tokens, name)
     return history
 
 
-def test_neighbouring_tokens_of_one_owner_are_one_span(model: Model) -> None:
+def test_neighbouring_tokens_of_one_selection_are_one_span(model: Model) -> None:
     history = History.empty(model)
     history.append([1, 2], "a")
     history.append([], "b")
@@ -58,11 +58,11 @@ def test_appended_tokens_are_copied(model: Model) -> None:
 
 
 @pytest.mark.parametrize(
-    ("owners", "count"),
+    ("names", "count"),
     [({"a"}, 4), ({"a", "b"}, 7), ({"a", "b", DENSE}, 9), ({"b"}, 0), ({"a", DENSE}, 4), (set(), 0)],
 )
-def test_an_owned_prefix_ends_at_the_first_token_of_another(mixed: History, owners: set[str], count: int) -> None:
-    assert mixed.owned_prefix(owners) == count
+def test_a_prefix_ends_at_the_first_token_that_another_computed(mixed: History, names: set[str], count: int) -> None:
+    assert mixed.prefix_computed_by(names) == count
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ class Engine:
 
     def _begin(self) -> None:
         """Get in line for the model."""
-        place = self._model.ownership.in_turn(self._work, self._after)
+        place = self._model.lock.in_turn(self._work, self._after)
         if self._books.line_up(place) and place.cancel():
             self._call_off()
 

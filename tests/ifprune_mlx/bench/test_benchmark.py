@@ -11,8 +11,8 @@ import pytest
 from ifprune_convert.contenders import make_noise, make_plain
 from ifprune_convert.synthetic import SHAPES, NoiseSource, Shape, shape_of
 from ifprune_mlx import IfpruneError
-from ifprune_mlx.bench.benchmark import Settings, bench, bytes_per_token, contender, interval
-from ifprune_mlx.bench.worker import measure_bandwidth, resident
+from ifprune_mlx.bench.benchmark import BenchConfig, bench, bytes_per_token, interval
+from ifprune_mlx.bench.worker import measure_bandwidth, resident, start_worker
 from ifprune_mlx.checkpoint.format import Checkpoint
 from tests.tiny import CONFIGS
 
@@ -28,8 +28,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def test_every_row_is_measured_and_the_ratios_are_of_the_same_rounds(checkpoint: Checkpoint, tmp_path: Path) -> None:
     plain = make_plain(tmp_path, checkpoint, KEEP, lambda *_: None)
     seen: list[tuple[int, int]] = []
-    settings = Settings(checkpoint, plain.dense, plain.static, True, KEEP, None, 24, 4, 2, tmp_path)
-    result = bench(settings, lambda done, total: seen.append((done, total)))
+    config = BenchConfig(checkpoint, plain.dense, plain.static, True, KEEP, None, 24, 4, 2, tmp_path)
+    result = bench(config, lambda done, total: seen.append((done, total)))
     json.dumps(result)
     assert [row["name"] for row in result["rows"]] == ["mlx-lm dense", "dense", "sliced", "mlx-lm static", "sliced ssd"]
     assert seen == [(done, 15) for done in range(1, 16)]
@@ -47,15 +47,15 @@ def test_every_row_is_measured_and_the_ratios_are_of_the_same_rounds(checkpoint:
 
 
 def test_without_plain_models_their_ratios_are_missing(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    result = bench(Settings(checkpoint, None, None, False, KEEP, "float16", 8, 3, 1, tmp_path))
+    result = bench(BenchConfig(checkpoint, None, None, False, KEEP, "float16", 8, 3, 1, tmp_path))
     assert [row["name"] for row in result["rows"]] == ["dense", "sliced"]
     assert result["ratios"]["decode_vs_static"] is None
     assert result["ratios"]["resident_vs_static"] is None
     assert result["intervals"] == {}
 
 
-def test_a_contender_that_cannot_load_says_why(tmp_path: Path) -> None:
-    with pytest.raises(IfpruneError, match="no such folder"), contender(tmp_path / "no", "ram", None, "none"):
+def test_a_model_that_cannot_load_says_why(tmp_path: Path) -> None:
+    with pytest.raises(IfpruneError, match="no such folder"), start_worker(tmp_path / "no", "ram", None, "none"):
         pass
 
 

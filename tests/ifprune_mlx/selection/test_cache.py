@@ -138,6 +138,22 @@ def test_the_files_used_longest_ago_go_first_and_no_others(tmp_path: Path) -> No
     assert left == {f"{key(n)}.safetensors" for n in (0, 2, 3, 4)} | {"notes.txt", "mine.safetensors", f"{key(9)}.json"}
 
 
+def test_the_folder_is_scanned_when_it_is_opened_and_when_it_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled(SelectionCache(tmp_path), 5)
+    scans, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda folder: scans.append(folder) or scandir(folder))
+    cache = SelectionCache(tmp_path, files=32)
+    for number in (*range(32), *range(32)):
+        cache.put(key(number), made(number))
+    assert len(scans) == 1
+    for number in range(32, 35):
+        cache.put(key(number), made(number))
+    assert len(scans) == 2
+    assert len(list(tmp_path.iterdir())) == 32
+
+
 @pytest.mark.parametrize("under", [False, True], ids=["a file", "under a file"])
 def test_a_folder_that_cannot_be_is_refused_in_one_line(tmp_path: Path, under: bool) -> None:
     (tmp_path / "file").write_text("")

@@ -16,7 +16,6 @@ from ifprune_mlx import (
     IfpruneError,
     Instruction,
     Model,
-    SelectionError,
     Selector,
     load,
     make_selector,
@@ -29,7 +28,6 @@ from ifprune_mlx.selection.selection import top_k
 from ifprune_mlx.selection.selectors import (
     ActivationSelector,
     CachedSelector,
-    FixedSelector,
     LearnedSelector,
     RandomSelector,
     StaticSelector,
@@ -115,22 +113,6 @@ def test_random_spares_no_neuron(model: Model) -> None:
         counts[ids_of(selector, Instruction(str(number), ()), (64, 64))[0]] += 1
     assert counts.min() > 60
     assert counts.max() < 140
-
-
-# fixed
-
-
-def test_fixed_gives_its_selection_back_whatever_the_budget(model: Model) -> None:
-    selection = random_selection((128, 128), (24, 16), seed=1)
-    selected = FixedSelector(model, selection).select(PROMPT, (128, 128))
-    assert selected.selection is selection
-    assert selected.history is None
-
-
-@pytest.mark.parametrize("widths", [(128,), (64, 64), (128, 128, 128)])
-def test_fixed_refuses_a_selection_for_another_model(model: Model, widths: tuple[int, ...]) -> None:
-    with pytest.raises(SelectionError, match="made for another model"):
-        FixedSelector(model, random_selection(widths, [8] * len(widths), seed=1))
 
 
 # activation

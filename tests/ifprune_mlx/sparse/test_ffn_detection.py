@@ -19,11 +19,11 @@ from ifprune_mlx.checkpoint.ffn_spec import HALVES, INTERLEAVED, join_fused, spl
 from ifprune_mlx.checkpoint.format import Checkpoint
 from ifprune_mlx.errors import SourceError
 from ifprune_mlx.selection.selection import Selection
-from ifprune_mlx.sparse.ffn import MaskedDown, module_at, replace_leaves
+from ifprune_mlx.sparse.ffn import module_at, replace_leaves
 from ifprune_mlx.sparse.ffn_detection import find_ffns
 from ifprune_mlx.sparse.slots import FFNSlots, plan_switch
 from tests.family_configs import cases, family_model, tiny_config, write_family
-from tests.ifprune_mlx.reference import logits, open_model, random_selection
+from tests.ifprune_mlx.reference import MaskedDown, logits, open_model, random_selection
 
 # Model type: the last FFN's leaves, how a common leaf lies, the widths of all FFNs.
 PLAIN = ("gate_proj", "up_proj", "down_proj")

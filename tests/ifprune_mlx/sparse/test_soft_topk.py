@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -12,7 +11,7 @@ import numpy.typing as npt
 import pytest
 
 from ifprune_mlx.selection.selection import top_k
-from ifprune_mlx.sparse.soft_topk import annealed, hard_top_k, masked_soft_top_k, soft_top_k, straight_through_top_k
+from ifprune_mlx.sparse.soft_topk import hard_top_k, soft_top_k
 
 Vector = npt.NDArray[np.float64]
 
@@ -43,6 +42,12 @@ def bisected(s: Vector, k: int, epsilon: float) -> Vector:
 
 def random(*shape: int, seed: int = 0, scale: float = 1.0) -> npt.NDArray[np.float32]:
     return (scale * np.random.default_rng(seed).standard_normal(shape)).astype(np.float32)
+
+
+def straight_through(s: mx.array, k: Any, epsilon: Any) -> mx.array:
+    """As training may mask: hard forward, soft backward."""
+    soft = soft_top_k(s, k, epsilon)
+    return hard_top_k(s, k) + (soft - mx.stop_gradient(soft))
 
 
 def as_float64(x: mx.array) -> Vector:
@@ -114,29 +119,21 @@ def test_ties_across_the_border_share_what_is_left() -> None:
     s = mx.array([5.0, 1, 1, 1, 1, -4, -4])
     result = as_float64(soft_top_k(s, 3, 0.01))
     assert np.allclose(result, [1, 0.5, 0.5, 0.5, 0.5, 0, 0], atol=1e-6)
-    masked = as_float64(masked_soft_top_k(s, 3, 0.01))
-    assert np.allclose(masked, [1, 0.5, 0.5, 0, 0, 0, 0], atol=1e-6)
 
 
 @pytest.mark.parametrize("epsilon", [1.0, 0.3])
 @pytest.mark.parametrize("k", [1, 4, 11])
 def test_gradient_against_finite_differences(k: int, epsilon: float) -> None:
     s, weight = random(12, seed=k), random(12, seed=99)
-    kept = np.array(hard_top_k(mx.array(s), k))
     h = 1e-5
-
-    def differences(mask: Any) -> Vector:
-        values = [
-            (weight * mask * (bisected(s + h * row, k, epsilon) - bisected(s - h * row, k, epsilon))).sum() / (2 * h)
-            for row in np.eye(12)
-        ]
-        return np.array(values)
-
-    for function, mask in ((soft_top_k, 1), (straight_through_top_k, 1), (masked_soft_top_k, kept)):
+    differences = [
+        (weight * (bisected(s + h * row, k, epsilon) - bisected(s - h * row, k, epsilon))).sum() / (2 * h)
+        for row in np.eye(12)
+    ]
+    for function in (soft_top_k, straight_through):
         gradient = mx.grad(lambda x, function=function: (function(x, k, epsilon) * mx.array(weight)).sum())(mx.array(s))
-        expected = differences(mask)
-        assert np.abs(np.array(gradient) - expected).max() < 1e-4 * max(1, np.abs(expected).max())
-    assert np.abs(differences(1)).max() > 1e-3
+        assert np.abs(np.array(gradient) - differences).max() < 1e-4 * max(1, np.abs(differences).max())
+    assert np.abs(differences).max() > 1e-3
 
 
 def test_the_gradient_for_epsilon_against_finite_differences() -> None:
@@ -183,7 +180,7 @@ def test_hard_top_k_is_that_of_the_runtime() -> None:
 
 def test_batches_agree_with_rows_alone() -> None:
     s = mx.array(random(2, 3, 5, 33))
-    for function in (soft_top_k, masked_soft_top_k, straight_through_top_k):
+    for function in (soft_top_k, straight_through):
         together = function(s, 9, 0.2)
         assert together.shape == s.shape
         flat = s.reshape(-1, 33)
@@ -194,7 +191,7 @@ def test_batches_agree_with_rows_alone() -> None:
 def test_compiled_is_as_it_is_uncompiled() -> None:
     # The straight-through form runs both limits; on the CPU, compiling takes a second and more each.
     def plain(s: mx.array, epsilon: mx.array) -> mx.array:
-        return (straight_through_top_k(s, 9, epsilon) * s).sum()
+        return (straight_through(s, 9, epsilon) * s).sum()
 
     s, step = mx.array(random(4, 33)), mx.compile(mx.value_and_grad(plain))
     for epsilon in (0.2, 0.05):  # an array: annealed without being compiled anew
@@ -206,7 +203,7 @@ def test_compiled_is_as_it_is_uncompiled() -> None:
 
 def test_every_row_may_have_its_own_k() -> None:
     s, k = mx.array(random(2, 4, 50)), mx.array([[10, 25, 50, 1], [7, 49, 2, 13]])
-    for function in (soft_top_k, masked_soft_top_k, straight_through_top_k):
+    for function in (soft_top_k, straight_through):
         together = function(s, k, 0.1)
         for row in range(2):
             for column in range(4):
@@ -219,7 +216,7 @@ def test_every_row_may_have_its_own_k() -> None:
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32])
 def test_float32_inside_whatever_comes_in(dtype: mx.Dtype) -> None:
     s = mx.array(random(2, 512)).astype(dtype)
-    for function in (soft_top_k, masked_soft_top_k, straight_through_top_k):
+    for function in (soft_top_k, straight_through):
         result = function(s, 128, 0.1)
         assert result.dtype == mx.float32
         assert mx.allclose(result, function(s.astype(mx.float32), 128, 0.1))
@@ -229,34 +226,21 @@ def test_float32_inside_whatever_comes_in(dtype: mx.Dtype) -> None:
 
 def test_straight_through_is_hard_forward_and_soft_backward() -> None:
     s, weight = mx.array(random(3, 40)), mx.array(random(3, 40, seed=5))
-    straight, back = mx.value_and_grad(lambda x: (straight_through_top_k(x, 10, 0.5) * weight).sum())(s)
-    assert mx.array_equal(straight_through_top_k(s, 10, 0.5), hard_top_k(s, 10))
+    straight, back = mx.value_and_grad(lambda x: (straight_through(x, 10, 0.5) * weight).sum())(s)
+    assert mx.array_equal(straight_through(s, 10, 0.5), hard_top_k(s, 10))
     assert mx.allclose(straight, (hard_top_k(s, 10) * weight).sum())
     assert mx.allclose(back, mx.grad(lambda x: (soft_top_k(x, 10, 0.5) * weight).sum())(s))
     assert float(mx.abs(back).max()) > 0.01
     assert not mx.any(mx.grad(lambda x: (hard_top_k(x, 10) * weight).sum())(s))
 
 
-def test_annealing_is_geometric_and_ends_where_it_should() -> None:
-    values = [annealed(step, 10, 4.0, 0.02) for step in range(13)]
-    assert values[0] == 4.0
-    assert values[10:] == [0.02] * 3
-    assert np.allclose(np.diff(np.log(values[:11])), math.log(0.02 / 4) / 10)
-    assert annealed(0, 0, 4.0, 0.02) == 0.02
-    assert annealed(3, 10, 0.5, 0.5) == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize("function", [soft_top_k, masked_soft_top_k, straight_through_top_k])
-def test_numbers_out_of_range_are_refused(function: Callable[..., mx.array]) -> None:
+def test_numbers_out_of_range_are_refused() -> None:
     s = mx.zeros((8,))
     for k in (0, 9, -1):
         with pytest.raises(ValueError, match="k must be from 1 to 8"):
-            function(s, k, 1.0)
+            soft_top_k(s, k, 1.0)
         with pytest.raises(ValueError, match="k must be from 1 to 8"):
             hard_top_k(s, k)
     for epsilon in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="epsilon must be"):
-            function(s, 3, epsilon)
-    for start, end in ((0.0, 1.0), (1.0, 0.0)):
-        with pytest.raises(ValueError, match="epsilon must be above 0"):
-            annealed(1, 2, start, end)
+            soft_top_k(s, 3, epsilon)

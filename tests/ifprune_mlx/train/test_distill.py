@@ -15,12 +15,11 @@ from ifprune_mlx.data.dataset import Record
 from ifprune_mlx.data.tokenize import Encoded, encode
 from ifprune_mlx.selection.predictor import POOLINGS, Head, hidden_states
 from ifprune_mlx.selection.selection import top_k
-from ifprune_mlx.sparse.ffn import MaskedDown
 from ifprune_mlx.train import attribution as measuring
 from ifprune_mlx.train.attribution import Targets, log_importance, measure
 from ifprune_mlx.train.backbone import Backbone
 from ifprune_mlx.train.distill import Fit, distill
-from tests.ifprune_mlx.reference import source_model
+from tests.ifprune_mlx.reference import MaskedDown, source_model
 from tests.tiny import write_checkpoint, write_source
 
 Tiny = tuple[Model, TokenizerWrapper]
