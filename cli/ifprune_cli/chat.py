@@ -12,10 +12,9 @@ import signal
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from enum import Enum
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import typer
 
@@ -43,21 +42,6 @@ if TYPE_CHECKING:
 _CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 
 
-class PolicyName(str, Enum):
-    """When a conversation selects anew."""
-
-    first = "first"
-    turn = "turn"
-    auto = "auto"
-
-
-class OnSwitchName(str, Enum):
-    """What happens to the history when the selection changes."""
-
-    reprefill = "reprefill"
-    keep = "keep"
-
-
 @dataclass(frozen=True)
 class _Sampling(Sampling):
     prefill_step_size: PrefillStepOption = 512  # Ctrl-C and the progress bar wait for a step's end
@@ -73,16 +57,16 @@ class _Conversing:
     system_prompt: SystemPromptOption = None
     load: Annotated[Optional[Path], typer.Option("--load", metavar="FILE", help="Go on with a saved chat.")] = None
     policy: Annotated[
-        Optional[PolicyName],
+        Optional[Literal["first", "turn", "auto"]],
         selection_option(
             "--policy",
             help="Select by the first message, anew at every turn, or anew where the topic changes.  [default: first]",
         ),
     ] = None
     on_switch: Annotated[
-        OnSwitchName,
+        Literal["reprefill", "keep"],
         selection_option("--on-switch", help="After a switch, recompute the history (exact) or keep it (fast)."),
-    ] = OnSwitchName.reprefill
+    ] = "reprefill"
 
 
 def chat(
@@ -131,8 +115,8 @@ def _session(runtime: Runtime, conversing: _Conversing) -> Session:
     session = Session(
         runtime.model,
         runtime.tokenizer,
-        policy="first" if conversing.policy is None else conversing.policy.value,
-        on_switch=conversing.on_switch.value,
+        policy=conversing.policy or "first",
+        on_switch=conversing.on_switch,
         system_prompt=conversing.system_prompt,
         **runtime.arguments,
     )
@@ -146,7 +130,7 @@ def _session(runtime: Runtime, conversing: _Conversing) -> Session:
         session.use(runtime.selection)
         session.policy = "task"
     if conversing.policy is not None and session.policy != "task":
-        session.policy = conversing.policy.value
+        session.policy = conversing.policy
     session.system_prompt = conversing.system_prompt or session.system_prompt
     session.dense = runtime.dense or session.dense
     return session

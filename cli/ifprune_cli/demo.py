@@ -26,9 +26,9 @@ from .options import (
 if TYPE_CHECKING:
     from ifprune_mlx import Selection
 
-# A model of 135 million parameters can answer these: the shipped default does, dense and sliced, and stops by itself.
+# A model of 135M parameters can answer these: the shipped default does, dense and sliced, and ends by itself.
 PROMPTS = (
-    ("code", "Write a Python function that checks whether a number is even."),
+    ("code", "Write a JavaScript function that adds two numbers."),
     ("science", "What is photosynthesis? Answer in one sentence."),
     ("everyday", "Give one tip for sleeping better."),
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .console import note, progress
-from .options import Budget, DtypeName, ModelOptions, ResidencyName, Sampling, Selecting, SelectionOptions
+from .options import Budget, DtypeName, ModelOptions, Residency, Sampling, Selecting, SelectionOptions
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -22,7 +22,7 @@ def checkpoint_path(
     *,
     trained: bool = True,
     loads: bool = True,
-    residency: ResidencyName | None = None,
+    residency: Residency | None = None,
     memory: int | None = None,
 ) -> Path:
     """The folder of the given model, downloaded if it is one of the hub, or of the embedded default, which is fetched
@@ -36,8 +36,7 @@ def checkpoint_path(
         from ifprune_mlx.checkpoint.hub import resolve
 
         with progress("download", "B") as update:
-            kept = None if residency is None else residency.value
-            return resolve(model, progress=update, loads=loads, residency=kept, memory=memory)
+            return resolve(model, progress=update, loads=loads, residency=residency, memory=memory)
     from ifprune_convert.embedded import ensure_embedded
 
     with progress("convert", "weights") as update:
@@ -67,7 +66,7 @@ def load_model(
     trust_remote_code: bool,
     *,
     trained: bool = True,
-    residency: ResidencyName | None = None,
+    residency: Residency | None = None,
     memory: int | None = None,
 ) -> tuple[Model, TokenizerWrapper]:
     """Load the given checkpoint, or the embedded default; `trained` as in `checkpoint_path`, the rest as in `load`."""
@@ -86,7 +85,7 @@ def _load(checkpoint: Checkpoint, options: ModelOptions, memory: int | None) -> 
         return load(
             checkpoint,
             dtype=None if options.dtype is None else getattr(mx, options.dtype.value),
-            residency=None if options.residency is None else options.residency.value,
+            residency=options.residency,
             memory=memory,
             trust_remote_code=options.trust_remote_code,
             progress=update,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
 
@@ -43,12 +43,7 @@ class DtypeName(str, Enum):
     float32 = "float32"
 
 
-class ResidencyName(str, Enum):
-    """Where the neurons that are not active are kept."""
-
-    ram = "ram"
-    ssd = "ssd"
-
+Residency = Literal["ram", "ssd"]
 
 # typer reads these at run time, so they are spelled for Python 3.10.
 ModelOption = Annotated[
@@ -68,12 +63,11 @@ MemoryOption = Annotated[
     _model(
         "--memory",
         metavar="BYTES",
-        help="Let the weights take at most this much memory, such as 6GB. Where not all fit, only the active neurons "
-        "are kept in memory.",
+        help="Let the weights take at most this much memory, such as 6GB, if need be with residency ssd.",
     ),
 ]
 ResidencyOption = Annotated[
-    Optional[ResidencyName],
+    Optional[Residency],
     _model(
         "--residency",
         help="ram keeps every neuron in memory. ssd keeps only the active ones, and reads others from the checkpoint "
@@ -105,8 +99,7 @@ DensityOption = Annotated[
     selection_option(
         "--density",
         metavar="X",
-        help="Keep this share of each FFN's neurons, above 0 and at most 1. It is rounded to whole blocks of neurons."
-        "  [default: the checkpoint's]",
+        help="Keep this share of each FFN's neurons (0 to 1), in whole blocks.  [default: the checkpoint's]",
     ),
 ]
 ActiveParamsOption = Annotated[
@@ -121,8 +114,7 @@ SelectWindowOption = Annotated[
         "--select-window",
         min=1,
         metavar="N",
-        help="Let the learned selector's predictor read at most this many tokens, of the instruction's beginning and "
-        "its end.  [default: 256]",
+        help="Let the predictor read at most this many of the instruction's first and last tokens.  [default: 256]",
     ),
 ]
 SelectionCacheOption = Annotated[
@@ -130,8 +122,7 @@ SelectionCacheOption = Annotated[
     selection_option(
         "--selection-cache",
         metavar="FOLDER",
-        help="Keep selections in this folder, and do not select for the same instruction twice. Processes may share "
-        "the folder.",
+        help="Keep selections in this folder, to select only once for an instruction. Processes may share it.",
     ),
 ]
 TempOption = Annotated[float, _sampling("--temp", help="Sample at this temperature; 0 takes the likeliest token.")]
@@ -139,17 +130,10 @@ TopPOption = Annotated[
     float, _sampling("--top-p", help="Sample among the likeliest tokens that have this probability together; 1 is off.")
 ]
 MinPOption = Annotated[
-    float,
-    _sampling("--min-p", help="Drop tokens whose probability is below this share of the likeliest token's; 0 is off."),
+    float, _sampling("--min-p", help="Drop tokens less likely than this share of the likeliest one; 0 is off.")
 ]
 TopKOption = Annotated[int, _sampling("--top-k", help="Sample among this many tokens; 0 is off.")]
 SeedOption = Annotated[int, _sampling("--seed", min=0, max=2**32 - 1, help="Seed sampling and the random selector.")]
-MaxKvSizeOption = Annotated[
-    Optional[int],
-    _cache("--max-kv-size", min=1, help="Limit the KV cache to this many tokens, for models that allow a limit."),
-]
-KvBitsOption = Annotated[Optional[int], _cache("--kv-bits", help="Quantize the KV cache to 2, 3, 4, 6 or 8 bits.")]
-KvGroupSizeOption = Annotated[int, _cache("--kv-group-size", help="Quantize the KV cache in groups of this size.")]
 PrefillStepOption = Annotated[int, _cache("--prefill-step-size", min=1, help="Read this many prompt tokens at a time.")]
 SystemPromptOption = Annotated[
     Optional[str], typer.Option("--system-prompt", help="Put this system prompt before the first message.")
@@ -264,9 +248,11 @@ class Sampling:
     min_p: MinPOption = 0.0
     top_k: TopKOption = 0
     seed: SeedOption = 0
-    max_kv_size: MaxKvSizeOption = None
-    kv_bits: KvBitsOption = None
-    kv_group_size: KvGroupSizeOption = 64
+    max_kv_size: Annotated[
+        Optional[int], _cache("--max-kv-size", min=1, help="Limit the KV cache to this many tokens, if the model can.")
+    ] = None
+    kv_bits: Annotated[Optional[int], _cache("--kv-bits", help="Quantize the KV cache to 2, 3, 4, 6 or 8 bits.")] = None
+    kv_group_size: Annotated[int, _cache("--kv-group-size", help="Quantize the KV cache in groups of this size.")] = 64
     prefill_step_size: PrefillStepOption = 2048
 
     def check(self, checkpoint: Checkpoint) -> None:
