@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 # A model of 135M parameters can answer these: the shipped default does, dense and sliced, and ends by itself.
 PROMPTS = (
-    ("code", "Write a JavaScript function that adds two numbers."),
-    ("science", "What is photosynthesis? Answer in one sentence."),
+    ("code", "Write a Python function that returns the length of a string."),
+    ("facts", "What is the largest ocean on Earth?"),
     ("everyday", "Give one tip for sleeping better."),
 )
-# Bytes that a token reads of a 9B model at 4 bit, dense and with the FFNs cut to a third (docs/performance.md).
-_LARGER = "a 9B model at 4 bit reads 1.70 GB instead of 5.17 GB per token, 3.0 times less"
+# docs/performance.md, "Three sizes".
+_LARGER = "a 9B model at 4 bit with 3B active reads 1.70 GB instead of 5.17 GB per token, 3.0 times less"
 
 
 def demo(

@@ -99,7 +99,8 @@ DensityOption = Annotated[
     selection_option(
         "--density",
         metavar="X",
-        help="Keep this share of each FFN's neurons (0 to 1), in whole blocks.  [default: the checkpoint's]",
+        help="Keep this share of each FFN's neurons, above 0 and at most 1, rounded to whole blocks of neurons.  "
+        "[default: the checkpoint's]",
     ),
 ]
 ActiveParamsOption = Annotated[

@@ -25,7 +25,7 @@ def dense_nll(model: Model, prompt: list[int], answer: list[int]) -> float:
 
 
 def test_the_demo_answers_fluently_on_three_selections(smollm2: Path, smollm2_base: Path) -> None:
-    """The published model, dense, is the judge: at most 0.4 nats a token beyond its own answers on average, and none of
+    """The published model, dense, is the judge: at most 0.3 nats a token beyond its own answers on average, and none of
     them beyond 0.6. One answer is noise; docs/log.md has 24 prompts."""
     done = run_here("demo", "--model", smollm2, "--json")
     assert done.returncode == 0, done.stderr
@@ -38,7 +38,7 @@ def test_the_demo_answers_fluently_on_three_selections(smollm2: Path, smollm2_ba
     assert all(item["selector"] == "learned" for item in sliced)
     for item in (*sliced, *(item["dense"] for item in answers)):
         assert item["finish_reason"] == "stop"  # nothing is cut off
-        assert item["completion_tokens"] >= 15
+        assert item["completion_tokens"] >= 10
         words = item["text"].split()
         runs = [tuple(words[start : start + 5]) for start in range(len(words) - 4)]
         assert len(set(runs)) == len(runs), item["text"]  # and nothing is said twice
@@ -51,6 +51,5 @@ def test_the_demo_answers_fluently_on_three_selections(smollm2: Path, smollm2_ba
         said = item["sliced"]["text"]
         answer = list(tokenizer.encode(said, add_special_tokens=False))
         beyond[said] = dense_nll(model, prompt, answer) - dense_nll(model, prompt, own)
-    print(beyond)
-    assert sum(beyond.values()) / len(beyond) <= 0.4, beyond
+    assert sum(beyond.values()) / len(beyond) <= 0.3, beyond
     assert max(beyond.values()) <= 0.6, beyond
