@@ -55,7 +55,7 @@ def demo(
     for domain, prompt in PROMPTS:
         row: dict[str, Any] = {"domain": domain, "prompt": prompt}
         if not json:
-            print(f"> {prompt}", flush=True)
+            print(f"> {prompt}\n", flush=True)
         for kind in ("dense", "sliced"):
             row[kind] = _answer(runtime, prompt, max_tokens, dense=kind == "dense")
             if (selection := runtime.model.selection) is not None:
@@ -69,8 +69,9 @@ def demo(
         result_json({"answers": answers, **gain})
         return
     print(
-        f"Here: {gain['tokens_per_s_ratio']:.2f} times the tokens/s, with {parameters(gain['active_parameters'])} of "
-        f"{parameters(gain['total_parameters'])} parameters active. By arithmetic, {_LARGER}."
+        f"Here: {gain['tokens_per_s_ratio']:.2f} times the tokens/s (`ifprune bench` measures it with more care), with "
+        f"{parameters(gain['active_parameters'])} of {parameters(gain['total_parameters'])} parameters active. "
+        f"By arithmetic, {_LARGER}."
     )
 
 
@@ -94,11 +95,13 @@ def _shown(kind: str, answer: dict[str, Any]) -> str:
         f"{parameters(answer['active_parameters'])} parameters active",
         f"{answer['completion_tokens']} tokens at {answer['tokens_per_s']:.1f}/s",
     ]
+    if kind == "sliced":
+        figures.append(f"selected in {answer['select_s'] + answer['switch_s']:.2f} s")
     if answer["overlap"] is not None:
         figures.append(f"{100 * answer['overlap']:.0f} % of its neurons were selected before")
     if answer["finish_reason"] == "length":
         figures.append("cut off by --max-tokens")
-    return f"\n  {kind}: {', '.join(figures)}\n{textwrap.indent(answer['text'].strip(), '    ')}\n"
+    return f"  {kind}: {', '.join(figures)}\n{textwrap.indent(answer['text'].strip(), '    ')}\n"
 
 
 def _gain(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -178,6 +178,7 @@ def test_demo_in_plain_words(tiny_checkpoint: Path) -> None:
         assert f"> {prompt}\n" in done.stdout
     figures = [line for line in done.stdout.splitlines() if line.startswith(("  dense: ", "  sliced: "))]
     assert [line.split(":")[0].strip() for line in figures] == ["dense", "sliced"] * len(PROMPTS)
+    assert all("selected in " in line for line in figures[1::2])
     assert all("4 tokens at " in line and line.endswith(", cut off by --max-tokens") for line in figures)
     assert "of its neurons were selected before" in figures[3]
     last = done.stdout.splitlines()[-1]
