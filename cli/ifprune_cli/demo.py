@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .console import parameters, result_json
-from .loading import Runtime, open_runtime
+from .generate import answer, as_messages
+from .loading import open_runtime
 from .options import (
     Budget,
     DensityOption,
@@ -51,13 +52,14 @@ def demo(
     runtime = open_runtime(ModelOptions(model, dtype), SelectionOptions(selector), Budget(density), selecting)
     answers: list[dict[str, Any]] = []
     before: Selection | None = None
-    _answer(runtime, PROMPTS[0][1], 2, dense=False)  # the first tokens of a process are slow
+    answer(runtime, PROMPTS[0][1], max_tokens=2)  # the first tokens of a process are slow
     for domain, prompt in PROMPTS:
         row: dict[str, Any] = {"domain": domain, "prompt": prompt}
         if not json:
             print(f"> {prompt}\n", flush=True)
         for kind in ("dense", "sliced"):
-            row[kind] = _answer(runtime, prompt, max_tokens, dense=kind == "dense")
+            text, stats = answer(runtime, as_messages(prompt, None), max_tokens=max_tokens, dense=kind == "dense")
+            row[kind] = {"text": text, **asdict(stats)}
             if (selection := runtime.model.selection) is not None:
                 row[kind]["overlap"] = None if before is None else selection.overlap(before)
                 before = selection
@@ -75,33 +77,19 @@ def demo(
     )
 
 
-def _answer(runtime: Runtime, prompt: str, max_tokens: int, *, dense: bool) -> dict[str, Any]:
-    """The answer's text and figures, as `ifprune generate --json` gives them."""
-    from ifprune_mlx import stream_generate
-
-    messages = [{"role": "user", "content": prompt}]
-    arguments = {**runtime.arguments, "dense": dense}
-    said, stats = "", None
-    for response in stream_generate(runtime.model, runtime.tokenizer, messages, max_tokens=max_tokens, **arguments):
-        said += response.text
-        stats = response.stats
-    assert stats is not None  # the last response has them
-    return {"text": said, **asdict(stats)}
-
-
-def _shown(kind: str, answer: dict[str, Any]) -> str:
+def _shown(kind: str, said: dict[str, Any]) -> str:
     """One answer for people: its figures, and the text below them."""
     figures = [
-        f"{parameters(answer['active_parameters'])} parameters active",
-        f"{answer['completion_tokens']} tokens at {answer['tokens_per_s']:.1f}/s",
+        f"{parameters(said['active_parameters'])} parameters active",
+        f"{said['completion_tokens']} tokens at {said['tokens_per_s']:.1f}/s",
     ]
     if kind == "sliced":
-        figures.append(f"selected in {answer['select_s'] + answer['switch_s']:.2f} s")
-    if answer["overlap"] is not None:
-        figures.append(f"{100 * answer['overlap']:.0f} % of its neurons were selected before")
-    if answer["finish_reason"] == "length":
+        figures.append(f"selected in {said['select_s'] + said['switch_s']:.2f} s")
+    if said["overlap"] is not None:
+        figures.append(f"{100 * said['overlap']:.0f} % of its neurons were selected before")
+    if said["finish_reason"] == "length":
         figures.append("cut off by --max-tokens")
-    return f"  {kind}: {', '.join(figures)}\n{textwrap.indent(answer['text'].strip(), '    ')}\n"
+    return f"  {kind}: {', '.join(figures)}\n{textwrap.indent(said['text'].strip(), '    ')}\n"
 
 
 def _gain(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .console import note, progress, report, result_json
-from .loading import open_runtime
+from .loading import Runtime, open_runtime
 from .options import (
     Budget,
     JsonOption,
@@ -20,6 +20,10 @@ from .options import (
     SystemPromptOption,
 )
 from .options import check_exclusive as check_exclusive  # noqa: PLC0414 (export and serve import it from here)
+
+if TYPE_CHECKING:
+    from ifprune_mlx import Stats
+    from ifprune_mlx.chat_template import Prompt
 
 PromptOption = Annotated[str, typer.Option("--prompt", "-p", help="The instruction. With -, it is read from stdin.")]
 
@@ -41,32 +45,42 @@ def generate(
     """Answer one prompt on the neurons that it selects."""
     text = read_prompt(prompt)
     choice.check_exclusive(budget)
-    from ifprune_mlx import stream_generate
-
     runtime = open_runtime(model, choice, budget, selecting, sampling)
-    said, stats = "", None
     with progress("prefill", "tokens") as update:
-        for response in stream_generate(
-            runtime.model,
-            runtime.tokenizer,
+        said, stats = answer(
+            runtime,
             text if ignore_chat_template else as_messages(text, system_prompt),
+            streams=not json,
             max_tokens=max_tokens,
             instruction=text,
             progress=update,
-            **runtime.arguments,
-        ):
-            said += response.text
-            stats = response.stats
-            if not json:
-                sys.stdout.write(response.text)
-                sys.stdout.flush()
-    if stats is None:
-        return
+        )
     if json:
         result_json({"text": said, **asdict(stats)})
     else:
         print()
         note(report(stats))
+
+
+def answer(runtime: Runtime, prompt: Prompt, *, streams: bool = False, **options: Any) -> tuple[str, Stats]:
+    """Answer a prompt as the runtime says, and with more options of `stream_generate`.
+
+    Args:
+        streams: write the text to stdout as it comes.
+
+    Returns:
+        The text and its figures.
+    """
+    from ifprune_mlx import stream_generate
+
+    said, stats = "", None
+    for response in stream_generate(runtime.model, runtime.tokenizer, prompt, **{**runtime.arguments, **options}):
+        said, stats = said + response.text, response.stats
+        if streams:
+            sys.stdout.write(response.text)
+            sys.stdout.flush()
+    assert stats is not None  # the last response has them
+    return said, stats
 
 
 def read_prompt(prompt: str, option: str = "--prompt") -> str:
