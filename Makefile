@@ -20,7 +20,7 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
-demo: $(VENV)/installed  ## answer three instructions on three selections (ARGS=--json for one line)
+demo: $(VENV)/installed  ## answer three instructions, dense beside sliced (ARGS=--json for one line)
 	$(RUN)ifprune demo $(ARGS)
 
 chat: $(VENV)/installed  ## chat with the embedded model

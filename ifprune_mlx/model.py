@@ -310,7 +310,7 @@ class Model:
 
 
 def load(
-    path_or_repo: str | Path,
+    path_or_repo: str | Path | Checkpoint,
     *,
     dtype: mx.Dtype | None = None,
     revision: str | None = None,
@@ -322,7 +322,7 @@ def load(
     """Load an IFP checkpoint and its tokenizer, as `mlx_lm.load` does a plain one. The model starts dense.
 
     Args:
-        path_or_repo: folder, or hub id.
+        path_or_repo: folder, hub id, or a checkpoint that was opened.
         dtype: float type to cast the weights to; None keeps the checkpoint's.
         residency: `ram` keeps every neuron in memory, `ssd` only the active ones; None takes `ssd` only where `memory`
             asks for it.
@@ -334,7 +334,11 @@ def load(
         CheckpointError: if the checkpoint is damaged or not one, naming the file and what to do.
         BudgetError: if its weights are more than the machine's memory, or than `memory`.
     """
-    checkpoint = Checkpoint.open(resolve(path_or_repo, revision, residency=residency, memory=memory))
+    checkpoint = (
+        path_or_repo
+        if isinstance(path_or_repo, Checkpoint)
+        else Checkpoint.open(resolve(path_or_repo, revision, residency=residency, memory=memory))
+    )
     residency = choose_residency(checkpoint, residency, memory, None if dtype is None else dtype.size)
     tokenizer = _load_tokenizer(checkpoint, trust_remote_code)
     model = load_checkpoint(checkpoint, dtype=dtype, residency=residency, memory=memory, progress=progress)

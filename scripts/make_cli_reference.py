@@ -14,6 +14,7 @@ from pathlib import Path
 import typer
 
 from ifprune_cli.main import app
+from ifprune_cli.option_groups import panels
 
 TARGET = Path(__file__).parent.parent / "docs" / "cli.md"
 _KINDS = {"INT": "int|integer", "FLOAT": "float", "TEXT": "str|text"}
@@ -45,13 +46,13 @@ def reference() -> str:
 
 
 def _options(command: typer.main.click.Command, context: typer.Context) -> Iterator[str]:
-    """A table of a command's options: names with what they take, and help with defaults."""
-    yield "| option | |"
-    yield "|---|---|"
-    for parameter in command.get_params(context):
-        record = parameter.get_help_record(context)
-        if record is not None:  # None is hidden
-            yield f"| `{_names(record[0])}` | {_text(record[1])} |"
+    """A table of a command's options under their headings: names with what they take, and help with defaults."""
+    for heading, records in panels(command, context).items():
+        yield f"| {heading} | |" if heading == "Options" else f"| **{heading}** | |"
+        if heading == "Options":
+            yield "|---|---|"
+        for names, text in records:
+            yield f"| `{_names(names)}` | {_text(text)} |"
 
 
 def _names(record: str) -> str:

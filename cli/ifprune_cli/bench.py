@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -12,126 +15,142 @@ import typer
 
 from .console import gigabytes, note, progress, result_json
 from .loading import open_checkpoint
-from .options import DensityOption, DtypeName, DtypeOption, ModelOption
+from .options import DensityOption, DtypeName, DtypeOption, ModelOption, output_option
 
 if TYPE_CHECKING:
     from ifprune_mlx import Checkpoint
 
+_shape_option = partial(typer.Option, rich_help_panel="Shape")
 
-def bench(
-    model: ModelOption = None,
+
+@dataclass(frozen=True)
+class _Shape:
+    """A model of noise to measure instead of a checkpoint."""
+
     shape: Annotated[
         Optional[str],
-        typer.Option(
+        _shape_option(
             "--shape",
             metavar="NAME",
-            help="Instead of a model, noise in the shape of one: paper-6b, paper-9b, paper-12b, llama-8b, or a "
-            "config.json.",
+            help="Measure noise in the shape of a model: paper-6b, paper-9b, paper-12b, llama-8b, or a config.json.",
         ),
-    ] = None,
+    ] = None
     layers: Annotated[
         Optional[int],
-        typer.Option(
-            "--layers", min=1, help="Of a shape, only so many layers, with vocabulary and predictor in proportion."
+        _shape_option(
+            "--layers",
+            min=1,
+            help="Make only so many of the shape's layers, with vocabulary and predictor in proportion.",
         ),
-    ] = None,
-    quantize: Annotated[bool, typer.Option("--quantize", "-q", help="Quantize a shape's weights.")] = False,
-    q_bits: Annotated[int, typer.Option("--q-bits", help="Bits per weight, with -q.")] = 4,
-    density: DensityOption = None,
-    dtype: DtypeOption = None,
-    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", "-p", min=2, help="Tokens to read.")] = 128,
+    ] = None
+    quantize: Annotated[bool, _shape_option("--quantize", "-q", help="Quantize the shape's weights.")] = False
+    q_bits: Annotated[int, _shape_option("--q-bits", help="Quantize to this many bits per weight.")] = 4
+
+    def make(self, folder: Path, dtype: DtypeName | None) -> Checkpoint:
+        """Write the checkpoint, by default in float32."""
+        import mlx.core as mx
+
+        from ifprune_convert.contenders import make_noise
+        from ifprune_convert.packing import quantization_of
+        from ifprune_convert.synthetic import shape_of
+
+        assert self.shape is not None
+        shape = shape_of(self.shape)
+        if self.layers is not None:
+            shape = shape.scaled(self.layers)
+        packed = quantization_of("affine", None, self.q_bits) if self.quantize else None
+        floats = getattr(mx, "float32" if dtype is None else dtype.value)
+        with progress("make", "weights") as update:
+            return make_noise(folder, shape, floats, packed, update)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What is measured."""
+
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", "-p", min=2, help="Read this many tokens.")] = 128
     generation_tokens: Annotated[
-        int, typer.Option("--generation-tokens", "-g", min=2, help="Tokens to generate.")
-    ] = 32,
-    num_trials: Annotated[int, typer.Option("--num-trials", "-n", min=1, help="Counted rounds.")] = 7,
+        int, typer.Option("--generation-tokens", "-g", min=2, help="Generate this many tokens.")
+    ] = 32
+    num_trials: Annotated[int, typer.Option("--num-trials", "-n", min=1, help="Count this many rounds.")] = 7
     stock: Annotated[
-        bool, typer.Option("--stock/--no-stock", help="Compare with plain models of mlx-lm, which are written first.")
-    ] = True,
-    ssd: Annotated[bool, typer.Option("--ssd/--no-ssd", help="Measure residency ssd as well.")] = True,
+        bool,
+        typer.Option("--stock/--no-stock", help="Compare with plain models of mlx-lm, which are written first."),
+    ] = True
+    ssd: Annotated[bool, typer.Option("--ssd/--no-ssd", help="Measure residency ssd as well.")] = True
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """Where files are written."""
+
     work: Annotated[
         Optional[Path],
-        typer.Option("--work", metavar="FOLDER", help="Where to write models.  [default: the temporary folder]"),
-    ] = None,
-    plot: Annotated[
-        Optional[Path], typer.Option("--plot", metavar="FILE", help="Draw the rates as .png or .svg.")
-    ] = None,
+        output_option("--work", metavar="FOLDER", help="Write models here.  [default: the temporary folder]"),
+    ] = None
+    plot: Annotated[Optional[Path], output_option("--plot", metavar="FILE", help="Draw the rates as .png or .svg.")] = (
+        None
+    )
     json: Annotated[
-        Optional[Path], typer.Option("--json", metavar="FILE", help="Write one JSON line to FILE; - is stdout.")
-    ] = None,
+        Optional[Path], output_option("--json", metavar="FILE", help="Write one JSON line to FILE; - is stdout.")
+    ] = None
+
+    def check(self) -> None:
+        """Raise IfpruneError for a place where nothing can be written."""
+        from ifprune_mlx import IfpruneError
+        from ifprune_mlx.eval.plots import check_plot
+
+        if self.json is not None and self.json.is_dir():
+            raise IfpruneError(f"--json {self.json}: is a folder; give a file, or - for stdout")
+        if self.work is not None and not self.work.is_dir():
+            raise IfpruneError(f"--work {self.work}: no such folder; make it first")
+        if self.plot is not None:
+            check_plot(self.plot, "--plot")
+
+
+def bench(
+    shape: _Shape,
+    measured: _Measured,
+    outputs: _Outputs,
+    model: ModelOption = None,
+    dtype: DtypeOption = None,
+    density: DensityOption = None,
 ) -> None:
     """Time a model dense and sliced beside plain models of both sizes, in turn, and print medians."""
     from ifprune_mlx import IfpruneError
     from ifprune_mlx.checkpoint.atomic_write import write_atomic
 
-    if json is not None and json.is_dir():
-        raise IfpruneError(f"--json {json}: is a folder; give a file, or - for stdout")
-    if shape is not None and model is not None:
+    outputs.check()
+    if shape.shape is not None and model is not None:
         raise IfpruneError("--shape and --model: a shape is measured instead of a model; give one of them")
-    if shape is None and (layers is not None or quantize):
+    if shape.shape is None and (shape.layers is not None or shape.quantize):
         raise IfpruneError("--layers and -q are for --shape; a model is measured as it is")
-    if work is not None and not work.is_dir():
-        raise IfpruneError(f"--work {work}: no such folder; make it first")
-    if plot is not None:
-        from ifprune_mlx.eval.plots import check_plot
-
-        check_plot(plot, "--plot")
     if sys.platform == "linux" and "blas" not in os.environ.get("LD_PRELOAD", ""):
         note(
             "float32 is slow here: no BLAS is preloaded (on Debian: apt install libopenblas0-pthread, then make bench)"
         )
-    with tempfile.TemporaryDirectory(prefix="ifprune-bench-", dir=work) as folder:
-        checkpoint = (
-            open_checkpoint(model)
-            if shape is None
-            else _noise(Path(folder), shape, layers, dtype or DtypeName.float32, q_bits if quantize else None)
-        )
-        result = {"shape": shape or "checkpoint"}
-        result |= _measure(
-            checkpoint,
-            Path(folder),
-            None if shape is not None or dtype is None else dtype.value,
-            density,
-            (prompt_tokens, generation_tokens, num_trials),
-            stock,
-            ssd,
-        )
-    if plot is not None:
-        _draw(result, plot)
-    if json is not None and str(json) == "-":
+    with tempfile.TemporaryDirectory(prefix="ifprune-bench-", dir=outputs.work) as name:
+        folder = Path(name)
+        if shape.shape is None:
+            checkpoint, cast = open_checkpoint(model), None if dtype is None else dtype.value
+        else:
+            checkpoint, cast = shape.make(folder, dtype), None
+        result = {"shape": shape.shape or "checkpoint", **_measure(checkpoint, folder, cast, density, measured)}
+    if outputs.plot is not None:
+        _draw(result, outputs.plot)
+    if outputs.json is not None and str(outputs.json) == "-":
         result_json(result)
         return
-    if json is not None:
-        import json as encoder
-
-        text = encoder.dumps(result) + "\n"
-        write_atomic(json, lambda file: file.write_text(text, encoding="utf-8"), IfpruneError)
+    if outputs.json is not None:
+        text = json.dumps(result) + "\n"
+        write_atomic(outputs.json, lambda file: file.write_text(text, encoding="utf-8"), IfpruneError)
     print("\n".join(_table(result)))
 
 
-def _noise(folder: Path, name: str, layers: int | None, dtype: DtypeName, bits: int | None) -> Checkpoint:
-    import mlx.core as mx
-
-    from ifprune_convert.contenders import make_noise
-    from ifprune_convert.packing import quantization_of
-    from ifprune_convert.synthetic import shape_of
-
-    shape = shape_of(name)
-    if layers is not None:
-        shape = shape.scaled(layers)
-    packed = None if bits is None else quantization_of("affine", None, bits)
-    with progress("make", "weights") as update:
-        return make_noise(folder, shape, getattr(mx, dtype.value), packed, update)
-
-
 def _measure(
-    checkpoint: Checkpoint,
-    folder: Path,
-    dtype: str | None,
-    density: float | None,
-    counts: tuple[int, int, int],
-    stock: bool,
-    ssd: bool,
+    checkpoint: Checkpoint, folder: Path, dtype: str | None, density: float | None, measured: _Measured
 ) -> dict[str, Any]:
+    """The benchmark's result; plain models and selections are written to `folder`."""
     from ifprune_convert.contenders import check_room, make_plain
     from ifprune_mlx import IfpruneError
     from ifprune_mlx.bench.benchmark import BenchConfig
@@ -139,23 +158,28 @@ def _measure(
     from ifprune_mlx.checkpoint.budget import resolve_keep
 
     keep = resolve_keep(checkpoint, density=density)
-    length, limit = counts[0] + counts[1], checkpoint.config.get("max_position_embeddings")
+    length, limit = (
+        measured.prompt_tokens + measured.generation_tokens,
+        checkpoint.config.get("max_position_embeddings"),
+    )
     if limit is not None and length > limit:
         raise IfpruneError(f"{length} tokens to read and generate: the model's context holds {limit}; give fewer")
     plain = None
-    if stock:
+    if measured.stock:
         check_room(folder, checkpoint, keep)
         with progress("export", "B") as update:
             plain = make_plain(folder, checkpoint, keep, update)
     config = BenchConfig(
         checkpoint,
-        None if plain is None else plain.dense,
-        None if plain is None else plain.static,
-        ssd,
-        keep,
-        dtype,
-        *counts,
-        folder,
+        dense=None if plain is None else plain.dense,
+        static=None if plain is None else plain.static,
+        ssd=measured.ssd,
+        keep=keep,
+        dtype=dtype,
+        prompt_tokens=measured.prompt_tokens,
+        generation_tokens=measured.generation_tokens,
+        trials=measured.num_trials,
+        work=folder,
     )
     with progress("bench", "trials") as update:
         return measure(config, update)

@@ -1,7 +1,7 @@
 """`ifprune chat`: a conversation on a terminal, or line by line from a pipe.
 
-Turns, selections and KV caches are `Session`'s; commands are in chat_commands.py, reading lines in chat_input.py.
-stdout carries the answers and nothing else.
+`Session` does the answering; chat_commands.py has the /commands, chat_input.py reads lines. stdout carries the answers
+and nothing else.
 """
 
 from __future__ import annotations
@@ -11,44 +11,25 @@ import os
 import signal
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import typer
 
 from .console import footer, note, progress
-from .generate import check_exclusive
-from .loading import check_selection, load_model
+from .loading import Runtime, open_runtime
 from .options import (
-    ActiveParamsOption,
     Budget,
-    DenseOption,
-    DensityOption,
-    DtypeOption,
-    KvBitsOption,
-    KvGroupSizeOption,
-    MaxKvSizeOption,
-    MemoryOption,
-    MinPOption,
-    ModelOption,
-    OnSwitchName,
-    PolicyName,
+    ModelOptions,
     PrefillStepOption,
-    ResidencyOption,
     Sampling,
-    SeedOption,
     Selecting,
-    SelectionCacheOption,
-    SelectionOption,
-    SelectorOption,
-    SelectWindowOption,
+    SelectionOptions,
     SystemPromptOption,
-    TaskOption,
-    TempOption,
-    TopKOption,
-    TopPOption,
-    TrustOption,
+    check_exclusive,
+    selection_option,
 )
 
 if TYPE_CHECKING:
@@ -61,116 +42,98 @@ if TYPE_CHECKING:
 _CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 
 
-def chat(
-    model: ModelOption = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", "-m", help="Most tokens of each answer.")] = 512,
-    system_prompt: SystemPromptOption = None,
-    selector: SelectorOption = None,
-    select_window: SelectWindowOption = None,
-    selection_cache: SelectionCacheOption = None,
-    selection: SelectionOption = None,
-    task: TaskOption = None,
-    dense: DenseOption = False,
-    density: DensityOption = None,
-    active_params: ActiveParamsOption = None,
-    memory: MemoryOption = None,
-    residency: ResidencyOption = None,
+@dataclass(frozen=True)
+class _Sampling(Sampling):
+    prefill_step_size: PrefillStepOption = 512  # Ctrl-C and the progress bar wait for a step's end
+
+
+@dataclass(frozen=True)
+class _Conversing:
+    """How the conversation goes."""
+
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-m", help="Generate at most this many tokens for each answer.")
+    ] = 512
+    system_prompt: SystemPromptOption = None
+    load: Annotated[Optional[Path], typer.Option("--load", metavar="FILE", help="Go on with a saved chat.")] = None
     policy: Annotated[
-        Optional[PolicyName],
-        typer.Option(
+        Optional[Literal["first", "turn", "auto"]],
+        selection_option(
             "--policy",
             help="Select by the first message, anew at every turn, or anew where the topic changes.  [default: first]",
         ),
-    ] = None,
+    ] = None
     on_switch: Annotated[
-        OnSwitchName,
-        typer.Option("--on-switch", help="After a switch, recompute the history (exact) or keep it (fast)."),
-    ] = OnSwitchName.reprefill,
-    temp: TempOption = 0.0,
-    top_p: TopPOption = 1.0,
-    min_p: MinPOption = 0.0,
-    top_k: TopKOption = 0,
-    seed: SeedOption = 0,
-    max_kv_size: MaxKvSizeOption = None,
-    kv_bits: KvBitsOption = None,
-    kv_group_size: KvGroupSizeOption = 64,
-    prefill_step_size: PrefillStepOption = 512,  # Ctrl-C and the progress bar wait for a step's end
-    dtype: DtypeOption = None,
-    trust_remote_code: TrustOption = False,
-    load: Annotated[Optional[Path], typer.Option("--load", metavar="FILE", help="Go on with a saved chat.")] = None,
-) -> int:
-    """Chat with a model that selects its neurons by what is said. /help lists what can be done in it."""
-    from ifprune_mlx import ChatFileError, PromptError, Selection, Session, TaskStore
-    from ifprune_mlx.selection.presets import check_task_name
-    from ifprune_mlx.selection.selectors import default_selector
+        Literal["reprefill", "keep"],
+        selection_option("--on-switch", help="After a switch, recompute the history (exact) or keep it (fast)."),
+    ] = "reprefill"
 
-    if max_tokens == 0 or max_tokens < -1:
-        raise PromptError(f"max tokens is {max_tokens}; give a number above 0, or -1 for no limit")
+
+def chat(
+    model: ModelOptions,
+    choice: SelectionOptions,
+    budget: Budget,
+    selecting: Selecting,
+    conversing: _Conversing,
+    sampling: _Sampling,
+) -> int:
+    """Chat with a model that selects its neurons by what is said. In the chat, /help lists the commands."""
+    from ifprune_mlx import ChatFileError, PromptError
+
+    tokens, load = conversing.max_tokens, conversing.load
+    if tokens == 0 or tokens < -1:
+        raise PromptError(f"max tokens is {tokens}; give a number above 0, or -1 for no limit")
     if load is not None and not load.is_file():
         raise ChatFileError(f"{load}: no such saved chat")
-    fixed = {"--selection": selection, "--task": task}
-    check_exclusive(
-        {**fixed, "--selector": selector},
-        {**fixed, "--policy": policy},
-        {**fixed, "--density": density, "--active-params": active_params},
-    )
-    chosen = None if selection is None else Selection.load(selection)
-    if task is not None:
-        check_task_name(task)
-    budget = Budget(density, active_params, memory).arguments()
-    sampling = Sampling(temp, top_p, min_p, top_k, seed, kv_bits, kv_group_size, prefill_step_size)
-    options = sampling.arguments()
-    loaded, tokenizer = load_model(model, dtype, trust_remote_code, residency=residency, memory=budget["memory"])
-    sampling.check(loaded)
-    Selecting(select_window, selection_cache).apply(loaded)
-    if selection is not None and chosen is not None:
-        check_selection(loaded, chosen, selection)
-    if task is not None:
-        chosen = TaskStore(loaded.checkpoint).load(task)
-    session = Session(
-        loaded,
-        tokenizer,
-        policy="first" if policy is None else policy.value,
-        selector=None if selector is None else selector.value,
-        selection=chosen,
-        dense=dense,
-        on_switch=on_switch.value,
-        system_prompt=system_prompt,
-        max_kv_size=max_kv_size,
-        seed=seed,
-        **budget,
-        **options,
-    )
-    from .chat_commands import Commands
+    replace(choice, dense=False).check_exclusive(budget)  # /dense off goes back to the selection
+    check_exclusive({"--selection": choice.selection, "--task": choice.task, "--policy": conversing.policy})
+    runtime = open_runtime(model, choice, budget, selecting, sampling)
+    from ifprune_mlx.selection.selectors import default_selector
 
-    named = default_selector(loaded) if selector is None else selector.value
-    commands = Commands(session, named if chosen is None else chosen.selector)
-    if load is not None:
-        session.load(load)
-        # What was asked for on the command line goes before what was saved.
-        if any(value is not None for value in budget.values()):
-            session.set_budget(**budget)
-            session.dense = False
-        if chosen is not None:
-            session.use(chosen)
-            session.policy = "task"
-        if policy is not None and session.policy != "task":
-            session.policy = policy.value
-        session.system_prompt = system_prompt or session.system_prompt
-        session.dense = dense or session.dense
+    from .chat_commands import Commands
     from .chat_input import LineEditor, piped
 
+    session = _session(runtime, conversing)
+    selector = runtime.selector or default_selector(runtime.model)
+    commands = Commands(session, selector if runtime.selection is None else runtime.selection.selector)
     if not sys.stdin.isatty():
-        return _Conversation(session, commands, max_tokens).run(piped(sys.stdin.buffer))
+        return _Conversation(session, commands, tokens).run(piped(sys.stdin.buffer))
     from ifprune_convert.embedded import cache_folder
 
-    name = "SmolLM2-135M-Instruct" if model is None else Path(model).resolve().name
-    note(f"{name}\n{commands.describe()}\n/help for commands, Ctrl-D to leave")
+    note(f"{runtime.name}\n{commands.describe()}\n/help for commands, Ctrl-D to leave")
     if load is not None:
         commands.show_turns(load)
     editor = LineEditor(commands.names, commands.with_file, cache_folder() / "chat_history")
-    _Conversation(session, commands, max_tokens, editor).run(editor)
+    _Conversation(session, commands, tokens, editor).run(editor)
     return 0
+
+
+def _session(runtime: Runtime, conversing: _Conversing) -> Session:
+    """A new conversation, or the saved one, changed by the options that are given."""
+    from ifprune_mlx import Session
+
+    session = Session(
+        runtime.model,
+        runtime.tokenizer,
+        policy=conversing.policy or "first",
+        on_switch=conversing.on_switch,
+        system_prompt=conversing.system_prompt,
+        **runtime.arguments,
+    )
+    if conversing.load is None:
+        return session
+    session.load(conversing.load)
+    if any(value is not None for value in runtime.budget.values()):
+        session.set_budget(**runtime.budget)
+        session.dense = False
+    if runtime.selection is not None:
+        session.use(runtime.selection)
+        session.policy = "task"
+    if conversing.policy is not None and session.policy != "task":
+        session.policy = conversing.policy
+    session.system_prompt = conversing.system_prompt or session.system_prompt
+    session.dense = runtime.dense or session.dense
+    return session
 
 
 class _Conversation:

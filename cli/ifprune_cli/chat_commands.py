@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import shutil
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 from ifprune_mlx import ChatFileError, IfpruneError, Selection, Session, TaskStore
 from ifprune_mlx.checkpoint.format import read_json_object
 
-from .console import note, parameters, shortened
+from .console import note, parameters, report, shortened
 
 _TURNS_SHOWN = 8
 
@@ -82,7 +83,7 @@ class Commands:
         return True
 
     def describe(self) -> str:
-        """Who selects how much; and when, if not by the first message."""
+        """What selects, how much it keeps, and the policy unless it is `first`."""
         session, model = self._session, self._session.model
         if session.dense:
             return f"dense, all {parameters(model.total_parameters)} parameters"
@@ -161,42 +162,17 @@ class Commands:
 
     def _stats(self, argument: str) -> None:
         session = self._session
-        for name, value in [*self._answer_rows(), *self._session_rows()]:
-            note(f"  {name:<11} {value}")
-        if session.stats is None:
-            note("no answer yet")
-
-    def _answer_rows(self) -> list[tuple[str, str]]:
-        stats = self._session.stats
+        stats, history, limit = session.stats, session.history, session.model.context_length
         if stats is None:
-            return []
-        speed = f"{stats.completion_tokens} tokens at {stats.tokens_per_s:.1f} tokens/s ({stats.finish_reason})"
-        read = f"{stats.prompt_tokens - stats.reused_tokens} of {stats.prompt_tokens} prompt tokens read anew"
-        times = ", ".join(
-            f"{name} {seconds:.3f} s"
-            for name, seconds in (
-                ("select", stats.select_s),
-                ("switch", stats.switch_s),
-                ("prefill", stats.prefill_s),
-                ("decode", stats.decode_s),
-            )
-        )
-        active = f"{parameters(stats.active_parameters)} of {parameters(stats.total_parameters)} active"
-        rows = [("answer", f"{speed}; {read}"), ("time", times), ("parameters", active)]
-        if stats.overlap is not None:
-            rows.append(("overlap", f"{100 * stats.overlap:.0f} % of its neurons were active before"))
-        return [*rows, ("memory", f"peak {stats.peak_memory / 1e9:.2f} GB")]
-
-    def _session_rows(self) -> list[tuple[str, str]]:
-        session = self._session
-        history, limit = session.history, session.model.context_length
+            note("no answer yet")
+        else:
+            note(textwrap.indent(report(stats), "  "))
+            note(f"  prompt      {stats.prompt_tokens - stats.reused_tokens} of {stats.prompt_tokens} tokens read anew")
+        note(f"  selection   {self._selection_line()}")
+        note(f"  policy      {session.policy}, {session.on_switch} on a switch")
+        note(f"  context     {len(history.tokens)} tokens" + (f" of {limit}" if limit else ""))
         spans = ", ".join(f"{span.tokens} tokens {span.computed_by[:8]}" for span in history.spans)
-        return [
-            ("selection", self._selection_line()),
-            ("policy", f"{session.policy}, {session.on_switch} on a switch"),
-            ("context", f"{len(history.tokens)} tokens" + (f" of {limit}" if limit else "")),
-            ("KV cache", spans or "empty"),
-        ]
+        note(f"  KV cache    {spans or 'empty'}")
 
     def _selection_line(self) -> str:
         session = self._session
@@ -246,9 +222,8 @@ class Commands:
 
 def _path(argument: str) -> Path:
     """A file name as a person types it: with ~, perhaps in quotes."""
-    for quote in ("'", '"'):
-        if len(argument) >= 2 and argument.startswith(quote) and argument.endswith(quote):
-            argument = argument[1:-1]
+    if len(argument) >= 2 and argument[0] == argument[-1] and argument[0] in "'\"":
+        argument = argument[1:-1]
     try:
         return Path(argument).expanduser()
     except RuntimeError:

@@ -1,7 +1,4 @@
-"""Where the messages of `ifprune chat` come from: a line editor on a terminal, or lines of a pipe.
-
-Yields text; does not know what a command or a message means, nor that there is a model.
-"""
+"""Reads the messages of `ifprune chat`: from a line editor on a terminal, or line by line from a pipe."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 from prompt_toolkit import PromptSession
-from prompt_toolkit.application.current import get_app
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory
@@ -46,7 +42,7 @@ def piped(stream: BinaryIO) -> Iterator[str]:
 
 
 class LineEditor:
-    """What a person enters, until Ctrl-D. Enter sends; a pasted text with several lines is one message.
+    """Iterates over what a person enters, until Ctrl-D. Enter sends; a pasted text with several lines is one message.
 
     Args:
         commands: completed at the beginning of the line.
@@ -83,7 +79,7 @@ class LineEditor:
                 yield text.rstrip()
 
     def discard(self) -> None:
-        """Forget what was typed ahead: lines pasted during an answer, say, each of which would be answered."""
+        """Forget what was typed during an answer; otherwise each line of it would be answered."""
         clear_typeahead(self._prompt.input)
 
 
@@ -102,13 +98,6 @@ def _keys() -> KeyBindings:
     @keys.add("escape", "enter")
     def _newline(event: KeyPressEvent) -> None:
         event.current_buffer.newline(copy_margin=False)
-
-    @keys.add("c-d")
-    def _end(event: KeyPressEvent) -> None:
-        if event.current_buffer.text:
-            event.current_buffer.delete()
-        else:
-            get_app().exit(exception=EOFError)
 
     return keys
 
@@ -133,7 +122,7 @@ class _CommandCompleter(Completer):
 
 
 class _History(FileHistory):
-    """prompt_toolkit's history file, private, of bounded size, and dispensable."""
+    """prompt_toolkit's history file: private and of bounded size. Where it cannot be used, the chat goes on without."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))

@@ -1,6 +1,6 @@
 """What commands print: results on stdout; progress, notes and figures on stderr.
 
-On a terminal progress is a live bar with rate and ETA; piped, it is a plain line now and then.
+On a terminal, progress is one live line with a bar; in a pipe, it is a plain line now and then.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ifprune_mlx import Stats
 
-_PLAIN_INTERVAL = 5.0
+# Seconds: work that ends sooner shows nothing; how often the line is renewed on a terminal and in a pipe.
+_PATIENCE, _LIVE, _PLAIN = 0.5, 0.1, 5.0
+_BAR = 30
 
 
 def note(text: str) -> None:
@@ -30,73 +32,39 @@ def result_json(value: Mapping[str, Any]) -> None:
 
 @contextmanager
 def progress(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress display; yields a function that takes (done, total).
+    """A progress display; yields a function that takes (done, total), which may be called for one job after another."""
+    live = sys.stderr.isatty()
+    start = last = time.monotonic()
+    drawn = False
 
-    Nothing is shown for work that ends within half a second.
-    """
-    shown = _Bar(label, unit) if sys.stderr.isatty() else _Lines(label, unit)
-    try:
-        yield shown.update
-    finally:
-        shown.close()
+    def clear() -> None:
+        nonlocal drawn
+        if drawn:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        drawn = False
 
-
-class _Bar:
-    def __init__(self, label: str, unit: str) -> None:
-        self._label, self._unit = label, unit
-        self._start = time.monotonic()
-        self._progress: Any = None
-
-    def update(self, done: int, total: int) -> None:
-        if self._progress is None:
-            if time.monotonic() - self._start < 0.5 or done >= total:
-                return
-            self._begin(total)
-        elapsed = max(time.monotonic() - self._start, 1e-6)
-        self._progress.update(self._task, completed=done, total=total, rate=f"{_count(done / elapsed)} {self._unit}/s")
-        if done >= total:
-            # The answer follows a prefill: nothing may be drawn any more. Other work begins another bar.
-            self.close()
-
-    def close(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-        self._progress = None
-        self._start = time.monotonic()
-
-    def _begin(self, total: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f}% {task.fields[rate]}"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            transient=True,
-            redirect_stdout=False,  # an answer would go through the bar's console, to stderr
-        )
-        self._task = self._progress.add_task(self._label, total=total, rate="")
-        self._progress.start()
-
-
-class _Lines:
-    def __init__(self, label: str, unit: str) -> None:
-        self._label, self._unit = label, unit
-        self._start = self._last = time.monotonic()
-
-    def update(self, done: int, total: int) -> None:
+    def update(done: int, total: int) -> None:
+        nonlocal start, last, drawn
         now = time.monotonic()
-        if now - self._last < _PLAIN_INTERVAL or not done:
+        if done >= total:
+            clear()  # what follows, such as an answer, begins on an empty line
+            start = last = now
             return
-        self._last = now
-        rate = done / (now - self._start)
-        left = (total - done) / rate if rate else 0
-        note(f"{self._label}: {100 * done / max(total, 1):.0f} % ({_count(rate)} {self._unit}/s, {left:.0f} s left)")
+        if now - start < _PATIENCE or now - last < (_LIVE if live else _PLAIN) or not done:
+            return
+        last, rate = now, done / (now - start)
+        figures = f"{100 * done / total:.0f} % ({_count(rate)} {unit}/s, {(total - done) / rate:.0f} s left)"
+        if live:
+            bar = "#" * (_BAR * done // total)
+            print(f"\r\x1b[K{label} [{bar:<{_BAR}}] {figures}", end="", file=sys.stderr, flush=True)
+            drawn = True
+        else:
+            note(f"{label}: {figures}")
 
-    def close(self) -> None:
-        """Plain lines need no closing."""
+    try:
+        yield update
+    finally:
+        clear()
 
 
 def _count(value: float) -> str:
@@ -107,7 +75,7 @@ def _count(value: float) -> str:
 
 
 def parameters(count: int) -> str:
-    """A parameter count in the field's usual form: 111M, 3.02B."""
+    """A parameter count in the field's usual form: 111.2M, 3.02B."""
     return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
 
 
@@ -125,16 +93,16 @@ def shortened(text: str, width: int) -> str:
 
 
 def footer(stats: Stats) -> str:
-    """One answer's figures in one line of a terminal: what selected which neurons, and where the time went."""
+    """One answer's figures in one line: what selected which neurons, and where the time went."""
     what = "dense" if stats.selection is None else f"{stats.selector} {stats.density:.2f} {stats.selection[:6]}"
-    active = f"{_whole(stats.active_parameters)}/{_whole(stats.total_parameters)}"
+    active = f"{parameters(stats.active_parameters)}/{parameters(stats.total_parameters)}"
     before = stats.select_s + stats.switch_s + stats.prefill_s
     speed = f"{stats.completion_tokens} tokens at {stats.tokens_per_s:.1f}/s"
     return f"[{what} | {active} | first token {before:.2f} s | {speed}]"
 
 
 def report(stats: Stats) -> str:
-    """One answer's figures in full, a line each for what was active, what it took, and what it compares with."""
+    """One answer's figures in full, in three lines: what was active, what it took, and what it compares with."""
     what = "dense" if stats.selection is None else f"{stats.selector} {stats.selection}, density {stats.density:.2f}"
     cut = " | cut off by --max-tokens" if stats.finish_reason == "length" else ""
     before = "first selection" if stats.overlap is None else f"overlap with the one before {100 * stats.overlap:.0f} %"
@@ -144,7 +112,3 @@ def report(stats: Stats) -> str:
         f"+ decode {stats.decode_s:.2f} s | {stats.completion_tokens} tokens, {stats.tokens_per_s:.1f} tok/s]\n"
         f"[{before} | peak memory {stats.peak_memory / 1e9:.2f} GB{cut}]"
     )
-
-
-def _whole(count: int) -> str:
-    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.0f}M"

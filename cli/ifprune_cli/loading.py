@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .console import note, progress
-from .options import DtypeName, ResidencyName
+from .options import Budget, DtypeName, ModelOptions, Residency, Sampling, Selecting, SelectionOptions
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
     from ifprune_mlx import Checkpoint, Model, Selection
+
+EMBEDDED = "SmolLM2-135M-Instruct"
 
 
 def checkpoint_path(
@@ -19,7 +22,7 @@ def checkpoint_path(
     *,
     trained: bool = True,
     loads: bool = True,
-    residency: ResidencyName | None = None,
+    residency: Residency | None = None,
     memory: int | None = None,
 ) -> Path:
     """The folder of the given model, downloaded if it is one of the hub, or of the embedded default, which is fetched
@@ -33,8 +36,7 @@ def checkpoint_path(
         from ifprune_mlx.checkpoint.hub import resolve
 
         with progress("download", "B") as update:
-            kept = None if residency is None else residency.value
-            return resolve(model, progress=update, loads=loads, residency=kept, memory=memory)
+            return resolve(model, progress=update, loads=loads, residency=residency, memory=memory)
     from ifprune_convert.embedded import ensure_embedded
 
     with progress("convert", "weights") as update:
@@ -64,22 +66,91 @@ def load_model(
     trust_remote_code: bool,
     *,
     trained: bool = True,
-    residency: ResidencyName | None = None,
+    residency: Residency | None = None,
     memory: int | None = None,
 ) -> tuple[Model, TokenizerWrapper]:
     """Load the given checkpoint, or the embedded default; `trained` as in `checkpoint_path`, the rest as in `load`."""
-    path = checkpoint_path(model, trained=trained, residency=residency, memory=memory)
+    from ifprune_mlx import Checkpoint
+
+    checkpoint = Checkpoint.open(checkpoint_path(model, trained=trained, residency=residency, memory=memory))
+    return _load(checkpoint, ModelOptions(model, dtype, residency, trust_remote_code), memory)
+
+
+def _load(checkpoint: Checkpoint, options: ModelOptions, memory: int | None) -> tuple[Model, TokenizerWrapper]:
     import mlx.core as mx
 
     from ifprune_mlx import load
 
-    cast = None if dtype is None else getattr(mx, dtype.value)
     with progress("load", "FFNs") as update:
         return load(
-            path,
-            dtype=cast,
-            residency=None if residency is None else residency.value,
+            checkpoint,
+            dtype=None if options.dtype is None else getattr(mx, options.dtype.value),
+            residency=options.residency,
             memory=memory,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=options.trust_remote_code,
             progress=update,
         )
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A loaded model, and what the options say about its answers.
+
+    Attributes:
+        model, tokenizer: as `ifprune_mlx.load` gives them.
+        name: what people call the model.
+        selector: a selector's name; None is the checkpoint's default.
+        selection: the fixed selection of `--selection` or `--task`; None if a selector runs.
+        dense: all neurons are active.
+        budget: `density`, `active_parameters` and `memory` (bytes).
+        sampling: the sampling options.
+    """
+
+    model: Model
+    tokenizer: TokenizerWrapper
+    name: str
+    selector: str | None
+    selection: Selection | None
+    dense: bool
+    budget: dict[str, Any]
+    sampling: dict[str, Any]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What `Session` and `stream_generate` both take."""
+        chosen = {"selector": self.selector, "selection": self.selection, "dense": self.dense}
+        return {**chosen, **self.budget, **self.sampling}
+
+
+def open_runtime(
+    model: ModelOptions,
+    choice: SelectionOptions,
+    budget: Budget,
+    selecting: Selecting,
+    sampling: Sampling | None = None,
+) -> Runtime:
+    """Load a model as the options say. What can be checked without its weights is checked before they are loaded.
+
+    Raises:
+        IfpruneError: if an option is out of range, or the model, the selection or the task cannot be used.
+    """
+    from ifprune_mlx import Checkpoint, Selection, TaskStore
+    from ifprune_mlx.selection.presets import check_task_name
+
+    selection = None if choice.selection is None else Selection.load(choice.selection)
+    if choice.task is not None:
+        check_task_name(choice.task)
+    limits = budget.arguments()
+    generation: dict[str, Any] = {} if sampling is None else sampling.arguments()
+    checkpoint = Checkpoint.open(checkpoint_path(model.model, residency=model.residency, memory=limits["memory"]))
+    if sampling is not None:
+        sampling.check(checkpoint)
+    if choice.selection is not None and selection is not None:
+        check_selection(checkpoint, selection, choice.selection)
+    if choice.task is not None:
+        selection = TaskStore(checkpoint).load(choice.task)
+    loaded, tokenizer = _load(checkpoint, model, limits["memory"])
+    selecting.apply(loaded)
+    name = EMBEDDED if model.model is None else Path(model.model).name or Path(model.model).resolve().name
+    selector = None if choice.selector is None else choice.selector.value
+    return Runtime(loaded, tokenizer, name, selector, selection, choice.dense, limits, generation)

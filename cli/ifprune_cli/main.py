@@ -1,4 +1,4 @@
-"""Entry point of `ifprune`: the commands, and what becomes of their errors.
+"""Entry point of `ifprune`: it lists the commands, runs one, and turns errors into one line and an exit code.
 
 Heavy imports happen inside the commands, so that `--help` answers at once.
 """
@@ -14,6 +14,7 @@ from types import FrameType
 import typer
 
 from . import atlas, bench, chat, convert, demo, doctor, evaluate, export, generate, info, select, serve, tasks, train
+from .option_groups import Command, with_groups
 
 app = typer.Typer(
     name="ifprune",
@@ -37,20 +38,23 @@ def root(
         raise typer.Exit
 
 
-app.command("chat", short_help="Chat with a model")(chat.chat)
-app.command("generate", short_help="Answer one prompt")(generate.generate)
-app.command("serve", short_help="Serve a model over HTTP")(serve.serve)
-app.command("convert", short_help="Make an IFP checkpoint of a dense one")(convert.convert)
-app.command("export", short_help="Write a selection as a plain model")(export.export)
-app.command("select", short_help="Show or save what a prompt selects")(select.select)
-app.command("tasks", short_help="List or remove named tasks")(tasks.tasks)
-app.command("info", short_help="Show what a checkpoint holds")(info.info)
-app.command("demo", short_help="Three prompts, three selections")(demo.demo)
-app.command("train", short_help="Train a sparsity predictor")(train.train)
-app.command("bench", short_help="Time dense against sliced")(bench.bench)
-app.command("evaluate", short_help="Losses by kind of selection")(evaluate.evaluate)
-app.command("atlas", short_help="Draw what a selector does")(atlas.atlas)
-app.command("doctor", short_help="Does the selector follow the prompt?")(doctor.doctor)
+for command, short_help in (
+    (chat.chat, "Chat with a model"),
+    (generate.generate, "Answer one prompt"),
+    (serve.serve, "Serve a model over HTTP"),
+    (convert.convert, "Make an IFP checkpoint of a dense one"),
+    (export.export, "Write a selection as a plain model"),
+    (select.select, "Show or save what a prompt selects"),
+    (tasks.tasks, "List or remove named tasks"),
+    (info.info, "Show what a checkpoint holds"),
+    (demo.demo, "Three answers, dense beside sliced"),
+    (train.train, "Train a sparsity predictor"),
+    (bench.bench, "Time dense against sliced"),
+    (evaluate.evaluate, "Losses by kind of selection"),
+    (atlas.atlas, "Draw what a selector does"),
+    (doctor.doctor, "Does the selector follow the prompt?"),
+):
+    app.command(command.__name__, cls=Command, short_help=short_help)(with_groups(command))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -3,116 +3,149 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from .console import note, result_json, shortened
-from .generate import as_messages, read_prompt
-from .loading import check_selection, load_model
+from .generate import PromptOption, as_messages, read_prompt
+from .loading import Runtime, check_selection, open_runtime
 from .options import (
-    ActiveParamsOption,
     Budget,
-    DensityOption,
-    DtypeOption,
-    MemoryOption,
-    ModelOption,
-    ResidencyOption,
+    JsonOption,
+    ModelOptions,
     SeedOption,
     Selecting,
-    SelectionCacheOption,
+    SelectionOptions,
     SelectorOption,
-    SelectWindowOption,
     SystemPromptOption,
-    TrustOption,
+    output_option,
 )
 
 if TYPE_CHECKING:
-    from ifprune_mlx import Selection, TaskStore
+    from ifprune_mlx import Instruction, Selection, TaskStore
 
 _NAME_WIDTH = 28
 
 
-def select(
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The instruction; - reads it from stdin.")],
-    model: ModelOption = None,
-    system_prompt: SystemPromptOption = None,
-    selector: SelectorOption = None,
-    select_window: SelectWindowOption = None,
-    selection_cache: SelectionCacheOption = None,
-    density: DensityOption = None,
-    active_params: ActiveParamsOption = None,
-    memory: MemoryOption = None,
-    residency: ResidencyOption = None,
+@dataclass(frozen=True)
+class _Compared:
+    """What the selection is compared with, beside the static one and the tasks."""
+
     with_prompt: Annotated[
         Optional[list[str]],
         typer.Option("--with-prompt", metavar="TEXT", help="Print the overlap with what TEXT selects; repeatable."),
-    ] = None,
+    ] = None
     compare: Annotated[
         Optional[list[Path]],
         typer.Option("--compare", metavar="FILE", help="Print the overlap with a saved selection; repeatable."),
-    ] = None,
-    layers: Annotated[bool, typer.Option("--layers", help="Print every FFN's neurons and overlaps, too.")] = False,
+    ] = None
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """What is printed and written."""
+
+    layers: Annotated[bool, output_option("--layers", help="Print every FFN's neurons and overlaps, too.")] = False
     save: Annotated[
-        Optional[str], typer.Option("--save", metavar="NAME", help="Save the selection as a task, for --task NAME.")
-    ] = None,
+        Optional[str], output_option("--save", metavar="NAME", help="Save the selection as a task, for --task NAME.")
+    ] = None
     save_to: Annotated[
-        Optional[Path], typer.Option("--save-to", metavar="FILE", help="Save the selection (.safetensors).")
-    ] = None,
+        Optional[Path], output_option("--save-to", metavar="FILE", help="Save the selection (.safetensors).")
+    ] = None
     plot: Annotated[
         Optional[Path],
-        typer.Option(
+        output_option(
             "--plot",
             metavar="FILE",
             help="Draw where the kept neurons lie, or, with --with-prompt or --compare, the overlaps (.png or .svg). "
-            "Needs ifprune-mlx[plots].",
+            "This needs ifprune-mlx[plots].",
         ),
-    ] = None,
+    ] = None
+    json: JsonOption = False
+
+    def check(self) -> None:
+        """Raise IfpruneError for a name that a task, a selection file or a chart cannot have."""
+        from ifprune_mlx import SelectionError
+        from ifprune_mlx.eval.plots import check_plot
+        from ifprune_mlx.selection.presets import check_task_name
+
+        if self.save is not None:
+            check_task_name(self.save)
+        if self.save_to is not None and self.save_to.suffix != ".safetensors":
+            raise SelectionError(f"{self.save_to}: a selection file ends in .safetensors")
+        if self.plot is not None:
+            check_plot(self.plot, "--plot")
+
+
+def select(
+    prompt: PromptOption,
+    model: ModelOptions,
+    budget: Budget,
+    selecting: Selecting,
+    compared: _Compared,
+    outputs: _Outputs,
+    selector: SelectorOption = None,
+    system_prompt: SystemPromptOption = None,
     seed: SeedOption = 0,
-    dtype: DtypeOption = None,
-    trust_remote_code: TrustOption = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Select neurons for an instruction, compare them with other selections, and show or save them."""
     text = read_prompt(prompt)
-    texts = dict.fromkeys(read_prompt(other, "--with-prompt") for other in with_prompt or [])
-    from ifprune_mlx import Instruction, Selection, TaskStore, make_selector
-    from ifprune_mlx.chat_template import check_prompt, render_messages
+    texts = dict.fromkeys(read_prompt(other, "--with-prompt") for other in compared.with_prompt or [])
+    from ifprune_mlx import Selection, TaskStore, make_selector
     from ifprune_mlx.selection.selection import top_k
 
-    _check_outputs(save, save_to, plot)
-    files = {file: Selection.load(file) for file in compare or []}
-    budget = Budget(density, active_params, memory).arguments()
-    loaded, tokenizer = load_model(model, dtype, trust_remote_code, residency=residency, memory=budget["memory"])
-    Selecting(select_window, selection_cache).apply(loaded)
+    outputs.check()
+    files = {file: Selection.load(file) for file in compared.compare or []}
+    runtime = open_runtime(model, SelectionOptions(selector), budget, selecting)
     for file, other in files.items():
-        check_selection(loaded, other, file)
-    instructions = []
-    for each in (text, *texts):
-        tokens = render_messages(tokenizer, as_messages(each, system_prompt))
-        check_prompt(loaded, tokens)
-        instructions.append(Instruction(each, tuple(tokens)))
-    keep = loaded.keep(**budget)
-    chooser = make_selector(loaded, None if selector is None else selector.value, seed=seed)
+        check_selection(runtime.model, other, file)
+    instruction, *instructions = _instructions(runtime, [text, *texts], system_prompt)
+    keep = runtime.model.keep(**runtime.budget)
+    chooser = make_selector(runtime.model, runtime.selector, seed=seed)
     start = time.perf_counter()
-    selection = chooser.select(instructions[0], keep).selection
+    selection = chooser.select(instruction, keep).selection
     seconds = time.perf_counter() - start
-    store = TaskStore(loaded.checkpoint)
+    store = TaskStore(runtime.model.checkpoint)
     others = _named(
-        static={"static": top_k(loaded.prior, keep, "static")},
+        static={"static": top_k(runtime.model.prior, keep, "static")},
         task=_tasks(store),
         file={str(file): other for file, other in files.items()},
-        prompt={other.text: chooser.select(other, keep).selection for other in instructions[1:]},
+        prompt={other.text: chooser.select(other, keep).selection for other in instructions},
     )
+    if outputs.save_to is not None:
+        selection.save(outputs.save_to)
+    if outputs.save is not None:
+        store.save(outputs.save, selection)
+    if outputs.plot is not None:
+        _draw(outputs.plot, text, selection, others if texts or files else {})
+    _print(selection, others, seconds, outputs)
+
+
+def _instructions(runtime: Runtime, texts: Sequence[str], system_prompt: str | None) -> list[Instruction]:
+    """The texts as a selector reads them.
+
+    Raises:
+        PromptError: if one is longer than the model's context.
+    """
+    from ifprune_mlx import Instruction
+    from ifprune_mlx.chat_template import check_prompt, render_messages
+
+    instructions = []
+    for text in texts:
+        tokens = render_messages(runtime.tokenizer, as_messages(text, system_prompt))
+        check_prompt(runtime.model, tokens)
+        instructions.append(Instruction(text, tuple(tokens)))
+    return instructions
+
+
+def _print(selection: Selection, others: dict[str, Selection], seconds: float, outputs: _Outputs) -> None:
+    """The selection and its overlaps as one JSON object, or the hash on stdout and the rest in words."""
     shares = {name: selection.overlap_by_layer(other) for name, other in others.items()}
-    if save_to is not None:
-        selection.save(save_to)
-    if save is not None:
-        store.save(save, selection)
-    if plot is not None:
-        _draw(plot, text, selection, others if texts or files else {})
-    if json:
+    if outputs.json:
         result_json(
             {
                 "selection": selection.hash,
@@ -120,44 +153,25 @@ def select(
                 "density": selection.density,
                 "k": list(selection.keep),
                 "overlap_with": {name: selection.overlap(other) for name, other in others.items()},
-                **({"overlap_by_layer": shares} if layers else {}),
+                **({"overlap_by_layer": shares} if outputs.layers else {}),
                 "select_s": seconds,
             }
         )
         return
     print(selection.hash)
-    if layers:
+    if outputs.layers:
         print("\n".join(_table(selection, shares)), flush=True)
-    _notes(selection, others, seconds)
-    if save_to is not None:
-        note(f"saved to {save_to}; use it with: ifprune generate --selection {save_to} --prompt ...")
-    if plot is not None:
-        note(f"drawn in {plot}")
-    if save is not None:
-        note(f"saved as task {save}; use it with: ifprune generate --task {save} --prompt ...")
-
-
-def _check_outputs(save: str | None, save_to: Path | None, plot: Path | None) -> None:
-    """Raise IfpruneError for a name that a task, a selection file or a chart cannot have."""
-    from ifprune_mlx import SelectionError
-    from ifprune_mlx.eval.plots import check_plot
-    from ifprune_mlx.selection.presets import check_task_name
-
-    if save is not None:
-        check_task_name(save)
-    if save_to is not None and save_to.suffix != ".safetensors":
-        raise SelectionError(f"{save_to}: a selection file ends in .safetensors")
-    if plot is not None:
-        check_plot(plot, "--plot")
-
-
-def _notes(selection: Selection, others: dict[str, Selection], seconds: float) -> None:
-    """How many neurons are kept, and how many of them the others keep, too."""
     widths = selection.widths
     kept = f"{sum(selection.keep)} of {sum(widths)} neurons in {len(widths)} FFNs"
     note(f"{selection.selector}, density {selection.density:.3f}: {kept}, selected in {seconds:.2f} s")
     for name, other in others.items():
         note(f"overlap with {shortened(name, 60)}: {100 * selection.overlap(other):.1f} %")
+    if outputs.save_to is not None:
+        note(f"saved to {outputs.save_to}; use it with: ifprune generate --selection {outputs.save_to} --prompt ...")
+    if outputs.plot is not None:
+        note(f"drawn in {outputs.plot}")
+    if outputs.save is not None:
+        note(f"saved as task {outputs.save}; use it with: ifprune generate --task {outputs.save} --prompt ...")
 
 
 def _draw(plot: Path, text: str, selection: Selection, others: dict[str, Selection]) -> None:
@@ -178,7 +192,7 @@ def _draw(plot: Path, text: str, selection: Selection, others: dict[str, Selecti
 
 
 def _tasks(store: TaskStore) -> dict[str, Selection]:
-    """The selections of all named tasks. One that cannot be used is not what was asked about: it is only noted."""
+    """The selections of all named tasks; a note says which cannot be used."""
     from ifprune_mlx import TaskError
 
     found = {}

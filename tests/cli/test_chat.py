@@ -1,4 +1,4 @@
-"""`ifprune chat` as a real process: through pipes, and on a pseudo-terminal for the line editor and Ctrl-C."""
+"""`ifprune chat` on lines of a pipe; as a real process for signals, and on a pseudo-terminal for the line editor."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import pytest
 
 from ifprune_cli.chat_input import _History
 from ifprune_mlx import Model, Selection, Session
-from tests.cli.process import environment, run, start
+from tests.cli.process import environment, run, run_here, start
 from tests.tiny import write_checkpoint
 
 LONG = ["-m", "100000"]
@@ -35,7 +36,7 @@ ON_TERMINAL = (
 
 
 class Piped:
-    """Runs chats through pipes, with files in one folder."""
+    """Runs chats on lines of a pipe, with files in one folder."""
 
     def __init__(self, checkpoint: Path, folder: Path) -> None:
         self.checkpoint = checkpoint
@@ -43,8 +44,21 @@ class Piped:
 
     def __call__(self, *lines: str | bytes, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
         """Send lines, without a newline after the last, and wait for the end."""
-        stdin = b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines)
-        return run("chat", "--model", self.checkpoint, "-m", "6", *options, cache=self.folder / "cache", stdin=stdin)
+        return run_here("chat", *self.arguments, *options, stdin=self.joined(lines))
+
+    @property
+    def arguments(self) -> tuple[str | Path, ...]:
+        return ("--model", self.checkpoint, "-m", "6")
+
+    @staticmethod
+    def joined(lines: Sequence[str | bytes]) -> bytes:
+        return b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines)
+
+    def select(self, prompt: str, *options: str | Path) -> str:
+        """Select for a prompt, save as the options say; the selection's hash."""
+        made = run_here("select", "--prompt", prompt, "--model", self.checkpoint, *options, "--json")
+        assert made.returncode == 0, made.stderr
+        return str(json.loads(made.stdout)["selection"])
 
     def saved(self, name: str) -> dict[str, Any]:
         """A chat that was saved in the folder."""
@@ -77,6 +91,13 @@ def test_stdout_carries_the_answers_and_nothing_else(piped: Piped, tiny: tuple[M
     figures = [line for line in done.stderr.splitlines() if line.startswith("[")]
     assert len(figures) == 2
     assert all("6 tokens" in line and line.endswith("] cut off by --max-tokens") for line in figures)
+
+
+def test_a_process_says_the_same(piped: Piped) -> None:
+    lines = ("hello", "/density 2", "naïve 東京")
+    here = piped(*lines)
+    there = run("chat", *piped.arguments, cache=piped.folder / "cache", stdin=piped.joined(lines))
+    assert (there.returncode, there.stdout, notes(there)) == (here.returncode, here.stdout, notes(here))
 
 
 def test_end_of_input_and_quit_end_the_chat(piped: Piped) -> None:
@@ -225,11 +246,8 @@ def test_a_damaged_saved_chat_changes_nothing(piped: Piped) -> None:
 
 def test_saved_selections(piped: Piped) -> None:
     file, a = piped.folder / "fixed.safetensors", piped.folder / "a.json"
-    made = run(
-        "select", "--prompt", "maths", "--model", piped.checkpoint, "--save-to", file, cache=piped.folder / "cache"
-    )
-    assert made.returncode == 0
-    wanted = Selection.load(file).hash
+    wanted = piped.select("maths", "--save-to", file)
+    assert wanted == Selection.load(file).hash
     done = piped("one", f"/select {file}", "two", f"/save {a}")
     assert done.returncode == 0
     assert piped.saved("a.json")["selection"]["hash"] == wanted
@@ -241,13 +259,12 @@ def test_saved_selections(piped: Piped) -> None:
 
 
 def test_named_tasks(piped: Piped) -> None:
-    a, cache = piped.folder / "a.json", piped.folder / "cache"
+    a = piped.folder / "a.json"
     assert notes(piped("/task")) == ["no tasks yet; `ifprune select --prompt TEXT --save NAME` saves one"]
-    wanted = {}
-    for name, density in (("maths", "0.5"), ("poetry", "0.25")):
-        options = ("--density", density, "--save", name, "--json")
-        made = run("select", "--prompt", name, "--model", piped.checkpoint, *options, cache=cache)
-        wanted[name] = json.loads(made.stdout)["selection"]
+    wanted = {
+        name: piped.select(name, "--density", density, "--save", name)
+        for name, density in (("maths", "0.5"), ("poetry", "0.25"))
+    }
     done = piped("one", "/task", "/task maths", "two", f"/save {a}", "/task ../maths", "/task nope")
     assert "tasks: maths, poetry" in notes(done)
     assert f"uses task maths: {wanted['maths']}, activation, density 0.50" in notes(done)
@@ -269,13 +286,13 @@ def test_named_tasks(piped: Piped) -> None:
 
 
 def test_a_given_task_goes_before_what_was_saved(piped: Piped) -> None:
-    a, cache = piped.folder / "a.json", piped.folder / "cache"
-    made = run("select", "--prompt", "maths", "--model", piped.checkpoint, "--save", "maths", "--json", cache=cache)
+    a = piped.folder / "a.json"
+    wanted = piped.select("maths", "--save", "maths")
     piped("one", f"/save {a}", options=("--policy", "turn"))
     done = piped("two", "three", f"/save {a}", options=("--load", str(a), "--task", "maths"))
     assert done.returncode == 0
     state = piped.saved("a.json")
-    assert (state["policy"], state["selection"]["hash"]) == ("task", json.loads(made.stdout)["selection"])
+    assert (state["policy"], state["selection"]["hash"]) == ("task", wanted)
 
 
 @pytest.mark.parametrize("selector", ["static", "activation"])

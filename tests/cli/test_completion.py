@@ -21,10 +21,12 @@ COMMANDS = {"chat", "generate", "convert", "export", "select", "tasks", "info", 
 # What bash itself does at a press of Tab: it sets COMP_WORDS, COMP_CWORD, and calls the function that was registered.
 PRESS = """
 eval "$(ifprune --show-completion)"
-COMP_WORDS=("$@")
-COMP_CWORD=$(($# - 1))
-_ifprune_completion ifprune
-printf '%s\\n' "${COMPREPLY[@]}"
+while read -r -a COMP_WORDS; do
+  COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
+  [ "${COMP_WORDS[$COMP_CWORD]}" = _ ] && COMP_WORDS[$COMP_CWORD]=""
+  _ifprune_completion ifprune
+  echo "${COMPREPLY[@]}"
+done
 complete -p ifprune
 """
 
@@ -39,24 +41,33 @@ def path(tmp_path: Path) -> dict[str, str]:
     return environment(tmp_path, PATH=f"{program.parent}{os.pathsep}{os.environ['PATH']}")
 
 
-def tab(path: dict[str, str], *words: str) -> list[str]:
-    """What bash offers for the last word."""
+def tab(path: dict[str, str], *lines: str) -> list[list[str]]:
+    """What bash offers for the last word of every line; `_` stands for a word that is yet to be begun."""
+    typed = "".join(f"{line}\n" for line in lines).encode()
     done = subprocess.run(
-        ["bash", "--norc", "-c", PRESS, "bash", *words], env=path, capture_output=True, check=True, timeout=60
+        ["bash", "--norc", "-c", PRESS], env=path, input=typed, capture_output=True, check=True, timeout=60
     )
     *offered, registered = done.stdout.decode().splitlines()
     assert registered == "complete -o default -F _ifprune_completion ifprune"
-    return [word for word in offered if word]
+    return [line.split() for line in offered]
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_in_bash(path: dict[str, str]) -> None:
-    assert set(tab(path, "ifprune", "")) >= COMMANDS
-    assert tab(path, "ifprune", "ge") == ["generate"]
-    assert tab(path, "ifprune", "generate", "--selector", "") == ["learned", "activation", "static", "random"]
-    assert tab(path, "ifprune", "chat", "--pol") == ["--policy"]
+    commands, one, selectors, option, files = tab(
+        path,
+        "ifprune _",
+        "ifprune ge",
+        "ifprune generate --selector _",
+        "ifprune chat --pol",
+        "ifprune generate --model _",
+    )
+    assert set(commands) >= COMMANDS
+    assert one == ["generate"]
+    assert selectors == ["learned", "activation", "static", "random"]
+    assert option == ["--policy"]
     # Files, such as those of --model, are bash's own to complete: nothing is offered in their place.
-    assert tab(path, "ifprune", "generate", "--model", "") == []
+    assert files == []
 
 
 @pytest.mark.parametrize(

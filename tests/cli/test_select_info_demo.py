@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from pathlib import Path
@@ -153,23 +152,40 @@ def test_info_verify(tiny_checkpoint: Path, tmp_path: Path) -> None:
 # demo
 
 
-def test_demo_answers_three_instructions(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_demo_answers_three_instructions(tiny_checkpoint: Path) -> None:
     done = succeed("demo", "--model", tiny_checkpoint, "--max-tokens", "4", "--json")
-    answers = json.loads(done.stdout.splitlines()[-1])["answers"]
+    value = answer(done)
+    answers = value["answers"]
     assert [(item["domain"], item["prompt"]) for item in answers] == list(PROMPTS)
     for item in answers:
-        assert item.keys() >= GENERATE_KEYS
-    assert answers[0]["overlap"] is None
-    assert all(0 < item["overlap"] <= 1 for item in answers[1:])
+        assert item["dense"].keys() >= GENERATE_KEYS
+        assert item["sliced"].keys() >= GENERATE_KEYS
+        assert (item["dense"]["selector"], item["dense"]["density"]) == ("dense", 1.0)
+        assert item["sliced"]["active_parameters"] < item["dense"]["active_parameters"] == value["total_parameters"]
+        assert item["sliced"]["active_parameters"] == value["active_parameters"]
+    assert answers[0]["sliced"]["overlap"] is None
+    assert all(0 < item["sliced"]["overlap"] <= 1 for item in answers[1:])
+    for kind in ("dense", "sliced"):
+        seconds = sum(item[kind]["decode_s"] for item in answers)
+        tokens = sum(item[kind]["completion_tokens"] - 1 for item in answers)
+        assert value[f"{kind}_tokens_per_s"] == pytest.approx(tokens / seconds)
+    assert value["tokens_per_s_ratio"] == pytest.approx(value["sliced_tokens_per_s"] / value["dense_tokens_per_s"])
 
 
-def test_demo_in_plain_words(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_demo_in_plain_words(tiny_checkpoint: Path) -> None:
     done = succeed("demo", "--model", tiny_checkpoint, "--max-tokens", "4")
-    for domain, prompt in PROMPTS:
-        assert f"{domain}> {prompt}" in done.stdout
-    figures = [line for line in done.stderr.splitlines() if line.startswith("[")]
-    assert len(figures) == 3 * len(PROMPTS)
-    assert "overlap" in figures[5]
+    for _, prompt in PROMPTS:
+        assert f"> {prompt}\n" in done.stdout
+    figures = [line for line in done.stdout.splitlines() if line.startswith(("  dense: ", "  sliced: "))]
+    assert [line.split(":")[0].strip() for line in figures] == ["dense", "sliced"] * len(PROMPTS)
+    assert all("selected in " in line for line in figures[1::2])
+    assert all("4 tokens at " in line and line.endswith(", cut off by --max-tokens") for line in figures)
+    assert "of its neurons were selected before" in figures[3]
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("Here: ")
+    assert "times the tokens/s" in last
+    assert "parameters active" in last
+    assert "1.70 GB instead of 5.17 GB" in last
 
 
 # help

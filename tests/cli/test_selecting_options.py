@@ -56,7 +56,7 @@ def test_a_folder_of_selections_is_used_by_the_next_process(
     def chosen(text: str) -> Any:
         value = json.loads(text) if name != "chat" else text
         if name == "demo":
-            return [(one["selection"], one["text"]) for one in value["answers"]]
+            return [(one["sliced"]["selection"], one["sliced"]["text"]) for one in value["answers"]]
         return value if name == "chat" else (value["selection"], value.get("text"))
 
     arguments = (*COMMANDS[name], "--model", checkpoint, "--selection-cache", tmp_path / "selections")

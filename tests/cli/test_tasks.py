@@ -126,12 +126,13 @@ def test_a_task_runs_no_predictor(copy: Path) -> None:
     assert answer(succeed(*base, "--task", "poetry"))["finish_reason"] == "length"
 
 
-def test_processes_share_tasks(copy: Path, tmp_path: Path) -> None:
-    place = {"cache": tmp_path / "cache", "env": {"IFPRUNE_DATA": str(tmp_path / "mine")}}
+def test_processes_share_tasks(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = tmp_path / "mine"
+    monkeypatch.setenv("IFPRUNE_DATA", str(mine))
     arguments = ("select", "--model", copy, "--density", "0.5", "--json", "--save", "poetry", "--prompt")
-    saved = run(*arguments, "write a poem", **place)  # type: ignore[arg-type]
+    saved = run(*arguments, "write a poem", cache=tmp_path / "cache", env={"IFPRUNE_DATA": str(mine)})
     assert (saved.returncode, saved.stderr) == (0, "")
-    used = run("generate", "--model", copy, "--task", "poetry", "-m", "3", "--json", "--prompt", "x", **place)  # type: ignore[arg-type]
+    used = succeed("generate", "--model", copy, "--task", "poetry", "-m", "3", "--json", "--prompt", "x")
     assert answer(used)["selection"] == answer(saved)["selection"]
-    files = [file.relative_to(tmp_path / "mine") for file in (tmp_path / "mine").rglob("*") if file.is_file()]
+    files = [file.relative_to(mine) for file in mine.rglob("*") if file.is_file()]
     assert files == [Path("tasks") / Checkpoint.open(copy).id / "poetry.safetensors"]
