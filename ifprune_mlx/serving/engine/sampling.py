@@ -1,7 +1,7 @@
-"""How one job draws its tokens: mlx-lm's filters and penalties, with random numbers of the job's own.
+"""How one request draws its tokens: mlx-lm's filters and penalties, with random numbers of the request's own.
 
-mlx-lm's `make_sampler` draws from its thread's one stream of random numbers, so that what a job gets depends on which
-others are decoded with it. Here every job has a key.
+mlx-lm's `make_sampler` draws from its thread's one stream of random numbers, so that a request's tokens depend on the
+others in its batch. Here every request has a key.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -20,11 +21,11 @@ from ifprune_mlx.serving.engine.request import SamplingParams
 Sampler = Callable[[mx.array], mx.array]
 """Log-probabilities `[1, vocabulary]` -> the token drawn, `[1]`."""
 Processor = Callable[[mx.array, mx.array], mx.array]
-"""What was read so far `[n]`, logits `[1, vocabulary]` -> logits."""
+"""Tokens read so far `[n]`, logits `[1, vocabulary]` -> logits."""
 
 
 def check_sampling(sampling: SamplingParams, vocabulary: int | None) -> None:
-    """Raise IfpruneError if a setting is out of its range (see `SamplingParams`) or a biased token unknown."""
+    """Raise IfpruneError if a setting is out of its range (see `SamplingParams`) or a biased token is unknown."""
     ranges = {
         "temperature": (0.0, math.inf),
         "top_p": (0.0, 1.0),
@@ -48,33 +49,23 @@ def check_sampling(sampling: SamplingParams, vocabulary: int | None) -> None:
 
 
 def make_sampler(sampling: SamplingParams) -> Sampler:
-    """The sampler of one job. To be made and used in the thread that decodes."""
-    if sampling.temperature == 0:
-        return _greedy
-    return _Keyed(sampling)
+    """The sampler of one request. Make and use it in the thread that decodes."""
+    return partial(mx.argmax, axis=-1) if sampling.temperature == 0 else _KeyedSampler(sampling)
 
 
 def make_processors(sampling: SamplingParams) -> list[Processor]:
-    """The penalties and biases of one job; at least one processor."""
+    """The penalties and biases of one request; at least one processor."""
     processors: list[Processor] = make_logits_processors(
         dict(sampling.logit_bias) or None,
         sampling.repetition_penalty if sampling.repetition_penalty != 1 else None,
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
     )
-    # mlx-lm 0.31 cannot decode a job without processors together with one that has some.
-    return processors or [_unchanged]
+    # mlx-lm 0.31 cannot decode a sequence without processors together with one that has some.
+    return processors or [lambda tokens, logits: logits]
 
 
-def _greedy(logprobs: mx.array) -> mx.array:
-    return mx.argmax(logprobs, axis=-1)
-
-
-def _unchanged(tokens: mx.array, logits: mx.array) -> mx.array:
-    return logits
-
-
-class _Keyed:
+class _KeyedSampler:
     """Draws with a key of its own, in mlx-lm's order: top-p, min-p, top-k, then temperature."""
 
     def __init__(self, sampling: SamplingParams) -> None:

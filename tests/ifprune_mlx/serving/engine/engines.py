@@ -70,7 +70,7 @@ def together(engine: Engine, *jobs: Request) -> list[list[RequestOutput]]:
         return await asyncio.gather(*(pieces_of(engine, one) for one in jobs))
 
     answers = asyncio.run(gather())
-    engine._books.wait_for_rest()  # then the model is free again
+    engine._scheduler.idle.wait()  # then the model is free again
     return answers
 
 

@@ -11,9 +11,8 @@ import pytest
 
 from ifprune_mlx import ModelBusyError, PromptError, Session, load
 from ifprune_mlx.serving.engine.engine import Engine
-from ifprune_mlx.serving.engine.request import EngineClosedError, SamplingParams, SelectionParams
-from ifprune_mlx.serving.engine.request_state import RequestState
-from ifprune_mlx.serving.engine.request_table import RequestTable
+from ifprune_mlx.serving.engine.request import EngineClosedError, RequestState, SamplingParams, SelectionParams
+from ifprune_mlx.serving.engine.scheduler import Scheduler
 from tests.ifprune_mlx.serving.engine.engines import (
     CHOICES,
     END,
@@ -61,7 +60,7 @@ def test_leaving_while_a_long_prompt_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, selector: str, batches: bool
 ) -> None:
     if not batches:
-        monkeypatch.setattr("ifprune_mlx.serving.engine.batch.can_batch", lambda model: False)
+        monkeypatch.setattr("ifprune_mlx.serving.engine.engine.can_batch", lambda model: False)
     tiny = load(write_checkpoint(tmp_path / "checkpoint", max_position_embeddings=16384))
     long = job(prompt(1, 12000), choice=SelectionParams(selector=selector, density=0.5))
 
@@ -171,14 +170,16 @@ def test_an_engine_waits_for_its_turn_with_the_model(tiny: Tiny) -> None:
 @pytest.mark.parametrize("moment", ["while it waits", "while it is next"])
 def test_a_job_that_is_left_and_fails_is_counted_once(moment: str) -> None:
     """Its client leaves while the worker makes its selection, which then fails."""
-    books = RequestTable(most=4, patience=1.0)
-    ticket = RequestState(job(), lambda news: None)
-    books.enter(ticket)
+    scheduler = Scheduler(queue=4, patience=1.0)
+    loop = asyncio.new_event_loop()
+    state = RequestState(job(), loop)
+    scheduler.add(state)
     if moment == "while it is next":
-        ticket.owner = "dense"
-        assert books.take_next("dense", 0.0) is ticket
-    books.leave(ticket)
-    books.refused(ticket)
-    assert books.rest()
-    counters = books.counts()
+        state.selection_key = "dense"
+        assert scheduler.next("dense", 0.0) is state
+    scheduler.cancel(state)
+    scheduler.finish(state)
+    assert scheduler.rest()
+    loop.close()
+    counters = scheduler.counters()
     assert (counters["requests"], counters["cancelled"], counters["failed"]) == (1, 1, 0)

@@ -122,7 +122,7 @@ def test_other_families(tmp_path: Path, family: str) -> None:
 
 
 def test_a_family_that_does_not_batch_is_served_one_by_one(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ifprune_mlx.serving.engine.batch.can_batch", lambda model: False)
+    monkeypatch.setattr("ifprune_mlx.serving.engine.engine.can_batch", lambda model: False)
     penalties = SamplingParams(logit_bias={END: -1000.0}, repetition_penalty=1.3, frequency_penalty=0.5)
     jobs = [job(prompt(seed), CHOICES[name], sampling=penalties) for seed, name in enumerate(["A", "B", "A", "A"])]
     with serving(tiny, patience=60) as engine:

@@ -62,10 +62,10 @@ def test_caches_are_bounded_and_can_be_switched_off(tiny: Tiny) -> None:
 def test_nothing_of_finished_jobs_stays(tiny: Tiny) -> None:
     with serving(tiny, prompt_cache_bytes=0) as engine:
         together(engine, *[job(prompt(seed), max_tokens=100) for seed in range(8)])
-        engine._books.wait_for_rest()
+        engine._scheduler.idle.wait()
         before = mx.get_active_memory()
         for _ in range(3):
             together(engine, *[job(prompt(seed), max_tokens=100) for seed in range(8)])
-            engine._books.wait_for_rest()
+            engine._scheduler.idle.wait()
         assert mx.get_active_memory() <= before
         assert (engine.counters().running, engine.counters().waiting) == (0, 0)

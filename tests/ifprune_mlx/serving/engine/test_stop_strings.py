@@ -6,11 +6,11 @@ from itertools import combinations, pairwise
 
 import pytest
 
-from ifprune_mlx.serving.engine.stop_strings import StopText
+from ifprune_mlx.serving.engine.output_processor import StopStrings
 
 
 def fed(stops: tuple[str, ...], pieces: list[str]) -> tuple[str, str | None]:
-    text = StopText(stops)
+    text = StopStrings(stops)
     said = "".join(text.feed(piece) for piece in pieces)
     assert text.matched is None or (text.feed("more"), text.flush()) == ("", "")
     return said + text.flush(), text.matched
@@ -39,7 +39,7 @@ def test_every_way_to_cut_a_text(stops: tuple[str, ...], text: str, expected: st
 
 
 def test_text_comes_as_soon_as_it_can() -> None:
-    text = StopText(("STOP", "END."))
+    text = StopStrings(("STOP", "END."))
     assert [text.feed(piece) for piece in ("a", "S", "T", "x", "E", "ND", "S", "TOP")] == [
         "a", "", "", "STx", "", "", "END", "",
     ]  # fmt: skip
