@@ -9,12 +9,12 @@ import time
 from typing import Any
 
 from ifprune_mlx.checkpoint.budget import SSD
-from ifprune_mlx.errors import BudgetError, CheckpointError
+from ifprune_mlx.errors import BudgetError, CheckpointError, reason_of
 from ifprune_mlx.model import Model
 from ifprune_mlx.prompt_cache import DENSE, History
 from ifprune_mlx.selection.selection import Selection
 from ifprune_mlx.selection.selectors import Instruction, Selected, default_selector, make_selector
-from ifprune_mlx.serving.engine.request import EngineClosedError, GenerationFailedError, RequestState, one_line
+from ifprune_mlx.serving.engine.request import EngineClosedError, GenerationFailedError, RequestState
 from ifprune_mlx.serving.engine.scheduler import EXCLUSIVE
 from ifprune_mlx.session import SWITCH_BELOW
 
@@ -73,11 +73,11 @@ class ActiveSelection:
             selection = live if selection.agreement(live) >= SWITCH_BELOW else selection
         state.selection, state.selection_key = selection, selection.hash
 
-    def prefill_dense(self, state: RequestState) -> History:
+    def prefill_dense(self, state: RequestState) -> tuple[list[Any], int]:
         """Read a request's prompt densely, as the activation selector does to find its selection.
 
         Returns:
-            What was read, for the answer to go on from.
+            The KV cache, for the answer to go on from, and how many tokens of the prompt it holds.
 
         Raises:
             EngineClosedError: if the request is stopped.
@@ -91,7 +91,7 @@ class ActiveSelection:
         selected = self._run_selector(state, _ACTIVATION, keep, history=History.empty(self._model), progress=check)
         state.selection = selected.selection
         assert selected.history is not None
-        return selected.history
+        return selected.history.kv, len(selected.history.tokens)
 
     def activate(self, state: RequestState) -> None:
         """Make a request's selection the live one. Requests of another selection must not be running.
@@ -99,13 +99,13 @@ class ActiveSelection:
         Raises:
             GenerationFailedError: if that fails through no fault of the request.
         """
-        key, before = state.selection_key, self.selection
-        assert key is not None
-        if key == self.key != EXCLUSIVE:
+        if state.selection_key == self.key != EXCLUSIVE:
             self.restore()
             return
-        state.switch_s = self._switch(state.selection)
-        self.key, self.since = key, time.monotonic()
+        start, before = time.monotonic(), self.selection
+        self._switch(state.selection)
+        self.selection, self.key, self.since = state.selection, state.selection_key, time.monotonic()
+        state.switch_s = self.since - start
         if _key_of(before) != _key_of(state.selection):
             self.switches += 1
             if before is not None and state.selection is not None:
@@ -116,6 +116,14 @@ class ActiveSelection:
         if not self.trusted or _key_of(self._model.selection) != _key_of(self.selection):
             self._switch(self.selection)
 
+    def _switch(self, selection: Selection | None) -> None:
+        self.trusted = False
+        try:
+            self._model.switch(selection)
+        except CheckpointError as exc:  # an earlier switch was cut off: no request is at fault
+            raise GenerationFailedError(f"the model failed ({reason_of(exc)})") from exc
+        self.trusted = True
+
     def _run_selector(self, state: RequestState, name: str, keep: tuple[int, ...], **options: Any) -> Selected:
         start = time.monotonic()
         try:
@@ -123,16 +131,6 @@ class ActiveSelection:
             return make_selector(self._model, name).select(instruction, keep)
         finally:
             state.select_s = time.monotonic() - start
-
-    def _switch(self, selection: Selection | None) -> float:
-        """Make a selection active; the seconds that it took."""
-        self.trusted = False
-        try:
-            seconds = self._model.switch(selection).seconds
-        except CheckpointError as exc:  # an earlier switch was cut off: no request is at fault
-            raise GenerationFailedError(f"the model failed ({one_line(exc)})") from exc
-        self.trusted, self.selection = True, selection
-        return seconds
 
 
 def _key_of(selection: Selection | None) -> str:

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from mlx_lm.generate import BatchGenerator, generate_step, generation_stream
 from mlx_lm.models.cache import make_prompt_cache
 
 from ifprune_mlx.model import Model
-from ifprune_mlx.serving.engine.request import RequestState
+from ifprune_mlx.serving.engine.request import EngineClosedError, RequestState
 from ifprune_mlx.serving.engine.sampling import Processor, make_processors, make_sampler
 
 # Other sequences wait for their next token while a stretch of a prompt is read.
@@ -83,12 +82,11 @@ class BatchDecoder:
 
     def step(self) -> list[Token]:
         """Read a stretch of the prompts that are not read yet, and decode one token of each other sequence."""
-        _, responses = self._generator.next()
         return [
             Token(
                 r.uid, r.token, r.logprobs, r.finish_reason, (r.all_tokens, r.prompt_cache) if r.finish_reason else None
             )
-            for r in responses
+            for r in self._generator.next()[1]
         ]
 
     def remove(self, uid: int, *, with_cache: bool) -> SequenceCache | None:
@@ -103,10 +101,7 @@ class BatchDecoder:
 
 
 class SingleDecoder:
-    """One sequence at a time: for families whose caches do not batch, and for a cache of several selections.
-
-    Its methods are those of `BatchDecoder`.
-    """
+    """`BatchDecoder` for one sequence: for families that do not batch, and for caches that two selections computed."""
 
     capacity = 1
 
@@ -127,7 +122,7 @@ class SingleDecoder:
 
         def on_prefill(done: int, total: int) -> None:
             if done < total and state.stopped:
-                raise _Stopped
+                raise EngineClosedError
 
         self._steps = generate_step(
             mx.array(tokens[read:]),
@@ -146,8 +141,8 @@ class SingleDecoder:
         assert self._steps is not None
         try:
             token, logprobs = next(self._steps)
-        except _Stopped:
-            return []  # whoever stopped it removes it
+        except EngineClosedError:
+            return []  # the engine removes it
         self._read.append(int(token))
         self._left -= 1
         reason = "stop" if int(token) in self._end else "length" if self._left == 0 else None
@@ -169,10 +164,6 @@ class SingleDecoder:
 
 
 Decoder = BatchDecoder | SingleDecoder
-
-
-class _Stopped(Exception):
-    """The request was stopped while its prompt was read; never leaves this module."""
 
 
 class _SeesAllTokens:
@@ -219,12 +210,11 @@ def batch_error(model: Model) -> float:
         generator.close()
     except (ValueError, TypeError, AttributeError, IndexError, NotImplementedError):
         return math.inf  # a cache or a layer that knows one sequence only
-    worst = 0.0
+    errors: list[Any] = []
     for rows, prompt, cache in zip(seen.values(), _PROMPTS, caches, strict=True):
         alone = generate_step(mx.array(prompt), model.module, max_tokens=3, sampler=fixed, prompt_cache=cache)
         for together, (_, single) in zip(rows, alone, strict=True):
             difference = mx.abs(together - single).astype(mx.float32).mean()
             spread = mx.abs(single - single.mean()).astype(mx.float32).mean()
-            error = float(np.array(difference / spread))
-            worst = max(worst, error if math.isfinite(error) else math.inf)
-    return worst
+            errors.append((difference / spread).item())
+    return float(max(error if math.isfinite(error) else math.inf for error in errors))

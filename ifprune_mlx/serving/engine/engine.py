@@ -1,8 +1,7 @@
 """The engine: many requests on one model, each computed under its own selection, those of one selection together.
 
-`Engine.stream` runs in the event loops that ask. All else runs in the model's worker thread, which has the model for as
-long as there is work. Round by round it selects for new requests, starts those whose turn it is, and decodes a token of
-every running one.
+`Engine.stream` runs in the event loops that ask. The rest runs in the model's worker thread, which has the model while
+there is work. Round by round it selects, starts the requests whose turn it is, and decodes a token of each running one.
 """
 
 from __future__ import annotations
@@ -11,17 +10,16 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import cached_property
-from typing import Any
 
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ifprune_mlx.chat_template import check_prompt
-from ifprune_mlx.errors import IfpruneError, PromptError
+from ifprune_mlx.errors import IfpruneError, PromptError, reason_of
 from ifprune_mlx.model import Model
 from ifprune_mlx.serving.engine.active_selection import ActiveSelection
 from ifprune_mlx.serving.engine.decoder import BatchDecoder, Decoder, SequenceCache, SingleDecoder, Token, can_batch
@@ -35,7 +33,6 @@ from ifprune_mlx.serving.engine.request import (
     Request,
     RequestOutput,
     RequestState,
-    one_line,
 )
 from ifprune_mlx.serving.engine.sampling import check_sampling
 from ifprune_mlx.serving.engine.scheduler import EXCLUSIVE, Scheduler
@@ -117,10 +114,7 @@ class Engine:
         )
 
     def close(self) -> None:
-        """End every request with EngineClosedError and give the model back; from any thread but the worker's.
-
-        Returns when the token in work is done.
-        """
+        """End every request with EngineClosedError and give the model back; returns when the token in work is done."""
         self._scheduler.close()
         self._call_off_turn()
         self._scheduler.idle.wait()
@@ -140,8 +134,7 @@ class Engine:
         with self._turn_lock:
             called_off = self._turn is not None and self._turn.cancel()
         if called_off:
-            for state in self._scheduler.fail(waiting=True):
-                state.put(EngineClosedError())
+            self._fail(None, waiting=True)
             self._scheduler.rest()
 
     def _turn_ended(self) -> None:
@@ -158,15 +151,14 @@ class Engine:
             while self._round():
                 pass
         except BaseException as exc:
-            reason = f"the server failed ({one_line(exc)}); ask again"
-            self._fail(lambda: GenerationFailedError(reason), waiting=True)
+            self._fail(exc, waiting=True)
 
     def _round(self) -> bool:
         """Select, start what may start, one token of everything. False when there is nothing left to do."""
         if self._scheduler.closed:
-            self._fail(EngineClosedError, waiting=True)
+            self._fail(None, waiting=True)
             return False
-        if not self._scheduler.has_requests():
+        if not (self._scheduler.waiting or self._scheduler.running):
             self._close_decoder()
             mx.clear_cache()
             return False
@@ -177,8 +169,7 @@ class Engine:
             if self._scheduler.running:
                 self._decode()
         except Exception as exc:  # in the middle of a batch
-            reason = f"the model failed ({one_line(exc)}); ask again"
-            self._fail(lambda: GenerationFailedError(reason), waiting=False)
+            self._fail(exc, waiting=False)
         return True
 
     def _select_waiting(self) -> None:
@@ -197,8 +188,6 @@ class Engine:
         """End the requests that nobody listens to; the KV cache of one that has given a token is kept."""
         for state in [state for state in self._scheduler.running if state.cancelled]:
             assert self._decoder is not None
-            assert state.uid is not None
-            assert state.output_processor is not None
             self._scheduler.finish(state)
             begun = state.output_processor.completion_tokens > 0
             self._store_prefix(state, self._decoder.remove(state.uid, with_cache=begun))
@@ -217,24 +206,20 @@ class Engine:
     def _start(self, state: RequestState) -> None:
         """Make a request's selection active and hand its prompt to the decoder."""
         request, key = state.request, state.selection_key
-        assert key is not None
         if key == EXCLUSIVE or key != self._active.key:
             self._close_decoder()
-        cache: list[Any] | None
-        if key == EXCLUSIVE:
-            history = self._active.prefill_dense(state)
-            cache, read = history.kv, len(history.tokens)
-            self._active.activate(state)
-        else:
-            self._active.activate(state)
+        if key != EXCLUSIVE:
             cache, read = self._prefix_cache.fetch(key, request.tokens)
             state.cached_tokens = read
+        else:
+            cache, read = self._active.prefill_dense(state)
+        self._active.activate(state)
         if self._decoder is None:
             end = self._tokenizer.eos_token_ids
-            batched = key != EXCLUSIVE and self._can_batch
-            self._decoder = (
-                BatchDecoder(self._model, end, self._concurrency) if batched else SingleDecoder(self._model, end)
-            )
+            if key != EXCLUSIVE and self._can_batch:
+                self._decoder = BatchDecoder(self._model, end, self._concurrency)
+            else:
+                self._decoder = SingleDecoder(self._model, end)
         state.output_processor = OutputProcessor(request, self._tokenizer)
         state.started = time.monotonic()
         room = (self._model.context_length or math.inf) - len(request.tokens)
@@ -258,7 +243,6 @@ class Engine:
     def _put_token(self, state: RequestState, token: Token) -> None:
         """Tell a request of its next token, and end it with the last one."""
         output, now = state.output_processor, time.monotonic()
-        assert output is not None
         if output.completion_tokens == 0:
             state.first_token = now
         text, logprobs = output.add(token.id, token.logprobs, token.finish_reason)
@@ -274,13 +258,12 @@ class Engine:
 
     def _store_prefix(self, state: RequestState, cache: SequenceCache | None) -> None:
         """Keep the KV cache of a request, unless its prompt was read densely."""
-        assert state.selection_key is not None
         if cache is not None and state.selection_key != EXCLUSIVE:
             self._prefix_cache.store(state.selection_key, *cache)
 
     def _close_decoder(self) -> None:
         """Decode no more of what has been begun; the next request begins anew, whatever its selection."""
-        decoder, self._decoder = self._decoder, None
+        decoder, self._decoder = self._decoder, None  # also where closing it fails
         if decoder is not None:
             decoder.close()
 
@@ -289,16 +272,18 @@ class Engine:
         self._scheduler.finish(state)
         if not isinstance(exc, (IfpruneError, GenerationFailedError)):
             self._active.trusted = False
-            exc = GenerationFailedError(f"the model failed ({one_line(exc)}); ask again")
+            exc = GenerationFailedError(f"the model failed ({reason_of(exc)}); ask again")
         state.put(exc)
 
-    def _fail(self, error: Callable[[], Exception], *, waiting: bool) -> None:
-        """End all running requests, and those that wait if `waiting`. What they leave behind is not trusted any more.
+    def _fail(self, exc: BaseException | None, *, waiting: bool) -> None:
+        """End all running requests, and those that wait if `waiting`: the model has failed, or the engine is closed.
 
-        The requests are told first, as closing the decoder may fail as well.
+        They are told first, as closing the decoder may fail as well. No KV cache is trusted afterwards.
         """
-        for state in self._scheduler.fail(waiting=waiting):
-            state.put(error())
+        reason = None if exc is None else f"the {'server' if waiting else 'model'} failed ({reason_of(exc)}); ask again"
+        for state in (*self._scheduler.running, *(self._scheduler.waiting if waiting else ())):
+            self._scheduler.finish(state)
+            state.put(EngineClosedError() if reason is None else GenerationFailedError(reason))
         self._active.trusted = False
         self._prefix_cache.clear()
         with suppress(Exception):

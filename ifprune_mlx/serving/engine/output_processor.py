@@ -94,20 +94,18 @@ class StopStrings:
         """Take in the next piece; returns what has become final."""
         if self.matched is not None:
             return ""
-        self._pending += text
-        found = [(self._pending.find(stop), stop) for stop in self._stops if stop in self._pending]
+        text = self._pending + text
+        found = [(text.find(stop), stop) for stop in self._stops if stop in text]
         if found:
             start, self.matched = min(found, key=lambda at: (at[0] + len(at[1]), at[0]))
-            final, self._pending = self._pending[:start], ""
-            return final
-        # The longest end of the text that may be the beginning of a stop string.
-        size = len(self._pending)
-        lengths = (
-            n for stop in self._stops for n in range(1, min(len(stop), size + 1)) if self._pending.endswith(stop[:n])
-        )
-        end = size - max(lengths, default=0)
-        final, self._pending = self._pending[:end], self._pending[end:]
-        return final
+            self._pending = ""
+            return text[:start]
+        # The longest end of the text that may be the beginning of a stop string is held back.
+        size = len(text)
+        lengths = (n for stop in self._stops for n in range(1, min(len(stop), size + 1)) if text.endswith(stop[:n]))
+        final = size - max(lengths, default=0)
+        self._pending = text[final:]
+        return text[:final]
 
     def flush(self) -> str:
         """The text has ended by itself: returns what was held back."""

@@ -33,11 +33,6 @@ class GenerationFailedError(RuntimeError):
     """The model failed while it computed a batch, through no fault of the request (HTTP: 500)."""
 
 
-def one_line(exc: BaseException) -> str:
-    """An error's message, short and in one line, to be told within another."""
-    return " ".join(str(exc).split())[:200] or type(exc).__name__
-
-
 @dataclass(frozen=True)
 class SelectionParams:
     """What chooses the neurons of a request.
@@ -57,10 +52,7 @@ class SelectionParams:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a token is drawn from the model's distribution. The names and meanings are mlx-lm's.
-
-    The penalties count the last tokens of prompt and answer.
-    """
+    """How a token is drawn, in mlx-lm's terms. The penalties count the last tokens of prompt and answer."""
 
     temperature: float = 0.0  # 0 takes the most likely token; then only penalties and bias matter
     top_p: float = 1.0  # above 0, at most 1; 1 is off
@@ -165,10 +157,10 @@ class RequestState:
     stopped: bool = False  # it must end soon: it is cancelled, or the engine is closed
     selection: Selection | None = None  # what computes the answer; None if dense, or not known yet
     # What computes the KV cache: the selection's hash, `dense`, or `scheduler.EXCLUSIVE` for a request that shares its
-    # batch with nobody. None before the request has selected.
-    selection_key: str | None = None
-    uid: int | None = None  # of its sequence in the decoder; None before it runs
-    output_processor: OutputProcessor | None = None  # None before it runs
+    # batch with nobody. Empty before the request has selected.
+    selection_key: str = ""
+    uid: int = -1  # of its sequence in the decoder, once it runs
+    output_processor: OutputProcessor = field(init=False)  # once it runs
     arrived: float = field(default_factory=time.monotonic)
     started: float = 0.0  # when prefill began
     first_token: float = 0.0  # when it came
@@ -188,7 +180,6 @@ class RequestState:
     def stats(self, now: float) -> RequestStats:
         """What the request took, after its last token."""
         output, selection = self.output_processor, self.selection
-        assert output is not None
         assert output.finish_reason is not None
         tokens, decode_s = output.completion_tokens, now - self.first_token
         return RequestStats(

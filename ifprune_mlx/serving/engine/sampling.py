@@ -10,7 +10,6 @@ import math
 import secrets
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import mlx.core as mx
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logits_processors
@@ -18,10 +17,8 @@ from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logi
 from ifprune_mlx.errors import IfpruneError
 from ifprune_mlx.serving.engine.request import SamplingParams
 
-Sampler = Callable[[mx.array], mx.array]
-"""Log-probabilities `[1, vocabulary]` -> the token drawn, `[1]`."""
-Processor = Callable[[mx.array, mx.array], mx.array]
-"""Tokens read so far `[n]`, logits `[1, vocabulary]` -> logits."""
+Sampler = Callable[[mx.array], mx.array]  # log-probabilities `[1, vocabulary]` -> the token drawn `[1]`
+Processor = Callable[[mx.array, mx.array], mx.array]  # tokens read so far `[n]`, logits `[1, vocabulary]` -> logits
 
 
 def check_sampling(sampling: SamplingParams, vocabulary: int | None) -> None:
@@ -50,7 +47,23 @@ def check_sampling(sampling: SamplingParams, vocabulary: int | None) -> None:
 
 def make_sampler(sampling: SamplingParams) -> Sampler:
     """The sampler of one request. Make and use it in the thread that decodes."""
-    return partial(mx.argmax, axis=-1) if sampling.temperature == 0 else _KeyedSampler(sampling)
+    if sampling.temperature == 0:
+        return partial(mx.argmax, axis=-1)
+    key = mx.random.key(secrets.randbits(63) if sampling.seed is None else sampling.seed % 2**63)
+
+    def draw(logprobs: mx.array) -> mx.array:
+        nonlocal key
+        logprobs = logprobs.astype(mx.float32)  # and then mlx-lm's filters, in its order
+        if sampling.top_p < 1:
+            logprobs = apply_top_p(logprobs, sampling.top_p)
+        if sampling.min_p > 0:
+            logprobs = apply_min_p(logprobs, sampling.min_p)
+        if 0 < sampling.top_k < logprobs.shape[-1]:
+            logprobs = apply_top_k(logprobs, sampling.top_k)
+        key, now = mx.random.split(key)
+        return mx.random.categorical(logprobs / sampling.temperature, key=now)
+
+    return draw
 
 
 def make_processors(sampling: SamplingParams) -> list[Processor]:
@@ -63,26 +76,3 @@ def make_processors(sampling: SamplingParams) -> list[Processor]:
     )
     # mlx-lm 0.31 cannot decode a sequence without processors together with one that has some.
     return processors or [lambda tokens, logits: logits]
-
-
-class _KeyedSampler:
-    """Draws with a key of its own, in mlx-lm's order: top-p, min-p, top-k, then temperature."""
-
-    def __init__(self, sampling: SamplingParams) -> None:
-        self._temperature = sampling.temperature
-        self._filters: list[tuple[Callable[..., Any], float]] = []
-        if sampling.top_p < 1:
-            self._filters.append((apply_top_p, sampling.top_p))
-        if sampling.min_p > 0:
-            self._filters.append((apply_min_p, sampling.min_p))
-        self._top_k = sampling.top_k
-        self._key = mx.random.key(secrets.randbits(63) if sampling.seed is None else sampling.seed % 2**63)
-
-    def __call__(self, logprobs: mx.array) -> mx.array:
-        logprobs = logprobs.astype(mx.float32)
-        for narrow, bound in self._filters:
-            logprobs = narrow(logprobs, bound)
-        if 0 < self._top_k < logprobs.shape[-1]:
-            logprobs = apply_top_k(logprobs, self._top_k)
-        self._key, now = mx.random.split(self._key)
-        return mx.random.categorical(logprobs / self._temperature, key=now)

@@ -12,9 +12,7 @@ from typing import Any
 
 from ifprune_mlx.serving.engine.request import EngineClosedError, EngineFullError, RequestState, RequestStats
 
-EXCLUSIVE = "exclusive"
-"""Selection key of a request that shares its batch with no other, whatever it selects."""
-
+EXCLUSIVE = "exclusive"  # selection key of a request that shares its batch with no other, whatever it selects
 _SUMMED = ("prompt_tokens", "cached_tokens", "completion_tokens", "select_s", "switch_s", "prefill_s", "decode_s")
 
 
@@ -34,7 +32,7 @@ def next_request(
         since: when it became the live one.
         running: whether requests of it are running.
     """
-    selected = [state for state in waiting if state.selection_key is not None]
+    selected = [state for state in waiting if state.selection_key]
     for state in selected:
         joins = state.selection_key == live_key != EXCLUSIVE
         if not joins and now - max(state.arrived, since) > patience:
@@ -47,6 +45,8 @@ def next_request(
 class Scheduler:
     """The requests of one engine, which is busy from the first `add` until `rest` finds nothing left to do.
 
+    Any thread may call `add`, `cancel`, `counters`, `rest` and `close`; the other methods are the worker thread's.
+
     Args:
         queue: the most requests that wait.
         patience: see `next_request`.
@@ -54,17 +54,13 @@ class Scheduler:
 
     def __init__(self, queue: int, patience: float) -> None:
         self._queue, self._patience = queue, patience
-        self._lock = threading.Lock()
-        self._waiting: list[RequestState] = []
-        self._busy = False
-        self._counts = {"requests": 0, "failed": 0, "cancelled": 0}
-        self._sums: dict[str, float] = dict.fromkeys(_SUMMED, 0)
-        self.running: list[RequestState] = []  # the worker thread reads it without the lock, since it alone changes it
+        self._lock = threading.RLock()
+        self._counters: dict[str, float] = dict.fromkeys(("requests", "failed", "cancelled", *_SUMMED), 0)
+        self.waiting: list[RequestState] = []  # in order of arrival
+        self.running: list[RequestState] = []  # only the worker thread changes it, and reads it without the lock
         self.closed = False
         self.idle = threading.Event()  # set while the engine does nothing and has nothing to do
         self.idle.set()
-
-    # Called from any thread.
 
     def add(self, state: RequestState) -> bool:
         """Put a request into the queue.
@@ -78,10 +74,10 @@ class Scheduler:
         with self._lock:
             if self.closed:
                 raise EngineClosedError
-            if len(self._waiting) >= self._queue:
+            if len(self.waiting) >= self._queue:
                 raise EngineFullError(f"{self._queue} requests wait already; try again in a few seconds")
-            self._waiting.append(state)
-            was_idle, self._busy = not self._busy, True
+            self.waiting.append(state)
+            was_idle = self.idle.is_set()
             self.idle.clear()
             return was_idle
 
@@ -89,79 +85,55 @@ class Scheduler:
         """Take a request out of the queue. If it runs, the worker ends it before its next token."""
         with self._lock:
             state.cancelled = state.stopped = True
-            if state in self._waiting:
-                self._waiting.remove(state)
-                self._count(state)
+            if state in self.waiting:
+                self.finish(state)
 
     def counters(self) -> dict[str, Any]:
         """The fields of `EngineStats` that concern requests."""
         with self._lock:
-            lengths = {"running": len(self.running), "waiting": len(self._waiting)}
-            return {**self._counts, **self._sums, **lengths}
+            return {**self._counters, "running": len(self.running), "waiting": len(self.waiting)}
 
     def rest(self) -> bool:
         """The engine has given the model back. Whether it is idle now; else it must ask for the model again."""
         with self._lock:
-            self._busy = bool(self._waiting)
-            if not self._busy:
+            if not self.waiting:
                 self.idle.set()
-            return not self._busy
+            return self.idle.is_set()
 
     def close(self) -> None:
         """Take no more requests, and stop those that there are."""
         with self._lock:
             self.closed = True
-            for state in (*self.running, *self._waiting):
+            for state in (*self.running, *self.waiting):
                 state.stopped = True
-
-    # Called from the worker thread.
-
-    def has_requests(self) -> bool:
-        """Whether any request waits or runs."""
-        with self._lock:
-            return bool(self._waiting or self.running)
 
     def unselected(self, most: int) -> list[RequestState]:
         """The first requests in the queue that have not selected, `most` at most."""
         with self._lock:
-            return [state for state in self._waiting if state.selection_key is None][:most]
+            return [state for state in self.waiting if not state.selection_key][:most]
 
     def next(self, live_key: str, since: float) -> RequestState | None:
         """Move the request that `next_request` picks from the queue to the running ones."""
         with self._lock:
             now = time.monotonic()
-            state = next_request(self._waiting, live_key, since, bool(self.running), self._patience, now)
+            state = next_request(self.waiting, live_key, since, bool(self.running), self._patience, now)
             if state is not None:
-                self._waiting.remove(state)
+                self.waiting.remove(state)
                 self.running.append(state)
             return state
 
     def finish(self, state: RequestState, stats: RequestStats | None = None) -> None:
-        """Take out a request that has ended: answered, if there are `stats`, else cancelled or failed."""
+        """Take out and count a request that has ended: answered, if there are `stats`, else cancelled or failed."""
         with self._lock:
             if state in self.running:
                 self.running.remove(state)
-            elif state in self._waiting:
-                self._waiting.remove(state)
+            elif state in self.waiting:
+                self.waiting.remove(state)
             else:
-                return  # `cancel` has counted it
-            self._count(state, stats)
-
-    def fail(self, *, waiting: bool) -> list[RequestState]:
-        """Take out all running requests, and those that wait if `waiting`; the caller tells them why."""
-        with self._lock:
-            failed = [*self.running, *(self._waiting if waiting else ())]
-            self.running.clear()
-            if waiting:
-                self._waiting.clear()
-            for state in failed:
-                self._count(state)
-            return failed
-
-    def _count(self, state: RequestState, stats: RequestStats | None = None) -> None:
-        self._counts["requests"] += 1
-        if stats is None:
-            self._counts["cancelled" if state.cancelled else "failed"] += 1
-            return
-        for name in _SUMMED:
-            self._sums[name] += getattr(stats, name)
+                return  # it was cancelled before, and counted
+            self._counters["requests"] += 1
+            if stats is None:
+                self._counters["cancelled" if state.cancelled else "failed"] += 1
+                return
+            for name in _SUMMED:
+                self._counters[name] += getattr(stats, name)

@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 from mlx_lm.sample_utils import make_logits_processors
 
 from ifprune_mlx import Model, Selection, generate
+from ifprune_mlx.selection.predictor import Head, SparsityPredictor
 from ifprune_mlx.serving.engine.engine import Engine
 from ifprune_mlx.serving.engine.request import Request, RequestOutput, RequestStats, SamplingParams, SelectionParams
 from tests.ifprune_mlx.reference import random_selection
@@ -90,6 +92,16 @@ def alone(tiny: Tiny, one: Request) -> str:
         dense=one.choice.dense,
         logits_processors=processors,
     )
+
+
+def use_first_layers_predictor(tiny: Tiny) -> None:
+    """Give the model a predictor that reads with the model's own first layer, and so leaves the model dense."""
+    model, tokenizer = tiny
+    mx.random.seed(3)
+    first, second = mx.random.normal((16, 64)), mx.random.normal((256, 16))
+    mx.eval(first, second)
+    head = Head(first, None, second, None, WIDTHS, layers=1)
+    model.__dict__["predictor"] = SparsityPredictor(model.module, tokenizer, head, model.context_length)
 
 
 def until(true: Callable[[], bool]) -> None:

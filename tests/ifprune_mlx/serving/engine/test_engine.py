@@ -6,12 +6,10 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import mlx.core as mx
 import pytest
 from mlx_lm.sample_utils import make_logits_processors
 
 from ifprune_mlx import BudgetError, load, make_selector, stream_generate
-from ifprune_mlx.selection.predictor import Head, SparsityPredictor
 from ifprune_mlx.selection.selectors import Instruction
 from ifprune_mlx.serving.engine.engine import Engine
 from ifprune_mlx.serving.engine.request import RequestOutput, SamplingParams, SelectionParams
@@ -20,7 +18,6 @@ from tests.ifprune_mlx.reference import random_selection
 from tests.ifprune_mlx.serving.engine.engines import (
     CHOICES,
     END,
-    WIDTHS,
     A,
     Tiny,
     alone,
@@ -32,6 +29,7 @@ from tests.ifprune_mlx.serving.engine.engines import (
     stats_of,
     text_of,
     together,
+    use_first_layers_predictor,
 )
 from tests.tiny import VOCABULARY, write_checkpoint
 
@@ -142,11 +140,8 @@ def test_a_family_that_does_not_batch_is_served_one_by_one(tiny: Tiny, monkeypat
 
 
 def test_selecting_with_the_models_own_layers_disturbs_no_running_job(tiny: Tiny) -> None:
-    model, tokenizer = tiny
-    mx.random.seed(3)
-    first, second = mx.random.normal((16, 64)), mx.random.normal((256, 16))
-    head = Head(first, None, second, None, WIDTHS, layers=1)
-    model.__dict__["predictor"] = SparsityPredictor(model.module, tokenizer, head, model.context_length)
+    model = tiny[0]
+    use_first_layers_predictor(tiny)
     learned = [
         job(
             prompt(seed),

@@ -10,14 +10,14 @@ from ifprune_mlx.serving.engine.request import RequestState
 from ifprune_mlx.serving.engine.scheduler import EXCLUSIVE, next_request
 
 
-def queued(arrived: float, selection_key: str | None) -> RequestState:
+def queued(arrived: float, selection_key: str) -> RequestState:
     anything: Any = None
     return RequestState(anything, anything, arrived=arrived, selection_key=selection_key)
 
 
 def queue_of(text: str) -> list[RequestState]:
     """`A0 B1`: selection key and arrival; `?` has not selected, `-` is exclusive."""
-    names = {"?": None, "-": EXCLUSIVE}
+    names = {"?": "", "-": EXCLUSIVE}
     return [queued(float(item[1:]), names.get(item[0], item[0])) for item in text.split()]
 
 
@@ -68,11 +68,12 @@ def test_under_a_steady_crowd_nobody_starves_and_switches_are_bounded(patience: 
         for _ in range(2 if step < 40 else 1 if step % 2 else 2):
             waiting.append(queued(now, names[came * 7 % 5 % 3]))
             came += 1
-        while len(running) < 2 and (state := next_request(waiting, live, since, bool(running), patience, now)) is not None:
+        while (
+            len(running) < 2 and (state := next_request(waiting, live, since, bool(running), patience, now)) is not None
+        ):
             waiting.remove(state)
             waits.append((state.arrived, now - state.arrived))
             if state.selection_key != live:
-                assert state.selection_key is not None
                 live, since, switches = state.selection_key, now, switches + 1
             running.append(now + 1)
     assert switches <= steps * 0.5 / max(patience, 0.5) + 1
