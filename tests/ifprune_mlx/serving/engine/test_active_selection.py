@@ -18,8 +18,8 @@ from tests.ifprune_mlx.serving.engine.engines import (
     A,
     Tiny,
     ask,
-    job,
-    pieces_of,
+    make_request,
+    outputs_of,
     prompt,
     serving,
     stats_of,
@@ -30,18 +30,18 @@ from tests.ifprune_mlx.serving.engine.engines import (
 
 def selecting(selector: str, number: int = 0) -> Request:
     choice = SelectionParams(selector=selector, density=0.5)
-    return job(prompt(number), choice=choice, instruction=f"{number} instruction {number}")
+    return make_request(prompt(number), choice=choice, instruction=f"{number} instruction {number}")
 
 
-def noted(patch: pytest.MonkeyPatch, owner: type, name: str, note: Callable[..., None]) -> None:
+def noted(patch: pytest.MonkeyPatch, kind: type, name: str, note: Callable[..., None]) -> None:
     """Call `note` with the arguments of every call of a method before the method itself."""
-    method = getattr(owner, name)
+    method = getattr(kind, name)
 
     def noting(self: Any, *args: Any, **options: Any) -> Any:
         note(*args, **options)
         return method(self, *args, **options)
 
-    patch.setattr(owner, name, noting)
+    patch.setattr(kind, name, noting)
 
 
 @pytest.fixture
@@ -67,11 +67,11 @@ def switches(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
 
 def test_one_selector_at_most_runs_between_two_tokens_of_others(tiny: Tiny, events: list[str]) -> None:
     async def crowd(engine: Engine) -> None:
-        running = engine.stream(job(prompt(9), A, max_tokens=80))
+        running = engine.stream(make_request(prompt(9), A, max_tokens=80))
         await anext(running)
         del events[:]
-        others = [asyncio.create_task(pieces_of(engine, selecting("random", number))) for number in range(6)]
-        fixed = [asyncio.create_task(pieces_of(engine, job(prompt(number)))) for number in range(3)]
+        others = [asyncio.create_task(outputs_of(engine, selecting("random", number))) for number in range(6)]
+        fixed = [asyncio.create_task(outputs_of(engine, make_request(prompt(number)))) for number in range(3)]
         async for _ in running:
             pass
         assert events.count("select") == 6
@@ -88,7 +88,7 @@ def test_one_selector_at_most_runs_between_two_tokens_of_others(tiny: Tiny, even
 async def six_at_once(engine: Engine, model: Model, tasks: list[asyncio.Task[list[RequestOutput]]]) -> None:
     """Let requests wait for the engine's turn together, before it comes."""
     with model.ownership.held():
-        tasks += [asyncio.create_task(pieces_of(engine, selecting("random", number))) for number in range(6)]
+        tasks += [asyncio.create_task(outputs_of(engine, selecting("random", number))) for number in range(6)]
         while engine.counters().waiting < 6:
             await asyncio.sleep(0)
 
@@ -131,7 +131,7 @@ def test_no_selector_runs_for_those_that_have_left_meanwhile(tiny: Tiny, monkeyp
 def test_a_pass_that_leaves_the_model_dense_costs_no_switch_back(tiny: Tiny, switches: list[str | None]) -> None:
     use_first_layers_predictor(tiny)
     with serving(tiny) as engine:
-        ask(engine, job())
+        ask(engine, make_request())
         found = ask(engine, selecting("learned"))[1].selection
         assert switches == [A.hash, found]
         del switches[:]
@@ -146,7 +146,7 @@ def test_a_pass_beside_a_running_request_costs_one_switch_back(
     use_first_layers_predictor(tiny)
 
     async def crowd(engine: Engine, leave: bool) -> str | None:
-        running = engine.stream(job(prompt(9), A, max_tokens=80))
+        running = engine.stream(make_request(prompt(9), A, max_tokens=80))
         await anext(running)
         loop = asyncio.get_running_loop()
 
@@ -157,7 +157,7 @@ def test_a_pass_beside_a_running_request_costs_one_switch_back(
         with pytest.MonkeyPatch.context() as patch:
             if leave:
                 noted(patch, SparsityPredictor, "scores", left)
-            selected = asyncio.create_task(pieces_of(engine, selecting("learned", int(leave))))
+            selected = asyncio.create_task(outputs_of(engine, selecting("learned", int(leave))))
             if not leave:
                 assert len([output async for output in running]) > 1
             return stats_of(await selected).selection

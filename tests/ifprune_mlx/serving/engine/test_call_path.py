@@ -11,7 +11,7 @@ from typing import Any
 import ifprune_mlx.serving.engine
 from ifprune_mlx.serving.engine.engine import Engine
 from ifprune_mlx.serving.engine.request import Request, RequestState, SelectionParams
-from tests.ifprune_mlx.serving.engine.engines import Tiny, ask, job, serving
+from tests.ifprune_mlx.serving.engine.engines import Tiny, ask, make_request, serving
 
 FOLDER = Path(ifprune_mlx.serving.engine.__file__).parent
 
@@ -34,11 +34,11 @@ def test_a_request_passes_few_functions_before_its_first_token(tiny: Tiny) -> No
             listening = False
 
     with serving(tiny) as engine:
-        ask(engine, job())  # what is done once for an engine
+        ask(engine, make_request())  # what is done once for an engine
         tiny[0].ownership._worker().submit(sys.setprofile, note).result()
         sys.setprofile(note)
         try:
-            asyncio.run(first_token(engine, job(choice=SelectionParams(selector="random", density=0.5))))
+            asyncio.run(first_token(engine, make_request(choice=SelectionParams(selector="random", density=0.5))))
         finally:
             sys.setprofile(None)
             tiny[0].ownership._worker().submit(sys.setprofile, None).result()

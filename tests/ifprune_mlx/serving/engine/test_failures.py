@@ -21,8 +21,8 @@ from tests.ifprune_mlx.serving.engine.engines import (
     Tiny,
     alone,
     ask,
-    job,
-    pieces_of,
+    make_request,
+    outputs_of,
     prompt,
     serving,
     text_of,
@@ -41,8 +41,8 @@ class Trouble:
         self.now, self.seen = False, 0
         self._patch = patch
 
-    def at(self, owner: type, name: str) -> None:
-        method = getattr(owner, name)
+    def at(self, kind: type, name: str) -> None:
+        method = getattr(kind, name)
 
         def failing(*given: Any, **options: Any) -> Any:
             if self.now:
@@ -50,7 +50,7 @@ class Trouble:
                 raise RuntimeError("out of\nmemory")
             return method(*given, **options)
 
-        self._patch.setattr(owner, name, failing)
+        self._patch.setattr(kind, name, failing)
 
 
 @pytest.fixture
@@ -62,9 +62,9 @@ def trouble(monkeypatch: pytest.MonkeyPatch) -> Iterator[Trouble]:
 
 async def ends_of(engine: Engine, requests: list[Request], trouble: Trouble) -> list[Any]:
     """How requests end that are asked for before the trouble, beside one that is left in the middle of it."""
-    left = engine.stream(job(prompt(1), max_tokens=300))
+    left = engine.stream(make_request(prompt(1), max_tokens=300))
     await anext(left)
-    others = [asyncio.create_task(pieces_of(engine, one)) for one in requests]
+    others = [asyncio.create_task(outputs_of(engine, one)) for one in requests]
     await asyncio.sleep(0.01)
     trouble.now = True
     await asyncio.sleep(0.02)
@@ -84,23 +84,23 @@ def test_every_step_of_a_decoder_can_fail(
     check(tiny, trouble)
 
 
-@pytest.mark.parametrize(("owner", "name"), OTHERS)
-def test_what_the_decoder_is_used_with_can_fail(tiny: Tiny, trouble: Trouble, owner: type, name: str) -> None:
-    trouble.at(owner, name)
+@pytest.mark.parametrize(("kind", "name"), OTHERS)
+def test_what_the_decoder_is_used_with_can_fail(tiny: Tiny, trouble: Trouble, kind: type, name: str) -> None:
+    trouble.at(kind, name)
     check(tiny, trouble)
 
 
 def check(tiny: Tiny, trouble: Trouble) -> None:
     """Nobody waits for ever, no text is wrong, all are counted, and afterwards all is as before."""
     sampling = SamplingParams(temperature=1.0, seed=1, logit_bias={END: -1000.0})
-    drawn = job(prompt(3), max_tokens=300, sampling=sampling)
-    good = [job(prompt(1)), job(prompt(4), B)]
+    drawn = make_request(prompt(3), max_tokens=300, sampling=sampling)
+    good = [make_request(prompt(1)), make_request(prompt(4), B)]
     expected = [alone(tiny, one) for one in good]
     with serving(tiny, patience=60) as engine:
         whole, _ = ask(engine, drawn)
         stop = whole[200:206]
         # The length ends one and a stop string another; the last one is of another selection.
-        requests = [job(prompt(2), max_tokens=300), replace(drawn, stop=(stop,)), good[1]]
+        requests = [make_request(prompt(2), max_tokens=300), replace(drawn, stop=(stop,)), good[1]]
         texts = [alone(tiny, requests[0]), whole[: whole.index(stop)], expected[1]]
         for end, text in zip(asyncio.run(ends_of(engine, requests, trouble)), texts, strict=True):
             if isinstance(end, BaseException):
@@ -113,14 +113,16 @@ def check(tiny: Tiny, trouble: Trouble) -> None:
         counters = engine.counters()
         assert (counters.requests, counters.running, counters.waiting) == (5, 0, 0)
         trouble.now = False
-        assert [text_of(pieces) for pieces in together(engine, *good)] == expected
+        assert [text_of(outputs) for outputs in together(engine, *good)] == expected
 
 
 def test_closing_tells_clients_though_the_decoder_cannot_be_closed(tiny: Tiny, trouble: Trouble) -> None:
     trouble.at(BatchDecoder, "close")
 
     async def close(engine: Engine) -> list[Any]:
-        tasks = [asyncio.create_task(pieces_of(engine, job(prompt(seed), max_tokens=450))) for seed in range(3)]
+        tasks = [
+            asyncio.create_task(outputs_of(engine, make_request(prompt(seed), max_tokens=450))) for seed in range(3)
+        ]
         while engine.counters().running < 3:
             await asyncio.sleep(0.002)
         trouble.now = True
