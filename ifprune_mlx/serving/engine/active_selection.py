@@ -100,29 +100,30 @@ class ActiveSelection:
             GenerationFailedError: if that fails through no fault of the request.
         """
         if state.selection_key == self.key != EXCLUSIVE:
-            self.restore()
+            state.switch_s = self.restore()
             return
-        start, before = time.monotonic(), self.selection
-        self._switch(state.selection)
+        before = self.selection
+        state.switch_s = self._switch(state.selection)
         self.selection, self.key, self.since = state.selection, state.selection_key, time.monotonic()
-        state.switch_s = self.since - start
         if _key_of(before) != _key_of(state.selection):
             self.switches += 1
             if before is not None and state.selection is not None:
                 state.overlap = state.selection.overlap(before)
 
-    def restore(self) -> None:
-        """Make the live selection active again, if a selector has left the model dense."""
-        if not self.trusted or _key_of(self._model.selection) != _key_of(self.selection):
-            self._switch(self.selection)
+    def restore(self) -> float:
+        """Make the live selection active again, if a selector has left the model dense; the seconds that it took."""
+        if self.trusted and _key_of(self._model.selection) == _key_of(self.selection):
+            return 0.0
+        return self._switch(self.selection)
 
-    def _switch(self, selection: Selection | None) -> None:
+    def _switch(self, selection: Selection | None) -> float:
         self.trusted = False
         try:
-            self._model.switch(selection)
+            seconds = self._model.switch(selection).seconds
         except CheckpointError as exc:  # an earlier switch was cut off: no request is at fault
             raise GenerationFailedError(f"the model failed ({reason_of(exc)})") from exc
         self.trusted = True
+        return seconds
 
     def _run_selector(self, state: RequestState, name: str, keep: tuple[int, ...], **options: Any) -> Selected:
         start = time.monotonic()

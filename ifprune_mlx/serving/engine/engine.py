@@ -37,8 +37,6 @@ from ifprune_mlx.serving.engine.request import (
 from ifprune_mlx.serving.engine.sampling import check_sampling
 from ifprune_mlx.serving.engine.scheduler import EXCLUSIVE, Scheduler
 
-_MOST_LOGPROBS = 20
-
 
 class Engine:
     """Answers requests with one model.
@@ -299,8 +297,8 @@ def check_request(model: Model, request: Request) -> None:
         raise PromptError("the prompt holds token ids that the model does not have; encode it with its tokenizer")
     if request.max_tokens < 1:
         raise PromptError(f"max tokens is {request.max_tokens}; give a number above 0")
-    if request.logprobs is not None and not 0 <= request.logprobs <= _MOST_LOGPROBS:
-        raise IfpruneError(f"{request.logprobs} log-probabilities a token; give a number from 0 to {_MOST_LOGPROBS}")
+    if request.logprobs is not None and not 0 <= request.logprobs <= 20:
+        raise IfpruneError(f"{request.logprobs} log-probabilities a token; give a number from 0 to 20")
     if "" in request.stop:
         raise IfpruneError("a stop string is empty; leave it out")
     if request.choice.policy not in POLICIES:

@@ -103,7 +103,7 @@ class RequestStats:
     overlap: float | None  # share of the selection that was live before the switch; None if the request caused none
     queue_s: float  # waiting, from the call to the start of prefill, without `select_s` and `switch_s`
     select_s: float  # finding the selection
-    switch_s: float  # moving neurons, for the request that caused the switch; 0 for those that joined
+    switch_s: float  # moving neurons before the request could run; 0 for those that joined a batch
     prefill_s: float  # from the start of prefill to the first token
     decode_s: float  # from the first token to the last
     tokens_per_s: float  # of the tokens after the first; 0 if there are none

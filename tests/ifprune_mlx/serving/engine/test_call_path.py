@@ -20,7 +20,7 @@ def test_a_request_passes_few_functions_before_its_first_token(tiny: Tiny) -> No
     path: dict[tuple[str, str], None] = {}
     listening = False
 
-    def note(frame: FrameType, event: str, arg: Any) -> None:
+    def note(frame: FrameType, event: str, _: Any) -> None:
         code = frame.f_code
         if listening and event == "call" and Path(code.co_filename).parent == FOLDER:
             given = [frame.f_locals.get(name) for name in code.co_varnames[: code.co_argcount]]
