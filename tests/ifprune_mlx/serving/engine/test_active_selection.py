@@ -67,7 +67,7 @@ def switches(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
 
 def test_one_selector_at_most_runs_between_two_tokens_of_others(tiny: Tiny, events: list[str]) -> None:
     async def crowd(engine: Engine) -> None:
-        running = engine.stream(make_request(prompt(9), A, max_tokens=80))
+        running = engine.stream(make_request(prompt(9), A, max_tokens=450))
         await anext(running)
         del events[:]
         others = [asyncio.create_task(outputs_of(engine, selecting("random", number))) for number in range(6)]
@@ -146,7 +146,7 @@ def test_a_pass_beside_a_running_request_costs_one_switch_back(
     use_first_layers_predictor(tiny)
 
     async def crowd(engine: Engine, leave: bool) -> str | None:
-        running = engine.stream(make_request(prompt(9), A, max_tokens=80))
+        running = engine.stream(make_request(prompt(9), A, max_tokens=450))
         await anext(running)
         loop = asyncio.get_running_loop()
 
