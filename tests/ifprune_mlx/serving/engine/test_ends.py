@@ -167,6 +167,22 @@ def test_an_engine_waits_for_its_turn_with_the_model(tiny: Tiny) -> None:
     responses.close()
 
 
+def test_closing_while_a_request_gets_in_line_for_the_model(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, ownership = Engine(*tiny), tiny[0].ownership
+    in_turn = ownership.in_turn
+
+    def closed_meanwhile(*given: Any) -> Any:
+        turn = in_turn(*given)
+        engine._scheduler.close()  # as `Engine.close` begins, before it could see the turn
+        return turn
+
+    monkeypatch.setattr(ownership, "in_turn", closed_meanwhile)
+    with ownership.held(), pytest.raises(EngineClosedError):
+        asyncio.run(outputs_of(engine, make_request()))
+    assert engine.counters().failed == 1
+    engine.close()
+
+
 @pytest.mark.parametrize("moment", ["while it waits", "while it is next"])
 def test_a_request_that_is_left_and_fails_is_counted_once(moment: str) -> None:
     """Its client leaves while the worker makes its selection, which then fails."""

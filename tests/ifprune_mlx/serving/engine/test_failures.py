@@ -14,7 +14,13 @@ from ifprune_mlx.serving.engine.decoder import BatchDecoder, SingleDecoder
 from ifprune_mlx.serving.engine.engine import Engine
 from ifprune_mlx.serving.engine.output_processor import OutputProcessor
 from ifprune_mlx.serving.engine.prefix_cache import PrefixCache
-from ifprune_mlx.serving.engine.request import EngineClosedError, GenerationFailedError, Request, SamplingParams
+from ifprune_mlx.serving.engine.request import (
+    EngineClosedError,
+    GenerationFailedError,
+    Request,
+    RequestOutput,
+    SamplingParams,
+)
 from tests.ifprune_mlx.serving.engine.engines import (
     END,
     B,
@@ -134,3 +140,39 @@ def test_closing_tells_clients_though_the_decoder_cannot_be_closed(tiny: Tiny, t
     assert [type(end) for end in asyncio.run(close(engine))] == [EngineClosedError] * 3
     assert trouble.seen == 1
     tiny[0].switch(B)  # the model has been given back
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_request_that_comes_while_the_last_batch_is_closed(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """It is answered in the engine's next turn; or told, where closing fails and nothing else can tell it."""
+    close = BatchDecoder.close
+    expected = alone(tiny, make_request())
+
+    async def two(engine: Engine) -> list[Any]:
+        loop = asyncio.get_running_loop()
+        late: list[asyncio.Task[list[RequestOutput]]] = []
+
+        def closing(self: BatchDecoder) -> None:
+            monkeypatch.setattr(BatchDecoder, "close", close)
+            loop.call_soon_threadsafe(lambda: late.append(loop.create_task(outputs_of(engine, make_request()))))
+            until(lambda: engine.counters().waiting == 1)
+            close(self)
+            if fails:
+                raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(BatchDecoder, "close", closing)
+        first = await outputs_of(engine, make_request())
+        while not late:
+            await asyncio.sleep(0)
+        return [first, *await asyncio.wait_for(asyncio.gather(*late, return_exceptions=True), 30)]
+
+    with serving(tiny) as engine:
+        first, second = asyncio.run(two(engine))
+        assert text_of(first) == expected
+        if fails:
+            assert str(second) == "the server failed (out of memory); ask again"
+        else:
+            assert text_of(second) == expected
+        assert [text_of(outputs) for outputs in together(engine, make_request())] == [expected]
