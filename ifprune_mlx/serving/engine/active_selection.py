@@ -1,77 +1,138 @@
-"""The selection that jobs are computed under: which it is, since when, and making another one active.
+"""The selection that requests are computed under: finding a request's, and making it the live one.
 
-For the worker alone.
+Only the worker thread uses it.
 """
 
 from __future__ import annotations
 
 import time
+from typing import Any
 
-from ifprune_mlx.errors import CheckpointError
+from ifprune_mlx.checkpoint.budget import SSD
+from ifprune_mlx.errors import BudgetError, CheckpointError, reason_of
 from ifprune_mlx.model import Model
-from ifprune_mlx.prompt_cache import DENSE
+from ifprune_mlx.prompt_cache import DENSE, History
 from ifprune_mlx.selection.selection import Selection
-from ifprune_mlx.serving.engine.request import GenerationFailedError
-from ifprune_mlx.serving.engine.request_state import RequestState, owner_of, reason_of
-from ifprune_mlx.serving.engine.request_table import RequestTable
+from ifprune_mlx.selection.selectors import Instruction, Selected, default_selector, make_selector
+from ifprune_mlx.serving.engine.request import EngineClosedError, GenerationFailedError, RequestState
+from ifprune_mlx.serving.engine.scheduler import EXCLUSIVE
+from ifprune_mlx.session import SWITCH_BELOW
+
+_ACTIVATION = "activation"
 
 
 class ActiveSelection:
     """The live selection of one model.
 
     Attributes:
-        active: what jobs are, or were last, computed under; None is dense.
-        owner: that of `active`, or ALONE.
-        since: when `owner` became so, by `time.monotonic`.
+        selection: what requests are computed under, or were last; None is dense.
+        key: the selection key of those requests.
+        since: when `key` became the live one, by `time.monotonic`.
+        switches: how often another selection was made active.
+        trusted: False once a switch or the model has failed: nobody knows what is active then, and the next `activate`
+            or `restore` switches whatever seems to be.
     """
 
-    def __init__(self, model: Model, books: RequestTable) -> None:
-        self._model, self._books = model, books
-        self.active: Selection | None = None
-        self.owner, self.since = DENSE, 0.0
-        self._certain = False  # False when a switch or a call has failed: who knows what is active then
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self.selection: Selection | None = None
+        self.key, self.since = DENSE, 0.0
+        self.switches = 0
+        self.trusted = False
 
     def resume(self) -> None:
-        """Begin with what is active now, if others have used the model meanwhile."""
-        if owner_of(self.active) != owner_of(self._model.selection):
-            self.active = self._model.selection
-            self.owner = owner_of(self.active)
+        """Start from what is active now, if others have used the model meanwhile."""
+        active = self._model.selection
+        if _key_of(active) != _key_of(self.selection):
+            self.selection, self.key, self.trusted = active, _key_of(active), False
 
-    def distrust(self) -> None:
-        """Something failed: the next job's switch is made whatever seems to be active."""
-        self._certain = False
+    def select(self, state: RequestState) -> None:
+        """Give a request its selection key, and its selection unless `prefill_dense` finds that.
 
-    def restore(self) -> None:
-        """Make `active` active again, if a predictor that reads with the model's own layers has left it dense."""
-        if owner_of(self._model.selection) != owner_of(self.active):
-            self._model.switch(self.active)
-
-    def holds(self, ticket: RequestState) -> bool:
-        """Whether what is active is for certain the ticket's selection."""
-        return self._certain and owner_of(self._model.selection) == owner_of(ticket.selection)
-
-    def stays(self, owner: str) -> bool:
-        """Whether `owner` is the live one for certain. If not, nothing may run any more when it is switched to."""
-        return self._certain and owner == self.owner
-
-    def switch(self, ticket: RequestState, owner: str) -> None:
-        """Make a ticket's selection active, if it is not; `owner` is then the live one.
+        A selector may leave the model dense; `activate` and `restore` see to that.
 
         Raises:
-            GenerationFailedError: if that fails through no fault of the job.
+            IfpruneError: if the request cannot have the selection that it asks for.
         """
-        before = self.active
-        if not self.stays(owner):
-            self.owner, self.since = owner, time.monotonic()
-        if self.holds(ticket):
+        model, choice = self._model, state.request.choice
+        if choice.selection is not None:
+            model.check(choice.selection)
+            state.selection, state.selection_key = choice.selection, choice.selection.hash
             return
-        self._certain = False
+        name = choice.selector or default_selector(model)
+        keep = model.keep(choice.density, choice.active_parameters)
+        if choice.dense or name == _ACTIVATION:
+            if model.residency == SSD:
+                raise BudgetError("not all neurons are in memory; load the model with residency ram to use it dense")
+            # `activation` reads the prompt to select, and the answer goes on from what it has read.
+            state.selection_key = DENSE if choice.dense else EXCLUSIVE
+            return
+        selection = self._run_selector(state, name, keep).selection
+        live = self.selection
+        if choice.policy == "auto" and live is not None and live.keep == keep:
+            selection = live if selection.agreement(live) >= SWITCH_BELOW else selection
+        state.selection, state.selection_key = selection, selection.hash
+
+    def prefill_dense(self, state: RequestState) -> tuple[list[Any], int]:
+        """Read a request's prompt densely, as the activation selector does to find its selection.
+
+        Returns:
+            The KV cache, for the answer to go on from, and how many tokens of the prompt it holds.
+
+        Raises:
+            EngineClosedError: if the request is stopped.
+        """
+
+        def check(done: int, total: int) -> None:
+            if state.stopped:
+                raise EngineClosedError
+
+        keep = self._model.keep(state.request.choice.density, state.request.choice.active_parameters)
+        selected = self._run_selector(state, _ACTIVATION, keep, history=History.empty(self._model), progress=check)
+        state.selection = selected.selection
+        assert selected.history is not None
+        return selected.history.kv, len(selected.history.tokens)
+
+    def activate(self, state: RequestState) -> None:
+        """Make a request's selection the live one. Requests of another selection must not be running.
+
+        Raises:
+            GenerationFailedError: if that fails through no fault of the request.
+        """
+        if state.selection_key == self.key != EXCLUSIVE:
+            state.switch_s = self.restore()
+            return
+        before = self.selection
+        state.switch_s = self._switch(state.selection)
+        self.selection, self.key, self.since = state.selection, state.selection_key, time.monotonic()
+        if _key_of(before) != _key_of(state.selection):
+            self.switches += 1
+            if before is not None and state.selection is not None:
+                state.overlap = state.selection.overlap(before)
+
+    def restore(self) -> float:
+        """Make the live selection active again, if a selector has left the model dense; the seconds that it took."""
+        if self.trusted and _key_of(self._model.selection) == _key_of(self.selection):
+            return 0.0
+        return self._switch(self.selection)
+
+    def _switch(self, selection: Selection | None) -> float:
+        self.trusted = False
         try:
-            ticket.switch_s = self._model.switch(ticket.selection).seconds
-        except CheckpointError as exc:  # an earlier switch was cut off: no job is at fault
+            seconds = self._model.switch(selection).seconds
+        except CheckpointError as exc:  # an earlier switch was cut off: no request is at fault
             raise GenerationFailedError(f"the model failed ({reason_of(exc)})") from exc
-        self._certain, self.active = True, ticket.selection
-        if owner_of(before) != owner_of(ticket.selection):
-            self._books.switched()
-            if before is not None and ticket.selection is not None:
-                ticket.overlap = ticket.selection.overlap(before)
+        self.trusted = True
+        return seconds
+
+    def _run_selector(self, state: RequestState, name: str, keep: tuple[int, ...], **options: Any) -> Selected:
+        start = time.monotonic()
+        try:
+            instruction = Instruction(state.request.instruction, state.request.tokens, **options)
+            return make_selector(self._model, name).select(instruction, keep)
+        finally:
+            state.select_s = time.monotonic() - start
+
+
+def _key_of(selection: Selection | None) -> str:
+    return DENSE if selection is None else selection.hash

@@ -1,157 +1,109 @@
-"""Decoding under one selection: several jobs in step with mlx-lm's BatchGenerator, or one with its generate_step.
+"""Decoders: several sequences in step with mlx-lm's BatchGenerator, or one with its generate_step.
 
-A lane is made, used and closed in the thread that has the model.
+All sequences of a decoder are computed under the model's active selection. A decoder is made, used and closed in the
+thread that has the model.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from mlx_lm.generate import BatchGenerator, generate_step, generation_stream
 from mlx_lm.models.cache import make_prompt_cache
 
 from ifprune_mlx.model import Model
-from ifprune_mlx.serving.engine.sampling import Processor, Sampler
+from ifprune_mlx.serving.engine.request import EngineClosedError, RequestState
+from ifprune_mlx.serving.engine.sampling import Processor, make_processors, make_sampler
 
-# Others wait for their next token while a stretch of a prompt is read.
+# Other sequences wait for their next token while a stretch of a prompt is read.
 _PREFILL_STEP = 512
-# What mlx-lm's penalties look back at is 20 tokens.
+# mlx-lm's penalties look back at 20 tokens.
 _CONTEXT = 64
 # The largest `batch_error` that rounding alone explains, in float32 and in the half-precision types.
 _ERROR, _HALF_ERROR = 1e-3, 0.05
 _PROMPTS = ((3, 7, 5, 9, 4, 8, 6), (5, 4))
 
 
-@dataclass(frozen=True)
-class Sequence:
-    """What a lane is given to decode.
-
-    Attributes:
-        tokens: what has to be read, at least one token, after those in `cache`.
-        cache: of what was read before; None for nothing. The lane changes it.
-        read: the tokens in `cache`.
-        stopped: asked while a long prompt is read; True gives up.
-    """
-
-    tokens: list[int]
-    cache: list[Any] | None
-    read: list[int]
-    max_tokens: int
-    sampler: Sampler
-    processors: list[Processor]
-    stopped: Callable[[], bool]
-
-
-@dataclass(frozen=True)
-class Read:
-    """A finished sequence's cache, and the tokens that it holds."""
-
-    tokens: list[int]
-    cache: list[Any]
+SequenceCache = tuple[list[int], list[Any]]
+"""The tokens of a sequence that has ended, and the KV cache that holds them, one per layer."""
 
 
 @dataclass(frozen=True)
 class Token:
-    """One more token of a sequence.
+    """One more token of a sequence. With the last one the sequence leaves the decoder."""
 
-    Attributes:
-        uid: of the sequence, as `insert` gave it.
-        logprobs: `[vocabulary]`.
-        finish_reason: `stop` for an end-of-text token, `length`, or None.
-        read: beside a `finish_reason`.
-    """
-
-    uid: int
+    uid: int  # of the sequence, as `insert` gave it
     id: int
-    logprobs: mx.array
-    finish_reason: str | None
-    read: Read | None
-
-
-class Decoder(Protocol):
-    """Sequences that are decoded under the model's active selection."""
-
-    def insert(self, sequence: Sequence) -> int:
-        """Take in a sequence; its uid."""
-        ...
-
-    def step(self) -> list[Token]:
-        """Read a stretch of the prompts that wait for it, and decode at most one token of each other sequence."""
-        ...
-
-    def remove(self, uid: int) -> Read:
-        """Drop a sequence that has given a token and has not finished."""
-        ...
-
-    def drop(self, uid: int) -> None:
-        """Drop a sequence whatever it has done so far."""
-        ...
-
-    def close(self) -> None:
-        """Drop all."""
-        ...
+    logprobs: mx.array  # `[vocabulary]`
+    finish_reason: str | None  # of the last token: `stop` for an end-of-text token, or `length`
+    cache: SequenceCache | None  # of the last token
 
 
 class BatchDecoder:
-    """Any number of sequences, decoded together; new ones join between two steps."""
+    """Several sequences, decoded together; new ones join between two steps.
 
-    def __init__(self, model: Model, end: Iterable[int], concurrency: int) -> None:
+    Args:
+        end: the end-of-text tokens.
+        capacity: the most sequences at a time.
+    """
+
+    def __init__(self, model: Model, end: Iterable[int], capacity: int) -> None:
+        self.capacity = capacity
         self._generator = BatchGenerator(
             model.module,
             stop_tokens=[[token] for token in end],
-            completion_batch_size=concurrency,
-            prefill_batch_size=concurrency,
+            completion_batch_size=capacity,
+            prefill_batch_size=capacity,
             prefill_step_size=_PREFILL_STEP,
         )
 
-    def insert(self, sequence: Sequence) -> int:
-        """See `Decoder`."""
+    def insert(self, state: RequestState, cache: list[Any] | None, read: int, max_tokens: int) -> int:
+        """Take in the sequence of a request; returns its uid.
+
+        Args:
+            cache: one per layer, which the decoder changes; None if nothing has been read.
+            read: how many tokens of the prompt are in `cache`; at least one is not.
+            max_tokens: the most tokens to generate.
+        """
+        tokens, sampling = list(state.request.tokens), state.request.sampling
         uids = self._generator.insert(
-            [sequence.tokens],
-            [sequence.max_tokens],
-            caches=[sequence.cache],
-            all_tokens=[list(sequence.read)],
-            samplers=[sequence.sampler],
-            logits_processors=[sequence.processors],
+            [tokens[read:]],
+            [max_tokens],
+            caches=[cache],
+            all_tokens=[tokens[:read]],
+            samplers=[make_sampler(sampling)],
+            logits_processors=[make_processors(sampling)],
         )
         return int(uids[0])
 
     def step(self) -> list[Token]:
-        """See `Decoder`."""
-        _, responses = self._generator.next()
+        """Read a stretch of the prompts that are not read yet, and decode one token of each other sequence."""
         return [
             Token(
-                response.uid,
-                response.token,
-                response.logprobs,
-                response.finish_reason,
-                None if response.finish_reason is None else Read(response.all_tokens, response.prompt_cache),
+                r.uid, r.token, r.logprobs, r.finish_reason, (r.all_tokens, r.prompt_cache) if r.finish_reason else None
             )
-            for response in responses
+            for r in self._generator.next()[1]
         ]
 
-    def remove(self, uid: int) -> Read:
-        """See `Decoder`."""
-        cache, tokens = self._generator.remove([uid], return_prompt_caches=True)[uid]
-        return Read(tokens, cache)
-
-    def drop(self, uid: int) -> None:
-        """See `Decoder`."""
-        self._generator.remove([uid])
+    def remove(self, uid: int, *, with_cache: bool) -> SequenceCache | None:
+        """Take out a sequence that has not finished; returns its cache if `with_cache`, once it has given a token."""
+        found = self._generator.remove([uid], return_prompt_caches=with_cache)
+        return (found[uid][1], found[uid][0]) if with_cache else None
 
     def close(self) -> None:
-        """See `Decoder`."""
+        """Drop all sequences."""
         self._generator.close()
-        mx.synchronize(generation_stream)  # the tokens that nobody wants any more are still being computed
+        mx.synchronize(generation_stream)  # tokens that nobody wants any more may still be under way
 
 
 class SingleDecoder:
-    """One sequence at a time: for families whose caches do not batch, and for a cache of mixed provenance."""
+    """`BatchDecoder` for one sequence: for families that do not batch, and for caches that two selections computed."""
+
+    capacity = 1
 
     def __init__(self, model: Model, end: Iterable[int]) -> None:
         self._model, self._end = model, frozenset(end)
@@ -160,24 +112,24 @@ class SingleDecoder:
         self._read: list[int] = []
         self._left = self._uid = 0
 
-    def insert(self, sequence: Sequence) -> int:
-        """See `Decoder`."""
+    def insert(self, state: RequestState, cache: list[Any] | None, read: int, max_tokens: int) -> int:
+        """Take in the sequence of a request, if there is none; see `BatchDecoder.insert`."""
         assert self._steps is None
-        self._cache = make_prompt_cache(self._model.module) if sequence.cache is None else sequence.cache
-        self._read = [*sequence.read, *sequence.tokens]
-        self._left = sequence.max_tokens
+        tokens = list(state.request.tokens)
+        self._cache = make_prompt_cache(self._model.module) if cache is None else cache
+        self._read, self._left = tokens, max_tokens
         self._uid += 1
 
         def on_prefill(done: int, total: int) -> None:
-            if done < total and sequence.stopped():
-                raise _Stopped
+            if done < total and state.stopped:
+                raise EngineClosedError
 
         self._steps = generate_step(
-            mx.array(sequence.tokens),
+            mx.array(tokens[read:]),
             self._model.module,
-            max_tokens=sequence.max_tokens,
-            sampler=sequence.sampler,
-            logits_processors=[_Seen(processor, self._read[:-1]) for processor in sequence.processors],
+            max_tokens=max_tokens,
+            sampler=make_sampler(state.request.sampling),
+            logits_processors=[_SeesAllTokens(one, tokens[:-1]) for one in make_processors(state.request.sampling)],
             prompt_cache=self._cache,
             prefill_step_size=_PREFILL_STEP,
             prompt_progress_callback=on_prefill,
@@ -185,42 +137,37 @@ class SingleDecoder:
         return self._uid
 
     def step(self) -> list[Token]:
-        """See `Decoder`."""
+        """Decode one token, the first after reading the whole prompt."""
         assert self._steps is not None
         try:
             token, logprobs = next(self._steps)
-        except _Stopped:
-            return []  # whoever stopped it drops it
+        except EngineClosedError:
+            return []  # the engine removes it
         self._read.append(int(token))
         self._left -= 1
         reason = "stop" if int(token) in self._end else "length" if self._left == 0 else None
-        read = None if reason is None else self.remove(self._uid)
-        return [Token(self._uid, int(token), logprobs, reason, read)]
+        cache = self.remove(self._uid, with_cache=True) if reason else None
+        return [Token(self._uid, int(token), logprobs, reason, cache)]
 
-    def remove(self, uid: int) -> Read:
-        """See `Decoder`."""
-        read = Read(self._read, self._cache)
-        self.drop(uid)
-        return read
-
-    def drop(self, uid: int) -> None:
-        """See `Decoder`."""
+    def remove(self, uid: int, *, with_cache: bool) -> SequenceCache | None:
+        """Take out the sequence; returns its cache if `with_cache`, once it has given a token."""
+        cache = (self._read, self._cache) if with_cache else None
         if self._steps is not None:
             self._steps.close()
         self._steps, self._cache, self._read = None, [], []
+        return cache
 
     def close(self) -> None:
-        """See `Decoder`."""
-        self.drop(self._uid)
+        """Drop the sequence."""
+        self.remove(self._uid, with_cache=False)
         mx.synchronize(generation_stream)
 
 
-class _Stopped(Exception):
-    """A sequence's `stopped` said so; never leaves this module."""
+Decoder = BatchDecoder | SingleDecoder
 
 
-class _Seen:
-    """A processor that sees all that was read, also what generate_step does not know or did not count."""
+class _SeesAllTokens:
+    """A processor that is given all tokens read, also those that generate_step does not know of."""
 
     def __init__(self, processor: Processor, read: list[int]) -> None:
         self._processor = processor
@@ -232,10 +179,10 @@ class _Seen:
 
 
 def can_batch(model: Model) -> bool:
-    """Whether sequences that are decoded together get what each gets alone.
+    """Whether sequences that are decoded together get the tokens that each gets alone.
 
-    mlx-lm has caches that do not merge, and families that take no heed of padding or compute something over the whole
-    batch; a few tokens show it. To be asked with a selection active that the model is used with.
+    mlx-lm has caches that do not merge, and families that ignore padding or compute something over the whole batch; a
+    few tokens show it. A selection that the model is used with must be active.
     """
     return batch_error(model) <= (_ERROR if model.dtype == mx.float32 else _HALF_ERROR)
 
@@ -263,12 +210,11 @@ def batch_error(model: Model) -> float:
         generator.close()
     except (ValueError, TypeError, AttributeError, IndexError, NotImplementedError):
         return math.inf  # a cache or a layer that knows one sequence only
-    worst = 0.0
+    errors: list[Any] = []
     for rows, prompt, cache in zip(seen.values(), _PROMPTS, caches, strict=True):
         alone = generate_step(mx.array(prompt), model.module, max_tokens=3, sampler=fixed, prompt_cache=cache)
         for together, (_, single) in zip(rows, alone, strict=True):
             difference = mx.abs(together - single).astype(mx.float32).mean()
             spread = mx.abs(single - single.mean()).astype(mx.float32).mean()
-            error = float(np.array(difference / spread))
-            worst = max(worst, error if math.isfinite(error) else math.inf)
-    return worst
+            errors.append((difference / spread).item())
+    return float(max(error if math.isfinite(error) else math.inf for error in errors))

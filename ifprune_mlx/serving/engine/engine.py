@@ -1,48 +1,56 @@
-"""The engine: many jobs on one model, each computed under its own selection, those of one selection together.
+"""The engine: many requests on one model, each computed under its own selection, those of one selection together.
 
-The model's worker thread has the model for as long as there is work. Round by round it selects for jobs as they come,
-switches when `queueing` says so, decodes a token of the batch, and hands pieces to the event loops that asked.
+`Engine.stream` runs in the event loops that ask. The rest runs in the model's worker thread, which has the model while
+there is work. Round by round it selects, starts the requests whose turn it is, and decodes a token of each running one.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+import math
+import threading
+import time
+from collections.abc import AsyncGenerator
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import cached_property
 
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ifprune_mlx.errors import IfpruneError
+from ifprune_mlx.chat_template import check_prompt
+from ifprune_mlx.errors import IfpruneError, PromptError, reason_of
 from ifprune_mlx.model import Model
 from ifprune_mlx.serving.engine.active_selection import ActiveSelection
-from ifprune_mlx.serving.engine.batch import Batch
+from ifprune_mlx.serving.engine.decoder import BatchDecoder, Decoder, SequenceCache, SingleDecoder, Token, can_batch
+from ifprune_mlx.serving.engine.output_processor import OutputProcessor
+from ifprune_mlx.serving.engine.prefix_cache import PrefixCache
 from ifprune_mlx.serving.engine.request import (
+    POLICIES,
     EngineClosedError,
     EngineStats,
     GenerationFailedError,
     Request,
     RequestOutput,
+    RequestState,
 )
-from ifprune_mlx.serving.engine.request_state import RequestState, reason_of
-from ifprune_mlx.serving.engine.request_table import RequestTable
-from ifprune_mlx.serving.engine.scheduler import ALONE
-from ifprune_mlx.serving.engine.selection_step import choose, read_densely
-from ifprune_mlx.serving.engine.validation import check_request
+from ifprune_mlx.serving.engine.sampling import check_sampling
+from ifprune_mlx.serving.engine.scheduler import EXCLUSIVE, Scheduler
 
 
 class Engine:
-    """Answers jobs with one model.
+    """Answers requests with one model.
 
-    While it has work, the model is its own, and other uses of it raise ModelBusyError or wait. No job is computed under
-    another selection than its own, and a KV cache serves only jobs of the selection that computed it. Jobs that are
-    decoded together do not change each other's tokens but by rounding.
+    While it has work, the model is its own, and other uses of it raise ModelBusyError or wait. No request is computed
+    under another selection than its own, and a KV cache serves only requests of the selection that computed it.
+    Requests that are decoded together change each other's tokens by rounding alone.
 
     Args:
         model, tokenizer: from `ifprune_mlx.load`.
-        concurrency: the most jobs that are decoded together.
-        queue: the most jobs that wait beside them.
-        prompt_cache_bytes: what the KV caches of finished jobs may take; 0 keeps none.
-        patience: seconds that jobs of the live selection go first while one of another selection waits.
+        concurrency: the most requests that are decoded together.
+        queue: the most requests that wait beside them.
+        prompt_cache_bytes: size of the KV caches of finished requests that are kept; 0 keeps none.
+        patience: seconds that requests of the live selection go first while one of another selection waits.
     """
 
     def __init__(
@@ -55,185 +63,244 @@ class Engine:
         prompt_cache_bytes: int = 1 << 30,
         patience: float = 2.0,
     ) -> None:
-        self._model, self._concurrency = model, concurrency
-        self._books = RequestTable(queue, patience)
-        # The worker's own.
-        self._switching = ActiveSelection(model, self._books)
-        self._batch = Batch(model, tokenizer, self._books, concurrency, prompt_cache_bytes)
+        self._model, self._tokenizer, self._concurrency = model, tokenizer, concurrency
+        self._scheduler = Scheduler(queue, patience)
+        self._turn: Future[object] | None = None  # the engine's place in line for the model
+        self._turn_lock = threading.Lock()
+        # Used by the worker thread alone.
+        self._active = ActiveSelection(model)
+        self._prefix_cache = PrefixCache(prompt_cache_bytes)
+        self._decoder: Decoder | None = None  # None while nothing runs
 
-    async def stream(self, job: Request) -> AsyncGenerator[RequestOutput, None]:
-        """Answer one job; may be called in any event loop of any thread.
+    async def stream(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
+        """Answer one request; may be called in any event loop of any thread.
 
-        The answer is computed whether or not its pieces are read. Ending the generator early (`aclose`, cancelling its
-        task) ends the job after the token in work, and nothing of it is kept but its KV cache.
+        The answer is computed whether or not its outputs are read. Ending the generator early (`aclose`, cancelling its
+        task) ends the request after the token in work; only its KV cache is kept.
 
         Raises:
-            EngineFullError: if too many jobs wait.
-            EngineClosedError: if the engine is, or is being, closed.
+            EngineFullError: if too many requests wait.
+            EngineClosedError: if the engine is closed, or closes meanwhile.
             GenerationFailedError: if the model fails.
-            IfpruneError: if the job cannot be answered: PromptError, BudgetError, SelectionError, CheckpointError, ...
+            IfpruneError: if the request cannot be answered: PromptError, BudgetError, SelectionError, ...
         """
-        check_request(self._model, job)
-        loop = asyncio.get_running_loop()
-        inbox: asyncio.Queue[RequestOutput | BaseException] = asyncio.Queue()
-
-        def tell(news: RequestOutput | BaseException) -> None:
-            try:
-                loop.call_soon_threadsafe(inbox.put_nowait, news)
-            except RuntimeError:  # the event loop is gone, and its job with it
-                ticket.left = True
-
-        ticket = RequestState(job, tell)
-        if self._books.enter(ticket):
-            self._begin()
+        check_request(self._model, request)
+        state = RequestState(request, asyncio.get_running_loop())
+        if self._scheduler.add(state):
+            self._ask_for_turn()
         try:
             while True:
-                news = await inbox.get()
-                if isinstance(news, BaseException):
-                    raise news
-                yield news
-                if news.stats is not None:
+                output = await state.outputs.get()
+                if isinstance(output, Exception):
+                    raise output
+                yield output
+                if output.stats is not None:
                     return
         finally:
-            self._books.leave(ticket)
+            self._scheduler.cancel(state)
 
     def counters(self) -> EngineStats:
         """What has been done so far; from any thread."""
         live = self._model.selection
         return EngineStats(
-            **self._books.counts(),
+            **self._scheduler.counters(),
+            switches=self._active.switches,
             selection=None if live is None else live.hash,
-            prompt_cache_bytes=self._batch.prompt_cache_bytes,
+            prompt_cache_bytes=self._prefix_cache.nbytes,
             active_bytes=mx.get_active_memory(),
             spare_bytes=mx.get_cache_memory(),
         )
 
     def close(self) -> None:
-        """End every job with EngineClosedError and give the model back; returns when the token in work is done."""
-        place = self._books.close()
-        if place is not None and place.cancel():
-            self._call_off()
-        self._books.wait_for_rest()
-        self._batch.forget()
+        """End every request with EngineClosedError and give the model back; returns when the token in work is done."""
+        self._scheduler.close()
+        self._call_off_turn()
+        self._scheduler.idle.wait()
+        self._prefix_cache.clear()
 
-    # The model's turns, from whichever thread begins or calls off one.
+    # Asking for the model, in any thread.
 
-    def _begin(self) -> None:
-        """Get in line for the model."""
-        place = self._model.lock.in_turn(self._work, self._after)
-        if self._books.line_up(place) and place.cancel():
-            self._call_off()
+    def _ask_for_turn(self) -> None:
+        """Get in line for the model; the worker thread begins when the turn comes."""
+        with self._turn_lock:
+            self._turn = self._model.lock.in_turn(self._work, self._turn_ended)
+        if self._scheduler.closed:  # perhaps before `close` could see this turn
+            self._call_off_turn()
 
-    def _call_off(self) -> None:
-        """Closed before the turn came."""
-        self._end_all(EngineClosedError)
-        self._books.rest()
+    def _call_off_turn(self) -> None:
+        """Leave the line if the turn has not come, and end the requests here, as the worker never begins."""
+        with self._turn_lock:
+            called_off = self._turn is not None and self._turn.cancel()
+        if called_off:
+            self._fail(None, waiting=True)
+            self._scheduler.rest()
 
-    def _after(self) -> None:
-        """The model has been given on. Get in line again for what came meanwhile."""
-        if not self._books.rest():
-            self._begin()
+    def _turn_ended(self) -> None:
+        """The model has been given back. Ask for it again if requests came meanwhile."""
+        if not self._scheduler.rest():
+            self._ask_for_turn()
 
-    # In the worker.
+    # In the worker thread.
 
     def _work(self) -> None:
-        self._switching.resume()
+        """Answer requests until there are none."""
+        self._active.resume()
         try:
-            while self._advance():
+            while self._round():
                 pass
         except BaseException as exc:
-            reason = f"the server failed ({reason_of(exc)}); ask again"
-            self._switching.distrust()
-            self._batch.forget()
-            self._end_all(lambda: GenerationFailedError(reason))
+            self._fail(exc, waiting=True)
 
-    def _advance(self) -> bool:
-        """One round: select, start what may start, one token of everything. False when there is nothing left to do."""
-        if self._books.closed:
-            self._end_all(EngineClosedError)
+    def _round(self) -> bool:
+        """Select, start what may start, one token of everything. False when there is nothing left to do."""
+        if self._scheduler.closed:
+            self._fail(None, waiting=True)
             return False
-        if self._books.empty:
-            self._batch.end()
+        if not (self._scheduler.waiting or self._scheduler.running):
+            self._close_decoder()
             mx.clear_cache()
             return False
-        for uid in [uid for uid, ticket in self._books.running.items() if ticket.left]:
-            self._batch.drop(uid)
         self._select_waiting()
-        self._start_waiting()
-        if self._books.running:
-            self._decode()
+        try:
+            self._drop_cancelled()
+            self._start_waiting()
+            if self._scheduler.running:
+                self._decode()
+        except Exception as exc:  # in the middle of a batch
+            self._fail(exc, waiting=False)
         return True
 
     def _select_waiting(self) -> None:
-        """Find the selections of the next jobs that have none; the live one is active again afterwards."""
-        for ticket in self._books.without_owner(self._concurrency):
+        """Find the selections of waiting requests: by one selector at most while others wait for their next token."""
+        for state in self._scheduler.unselected(self._concurrency):
+            if state.stopped:
+                continue
             try:
-                choose(self._model, ticket, self._switching.active)
+                self._active.select(state)
             except Exception as exc:
-                self._refuse(ticket, exc)
-        if self._books.running:
-            try:
-                self._switching.restore()
-            except Exception as exc:
-                self._fail_running(exc)
+                self._refuse(state, exc)
+            if self._scheduler.running and state.select_s:
+                return
+
+    def _drop_cancelled(self) -> None:
+        """End the requests that nobody listens to; the KV cache of one that has given a token is kept."""
+        for state in [state for state in self._scheduler.running if state.cancelled]:
+            assert self._decoder is not None
+            self._scheduler.finish(state)
+            begun = state.output_processor.completion_tokens > 0
+            self._store_prefix(state, self._decoder.remove(state.uid, with_cache=begun))
 
     def _start_waiting(self) -> None:
-        """Start the jobs whose turn it is."""
-        while self._batch.has_room:
-            ticket = self._books.take_next(self._switching.owner, self._switching.since)
-            if ticket is None:
+        """Start the requests whose turn it is."""
+        while len(self._scheduler.running) < (1 if self._decoder is None else self._decoder.capacity):
+            state = self._scheduler.next(self._active.key, self._active.since)
+            if state is None:
                 return
             try:
-                self._start(ticket)
+                self._start(state)
             except Exception as exc:
-                self._refuse(ticket, exc)
+                self._refuse(state, exc)
 
-    def _start(self, ticket: RequestState) -> None:
-        """Make a job's selection active and begin to decode it."""
-        owner, history = ticket.owner, None
-        assert owner is not None
-        if owner == ALONE:
-            self._batch.end()
-            history = read_densely(self._model, ticket, lambda: self._books.given_up(ticket))
-        if not self._switching.stays(owner):
-            assert not self._books.running
-            self._batch.end()
-        self._switching.switch(ticket, owner)
-        self._batch.add(ticket, history)
+    def _start(self, state: RequestState) -> None:
+        """Make a request's selection active and hand its prompt to the decoder."""
+        request, key = state.request, state.selection_key
+        if key == EXCLUSIVE or key != self._active.key:
+            self._close_decoder()
+        if key != EXCLUSIVE:
+            cache, read = self._prefix_cache.fetch(key, request.tokens)
+            state.cached_tokens = read
+        else:
+            cache, read = self._active.prefill_dense(state)
+        self._active.activate(state)
+        if self._decoder is None:
+            end = self._tokenizer.eos_token_ids
+            if key != EXCLUSIVE and self._can_batch:
+                self._decoder = BatchDecoder(self._model, end, self._concurrency)
+            else:
+                self._decoder = SingleDecoder(self._model, end)
+        state.output_processor = OutputProcessor(request, self._tokenizer)
+        state.started = time.monotonic()
+        room = (self._model.context_length or math.inf) - len(request.tokens)
+        state.uid = self._decoder.insert(state, cache, read, int(min(request.max_tokens, room)))
+
+    @cached_property
+    def _can_batch(self) -> bool:
+        return can_batch(self._model)
 
     def _decode(self) -> None:
-        """One step of the batch, and the news of it."""
-        assert all(self._switching.holds(ticket) for ticket in self._books.running.values())
-        try:
-            tokens = self._batch.step()
-        except Exception as exc:
-            self._fail_running(exc)
+        """One step of the running requests."""
+        running = {state.uid: state for state in self._scheduler.running}
+        assert self._decoder is not None
+        assert {state.selection_key for state in running.values()} == {self._active.key}
+        self._active.restore()
+        for state in running.values():
+            state.batch = max(state.batch, len(running))
+        for token in self._decoder.step():
+            self._put_token(running[token.uid], token)
+
+    def _put_token(self, state: RequestState, token: Token) -> None:
+        """Tell a request of its next token, and end it with the last one."""
+        output, now = state.output_processor, time.monotonic()
+        if output.completion_tokens == 0:
+            state.first_token = now
+        text, logprobs = output.add(token.id, token.logprobs, token.finish_reason)
+        if output.finish_reason is None:
+            if text or logprobs:
+                state.put(RequestOutput(text, logprobs))
             return
-        for token in tokens:
-            self._batch.give(token)
+        stats = state.stats(now)
+        self._scheduler.finish(state, stats)
+        state.put(RequestOutput(text, logprobs, stats, state.selection))
+        assert self._decoder is not None
+        self._store_prefix(state, token.cache or self._decoder.remove(token.uid, with_cache=True))
 
-    def _refuse(self, ticket: RequestState, exc: Exception) -> None:
-        """Fail one job; the others know nothing of it."""
-        self._books.refused(ticket)
+    def _store_prefix(self, state: RequestState, cache: SequenceCache | None) -> None:
+        """Keep the KV cache of a request, unless its prompt was read densely."""
+        if cache is not None and state.selection_key != EXCLUSIVE:
+            self._prefix_cache.store(state.selection_key, *cache)
+
+    def _close_decoder(self) -> None:
+        """Decode no more of what has been begun; the next request begins anew, whatever its selection."""
+        decoder, self._decoder = self._decoder, None  # also where closing it fails
+        if decoder is not None:
+            decoder.close()
+
+    def _refuse(self, state: RequestState, exc: Exception) -> None:
+        """Fail one request that does not run yet; the others go on."""
+        self._scheduler.finish(state)
         if not isinstance(exc, (IfpruneError, GenerationFailedError)):
+            self._active.trusted = False
             exc = GenerationFailedError(f"the model failed ({reason_of(exc)}); ask again")
-        ticket.tell(exc)
+        state.put(exc)
 
-    def _fail_running(self, exc: Exception) -> None:
-        """The model failed in the middle of a batch: its jobs fail, and no cache is trusted any more."""
-        failed = self._books.fail_running()
-        reason = f"the model failed ({reason_of(exc)}); ask again"
-        self._batch.forget()
-        self._batch.end()
-        self._switching.distrust()
-        mx.clear_cache()
-        for ticket in failed:
-            ticket.tell(GenerationFailedError(reason))
+    def _fail(self, exc: BaseException | None, *, waiting: bool) -> None:
+        """End all running requests, and those that wait if `waiting`: the model has failed, or the engine is closed.
 
-    def _end_all(self, news: Callable[[], Exception]) -> None:
-        """Every job that there is ends with an error, and the batch with them. What is active stays so."""
-        tickets = self._books.fail_all()
-        self._batch.end()
+        They are told first, as closing the decoder may fail as well. No KV cache is trusted afterwards.
+        """
+        reason = None if exc is None else f"the {'server' if waiting else 'model'} failed ({reason_of(exc)}); ask again"
+        for state in (*self._scheduler.running, *(self._scheduler.waiting if waiting else ())):
+            self._scheduler.finish(state)
+            state.put(EngineClosedError() if reason is None else GenerationFailedError(reason))
+        self._active.trusted = False
+        self._prefix_cache.clear()
+        with suppress(Exception):
+            self._close_decoder()
         mx.clear_cache()
-        for ticket in tickets:
-            ticket.tell(news())
+
+
+def check_request(model: Model, request: Request) -> None:
+    """Raise PromptError or IfpruneError if `model` cannot answer, as far as that is known before it selects."""
+    check_prompt(model, request.tokens)
+    vocabulary = model.config.get("vocab_size", model.config.get("text_config", {}).get("vocab_size"))
+    if vocabulary is not None and not 0 <= min(request.tokens) <= max(request.tokens) < vocabulary:
+        raise PromptError("the prompt holds token ids that the model does not have; encode it with its tokenizer")
+    if request.max_tokens < 1:
+        raise PromptError(f"max tokens is {request.max_tokens}; give a number above 0")
+    if request.logprobs is not None and not 0 <= request.logprobs <= 20:
+        raise IfpruneError(f"{request.logprobs} log-probabilities a token; give a number from 0 to 20")
+    if "" in request.stop:
+        raise IfpruneError("a stop string is empty; leave it out")
+    if request.choice.policy not in POLICIES:
+        raise IfpruneError(f"unknown policy {request.choice.policy!r}; choose one of {', '.join(POLICIES)}")
+    check_sampling(request.sampling, vocabulary)

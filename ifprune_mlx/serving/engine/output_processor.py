@@ -1,36 +1,36 @@
-"""From tokens to what a job is told: text that is final, stop strings, log-probabilities."""
+"""From tokens to output: text that is final, stop strings, log-probabilities."""
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ifprune_mlx.serving.engine.request import STOP, Request, TokenLogprob
-from ifprune_mlx.serving.engine.stop_strings import StopText
+from ifprune_mlx.serving.engine.request import Request, TokenLogprob
 
 
 class OutputProcessor:
-    """The text of one job, as it grows.
+    """The text of one answer, as it grows.
 
     Attributes:
-        finish_reason: `stop` or `length` when it has ended; None before.
+        finish_reason: `stop` or `length` when the answer has ended; None before.
         matched_stop: the stop string that ended it, if one did.
-        completion_tokens: generated so far, with an end-of-text token.
+        completion_tokens: tokens so far, an end-of-text token included.
     """
 
-    def __init__(self, job: Request, tokenizer: TokenizerWrapper) -> None:
+    def __init__(self, request: Request, tokenizer: TokenizerWrapper) -> None:
         self.finish_reason: str | None = None
         self.matched_stop: str | None = None
         self.completion_tokens = 0
-        self._tops = job.logprobs
+        self._alternatives = request.logprobs
         self._tokenizer = tokenizer
         self._detokenizer: Any = tokenizer.detokenizer
-        self._stops = StopText(job.stop)
-        # Tokens that wait for their text, with the length of all text up to their end.
+        self._stops = StopStrings(request.stop)
+        # Tokens whose text is not final yet, each with the length of all text up to its end.
         self._held: deque[tuple[TokenLogprob, int]] = deque()
         self._seen = self._given = 0  # characters: detokenized, and final
 
@@ -43,37 +43,71 @@ class OutputProcessor:
             finish_reason: why it is the last one, if it is.
 
         Returns:
-            The text that is final now, and the tokens that gave it, if the job asks for them.
+            The text that has become final, and its tokens if the request asks for them.
         """
         self.completion_tokens += 1
         final = ""
-        if finish_reason != STOP:
+        if finish_reason != "stop":
             self._detokenizer.add_token(token)
-            final = self._text()
-            if self._tops is not None:
-                self._held.append((self._logprob(token, logprobs, self._tops), self._seen))
+            final = self._new_text()
+            if self._alternatives is not None:
+                self._held.append((self._logprob(token, logprobs, self._alternatives), self._seen))
         if finish_reason is not None:
             self._detokenizer.finalize()
-            final += self._text() + self._stops.flush()
+            final += self._new_text() + self._stops.flush()
         self.matched_stop = self._stops.matched
-        self.finish_reason = STOP if self.matched_stop is not None else finish_reason
+        self.finish_reason = "stop" if self.matched_stop is not None else finish_reason
         self._given += len(final)
         ready = []
         while self._held and (self._held[0][1] <= self._given or (finish_reason and self.matched_stop is None)):
             ready.append(self._held.popleft()[0])
         return final, tuple(ready)
 
-    def _text(self) -> str:
+    def _new_text(self) -> str:
         segment: str = self._detokenizer.last_segment
         self._seen += len(segment)
         return self._stops.feed(segment)
 
-    def _logprob(self, token: int, logprobs: mx.array, tops: int) -> TokenLogprob:
+    def _logprob(self, token: int, logprobs: mx.array, alternatives: int) -> TokenLogprob:
         values = np.array(logprobs.astype(mx.float32))
-        best = np.argpartition(-values, tops)[:tops]
+        best = np.argpartition(-values, alternatives)[:alternatives]
         best = best[np.argsort(-values[best], kind="stable")]
-        top = tuple((int(one), self._word(int(one)), float(values[one])) for one in best)
-        return TokenLogprob(token, self._word(token), float(values[token]), top)
+        top = tuple((int(one), self._tokenizer.decode([int(one)]), float(values[one])) for one in best)
+        return TokenLogprob(token, self._tokenizer.decode([token]), float(values[token]), top)
 
-    def _word(self, token: int) -> str:
-        return str(self._tokenizer.decode([token]))
+
+class StopStrings:
+    """Passes text on as soon as no stop string can begin in it any more, whatever pieces it comes in.
+
+    Where several stop strings could end the text, the one that is complete first does.
+
+    Attributes:
+        matched: the stop string that ended the text; nothing comes after it. None so far.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.matched: str | None = None
+        self._stops = stops
+        self._pending = ""
+
+    def feed(self, text: str) -> str:
+        """Take in the next piece; returns what has become final."""
+        if self.matched is not None:
+            return ""
+        text = self._pending + text
+        found = [(text.find(stop), stop) for stop in self._stops if stop in text]
+        if found:
+            start, self.matched = min(found, key=lambda at: (at[0] + len(at[1]), at[0]))
+            self._pending = ""
+            return text[:start]
+        # The longest end of the text that may be the beginning of a stop string is held back.
+        size = len(text)
+        lengths = (n for stop in self._stops for n in range(1, min(len(stop), size + 1)) if text.endswith(stop[:n]))
+        final = size - max(lengths, default=0)
+        self._pending = text[final:]
+        return text[:final]
+
+    def flush(self) -> str:
+        """The text has ended by itself: returns what was held back."""
+        final, self._pending = self._pending, ""
+        return final

@@ -1,204 +1,202 @@
-"""What goes into the serving engine and what comes out of it. Plain data; knows no model and no HTTP."""
+"""Requests of the serving engine: what goes in, what comes out, and the state of one on its way."""
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ifprune_mlx.errors import IfpruneError
+from ifprune_mlx.prompt_cache import DENSE
 from ifprune_mlx.selection.selection import Selection
 
+if TYPE_CHECKING:
+    from ifprune_mlx.serving.engine.output_processor import OutputProcessor
+
 POLICIES = ("first", "turn", "auto")
-STOP, LENGTH = "stop", "length"
 
 
 class EngineFullError(IfpruneError):
-    """As many jobs wait as the queue holds; try again later (HTTP: 429)."""
+    """As many requests wait as the queue holds; try again later (HTTP: 429)."""
 
 
 class EngineClosedError(IfpruneError):
-    """The engine is being shut down and answers nothing any more (HTTP: 503)."""
+    """The engine is shut down, or about to be (HTTP: 503)."""
 
     def __init__(self) -> None:
         super().__init__("the server is shutting down; ask again when it is back")
 
 
 class GenerationFailedError(RuntimeError):
-    """The model itself failed while it computed a batch, through no fault of the job (HTTP: 500)."""
+    """The model failed while it computed a batch, through no fault of the request (HTTP: 500)."""
 
 
 @dataclass(frozen=True)
 class SelectionParams:
-    """What chooses the neurons of a job.
+    """What chooses the neurons of a request.
 
-    Attributes:
-        selector: `learned`, `activation`, `static` or `random`; None takes the checkpoint's default.
-        selection: a fixed one (a task that was looked up); no selector runs.
-        dense: all neurons; no selector runs.
-        density, active_parameters: the budget; None takes the checkpoint's. A fixed selection has its own.
-        policy: `first` and `turn` select by `Request.instruction` and differ only in what that is (first or last
-            user message). `auto` does too, but keeps the live selection where the new one agrees with it by
-            `ifprune_mlx.session.SWITCH_BELOW` or more and both keep the same number of neurons; `activation` always
-            selects.
+    Policies `first` and `turn` select by `Request.instruction`, which is the first or the last user message. `auto`
+    does too, but keeps the live selection if both keep the same number of neurons and their agreement is
+    `ifprune_mlx.session.SWITCH_BELOW` or more. The selector `activation` always selects.
     """
 
-    selector: str | None = None
-    selection: Selection | None = None
-    dense: bool = False
-    density: float | None = None
+    selector: str | None = None  # `learned`, `activation`, `static` or `random`; None takes the checkpoint's default
+    selection: Selection | None = None  # a fixed selection, such as a task's; no selector runs
+    dense: bool = False  # all neurons; no selector runs
+    density: float | None = None  # this and the next are the budget; None takes the checkpoint's
     active_parameters: int | None = None
     policy: str = "first"
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a token is drawn from the model's distribution. The names and meanings are mlx-lm's.
+    """How a token is drawn, in mlx-lm's terms. The penalties count the last tokens of prompt and answer."""
 
-    Attributes:
-        temperature: 0 takes the most likely token, and nothing below but penalties and bias matters then.
-        top_p: above 0, at most 1; 1 is off.
-        top_k: 0 is off.
-        min_p: from 0 to 1; 0 is off.
-        repetition_penalty: above 0; 1 is off. Counts the last tokens of prompt and answer, as in mlx-lm.
-        presence_penalty, frequency_penalty: from -2 to 2; 0 is off. They count the last tokens of prompt and answer.
-        logit_bias: token id -> what is added to its logit.
-        seed: the same seed, prompt and selection draw the same tokens; None draws anew each time.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    seed: int | None = None
+    temperature: float = 0.0  # 0 takes the most likely token; then only penalties and bias matter
+    top_p: float = 1.0  # above 0, at most 1; 1 is off
+    top_k: int = 0  # 0 is off
+    min_p: float = 0.0  # from 0 to 1; 0 is off
+    repetition_penalty: float = 1.0  # above 0; 1 is off
+    presence_penalty: float = 0.0  # from -2 to 2; 0 is off
+    frequency_penalty: float = 0.0  # from -2 to 2; 0 is off
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id -> what is added to its logit
+    seed: int | None = None  # the same seed, prompt and selection draw the same tokens; None draws anew each time
 
 
 @dataclass(frozen=True)
 class Request:
-    """One answer to be computed.
+    """One answer to compute."""
 
-    Attributes:
-        tokens: the rendered prompt, at least one token.
-        instruction: what the selector reads.
-        max_tokens: above 0; fewer come where the context ends before.
-        stop: strings that end the answer; neither they nor what follows is part of the text, whatever tokens they span.
-        logprobs: None for none, else how many top alternatives each token comes with, 0 to 20.
-    """
-
-    tokens: tuple[int, ...]
-    instruction: str
+    tokens: tuple[int, ...]  # the rendered prompt, at least one token
+    instruction: str  # what the selector reads
     choice: SelectionParams
     sampling: SamplingParams
-    max_tokens: int
-    stop: tuple[str, ...] = ()
-    logprobs: int | None = None
+    max_tokens: int  # above 0; the answer is shorter if the context ends first
+    stop: tuple[str, ...] = ()  # strings that end the answer; its text ends before them, whatever tokens they span
+    logprobs: int | None = None  # top alternatives of each token, 0 to 20; None for no log-probabilities
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A generated token with its natural-log probability, after penalties and bias, before temperature.
-
-    Attributes:
-        top: the most likely tokens as (id, text, logprob), the likeliest first.
-    """
+    """A generated token with its natural-log probability, after penalties and bias, before temperature."""
 
     id: int
     text: str
     logprob: float
-    top: tuple[tuple[int, str, float], ...] = ()
+    top: tuple[tuple[int, str, float], ...] = ()  # the most likely tokens as (id, text, logprob), the likeliest first
 
 
 @dataclass(frozen=True)
 class RequestStats:
-    """What one job took. Seconds, plain numbers.
+    """What one answered request took; times in seconds."""
 
-    Attributes:
-        finish_reason: `stop` (end of text or a stop string) or `length`. A job that is cancelled has no stats: nobody
-            waits for them.
-        matched_stop: the stop string that ended it; None otherwise.
-        completion_tokens: generated, with an end-of-text token.
-        cached_tokens: prompt tokens whose KV entries were there already.
-        selection: hash of the selection that computed it; None if dense.
-        selector: what chose it; `dense` if all neurons were active.
-        overlap: share of the selection that was live before the switch it caused; None if it caused none.
-        queue_s: from the call to the start of selecting or prefilling, without `select_s`.
-        select_s: finding the selection.
-        switch_s: moving neurons, for the job that caused the switch; 0 for those that joined.
-        prefill_s: reading the prompt, up to the first token.
-        decode_s: the tokens after the first.
-        tokens_per_s: of the tokens after the first; 0 if there are none.
-        batch: the most jobs that were decoded together with it, itself included.
-    """
-
-    finish_reason: str
-    matched_stop: str | None
+    finish_reason: str  # `stop` (end of text or a stop string) or `length`
+    matched_stop: str | None  # the stop string that ended the answer
     prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-    selection: str | None
-    selector: str
+    completion_tokens: int  # an end-of-text token included
+    cached_tokens: int  # prompt tokens whose KV entries came from the prefix cache
+    selection: str | None  # hash of the selection that computed the answer; None if dense
+    selector: str  # what chose it; `dense` if all neurons were active
     density: float
-    overlap: float | None
-    queue_s: float
-    select_s: float
-    switch_s: float
-    prefill_s: float
-    decode_s: float
-    tokens_per_s: float
-    batch: int
+    overlap: float | None  # share of the selection that was live before the switch; None if the request caused none
+    queue_s: float  # waiting, from the call to the start of prefill, without `select_s` and `switch_s`
+    select_s: float  # finding the selection
+    switch_s: float  # moving neurons before the request could run; 0 for those that joined a batch
+    prefill_s: float  # from the start of prefill to the first token
+    decode_s: float  # from the first token to the last
+    tokens_per_s: float  # of the tokens after the first; 0 if there are none
+    batch: int  # the most requests that were decoded together, this one included
 
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A stretch of an answer.
+    """A part of an answer."""
 
-    Attributes:
-        text: what is now final; empty while a stop string or a UTF-8 sequence is undecided.
-        tokens: those generated since the last piece, if the job asks for `logprobs`; else none. Of an answer that a
-            stop string ends, only the tokens that gave its text.
-        stats: in the last piece only.
-        selection: what computed the answer, beside `stats`; None if dense.
-    """
-
-    text: str
-    tokens: tuple[TokenLogprob, ...] = ()
-    stats: RequestStats | None = None
-    selection: Selection | None = None
+    text: str  # new final text; empty while a stop string or a UTF-8 sequence is incomplete
+    tokens: tuple[TokenLogprob, ...] = ()  # the tokens of that text, if the request asks for `logprobs`
+    stats: RequestStats | None = None  # in the last output only
+    selection: Selection | None = None  # what computed the answer, in the last output only; None if dense
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """What an engine has done since it began. Tokens and seconds are sums over the `RequestStats` of answered jobs.
+    """What an engine has done so far. Tokens and seconds are sums over the `RequestStats` of answered requests."""
 
-    Attributes:
-        requests: jobs that ended: answered, failed or cancelled.
-        failed: ended with an error, also at `Engine.close`.
-        running: jobs being prefilled or decoded now.
-        waiting: jobs in the queue now.
-        switches: how often another selection (or dense) was made active.
-        selection: hash of the live selection; None if dense.
-        prompt_cache_bytes: of the KV caches of finished jobs.
-        active_bytes: what MLX's arrays take in this process, the model's included.
-        spare_bytes: what MLX keeps of arrays that are no more, for the next ones.
-    """
-
-    requests: int
-    failed: int
+    requests: int  # requests that ended: answered, failed or cancelled
+    failed: int  # requests that ended with an error, also at `Engine.close`
     cancelled: int
-    running: int
-    waiting: int
-    switches: int
+    running: int  # requests that are prefilled or decoded now
+    waiting: int  # requests in the queue now
+    switches: int  # how often another selection (or dense) was made active
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
-    selection: str | None
+    selection: str | None  # hash of the live selection; None if dense
     select_s: float
     switch_s: float
     prefill_s: float
     decode_s: float
-    prompt_cache_bytes: int
-    active_bytes: int
-    spare_bytes: int
+    prompt_cache_bytes: int  # size of the prefix cache
+    active_bytes: int  # memory of MLX's arrays in this process, the model's included
+    spare_bytes: int  # freed memory that MLX keeps for its next arrays
+
+
+@dataclass(eq=False)
+class RequestState:
+    """A request on its way, used by the worker thread; but any thread may `put`, and set `cancelled` and `stopped`.
+
+    Fields without a comment are those of `RequestStats`. Points in time are those of `time.monotonic`.
+    """
+
+    request: Request
+    loop: asyncio.AbstractEventLoop  # reads `outputs`
+    outputs: asyncio.Queue[RequestOutput | Exception] = field(default_factory=asyncio.Queue)  # an error is the last one
+    cancelled: bool = False  # nobody reads `outputs` any more
+    stopped: bool = False  # it must end soon: it is cancelled, or the engine is closed
+    selection: Selection | None = None  # what computes the answer; None if dense, or not known yet
+    # What computes the KV cache: the selection's hash, `dense`, or `scheduler.EXCLUSIVE` for a request that shares its
+    # batch with nobody. Empty before the request has selected.
+    selection_key: str = ""
+    uid: int = -1  # of its sequence in the decoder, once it runs
+    output_processor: OutputProcessor = field(init=False)  # once it runs
+    arrived: float = field(default_factory=time.monotonic)
+    started: float = 0.0  # when prefill began
+    first_token: float = 0.0  # when it came
+    overlap: float | None = None
+    cached_tokens: int = 0
+    select_s: float = 0.0
+    switch_s: float = 0.0
+    batch: int = 0
+
+    def put(self, output: RequestOutput | Exception) -> None:
+        """Hand a part of the answer to the event loop that waits for it, from any thread."""
+        try:
+            self.loop.call_soon_threadsafe(self.outputs.put_nowait, output)
+        except RuntimeError:  # the event loop is closed
+            self.cancelled = self.stopped = True
+
+    def stats(self, now: float) -> RequestStats:
+        """What the request took, after its last token."""
+        output, selection = self.output_processor, self.selection
+        assert output.finish_reason is not None
+        tokens, decode_s = output.completion_tokens, now - self.first_token
+        return RequestStats(
+            finish_reason=output.finish_reason,
+            matched_stop=output.matched_stop,
+            prompt_tokens=len(self.request.tokens),
+            completion_tokens=tokens,
+            cached_tokens=self.cached_tokens,
+            selection=None if selection is None else selection.hash,
+            selector=DENSE if selection is None else selection.selector,
+            density=1.0 if selection is None else selection.density,
+            overlap=self.overlap,
+            queue_s=max(self.started - self.arrived - self.select_s - self.switch_s, 0.0),
+            select_s=self.select_s,
+            switch_s=self.switch_s,
+            prefill_s=self.first_token - self.started,
+            decode_s=decode_s,
+            tokens_per_s=(tokens - 1) / decode_s if tokens > 1 and decode_s > 0 else 0.0,
+            batch=self.batch,
+        )

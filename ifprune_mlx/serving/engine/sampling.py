@@ -1,7 +1,7 @@
-"""How one job draws its tokens: mlx-lm's filters and penalties, with random numbers of the job's own.
+"""How one request draws its tokens: mlx-lm's filters and penalties, with random numbers of the request's own.
 
-mlx-lm's `make_sampler` draws from its thread's one stream of random numbers, so that what a job gets depends on which
-others are decoded with it. Here every job has a key.
+mlx-lm's `make_sampler` draws from its thread's one stream of random numbers, so that a request's tokens depend on the
+others in its batch. Here every request has a key.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import mlx.core as mx
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logits_processors
@@ -17,14 +17,12 @@ from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logi
 from ifprune_mlx.errors import IfpruneError
 from ifprune_mlx.serving.engine.request import SamplingParams
 
-Sampler = Callable[[mx.array], mx.array]
-"""Log-probabilities `[1, vocabulary]` -> the token drawn, `[1]`."""
-Processor = Callable[[mx.array, mx.array], mx.array]
-"""What was read so far `[n]`, logits `[1, vocabulary]` -> logits."""
+Sampler = Callable[[mx.array], mx.array]  # log-probabilities `[1, vocabulary]` -> the token drawn `[1]`
+Processor = Callable[[mx.array, mx.array], mx.array]  # tokens read so far `[n]`, logits `[1, vocabulary]` -> logits
 
 
 def check_sampling(sampling: SamplingParams, vocabulary: int | None) -> None:
-    """Raise IfpruneError if a setting is out of its range (see `SamplingParams`) or a biased token unknown."""
+    """Raise IfpruneError if a setting is out of its range (see `SamplingParams`) or a biased token is unknown."""
     ranges = {
         "temperature": (0.0, math.inf),
         "top_p": (0.0, 1.0),
@@ -48,50 +46,33 @@ def check_sampling(sampling: SamplingParams, vocabulary: int | None) -> None:
 
 
 def make_sampler(sampling: SamplingParams) -> Sampler:
-    """The sampler of one job. To be made and used in the thread that decodes."""
+    """The sampler of one request. Make and use it in the thread that decodes."""
     if sampling.temperature == 0:
-        return _greedy
-    return _Keyed(sampling)
+        return partial(mx.argmax, axis=-1)
+    key = mx.random.key(secrets.randbits(63) if sampling.seed is None else sampling.seed % 2**63)
+
+    def draw(logprobs: mx.array) -> mx.array:
+        nonlocal key
+        logprobs = logprobs.astype(mx.float32)  # and then mlx-lm's filters, in its order
+        if sampling.top_p < 1:
+            logprobs = apply_top_p(logprobs, sampling.top_p)
+        if sampling.min_p > 0:
+            logprobs = apply_min_p(logprobs, sampling.min_p)
+        if 0 < sampling.top_k < logprobs.shape[-1]:
+            logprobs = apply_top_k(logprobs, sampling.top_k)
+        key, now = mx.random.split(key)
+        return mx.random.categorical(logprobs / sampling.temperature, key=now)
+
+    return draw
 
 
 def make_processors(sampling: SamplingParams) -> list[Processor]:
-    """The penalties and biases of one job; at least one processor."""
+    """The penalties and biases of one request; at least one processor."""
     processors: list[Processor] = make_logits_processors(
         dict(sampling.logit_bias) or None,
         sampling.repetition_penalty if sampling.repetition_penalty != 1 else None,
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
     )
-    # mlx-lm 0.31 cannot decode a job without processors together with one that has some.
-    return processors or [_unchanged]
-
-
-def _greedy(logprobs: mx.array) -> mx.array:
-    return mx.argmax(logprobs, axis=-1)
-
-
-def _unchanged(tokens: mx.array, logits: mx.array) -> mx.array:
-    return logits
-
-
-class _Keyed:
-    """Draws with a key of its own, in mlx-lm's order: top-p, min-p, top-k, then temperature."""
-
-    def __init__(self, sampling: SamplingParams) -> None:
-        self._temperature = sampling.temperature
-        self._filters: list[tuple[Callable[..., Any], float]] = []
-        if sampling.top_p < 1:
-            self._filters.append((apply_top_p, sampling.top_p))
-        if sampling.min_p > 0:
-            self._filters.append((apply_min_p, sampling.min_p))
-        self._top_k = sampling.top_k
-        self._key = mx.random.key(secrets.randbits(63) if sampling.seed is None else sampling.seed % 2**63)
-
-    def __call__(self, logprobs: mx.array) -> mx.array:
-        logprobs = logprobs.astype(mx.float32)
-        for narrow, bound in self._filters:
-            logprobs = narrow(logprobs, bound)
-        if 0 < self._top_k < logprobs.shape[-1]:
-            logprobs = apply_top_k(logprobs, self._top_k)
-        self._key, now = mx.random.split(self._key)
-        return mx.random.categorical(logprobs / self._temperature, key=now)
+    # mlx-lm 0.31 cannot decode a sequence without processors together with one that has some.
+    return processors or [lambda tokens, logits: logits]

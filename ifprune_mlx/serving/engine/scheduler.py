@@ -1,51 +1,139 @@
-"""Which waiting job is next: few switches, and nobody starves. Pure; knows neither threads nor the model."""
+"""Which requests run: the queue, the running set and the counters, under one lock, and the policy that picks the next.
+
+The scheduler is shared by the event loops' threads and the worker thread. It does not touch the model.
+"""
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from typing import Any
 
-ALONE = "alone"
-"""Owner of a job that shares its batch with no other, whatever it selects."""
+from ifprune_mlx.serving.engine.request import EngineClosedError, EngineFullError, RequestState, RequestStats
 
-
-class Waiting(Protocol):
-    """What is known of a job in the queue.
-
-    Attributes:
-        arrived: when, in seconds of some clock.
-        owner: hash of its selection, `dense`, or ALONE; None before it has selected.
-    """
-
-    arrived: float
-    owner: str | None
+EXCLUSIVE = "exclusive"  # selection key of a request that shares its batch with no other, whatever it selects
+_SUMMED = ("prompt_tokens", "cached_tokens", "completion_tokens", "select_s", "switch_s", "prefill_s", "decode_s")
 
 
-Queued = TypeVar("Queued", bound=Waiting)
+def next_request(
+    waiting: Sequence[RequestState], live_key: str, since: float, running: bool, patience: float, now: float
+) -> RequestState | None:
+    """The request to start now; None if it must wait for the running ones to end, or for one to select.
 
-
-def next_job(
-    waiting: Sequence[Queued], live: str | None, since: float, running: bool, patience: float, now: float
-) -> Queued | None:
-    """The job to start now; None if it has to wait until those that run have ended, or until one has selected.
-
-    Jobs of the live selection go first, in order, and join a running batch. A job of another selection that has waited
-    for more than `patience` seconds of the live one's time ends that: what arrived after it does not join, and when the
-    batch has run dry, its selection is next. So every selection is live for up to `patience` seconds, or as long as it
-    has jobs, and the one whose job has waited longest follows.
+    Requests of the live selection go first, in order, and join a running batch. Once a request of another selection has
+    waited for more than `patience` seconds of the live selection's time, no later arrival joins. When the batch has
+    ended, that request's selection is next. So each selection is live for up to `patience` seconds, or for as long as
+    it has requests, and the selection of the request that has waited longest follows.
 
     Args:
         waiting: in order of arrival.
-        live: owner of what is active.
-        since: when that became so.
-        running: whether jobs of it are being computed.
+        live_key: key of the live selection.
+        since: when it became the live one.
+        running: whether requests of it are running.
     """
-    known = [job for job in waiting if job.owner is not None]
-    for job in known:
-        mine = job.owner == live and live != ALONE
-        overdue = not mine and now - max(job.arrived, since) > patience
-        if overdue:
-            return None if running else job
-        if mine:
-            return job
-    return None if running or not known else known[0]
+    selected = [state for state in waiting if state.selection_key]
+    for state in selected:
+        joins = state.selection_key == live_key != EXCLUSIVE
+        if not joins and now - max(state.arrived, since) > patience:
+            return None if running else state
+        if joins:
+            return state
+    return None if running or not selected else selected[0]
+
+
+class Scheduler:
+    """The requests of one engine, which is busy from the first `add` until `rest` finds nothing left to do.
+
+    Any thread may call `add`, `cancel`, `counters`, `rest` and `close`; the other methods are the worker thread's.
+
+    Args:
+        queue: the most requests that wait.
+        patience: see `next_request`.
+    """
+
+    def __init__(self, queue: int, patience: float) -> None:
+        self._queue, self._patience = queue, patience
+        self._lock = threading.RLock()
+        self._counters: dict[str, float] = dict.fromkeys(("requests", "failed", "cancelled", *_SUMMED), 0)
+        self.waiting: list[RequestState] = []  # in order of arrival
+        self.running: list[RequestState] = []  # only the worker thread changes it, and reads it without the lock
+        self.closed = False
+        self.idle = threading.Event()  # set while the engine does nothing and has nothing to do
+        self.idle.set()
+
+    def add(self, state: RequestState) -> bool:
+        """Put a request into the queue.
+
+        Returns:
+            Whether the engine was idle. It is busy now, and the caller must ask for the model.
+
+        Raises:
+            EngineFullError, EngineClosedError: if the request is not taken.
+        """
+        with self._lock:
+            if self.closed:
+                raise EngineClosedError
+            if len(self.waiting) >= self._queue:
+                raise EngineFullError(f"{self._queue} requests wait already; try again in a few seconds")
+            self.waiting.append(state)
+            was_idle = self.idle.is_set()
+            self.idle.clear()
+            return was_idle
+
+    def cancel(self, state: RequestState) -> None:
+        """Take a request out of the queue. If it runs, the worker ends it before its next token."""
+        with self._lock:
+            state.cancelled = state.stopped = True
+            if state in self.waiting:
+                self.finish(state)
+
+    def counters(self) -> dict[str, Any]:
+        """The fields of `EngineStats` that concern requests."""
+        with self._lock:
+            return {**self._counters, "running": len(self.running), "waiting": len(self.waiting)}
+
+    def rest(self) -> bool:
+        """The engine has given the model back. Whether it is idle now; else it must ask for the model again."""
+        with self._lock:
+            if not self.waiting:
+                self.idle.set()
+            return self.idle.is_set()
+
+    def close(self) -> None:
+        """Take no more requests, and stop those that there are."""
+        with self._lock:
+            self.closed = True
+            for state in (*self.running, *self.waiting):
+                state.stopped = True
+
+    def unselected(self, most: int) -> list[RequestState]:
+        """The first requests in the queue that have not selected, `most` at most."""
+        with self._lock:
+            return [state for state in self.waiting if not state.selection_key][:most]
+
+    def next(self, live_key: str, since: float) -> RequestState | None:
+        """Move the request that `next_request` picks from the queue to the running ones."""
+        with self._lock:
+            now = time.monotonic()
+            state = next_request(self.waiting, live_key, since, bool(self.running), self._patience, now)
+            if state is not None:
+                self.waiting.remove(state)
+                self.running.append(state)
+            return state
+
+    def finish(self, state: RequestState, stats: RequestStats | None = None) -> None:
+        """Take out and count a request that has ended: answered, if there are `stats`, else cancelled or failed."""
+        with self._lock:
+            if state in self.running:
+                self.running.remove(state)
+            elif state in self.waiting:
+                self.waiting.remove(state)
+            else:
+                return  # it was cancelled before, and counted
+            self._counters["requests"] += 1
+            if stats is None:
+                self._counters["cancelled" if state.cancelled else "failed"] += 1
+                return
+            for name in _SUMMED:
+                self._counters[name] += getattr(stats, name)

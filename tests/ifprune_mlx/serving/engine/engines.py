@@ -1,4 +1,4 @@
-"""Engines on real tiny models: jobs for them, how they are asked, and what each job gets alone."""
+"""Engines on real tiny models: requests for them, how they are asked, and what each request gets alone."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 from mlx_lm.sample_utils import make_logits_processors
 
 from ifprune_mlx import Model, Selection, generate
+from ifprune_mlx.selection.predictor import Head, SparsityPredictor
 from ifprune_mlx.serving.engine.engine import Engine
 from ifprune_mlx.serving.engine.request import Request, RequestOutput, RequestStats, SamplingParams, SelectionParams
 from tests.ifprune_mlx.reference import random_selection
@@ -41,42 +43,42 @@ def prompt(seed: int, length: int = 20) -> tuple[int, ...]:
     return tuple(int(token) for token in generator.integers(40, 100, length))
 
 
-def job(tokens: tuple[int, ...] = prompt(0), selection: Selection | None = A, **changes: Any) -> Request:
-    """A greedy job of 12 tokens that no end-of-text token ends."""
+def make_request(tokens: tuple[int, ...] = prompt(0), selection: Selection | None = A, **changes: Any) -> Request:
+    """A greedy request of 12 tokens that no end-of-text token ends."""
     choice = SelectionParams(selection=selection, dense=selection is None)
     sampling = SamplingParams(logit_bias={END: -1000.0})
     return replace(Request(tokens, "instruction", choice, sampling, max_tokens=12), **changes)
 
 
-async def pieces_of(engine: Engine, one: Request) -> list[RequestOutput]:
-    return [piece async for piece in engine.stream(one)]
+async def outputs_of(engine: Engine, one: Request) -> list[RequestOutput]:
+    return [output async for output in engine.stream(one)]
 
 
-def text_of(pieces: list[RequestOutput]) -> str:
-    return "".join(piece.text for piece in pieces)
+def text_of(outputs: list[RequestOutput]) -> str:
+    return "".join(output.text for output in outputs)
 
 
-def stats_of(pieces: list[RequestOutput]) -> RequestStats:
-    assert [piece.stats is None for piece in pieces] == [True] * (len(pieces) - 1) + [False]
-    stats = pieces[-1].stats
+def stats_of(outputs: list[RequestOutput]) -> RequestStats:
+    assert [output.stats is None for output in outputs] == [True] * (len(outputs) - 1) + [False]
+    stats = outputs[-1].stats
     assert stats is not None
     return stats
 
 
-def together(engine: Engine, *jobs: Request) -> list[list[RequestOutput]]:
-    """The answers of jobs that are asked for at the same time, in the order given."""
+def together(engine: Engine, *requests: Request) -> list[list[RequestOutput]]:
+    """The answers of requests that are asked for at the same time, in the order given."""
 
     async def gather() -> list[list[RequestOutput]]:
-        return await asyncio.gather(*(pieces_of(engine, one) for one in jobs))
+        return await asyncio.gather(*(outputs_of(engine, one) for one in requests))
 
     answers = asyncio.run(gather())
-    engine._books.wait_for_rest()  # then the model is free again
+    engine._scheduler.idle.wait()  # then the model is free again
     return answers
 
 
 def ask(engine: Engine, one: Request) -> tuple[str, RequestStats]:
-    pieces = together(engine, one)[0]
-    return text_of(pieces), stats_of(pieces)
+    outputs = together(engine, one)[0]
+    return text_of(outputs), stats_of(outputs)
 
 
 def alone(tiny: Tiny, one: Request) -> str:
@@ -90,6 +92,16 @@ def alone(tiny: Tiny, one: Request) -> str:
         dense=one.choice.dense,
         logits_processors=processors,
     )
+
+
+def use_first_layers_predictor(tiny: Tiny) -> None:
+    """Give the model a predictor that reads with the model's own first layer, and so leaves the model dense."""
+    model, tokenizer = tiny
+    mx.random.seed(3)
+    first, second = mx.random.normal((16, 64)), mx.random.normal((256, 16))
+    mx.eval(first, second)
+    head = Head(first, None, second, None, WIDTHS, layers=1)
+    model.__dict__["predictor"] = SparsityPredictor(model.module, tokenizer, head, model.context_length)
 
 
 def until(true: Callable[[], bool]) -> None:

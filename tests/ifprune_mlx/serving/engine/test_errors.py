@@ -22,8 +22,8 @@ from tests.ifprune_mlx.serving.engine.engines import (
     B,
     Tiny,
     alone,
-    job,
-    pieces_of,
+    make_request,
+    outputs_of,
     prompt,
     serving,
     stats_of,
@@ -35,26 +35,26 @@ from tests.tiny import VOCABULARY
 
 def test_what_cannot_be_answered_fails_alone(tiny: Tiny) -> None:
     wrong = random_selection((64, 64), (8, 8), seed=0)
-    good = job(prompt(1), max_tokens=30)
+    good = make_request(prompt(1), max_tokens=30)
     bad: list[tuple[Request, type[IfpruneError], str]] = [
-        (job(choice=SelectionParams(selector="static", density=7.0)), BudgetError, "density 7"),
-        (job(choice=SelectionParams(selector="nonsense")), IfpruneError, "unknown selector"),
-        (job(choice=SelectionParams(selector="static", policy="never")), IfpruneError, "unknown policy"),
-        (job(selection=wrong), SelectionError, ""),
-        (job(()), PromptError, "empty"),
-        (job((VOCABULARY,)), PromptError, "token ids"),
-        (job(max_tokens=0), PromptError, "max tokens"),
-        (job(stop=("",)), IfpruneError, "stop string"),
-        (job(logprobs=21), IfpruneError, "from 0 to 20"),
-        (job(sampling=SamplingParams(temperature=-1)), IfpruneError, "temperature"),
-        (job(sampling=SamplingParams(top_p=0)), IfpruneError, "top_p"),
-        (job(sampling=SamplingParams(logit_bias={VOCABULARY: 1.0})), IfpruneError, "logit_bias"),
-        (job(sampling=SamplingParams(logit_bias={3: float("nan")})), IfpruneError, "logit_bias"),
+        (make_request(choice=SelectionParams(selector="static", density=7.0)), BudgetError, "density 7"),
+        (make_request(choice=SelectionParams(selector="nonsense")), IfpruneError, "unknown selector"),
+        (make_request(choice=SelectionParams(selector="static", policy="never")), IfpruneError, "unknown policy"),
+        (make_request(selection=wrong), SelectionError, ""),
+        (make_request(()), PromptError, "empty"),
+        (make_request((VOCABULARY,)), PromptError, "token ids"),
+        (make_request(max_tokens=0), PromptError, "max tokens"),
+        (make_request(stop=("",)), IfpruneError, "stop string"),
+        (make_request(logprobs=21), IfpruneError, "from 0 to 20"),
+        (make_request(sampling=SamplingParams(temperature=-1)), IfpruneError, "temperature"),
+        (make_request(sampling=SamplingParams(top_p=0)), IfpruneError, "top_p"),
+        (make_request(sampling=SamplingParams(logit_bias={VOCABULARY: 1.0})), IfpruneError, "logit_bias"),
+        (make_request(sampling=SamplingParams(logit_bias={3: float("nan")})), IfpruneError, "logit_bias"),
     ]
 
     async def all_at_once(engine: Engine) -> list[Any]:
-        jobs = [good, *(one for one, _, _ in bad), good]
-        return await asyncio.gather(*(pieces_of(engine, one) for one in jobs), return_exceptions=True)
+        requests = [good, *(one for one, _, _ in bad), good]
+        return await asyncio.gather(*(outputs_of(engine, one) for one in requests), return_exceptions=True)
 
     with serving(tiny) as engine:
         first, *failed, last = asyncio.run(all_at_once(engine))
@@ -67,16 +67,16 @@ def test_what_cannot_be_answered_fails_alone(tiny: Tiny) -> None:
 
 def test_a_full_queue_refuses(tiny: Tiny) -> None:
     async def fill(engine: Engine) -> None:
-        running = engine.stream(job(prompt(1), max_tokens=400))
+        running = engine.stream(make_request(prompt(1), max_tokens=400))
         await running.__anext__()
-        waiting = [asyncio.create_task(pieces_of(engine, job(prompt(seed), B))) for seed in range(2)]
+        waiting = [asyncio.create_task(outputs_of(engine, make_request(prompt(seed), B))) for seed in range(2)]
         while engine.counters().waiting < 2:
             await asyncio.sleep(0)
         with pytest.raises(EngineFullError, match="2 requests wait"):
-            await pieces_of(engine, job())
+            await outputs_of(engine, make_request())
         await running.aclose()
-        for pieces in await asyncio.gather(*waiting):
-            assert stats_of(pieces).selection == B.hash
+        for outputs in await asyncio.gather(*waiting):
+            assert stats_of(outputs).selection == B.hash
 
     with serving(tiny, queue=2, patience=60) as engine:
         asyncio.run(fill(engine))
@@ -86,11 +86,11 @@ def test_a_model_that_fails_takes_its_batch_with_it_and_nothing_else(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny[0]
-    jobs = [job(prompt(seed), CHOICES[name]) for seed, name in enumerate("AAB")]
-    expected = [alone(tiny, one) for one in jobs]
+    requests = [make_request(prompt(seed), CHOICES[name]) for seed, name in enumerate("AAB")]
+    expected = [alone(tiny, one) for one in requests]
     layer = model.layers[1]
     with serving(tiny, patience=60) as engine:
-        together(engine, *jobs)
+        together(engine, *requests)
         calls = [0]
         whole = type(layer).__call__
 
@@ -103,7 +103,7 @@ def test_a_model_that_fails_takes_its_batch_with_it_and_nothing_else(
         monkeypatch.setattr(type(layer), "__call__", failing)
 
         async def fail() -> list[Any]:
-            return await asyncio.gather(*(pieces_of(engine, one) for one in jobs), return_exceptions=True)
+            return await asyncio.gather(*(outputs_of(engine, one) for one in requests), return_exceptions=True)
 
         ends = asyncio.run(fail())
         failed = [isinstance(end, GenerationFailedError) for end in ends]
@@ -113,7 +113,7 @@ def test_a_model_that_fails_takes_its_batch_with_it_and_nothing_else(
                 assert str(end) == "the model failed (out of memory); ask again"
             else:
                 assert text_of(end) == text
-        again = together(engine, *jobs)
-        assert [text_of(pieces) for pieces in again] == expected
-        assert not any(stats_of(pieces).cached_tokens for pieces, gone in zip(again, failed, strict=True) if gone)
+        again = together(engine, *requests)
+        assert [text_of(outputs) for outputs in again] == expected
+        assert not any(stats_of(outputs).cached_tokens for outputs, gone in zip(again, failed, strict=True) if gone)
         assert engine.counters().failed == sum(failed)

@@ -6,12 +6,12 @@ from itertools import combinations, pairwise
 
 import pytest
 
-from ifprune_mlx.serving.engine.stop_strings import StopText
+from ifprune_mlx.serving.engine.output_processor import StopStrings
 
 
-def fed(stops: tuple[str, ...], pieces: list[str]) -> tuple[str, str | None]:
-    text = StopText(stops)
-    said = "".join(text.feed(piece) for piece in pieces)
+def fed(stops: tuple[str, ...], outputs: list[str]) -> tuple[str, str | None]:
+    text = StopStrings(stops)
+    said = "".join(text.feed(output) for output in outputs)
     assert text.matched is None or (text.feed("more"), text.flush()) == ("", "")
     return said + text.flush(), text.matched
 
@@ -34,13 +34,13 @@ def test_every_way_to_cut_a_text(stops: tuple[str, ...], text: str, expected: st
     for count in range(min(len(text), 5)):
         for cuts in combinations(range(1, len(text)), count):
             edges = [0, *cuts, len(text)]
-            pieces = [text[start:end] for start, end in pairwise(edges)]
-            assert fed(stops, pieces) == (expected, matched)
+            outputs = [text[start:end] for start, end in pairwise(edges)]
+            assert fed(stops, outputs) == (expected, matched)
 
 
 def test_text_comes_as_soon_as_it_can() -> None:
-    text = StopText(("STOP", "END."))
-    assert [text.feed(piece) for piece in ("a", "S", "T", "x", "E", "ND", "S", "TOP")] == [
+    text = StopStrings(("STOP", "END."))
+    assert [text.feed(output) for output in ("a", "S", "T", "x", "E", "ND", "S", "TOP")] == [
         "a", "", "", "STx", "", "", "END", "",
     ]  # fmt: skip
     assert text.matched == "STOP"

@@ -18,8 +18,8 @@ from tests.ifprune_mlx.serving.engine.engines import (
     Tiny,
     alone,
     ask,
-    job,
-    pieces_of,
+    make_request,
+    outputs_of,
     prompt,
     serving,
     stats_of,
@@ -28,15 +28,15 @@ from tests.ifprune_mlx.serving.engine.engines import (
 )
 
 
-def test_a_job_joins_the_running_batch_of_its_selection(tiny: Tiny) -> None:
-    late = job(prompt(2))
+def test_a_request_joins_the_running_batch_of_its_selection(tiny: Tiny) -> None:
+    late = make_request(prompt(2))
     expected = alone(tiny, late)
 
     async def join(engine: Engine) -> tuple[list[RequestOutput], list[RequestOutput]]:
-        first = engine.stream(job(prompt(1), max_tokens=60))
+        first = engine.stream(make_request(prompt(1), max_tokens=60))
         head = [await first.__anext__() for _ in range(3)]
-        joined = await pieces_of(engine, late)
-        return [*head, *[piece async for piece in first]], joined
+        joined = await outputs_of(engine, late)
+        return [*head, *[output async for output in first]], joined
 
     with serving(tiny) as engine:
         longer, joined = asyncio.run(join(engine))
@@ -46,9 +46,9 @@ def test_a_job_joins_the_running_batch_of_its_selection(tiny: Tiny) -> None:
 
 
 def test_the_live_selection_goes_first_within_patience(tiny: Tiny) -> None:
-    jobs = [job(prompt(seed), CHOICES[name]) for seed, name in enumerate("AABABAAB")]
+    requests = [make_request(prompt(seed), CHOICES[name]) for seed, name in enumerate("AABABAAB")]
     with serving(tiny, concurrency=2, patience=60) as engine:
-        together(engine, *jobs)
+        together(engine, *requests)
         assert engine.counters().switches == 2
 
 
@@ -57,7 +57,7 @@ def test_no_patience_is_first_come_first_served(tiny: Tiny) -> None:
 
     async def ask_in_order(engine: Engine) -> None:
         async def note(number: int, name: str) -> None:
-            await pieces_of(engine, job(prompt(number), CHOICES[name]))
+            await outputs_of(engine, make_request(prompt(number), CHOICES[name]))
             ended.append(number)
 
         await asyncio.gather(*(note(number, name) for number, name in enumerate("ABABAB")))
@@ -67,7 +67,7 @@ def test_no_patience_is_first_come_first_served(tiny: Tiny) -> None:
     assert ended == list(range(6))
 
 
-def test_a_stream_of_live_jobs_does_not_starve_another_selection(tiny: Tiny) -> None:
+def test_a_stream_of_live_requests_does_not_starve_another_selection(tiny: Tiny) -> None:
     async def crowd(engine: Engine) -> int:
         done = asyncio.Event()
         asked = [0]
@@ -75,11 +75,11 @@ def test_a_stream_of_live_jobs_does_not_starve_another_selection(tiny: Tiny) -> 
         async def keep_asking(number: int) -> None:
             while not done.is_set():
                 asked[0] += 1
-                await pieces_of(engine, job(prompt(number), A, max_tokens=20 + 7 * number))
+                await outputs_of(engine, make_request(prompt(number), A, max_tokens=20 + 7 * number))
 
         async def other() -> None:
             await asyncio.sleep(0.05)
-            assert stats_of(await pieces_of(engine, job(prompt(9), B))).selection == B.hash
+            assert stats_of(await outputs_of(engine, make_request(prompt(9), B))).selection == B.hash
             done.set()
 
         await asyncio.wait_for(asyncio.gather(*map(keep_asking, range(3)), other()), 30)
@@ -93,7 +93,7 @@ def test_a_stream_of_live_jobs_does_not_starve_another_selection(tiny: Tiny) -> 
 def test_auto_keeps_a_live_selection_that_agrees(tiny: Tiny) -> None:
     near = SelectionParams(selector="static", density=0.5, policy="auto")
     with serving(tiny) as engine:
-        _, first = ask(engine, job(choice=replace(near, policy="turn")))
+        _, first = ask(engine, make_request(choice=replace(near, policy="turn")))
         ids = [list(ids) for ids in tiny[0].selection.ids]
         spare = [next(i for i in range(128) if i not in layer) for layer in ids]
         close = Selection(
@@ -101,8 +101,8 @@ def test_auto_keeps_a_live_selection_that_agrees(tiny: Tiny) -> None:
             WIDTHS,
             "static",
         )
-        assert ask(engine, job(selection=close))[1].selection == close.hash
-        assert ask(engine, job(choice=near))[1].selection == close.hash
-        assert ask(engine, job(choice=replace(near, policy="turn")))[1].selection == first.selection
+        assert ask(engine, make_request(selection=close))[1].selection == close.hash
+        assert ask(engine, make_request(choice=near))[1].selection == close.hash
+        assert ask(engine, make_request(choice=replace(near, policy="turn")))[1].selection == first.selection
         # Another density is another matter, however much it has in common.
-        assert ask(engine, job(choice=replace(near, density=0.25)))[1].density == 0.25
+        assert ask(engine, make_request(choice=replace(near, density=0.25)))[1].density == 0.25
