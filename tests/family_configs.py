@@ -384,6 +384,8 @@ def tiny_config(model_type: str) -> dict[str, Any] | None:
     if model_type in WRAPPERS:
         inner = next((getattr(module, name) for name in _INNER if hasattr(module, name)), None)
         text = _filled(inner, overrides) if inner is not None else _inner(WRAPPERS[model_type], overrides)
+        if any(field.name == "vocab_size" for field in fields(arguments)):  # gemma4's goes before the inner one
+            config["vocab_size"] = SHAPES["vocab_size"]
         return None if text is None else config | {"text_config": text | {"model_type": WRAPPERS[model_type]}}
     filled = _filled(arguments, overrides)
     return None if filled is None else config | filled
