@@ -168,16 +168,16 @@ def test_an_engine_waits_for_its_turn_with_the_model(tiny: Tiny) -> None:
 
 
 def test_closing_while_a_request_gets_in_line_for_the_model(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, ownership = Engine(*tiny), tiny[0].lock
-    in_turn = ownership.in_turn
+    engine, lock = Engine(*tiny), tiny[0].lock
+    in_turn = lock.in_turn
 
     def closed_meanwhile(*given: Any) -> Any:
         turn = in_turn(*given)
         engine._scheduler.close()  # as `Engine.close` begins, before it could see the turn
         return turn
 
-    monkeypatch.setattr(ownership, "in_turn", closed_meanwhile)
-    with ownership.held(), pytest.raises(EngineClosedError):
+    monkeypatch.setattr(lock, "in_turn", closed_meanwhile)
+    with lock.held(), pytest.raises(EngineClosedError):
         asyncio.run(outputs_of(engine, make_request()))
     assert engine.counters().failed == 1
     engine.close()
