@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from ifprune_mlx.errors import IfpruneError
 
 DTYPE_BYTES = {
@@ -76,3 +78,10 @@ def read_safetensors_header(path: Path, error: type[IfpruneError] = IfpruneError
         word = "cut short" if size < expected else "longer than its header says"
         raise error(f"{path}: {word} ({size} bytes, {expected} expected); copy or download it again")
     return SafetensorsHeader(tensors, metadata)
+
+
+def load_arrays(path: Path) -> dict[str, mx.array]:
+    """All tensors of a safetensors file, lazily."""
+    arrays = mx.load(str(path))
+    assert isinstance(arrays, dict)
+    return arrays

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from ifprune_mlx.selection.predictor import Head
-from ifprune_mlx.train.trainer import Run
+from ifprune_mlx.train.trainer import Trainer
 from tests.cli.process import environment, run_here
 
 LAUNCH = Path(sys.executable).with_name("mlx.launch")
@@ -124,15 +124,15 @@ def test_a_run_goes_on_with_more_processes(arguments: list[str | Path], tmp_path
     """What one process began two finish, on the same curve."""
     out = tmp_path / "out"
     assert run_here(*arguments, "--output", tmp_path / "one").returncode == 0
-    advance = Run.advance
+    advance = Trainer.advance
 
-    def stops(run: Run) -> dict[str, Any]:
+    def stops(run: Trainer) -> dict[str, Any]:
         if run.step == 4:
             raise KeyboardInterrupt
         return advance(run)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "advance", stops)
+        patch.setattr(Trainer, "advance", stops)
         assert run_here(*arguments, "--output", out).returncode == 130
     done = launch([*arguments, "--output", out], tmp_path)
     assert done.returncode == 0, done.stderr

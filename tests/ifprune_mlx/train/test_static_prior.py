@@ -9,10 +9,9 @@ import pytest
 
 from ifprune_mlx import DataError, load
 from ifprune_mlx.data.dataset import Record
-from ifprune_mlx.data.tokenize import Encoded, encode
+from ifprune_mlx.data.tokenize import Example, encode
 from ifprune_mlx.selection.predictor import load_predictor
-from ifprune_mlx.train.priors import save_prior
-from ifprune_mlx.train.static_prior import INSTRUCTIONS, static_prior
+from ifprune_mlx.train.static_prior import INSTRUCTIONS, save_prior, static_prior
 from tests.tiny import write_checkpoint
 from tests.tiny_predictor import write_predictor
 
@@ -29,7 +28,7 @@ def predictor_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_predictor(tmp_path_factory.mktemp("static") / "predictor")
 
 
-def examples(tokenizer: object, texts: list[str]) -> list[Encoded]:
+def examples(tokenizer: object, texts: list[str]) -> list[Example]:
     found = []
     for text in texts:
         record = Record(({"role": "user", "content": text}, {"role": "assistant", "content": "yes"}), "a")
