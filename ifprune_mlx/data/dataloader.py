@@ -45,6 +45,10 @@ class DataMixture(Generic[Item]):
 
     Args:
         sources: items and weight by name. Names matter to the shuffle; their order does not.
+        seed: of the shuffles.
+
+    Attributes:
+        items: of the sources, by name in alphabetical order.
 
     Raises:
         DataError: if there are no sources, one is empty, or a weight is not above 0.
@@ -58,11 +62,11 @@ class DataMixture(Generic[Item]):
                 raise DataError(f"source {name!r} holds nothing to learn from; leave it out, or give it data")
             if not (weight > 0 and math.isfinite(weight)):
                 raise DataError(f"source {name!r} has the weight {weight:g}; give a number above 0, or leave it out")
-        self._items: dict[str, Sequence[Item]] = {name: sources[name][0] for name in sorted(sources)}
-        total = sum(sources[name][1] for name in self._items)  # summed in this order, to the last bit
-        self._shares = {name: sources[name][1] / total for name in self._items}
-        self._seed = seed
-        self._taken = dict.fromkeys(self._items, 0)
+        self.items: dict[str, Sequence[Item]] = {name: sources[name][0] for name in sorted(sources)}
+        total = sum(sources[name][1] for name in self.items)  # summed in this order, to the last bit
+        self._shares = {name: sources[name][1] / total for name in self.items}
+        self.seed = seed
+        self._taken = dict.fromkeys(self.items, 0)
         self._orders: dict[str, tuple[int, npt.NDArray[np.intp]]] = {}
 
     def __iter__(self) -> Iterator[Item]:
@@ -71,39 +75,24 @@ class DataMixture(Generic[Item]):
     def __next__(self) -> Item:
         position = self.position + 1
         # `max` takes the first of equals, in the order of names.
-        name = max(self._items, key=lambda name: self._shares[name] * position - self._taken[name])
-        items = self._items[name]
+        name = max(self.items, key=lambda name: self._shares[name] * position - self._taken[name])
+        items = self.items[name]
         epoch, index = divmod(self._taken[name], len(items))
         if self._orders.get(name, (-1,))[0] != epoch:
-            self._orders[name] = epoch, shuffled(len(items), f"{self._seed}/{name}/{epoch}")
+            self._orders[name] = epoch, shuffled(len(items), f"{self.seed}/{name}/{epoch}")
         self._taken[name] += 1
         return items[int(self._orders[name][1][index])]
-
-    @property
-    def items(self) -> Mapping[str, Sequence[Item]]:
-        """What the sources hold, by name in alphabetical order."""
-        return self._items
-
-    @property
-    def names(self) -> list[str]:
-        """Of the sources, in alphabetical order."""
-        return list(self._items)
 
     @property
     def position(self) -> int:
         """Items given so far."""
         return sum(self._taken.values())
 
-    @property
-    def seed(self) -> int:
-        """The seed of the shuffles."""
-        return self._seed
-
     @cached_property
     def fingerprint(self) -> str:
         """Hash (16 hexadecimal digits) of the seed, the shares, and the keys of all items in order."""
-        digest = hashlib.sha256(json.dumps([self._seed, self._shares]).encode())
-        for items in self._items.values():
+        digest = hashlib.sha256(json.dumps([self.seed, self._shares]).encode())
+        for items in self.items.values():
             digest.update("\n".join(item.key for item in items).encode() + b"\0")
         return digest.hexdigest()[:16]
 
@@ -119,7 +108,7 @@ class DataMixture(Generic[Item]):
         """
         if state.get("fingerprint") != self.fingerprint:
             raise DataError("the data, their weights or the seed changed since the run was saved; start a new run")
-        self._taken = {name: int(state["taken"][name]) for name in self._items}
+        self._taken = {name: int(state["taken"][name]) for name in self.items}
 
 
 @dataclass(frozen=True, eq=False)

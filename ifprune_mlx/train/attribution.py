@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from ifprune_mlx.checkpoint.safetensors_io import load_arrays, read_safetensors_
 from ifprune_mlx.data.tokenize import Example
 from ifprune_mlx.errors import DataError, PredictorError
 from ifprune_mlx.model import Model
-from ifprune_mlx.selection.predictor import features, instruction_tokens, load_backbone
+from ifprune_mlx.selection import predictor
 from ifprune_mlx.train.gradients import differentiable
 from ifprune_mlx.train.loss import answer_logits, answer_rows, log_softmax
 
@@ -78,7 +78,7 @@ class Backbone:
         """
         if not (folder / "config.json").is_file():
             raise PredictorError(f"{folder}: has no config.json; give an mlx-lm model folder with its tokenizer")
-        return cls(*load_backbone(folder), folder=folder)
+        return cls(*predictor.load_backbone(folder), folder=folder)
 
     def features(self, instructions: Sequence[str]) -> mx.array:
         """What the head reads of instructions, float32 `[n, 2 d]`: the last token's hidden state, then their mean.
@@ -86,8 +86,8 @@ class Backbone:
         Raises:
             PredictorError: if one has no tokens, or the family does not expose its hidden states.
         """
-        texts = [instruction_tokens(self.tokenizer, text, self.context_length) for text in instructions]
-        return features(self.module, texts, self.layers)
+        texts = [predictor.instruction_tokens(self.tokenizer, text, self.context_length) for text in instructions]
+        return predictor.features(self.module, texts, self.layers)
 
     def identity(self) -> dict[str, Any]:
         """What tells it apart from others: the number of first layers, or a hash of its files."""
@@ -212,16 +212,16 @@ def load(folder: Path) -> Targets:
     )
 
 
-def log_importance(importance: npt.NDArray[np.float16], widths: tuple[int, ...]) -> Floats:
-    """Logarithm of importance relative to the FFN's mean, float32 `[n, neurons]`, idle neurons at a common floor."""
-    result = np.empty(importance.shape, np.float32)
+def log_importance(targets: Targets, rows: npt.NDArray[np.intp] | slice = slice(None)) -> Iterator[Floats]:
+    """Logarithm of importance relative to the FFN's mean, idle neurons at a common floor, for some chats (all).
+
+    Yields FFN by FFN, float32 `[n, d_ffn]`: as a whole it would take twice the memory of the targets.
+    """
     start = 0
-    for width in widths:
-        part = importance[:, start : start + width].astype(np.float32)
-        part /= np.maximum(part.mean(axis=1, keepdims=True), 1e-12)
-        result[:, start : start + width] = np.log(part + _FLOOR)
+    for width in targets.widths:
+        part = targets.importance[rows, start : start + width].astype(np.float32)
+        yield np.log(part / np.maximum(part.mean(axis=1, keepdims=True), 1e-12) + np.float32(_FLOOR))
         start += width
-    return result
 
 
 def attribution(model: Model, examples: Sequence[Example], masks: Sequence[mx.array]) -> list[Floats]:
@@ -276,25 +276,22 @@ def _measure_part(
     masks: Sequence[mx.array],
     micro_batch_size: int,
 ) -> None:
-    count = len(chats)
-    importance = np.empty((count, sum(len(mask) for mask in masks)), np.float16)
-    seen: Floats | None = None
-    by_length = sorted(range(count), key=lambda index: len(chats[index].tokens))
-    for start in range(0, count, micro_batch_size):
+    importance = np.empty((len(chats), sum(len(mask) for mask in masks)), np.float16)
+    features: dict[int, Floats] = {}
+    by_length = sorted(range(len(chats)), key=lambda index: len(chats[index].tokens))
+    for start in range(0, len(chats), micro_batch_size):
         group = by_length[start : start + micro_batch_size]
         model.switch(None)
-        features = np.array(backbone.features([chats[index].instruction for index in group]))
-        seen = np.empty((count, features.shape[1]), np.float32) if seen is None else seen
-        seen[group] = features
+        features |= zip(group, np.array(backbone.features([chats[index].instruction for index in group])), strict=True)
         importance[group] = np.concatenate(attribution(model, [chats[index] for index in group], masks), axis=1)
-    assert seen is not None
-    for chat, *found in zip(chats, importance, seen, strict=True):
-        if not all(np.isfinite(values).all() for values in found):
+    for index, chat in enumerate(chats):
+        if not (np.isfinite(importance[index]).all() and np.isfinite(features[index]).all()):
             raise DataError(
                 f"the gradients of a chat of domain {chat.domain!r} are not finite ({chat.instruction[:60]!r}); "
                 "measure with --dtype bfloat16 or float32, or leave the chat out"
             )
-    tensors = {"features": mx.array(seen), "importance": mx.array(importance)}
+    stacked = np.stack([features[index] for index in range(len(chats))])
+    tensors = {"features": mx.array(stacked), "importance": mx.array(importance)}
     write_atomic(file, lambda path: mx.save_safetensors(str(path), tensors), DataError)
 
 

@@ -46,91 +46,56 @@ class TrainConfig:
     A resumed run must have the settings that `identity` holds, `lora_rank`, `lora_scale`, and the same model, data and
     `start`. It may change all others, such as `micro_batch_size`, `grad_checkpoint`, `save_every` and the evaluation.
 
-    Attributes:
-        output: folder that everything is written to.
-        data: JSON lines by domain: chats, or texts for `pretrain`.
-        model: IFP checkpoint, a folder or a hub id.
-        stage: what to train.
-        dtype: float type to cast the model's weights to; None keeps the checkpoint's.
-        weight: shares of the domains in the batches; 1 where there is none.
-        limit: most records of each domain; None is 2000 for `calibrate` and `distill`, and no limit for the others.
-        held_out: share of the prompts that is never trained on.
-        max_seq_length: most tokens of a chat, or of the two chunks of a text.
-        strict: raise at a bad line of data instead of leaving it out.
-        seed: of the records used, their order, the densities, and first weights.
-        layers: first layers of the model that the predictor reads with (`distill`).
-        backbone: small mlx-lm model for the predictor to read with, instead of the first layers (`distill`).
-        pooling: the head reads the last token's hidden state, the mean over tokens, or both (`distill`).
-        rank: width of the head's inner layer (`distill`).
-        chats: measure only so many chats for now (`calibrate`, `distill`).
-        selector: the arms of a run, of `ARMS` (`pretrain` and `sft`, as is all that follows).
-        predictor: folder of the predictor to begin with; None is that of `start`, or the checkpoint's.
-        start: folder of an earlier run whose adapters, prior and predictor the arms begin with.
-        densities: comma-separated numbers and ranges, such as `0.27,0.2-0.8`. A sequence's density is drawn from one of
-            them, each as likely.
-        iters: steps, of `batch_size` sequences each (over all processes).
-        micro_batch_size: sequences computed together.
-        fine_tune_type: train adapters (`lora`), or whole weights (`full`).
-        learning_rate: of adapters or weights, after `warmup` steps; it falls by a cosine to a tenth. None is 5e-4, or
-            1e-4 for whole weights.
-        head_learning_rate: of the predictor's head, likewise; 0 keeps the head as it is.
-        head_start: share of the steps before the head begins to learn, so that weights settle around selections.
-        clip: largest global norm of a gradient.
-        lora_rank, lora_scale: of the adapters.
-        grad_checkpoint: recompute activations in the backward pass: less memory, more time.
-        teacher: share of KL(dense base model || arm) in the loss; the rest is cross-entropy. 0 runs no teacher.
-        epsilon: of the soft top-k whose gradient the head learns by, in the unit of the scores.
-        margin: neurons beyond the k chosen ones that a learning head sees the gradient of, as a share of k.
-        steps_per_report, steps_per_eval, save_every: steps between reports, evaluations, and states on disk.
-        eval_density: of evaluations; None is the middle of the last of `densities`.
-        eval_prompts: held-out prompts of each domain to evaluate on, at least 2; 0 is off.
-        stop_on_collapse: end the run when the learned arm has collapsed.
-
     Raises:
         DataError: if a setting is out of range, naming it.
     """
 
-    output: Path
-    data: Mapping[str, Path]
-    model: str | Path | None = None
+    output: Path  # folder that everything is written to
+    data: Mapping[str, Path]  # JSON lines by domain: chats, or texts for pretrain
+    model: str | Path | None = None  # IFP checkpoint, a folder or a hub id
     stage: Stage = "distill"
-    dtype: Dtype | None = None
-    weight: Mapping[str, float] = field(default_factory=dict)
-    limit: int | None = None
-    held_out: float = 0.15
-    max_seq_length: int = 256
-    strict: bool = False
-    seed: int = 0
-    layers: int = 12
-    backbone: Path | None = None
-    pooling: Pooling = "both"
-    rank: int = 128
-    chats: int | None = None
-    selector: tuple[ArmName, ...] = ("learned", "static")
-    predictor: Path | None = None
-    start: Path | None = None
-    densities: str = "0.5"
-    iters: int = 1000
-    batch_size: int = 8
-    micro_batch_size: int = 1
-    fine_tune_type: FineTuneType = "lora"
-    learning_rate: float | None = None
-    head_learning_rate: float = 0.0
-    head_start: float = 0.2
-    warmup: int = 20
-    clip: float = 1.0
+    dtype: Dtype | None = None  # float type to cast the model's weights to; None keeps the checkpoint's
+    seed: int = 0  # of the records used, their order, the densities, and first weights
+    micro_batch_size: int = 1  # sequences computed together
+
+    weight: Mapping[str, float] = field(default_factory=dict)  # shares of the domains in the batches; 1 if not given
+    limit: int | None = None  # most records of each domain; None: 2000 for calibrate and distill, else all
+    held_out: float = 0.15  # share of the prompts that is never trained on
+    max_seq_length: int = 256  # most tokens of a chat, or of the two chunks of a text
+    strict: bool = False  # raise at a bad line of data instead of leaving it out
+
+    # calibrate and distill
+    layers: int = 12  # first layers of the model that the predictor reads with
+    backbone: Path | None = None  # small mlx-lm model for the predictor to read with, instead of the first layers
+    pooling: Pooling = "both"  # the head reads the last token's hidden state, the mean over tokens, or both
+    rank: int = 128  # width of the head's inner layer
+    chats: int | None = None  # measure only so many chats for now; None: all
+
+    # pretrain and sft
+    selector: tuple[ArmName, ...] = ("learned", "static")  # the arms
+    predictor: Path | None = None  # folder of the predictor to begin with; None: that of start, or the checkpoint's
+    start: Path | None = None  # folder of an earlier run whose adapters, prior and predictor the arms begin with
+    densities: str = "0.5"  # numbers and ranges, such as 0.27,0.2-0.8; a sequence draws from one, each as likely
+    fine_tune_type: FineTuneType = "lora"  # train adapters, or whole weights
     lora_rank: int = 16
     lora_scale: float = 2.0
-    grad_checkpoint: bool = False
-    teacher: float = 0.5
-    epsilon: float = 0.1
-    margin: float = 0.25
+    teacher: float = 0.5  # share of KL(dense base model || arm) in the loss, the rest is cross-entropy; 0: no teacher
+    epsilon: float = 0.1  # of the soft top-k whose gradient the head learns by, in the unit of the scores
+    margin: float = 0.25  # neurons beyond the k chosen that a learning head sees the gradient of, as a share of k
+    iters: int = 1000  # steps
+    batch_size: int = 8  # sequences of a step, over all processes
+    learning_rate: float | None = None  # at its peak, of adapters or weights; None: 5e-4, whole weights 1e-4
+    head_learning_rate: float = 0.0  # at its peak, of the predictor's head; 0 keeps the head as it is
+    head_start: float = 0.2  # share of the steps before the head begins to learn, so that weights settle
+    warmup: int = 20  # steps until the peak; then the rate falls by a cosine to a tenth
+    clip: float = 1.0  # largest global norm of a gradient
+    grad_checkpoint: bool = False  # recompute activations in the backward pass: less memory, more time
     steps_per_report: int = 10
     steps_per_eval: int = 200
-    eval_density: float | None = None
-    eval_prompts: int = 10
-    save_every: int = 50
-    stop_on_collapse: bool = False
+    eval_density: float | None = None  # None: the middle of the last of densities
+    eval_prompts: int = 10  # held-out prompts of each domain to evaluate on, at least 2; 0 is off
+    save_every: int = 50  # steps between states on disk
+    stop_on_collapse: bool = False  # end the run when the learned arm has collapsed
 
     def __post_init__(self) -> None:
         if not self.data or not isinstance(self.data, Mapping):

@@ -14,8 +14,9 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ifprune_mlx.data.dataloader import DataMixture
-from ifprune_mlx.data.splits import DomainSplits
+from ifprune_mlx.data.dataloader import DataMixture, shuffled
+from ifprune_mlx.data.dataset import Record, read_records, split
+from ifprune_mlx.data.tokenize import Example, chunked, encode_all
 from ifprune_mlx.errors import DataError
 from ifprune_mlx.model import Model, load
 from ifprune_mlx.selection.predictor import SparsityPredictor, load_predictor
@@ -102,17 +103,9 @@ class _Stage:
     ) -> None:
         self._config, self._model, self._tokenizer = config, model, tokenizer
         self._progress, self._report = progress, report
-        self._data = DomainSplits(
-            config.data,
-            tokenizer,
-            config.max_seq_length,
-            texts=config.stage == "pretrain",
-            held_out=config.held_out,
-            limit=config.limit or (_MEASURED_CHATS if config.measures else None),
-            seed=config.seed,
-            strict=config.strict,
-            report=report,
-        )
+        self._records = {
+            name: read_records(file, name, strict=config.strict, report=report) for name, file in config.data.items()
+        }
 
     def calibrate(self) -> tuple[Path, dict[str, Any]]:
         """Measure how much answers need each neuron, and write the priors."""
@@ -146,10 +139,10 @@ class _Stage:
     def train_arms(self) -> tuple[Path, dict[str, Any]]:
         """Train the arms on the same batches, and evaluate them on held-out prompts."""
         config, model, progress = self._config, self._model, self._progress
-        train_data = {name: self._data.train(name) for name in config.data}
+        train_data = {name: self._train_examples(name) for name in config.data}
         valid_data = {}
         for name in config.data if config.eval_prompts else ():
-            held_out = self._data.valid(name, config.eval_prompts)
+            held_out = self._held_out_examples(name)
             if len(held_out) > 1:
                 valid_data[name] = held_out
             elif config.held_out:
@@ -187,7 +180,7 @@ class _Stage:
             raise DataError(f"--layers {config.layers}: the model has {depth}; give at most that")
         domains = []
         for name in config.data:
-            domains.append(self._data.train(name))
+            domains.append(self._train_examples(name))
             self._report(f"{name}: {len(domains[-1])} chats")
         # In turn, so that a run that is stopped early has measured every domain alike.
         chats = [chat for turn in zip_longest(*domains) for chat in turn if chat is not None]
@@ -201,6 +194,38 @@ class _Stage:
                 count=config.chats,
                 micro_batch_size=config.micro_batch_size,
             )
+
+    def _chosen_records(self, name: str, part: str) -> list[Record]:
+        """The records of one domain, to train on (`train`) or held out (`valid`), in an order that the seed fixes."""
+        config = self._config
+        records = [record for record in self._records[name] if split(record, config.held_out) == part]
+        chosen = [records[index] for index in shuffled(len(records), f"{config.seed}-{name}")]
+        return chosen[: config.limit or (_MEASURED_CHATS if config.measures else None)]
+
+    def _train_examples(self, name: str) -> list[Example]:
+        return self._encoded(self._chosen_records(name, "train"), self._report)
+
+    def _held_out_examples(self, name: str) -> list[Example]:
+        """Up to `eval_prompts` examples, one of each prompt or text: a second chunk of a text is no other prompt."""
+        found: list[Example] = []
+        by_key = {record.key: record for record in reversed(self._chosen_records(name, "valid"))}
+        for record in reversed(by_key.values()):
+            if len(found) == self._config.eval_prompts:
+                break
+            try:
+                found += self._encoded([record], lambda line: None)[:1]
+            except DataError:  # its answer begins after the most tokens, or it is shorter than one chunk
+                continue
+        return found
+
+    def _encoded(self, records: list[Record], report: Callable[[str], object]) -> list[Example]:
+        length = self._config.max_seq_length
+        if self._config.stage != "pretrain":
+            return encode_all(self._tokenizer, records, length, report)
+        pairs = [pair for record in records for pair in chunked(self._tokenizer, record, length // 2)]
+        if not pairs:
+            raise DataError(f"no text is longer than one chunk of {length // 2} tokens; give longer texts")
+        return pairs
 
     def _predictor_folder(self) -> Path | None:
         """The predictor asked for, or the one that an earlier run trained along; None for the checkpoint's."""

@@ -79,12 +79,15 @@ def priors(targets: Targets) -> dict[str, list[Scores]]:
     Returns:
         By domain, and under `all`: per FFN, float32 `[d_ffn]`.
     """
-    logs = log_importance(targets.importance, targets.widths)
     labels = np.array(targets.domains)
-    means = {domain: logs[labels == domain].mean(axis=0) for domain in sorted(set(targets.domains))}
-    means["all"] = np.mean(list(means.values()), axis=0)
-    bounds = np.cumsum(targets.widths)[:-1]
-    return {name: list(np.split(np.exp(mean).astype(np.float32), bounds)) for name, mean in means.items()}
+    by_domain: dict[str, list[Scores]] = {domain: [] for domain in sorted(set(targets.domains))}
+    overall: list[Scores] = []
+    for logs in log_importance(targets):
+        means = [logs[labels == domain].mean(axis=0) for domain in by_domain]
+        for found, mean in zip(by_domain.values(), means, strict=True):
+            found.append(np.exp(mean).astype(np.float32))
+        overall.append(np.exp(np.mean(means, axis=0)).astype(np.float32))
+    return {**by_domain, "all": overall}
 
 
 def save_prior(file: Path, prior: Sequence[Scores]) -> None:

@@ -15,6 +15,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -74,9 +75,9 @@ class Trainer:
         self.step = self.tokens = 0
         self._group = mx.distributed.init()
         self._train_step = TrainStep(trainable, predictor, prior, config)
-        self._domains = sorted(mixture.names)
+        self._domains = list(mixture.items)
         self.arms = [self._arm(name) for name in config.selector]
-        self._keep: dict[float, tuple[int, ...]] = {}
+        self._keep = cache(trainable.model.keep)
         examples = [example for items in mixture.items.values() for example in items]
         identity = {
             "checkpoint": trainable.model.checkpoint.id,
@@ -147,7 +148,7 @@ class Trainer:
             # Neighbours have about the same length, since a batch comes in order of length.
             examples = batch.examples[first : first + config.micro_batch_size]
             rows = [self._group.rank() + self._group.size() * (first + index) for index in range(len(examples))]
-            keep = [self._keep_of(self._density(row)) for row in rows]
+            keep = [self._keep(self._density(row)) for row in rows]
             teacher = self._train_step.teacher_output(examples)
             for number, arm in enumerate(self.arms):
                 with differentiable(self.trainable.model.module):
@@ -260,11 +261,6 @@ class Trainer:
         ranges = self.config.density_ranges
         low, high = ranges[int.from_bytes(digest[:8], "big") % len(ranges)]
         return low + (high - low) * int.from_bytes(digest[8:12], "big") / 2**32
-
-    def _keep_of(self, density: float) -> tuple[int, ...]:
-        if density not in self._keep:
-            self._keep[density] = self.trainable.model.keep(density)
-        return self._keep[density]
 
     def _means(self, sums: np.ndarray[Any, Any]) -> dict[str, Any]:
         """Per domain that the batch held, mean losses and tokens."""

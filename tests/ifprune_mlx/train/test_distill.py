@@ -147,7 +147,7 @@ def test_a_planted_signal_is_found() -> None:
     targets, fresh = planted(400, 0.5), planted(100, 0.5, seed=1)
     fit = distill(targets, rank=4)
     assert max(fit.explained.values()) > 0.8
-    wanted = log_importance(fresh.importance, fresh.widths)
+    wanted = np.concatenate([*log_importance(fresh)], axis=1)
     got = predicted(fit, fresh.features)
     for row in range(100):
         sparse = top_k([wanted[row, :40], wanted[row, 40:]], (16, 8), "oracle")
@@ -160,7 +160,7 @@ def test_without_a_signal_the_predictor_is_the_prior() -> None:
     targets = planted(300, 0.0)
     fit = distill(targets)
     assert max(fit.explained.values()) < 0.05
-    mean = log_importance(targets.importance, targets.widths).mean(axis=0)
+    mean = np.concatenate([*log_importance(targets)], axis=1).mean(axis=0)
     np.testing.assert_allclose(np.array(fit.head.second_bias), mean, atol=1e-5)
     assert np.abs(predicted(fit, targets.features) - mean).max() < 0.1
 
@@ -184,7 +184,7 @@ def test_full_rank_is_plain_ridge_regression() -> None:
     targets = planted(200, 0.3)
     fit = distill(targets, rank=64, penalties=(0.5,))
     x = (targets.features - targets.features.mean(axis=0)) / (targets.features.std(axis=0) + 1e-6)
-    y = log_importance(targets.importance, targets.widths)
+    y = np.concatenate([*log_importance(targets)], axis=1)
     solution = np.linalg.solve(x.T @ x + 0.5 * 200 * np.eye(8), x.T @ (y - y.mean(axis=0)))
     np.testing.assert_allclose(predicted(fit, targets.features), y.mean(axis=0) + x @ solution, atol=2e-3)
 
