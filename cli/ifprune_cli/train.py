@@ -109,10 +109,10 @@ def _summary(result: TrainResult, config: TrainConfig) -> str:
             f"{figures['chats']} chats, {parameters(figures['parameters'])} parameters; of what differs between "
             f"held-out answers it predicts {100 * figures['explained']:.1f} %"
         )
-    told = f"{figures['steps']} steps, {figures['tokens']} tokens an arm"
+    summary = f"{figures['steps']} steps, {figures['tokens']} tokens an arm"
     if "learned" not in config.selector:
-        return told
+        return summary
     return (
-        f"{told}; convert with --predictor {path}/predictor --adapter {path}/adapters/learned --prior "
+        f"{summary}; convert with --predictor {path}/predictor --adapter {path}/adapters/learned --prior "
         f"{path}/prior.safetensors"
     )

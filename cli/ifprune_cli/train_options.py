@@ -67,7 +67,7 @@ def _as_given(value: Any, *, multiple: bool) -> Any:
 
 # typer reads these at run time, so they are spelled for Python 3.10.
 Output = Annotated[Path, _option("output", RUN, "Write everything to this folder.", metavar="FOLDER")]
-StageName = Annotated[Stage, _option("stage", RUN, "Train this.")]
+StageName = Annotated[Stage, _option("stage", RUN, "Run this stage of training.")]
 Config = Annotated[
     Optional[Path],
     _option(

@@ -15,7 +15,7 @@ from ifprune_mlx.errors import DataError
 
 Message = dict[str, str]
 
-EXPECTED = "messages, prompt and completion, or text"
+_EXPECTED = "messages, prompt and completion, or text"
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def read_records(
             report(bad)
     if not records:
         raise DataError(
-            f"{path}: holds no chats or texts; give JSON lines with {EXPECTED}"
+            f"{path}: holds no chats or texts; give JSON lines with {_EXPECTED}"
             if first_bad is None
             else f"{path}: no line of it can be used; the first reason is {first_bad}"
         )
@@ -94,7 +94,7 @@ def _record(value: Any, domain: str) -> Record:
     """The record that a line's JSON value holds; ValueError says why there is none."""
     if not isinstance(value, dict):
         kind = "JSON" if value is None else "a JSON object"
-        raise ValueError(f"not a chat or text; expected {kind} with {EXPECTED}")
+        raise ValueError(f"not a chat or text; expected {kind} with {_EXPECTED}")
     # The order of precedence is mlx-lm's.
     if "prompt" in value and "completion" in value:
         user, assistant = checked_text(value["prompt"], "prompt"), checked_text(value["completion"], "completion")
@@ -108,7 +108,7 @@ def _record(value: Any, domain: str) -> Record:
         if not record.instruction.strip():
             raise ValueError("text is blank")
         return record
-    raise ValueError(f"not a chat or text; expected {EXPECTED}")
+    raise ValueError(f"not a chat or text; expected {_EXPECTED}")
 
 
 def _chat(values: Any, domain: str) -> Record:

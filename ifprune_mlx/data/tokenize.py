@@ -107,10 +107,10 @@ def encode_all(
         else:
             encoded.append(example)
     where = f"domain {domains.pop()!r}: " if len(domains) == 1 else ""
-    told = [f"{where}{count} of {total} chats left out: {reason}" for reason, count in reasons.items()]
+    lines = [f"{where}{count} of {total} chats left out: {reason}" for reason, count in reasons.items()]
     if not encoded:
-        raise DataError(f"{told[0] if told else 'there are no chats'}; none is left, give other chats")
-    for line in told:
+        raise DataError(f"{lines[0] if lines else 'there are no chats'}; none is left, give other chats")
+    for line in lines:
         report(line)
     return encoded
 
