@@ -18,7 +18,7 @@ import numpy as np
 from ifprune_mlx import load
 from ifprune_mlx.data.dataloader import shuffled
 from ifprune_mlx.data.dataset import read_records
-from ifprune_mlx.data.tokenize import Encoded, encode_all
+from ifprune_mlx.data.tokenize import Example, encode_all
 from ifprune_mlx.eval.losses import answer_nll
 from ifprune_mlx.model import Model
 from ifprune_mlx.selection.selection import Scores, top_k
@@ -26,7 +26,7 @@ from ifprune_mlx.sparse.importance import fuse_ranks, recorded
 from ifprune_mlx.train.attribution import attribution
 
 
-def activation(model: Model, example: Encoded) -> list[Scores]:
+def activation(model: Model, example: Example) -> list[Scores]:
     """Importance by activation in the dense model, over the answer's tokens."""
     model.switch(None)
     with recorded(model.down_leaves) as recorder:
@@ -36,7 +36,7 @@ def activation(model: Model, example: Encoded) -> list[Scores]:
         return recorder.importance(model.down_norms)
 
 
-def scores(model: Model, example: Encoded, density: float) -> dict[str, list[Scores]]:
+def scores(model: Model, example: Example, density: float) -> dict[str, list[Scores]]:
     """Per row, per FFN, float32 `[d_ffn]`."""
     seen = activation(model, example)
     kept = [prior >= np.quantile(prior, 1 - density) for prior in model.prior]

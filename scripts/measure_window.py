@@ -22,7 +22,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ifprune_convert.embedded import ensure_embedded
 from ifprune_mlx import Model, Selection, load, make_selector
 from ifprune_mlx.data.dataset import Record, read_records
-from ifprune_mlx.data.tokenize import Encoded, encode
+from ifprune_mlx.data.tokenize import Example, encode
 from ifprune_mlx.eval.bootstrap import POOLED
 from ifprune_mlx.eval.losses import compare
 from ifprune_mlx.selection.predictor import SELECT_WINDOW
@@ -35,7 +35,7 @@ WINDOW, WHOLE, QUESTION = f"window of {SELECT_WINDOW}", "whole instruction", "qu
 LONGEST = 4096
 
 
-def long_prompts(tokenizer: TokenizerWrapper, kind: str, count: int, tokens: int) -> list[tuple[Encoded, str]]:
+def long_prompts(tokenizer: TokenizerWrapper, kind: str, count: int, tokens: int) -> list[tuple[Example, str]]:
     """`count` questions of each domain behind at least `tokens` of examples, and each question by itself."""
     held_out = {domain: read_records(HELD_OUT / f"{domain}.jsonl", domain) for domain in DOMAINS}
     generator = np.random.default_rng(0)
@@ -56,12 +56,12 @@ def long_prompts(tokenizer: TokenizerWrapper, kind: str, count: int, tokens: int
     return found
 
 
-def differing(model: Model, prompts: list[Encoded], keep: tuple[int, ...], window: int) -> list[float]:
+def differing(model: Model, prompts: list[Example], keep: tuple[int, ...], window: int) -> list[float]:
     """For every prompt, the share of the active neurons that the whole instruction does not select."""
     predictor, selector = model.predictor, make_selector(model, "learned")
     assert predictor is not None
 
-    def selected(tokens: int, prompt: Encoded) -> Selection:
+    def selected(tokens: int, prompt: Example) -> Selection:
         predictor.window = tokens
         return selector.select(Instruction(prompt.instruction, (1,)), keep).selection
 

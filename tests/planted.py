@@ -25,9 +25,9 @@ from ifprune_convert.readers import open_source
 from ifprune_mlx import Instruction, Model, Selected, Selection, load
 from ifprune_mlx.chat_template import render_messages
 from ifprune_mlx.data.dataset import Record
-from ifprune_mlx.data.tokenize import Encoded, encode_all
+from ifprune_mlx.data.tokenize import Example, encode_all
 from ifprune_mlx.selection.predictor import SparsityPredictor, load_predictor
-from ifprune_mlx.train.attribution import measure
+from ifprune_mlx.train.attribution import Backbone, measure
 from ifprune_mlx.train.distill import distill
 from tests.tiny import CONFIGS, write_source
 
@@ -55,7 +55,7 @@ def random_selection(model: Model, keep: Sequence[int], generator: np.random.Gen
     return Selection(tuple(ids), tuple(widths), "planted")
 
 
-def plant(model: Model, selections: Mapping[str, Selection], domain: str, seed: int, answer: int = 24) -> list[Encoded]:
+def plant(model: Model, selections: Mapping[str, Selection], domain: str, seed: int, answer: int = 24) -> list[Example]:
     """One example per selection: a random prompt named by its key, and what the model says to it on that selection."""
     generator = np.random.default_rng(seed)
     examples = []
@@ -64,7 +64,7 @@ def plant(model: Model, selections: Mapping[str, Selection], domain: str, seed: 
         model.switch(selection)
         said = [int(token) for token, _ in generate_step(mx.array(prompt), model.module, max_tokens=answer)]
         tokens = np.array([*prompt, *said], np.int32)
-        examples.append(Encoded(tokens, np.arange(len(tokens)) >= len(prompt), len(prompt), text, domain, text))
+        examples.append(Example(tokens, np.arange(len(tokens)) >= len(prompt), len(prompt), text, domain, text))
     return examples
 
 
@@ -191,7 +191,7 @@ class Distilled:
     experts: Experts
     model: Model
     predictor: SparsityPredictor
-    data: dict[str, list[Encoded]]
+    data: dict[str, list[Example]]
     keep: tuple[int, ...]
 
 
@@ -208,7 +208,7 @@ def distil_experts(folder: Path, count: int, named: int, *, chats: int, held_out
     source = write_experts_source(folder / "source", experts)
     convert(open_source(source), folder / "writer", Options())
     writer, tokenizer = load(folder / "writer")
-    fitted, data = list[Record](), dict[str, list[Encoded]]()
+    fitted, data = list[Record](), dict[str, list[Example]]()
     for domain, groups in {"a": range(count // 2), "b": range(count // 2, count)}.items():
         drawn = [generator.choice(groups, named, replace=False).tolist() for _ in range(chats + held_out)]
         records = expert_chats(writer, tokenizer, experts, drawn, domain, generator)
@@ -217,7 +217,9 @@ def distil_experts(folder: Path, count: int, named: int, *, chats: int, held_out
     writer.close()
     convert(open_source(source), folder / "checkpoint", Options(calibration=fitted))
     model, tokenizer = load(folder / "checkpoint")
-    targets = measure(model, encode_all(tokenizer, fitted, 128, print), folder / "targets", layers=1)
+    targets = measure(
+        model, encode_all(tokenizer, fitted, 128, print), folder / "targets", Backbone.first_layers(model, 1)
+    )
     (folder / "predictor").mkdir()
     distill(targets, rank=32).head.save(folder / "predictor" / "head.safetensors")
     predictor = load_predictor(folder / "predictor", model.module, tokenizer, model.context_length, (_D_FFN,) * _LAYERS)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from ifprune_mlx import Model
     from ifprune_mlx.data.dataset import Record
-    from ifprune_mlx.data.tokenize import Encoded
+    from ifprune_mlx.data.tokenize import Example
     from ifprune_mlx.eval.exact_match import ExactQuestion
     from ifprune_mlx.eval.lm_eval import HarnessTask
     from ifprune_mlx.eval.losses import Evaluation
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ifprune_mlx.eval.multiple_choice import ChoiceQuestion
 
 Records = dict[str, list["Record"]]
-Examples = dict[str, list["Encoded"]]
+Examples = dict[str, list["Example"]]
 
 MaxLengthOption = Annotated[
     int, typer.Option("--max-length", min=2, help="Tokens of a chat that are read; the rest is cut off.")

@@ -1,12 +1,13 @@
-"""Endless mixtures of data sources and their batches, which every run makes alike.
+"""Endless mixtures of data sources, and their batches.
 
-Nothing here draws a random number that its seed, the data and the position do not fix: a run that resumes, or that is
-shared by several processes, sees what one undisturbed process sees.
+The seed, the data and the position fix every random choice. So a run that resumes, and one that several processes
+share, see the batches that one undisturbed process sees.
 
     records = read_records("code.jsonl", "code", report=print)
     train = [record for record in records if split(record, 0.02) == "train"]
-    mixture = Mixture({"code": (encode_all(tokenizer, train, 512, print), 1.0), ...}, seed=0)
-    for batch in batches(mixture, 32): ...
+    mixture = DataMixture({"code": (encode_all(tokenizer, train, 512, print), 1.0), ...}, seed=0)
+    for batch in batches(mixture, 32):
+        ...
 """
 
 from __future__ import annotations
@@ -19,16 +20,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Generic, Protocol, TypeVar
 
-import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from ifprune_mlx.data.tokenize import Encoded, collate
+from ifprune_mlx.data.tokenize import Example
 from ifprune_mlx.errors import DataError
 
 
 class Keyed(Protocol):
-    """What a mixture holds: records, encoded or not."""
+    """An item of a mixture: a record, or an example made of one."""
 
     @property
     def key(self) -> str: ...
@@ -37,15 +37,18 @@ class Keyed(Protocol):
 Item = TypeVar("Item", bound=Keyed)
 
 
-class Mixture(Generic[Item]):
-    """An endless stream that draws from several sources by weight, without chance: only the order within a source is
-    shuffled, anew for each of its epochs.
+class DataMixture(Generic[Item]):
+    """An endless stream that draws from several sources by weight. Each source is shuffled anew for every epoch.
 
-    The next item comes from the source that is furthest behind its share, so every stretch of the stream holds the
-    weights as nearly as whole items can, and how many items each source has given is all there is to its position.
+    The next item comes from the source that is furthest behind its share. So every stretch of the stream holds the
+    weights as nearly as whole items can, and the position is how many items each source has given.
 
     Args:
         sources: items and weight by name. Names matter to the shuffle; their order does not.
+        seed: of the shuffles.
+
+    Attributes:
+        items: of the sources, by name in alphabetical order.
 
     Raises:
         DataError: if there are no sources, one is empty, or a weight is not above 0.
@@ -59,11 +62,11 @@ class Mixture(Generic[Item]):
                 raise DataError(f"source {name!r} holds nothing to learn from; leave it out, or give it data")
             if not (weight > 0 and math.isfinite(weight)):
                 raise DataError(f"source {name!r} has the weight {weight:g}; give a number above 0, or leave it out")
-        self._items: dict[str, Sequence[Item]] = {name: sources[name][0] for name in sorted(sources)}
-        total = sum(sources[name][1] for name in self._items)  # summed in this order, to the last bit
-        self._shares = {name: sources[name][1] / total for name in self._items}
-        self._seed = seed
-        self._taken = dict.fromkeys(self._items, 0)
+        self.items: dict[str, Sequence[Item]] = {name: sources[name][0] for name in sorted(sources)}
+        total = sum(sources[name][1] for name in self.items)  # summed in this order, to the last bit
+        self._shares = {name: sources[name][1] / total for name in self.items}
+        self.seed = seed
+        self._taken = dict.fromkeys(self.items, 0)
         self._orders: dict[str, tuple[int, npt.NDArray[np.intp]]] = {}
 
     def __iter__(self) -> Iterator[Item]:
@@ -72,39 +75,24 @@ class Mixture(Generic[Item]):
     def __next__(self) -> Item:
         position = self.position + 1
         # `max` takes the first of equals, in the order of names.
-        name = max(self._items, key=lambda name: self._shares[name] * position - self._taken[name])
-        items = self._items[name]
+        name = max(self.items, key=lambda name: self._shares[name] * position - self._taken[name])
+        items = self.items[name]
         epoch, index = divmod(self._taken[name], len(items))
         if self._orders.get(name, (-1,))[0] != epoch:
-            self._orders[name] = epoch, shuffled(len(items), f"{self._seed}/{name}/{epoch}")
+            self._orders[name] = epoch, shuffled(len(items), f"{self.seed}/{name}/{epoch}")
         self._taken[name] += 1
         return items[int(self._orders[name][1][index])]
-
-    @property
-    def items(self) -> Mapping[str, Sequence[Item]]:
-        """What the sources hold, by name in alphabetical order."""
-        return self._items
-
-    @property
-    def names(self) -> list[str]:
-        """Of the sources, in alphabetical order."""
-        return list(self._items)
 
     @property
     def position(self) -> int:
         """Items given so far."""
         return sum(self._taken.values())
 
-    @property
-    def seed(self) -> int:
-        """What the order hangs on, beside the data."""
-        return self._seed
-
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of seed, shares and the keys of all items in their order; knows nothing of how they were encoded."""
-        digest = hashlib.sha256(json.dumps([self._seed, self._shares]).encode())
-        for items in self._items.values():
+        """Hash (16 hexadecimal digits) of the seed, the shares, and the keys of all items in order."""
+        digest = hashlib.sha256(json.dumps([self.seed, self._shares]).encode())
+        for items in self.items.values():
             digest.update("\n".join(item.key for item in items).encode() + b"\0")
         return digest.hexdigest()[:16]
 
@@ -120,7 +108,7 @@ class Mixture(Generic[Item]):
         """
         if state.get("fingerprint") != self.fingerprint:
             raise DataError("the data, their weights or the seed changed since the run was saved; start a new run")
-        self._taken = {name: int(state["taken"][name]) for name in self._items}
+        self._taken = {name: int(state["taken"][name]) for name in self.items}
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,41 +116,35 @@ class Batch:
     """What one process computes of one step.
 
     Attributes:
-        tokens: int32 `[rows, length]`, padded on the right; `length` is that of the whole step, on every process.
-        mask: bool `[rows, length]`, True for the tokens to be predicted.
-        examples: the rows before padding.
+        examples: this process's rows, in order of length if they come from a pool.
         targets: number of tokens to be predicted in the whole step, over all processes. A loss that sums over rows and
             divides by this is the one-process loss once summed over processes.
         state: give it to `batches` to go on after this step.
     """
 
-    tokens: mx.array
-    mask: mx.array
-    examples: tuple[Encoded, ...]
+    examples: tuple[Example, ...]
     targets: int
     state: dict[str, Any]
 
 
 def batches(
-    mixture: Mixture[Encoded],
+    mixture: DataMixture[Example],
     size: int,
     *,
     rank: int = 0,
     world: int = 1,
     pool: int = 8,
-    multiple: int = 32,
     state: Mapping[str, Any] | None = None,
 ) -> Iterator[Batch]:
     """Endless batches of `size` rows over all processes, of which this one gets every `world`-th row.
 
-    To pad less, `pool` batches are drawn at once, sorted by length, cut, and given in shuffled order; all of it
-    follows from the mixture's position. Every process draws the whole batch and keeps its rows, so nothing has to
-    be agreed between them.
+    So that rows of one batch have about one length, `pool` batches are drawn at once, sorted by length, cut, and given
+    in shuffled order; the mixture's position fixes all of it. Every process draws the whole batch and keeps its rows,
+    so the processes need not communicate.
 
     Args:
         size: rows of one step, a multiple of `world`.
         pool: 1 keeps the mixture's own order.
-        multiple: the padded length is a multiple of this, so that compiled steps see few shapes.
         state: of an earlier batch, made with the same data, `size` and `pool`; the rest may differ.
 
     Raises:
@@ -176,7 +158,7 @@ def batches(
             raise DataError("the batch size or pool changed since the run was saved; give those it began with")
         mixture.restore(state["mixture"])
         done = int(state["done"])
-    return _batches(mixture, size, rank, world, pool, multiple, done)
+    return _batches(mixture, size, rank, world, pool, done)
 
 
 def shuffled(count: int, seed: str) -> npt.NDArray[np.intp]:
@@ -188,16 +170,8 @@ def shuffled(count: int, seed: str) -> npt.NDArray[np.intp]:
     return np.argsort(bits.random_raw(count), kind="stable")
 
 
-def _batches(
-    mixture: Mixture[Encoded],
-    size: int,
-    rank: int,
-    world: int,
-    pool: int,
-    multiple: int,
-    done: int,
-) -> Iterator[Batch]:
-    """`batches`, whose arguments are sound; `done` batches of the pool at hand were given before."""
+def _batches(mixture: DataMixture[Example], size: int, rank: int, world: int, pool: int, done: int) -> Iterator[Batch]:
+    """`batches` with checked arguments; `done` batches of the first pool were given before."""
     while True:
         before, position = mixture.state(), mixture.position
         drawn = [next(mixture) for _ in range(size * pool)]
@@ -207,13 +181,11 @@ def _batches(
         for index in range(done, pool):
             start = int(order[index]) * size
             rows = drawn[start : start + size]
-            mine = rows[rank::world]
-            tokens, mask = collate(mine, multiple=multiple, length=max(len(row.tokens) for row in rows))
             last = index + 1 == pool
             after = {
                 "mixture": mixture.state() if last else before,
                 "done": 0 if last else index + 1,
                 "shape": [size, pool],
             }
-            yield Batch(tokens, mask, tuple(mine), sum(int(row.mask.sum()) for row in rows), after)
+            yield Batch(tuple(rows[rank::world]), sum(int(row.mask.sum()) for row in rows), after)
         done = 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,12 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ifprune_mlx.data.jsonl import text_lines
+from ifprune_mlx.data.jsonl import checked_text, json_lines
 from ifprune_mlx.errors import DataError
 
 Message = dict[str, str]
 
-EXPECTED = "messages, prompt and completion, or text"
+_EXPECTED = "messages, prompt and completion, or text"
 
 
 @dataclass(frozen=True)
@@ -56,21 +55,18 @@ def read_records(
     or .bz2. Empty lines are passed over.
 
     Args:
-        strict: make a line that cannot be used fatal.
-        report: is told "file, line N: reason" of every line that is skipped. Without it such a line is fatal too:
-            nothing is left out in silence.
+        strict: raise at a line that cannot be used, instead of skipping it.
+        report: receives "file, line N: reason" for every line that is skipped. Without it such a line is an error.
 
     Raises:
         DataError: if the file cannot be read, is not UTF-8, holds no usable line, or (see above) has a bad line.
     """
     path = Path(path)
     records, first_bad = [], None
-    for number, line in enumerate(text_lines(path), 1):
-        if not line.strip():
-            continue
+    for number, value in json_lines(path):
         try:
-            records.append(_record(line, domain))
-        except _BadLine as exc:
+            records.append(_record(value, domain))
+        except ValueError as exc:
             bad = f"{path}, line {number}: {exc}"
             if strict or report is None:
                 raise DataError(bad) from None
@@ -78,7 +74,7 @@ def read_records(
             report(bad)
     if not records:
         raise DataError(
-            f"{path}: holds no chats or texts; give JSON lines with {EXPECTED}"
+            f"{path}: holds no chats or texts; give JSON lines with {_EXPECTED}"
             if first_bad is None
             else f"{path}: no line of it can be used; the first reason is {first_bad}"
         )
@@ -86,68 +82,52 @@ def read_records(
 
 
 def split(record: Record, share: float) -> str:
-    """`valid` for about `share` of all instructions, else `train`: by the record's key alone.
+    """`valid` for about `share` of all instructions, else `train`.
 
-    So an instruction is never in both, and stays where it is whatever else is read, in whatever order. A larger
-    share only moves records from train to valid.
+    The record's key alone decides, so an instruction is never in both parts, whatever else is read and in whatever
+    order. A larger share only moves records from train to valid.
     """
     return "valid" if int(record.key, 16) / 16 ** len(record.key) < share else "train"
 
 
-class _BadLine(Exception):
-    """Why a line cannot be used."""
-
-
-def _record(line: str, domain: str) -> Record:
-    try:
-        value: Any = json.loads(line)
-    except (ValueError, RecursionError):
-        raise _BadLine(f"not a chat or text; expected JSON with {EXPECTED}") from None
+def _record(value: Any, domain: str) -> Record:
+    """The record that a line's JSON value holds; ValueError says why there is none."""
     if not isinstance(value, dict):
-        raise _BadLine(f"not a chat or text; expected a JSON object with {EXPECTED}")
+        kind = "JSON" if value is None else "a JSON object"
+        raise ValueError(f"not a chat or text; expected {kind} with {_EXPECTED}")
     # The order of precedence is mlx-lm's.
     if "prompt" in value and "completion" in value:
-        user, assistant = _text(value["prompt"], "prompt"), _text(value["completion"], "completion")
+        user, assistant = checked_text(value["prompt"], "prompt"), checked_text(value["completion"], "completion")
         return _chat([{"role": "user", "content": user}, {"role": "assistant", "content": assistant}], domain)
     if "messages" in value:
         if value.get("tools"):
-            raise _BadLine("a chat with tools, which are not supported")
+            raise ValueError("a chat with tools, which are not supported")
         return _chat(value["messages"], domain)
     if "text" in value:
-        record = Record((), domain, _text(value["text"], "text"))
+        record = Record((), domain, checked_text(value["text"], "text"))
         if not record.instruction.strip():
-            raise _BadLine("text is blank")
+            raise ValueError("text is blank")
         return record
-    raise _BadLine(f"not a chat or text; expected {EXPECTED}")
+    raise ValueError(f"not a chat or text; expected {_EXPECTED}")
 
 
 def _chat(values: Any, domain: str) -> Record:
     if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
-        raise _BadLine("messages are no list of objects with role and content")
+        raise ValueError("messages are no list of objects with role and content")
     messages = [
-        {key: _text(value.get(key), f"the {key} of message {number}") for key in ("role", "content")}
+        {key: checked_text(value.get(key), f"the {key} of message {number}") for key in ("role", "content")}
         for number, value in enumerate(values, 1)
     ]
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
     if not messages:
-        raise _BadLine("no answer by the assistant")
+        raise ValueError("no answer by the assistant")
     roles = [message["role"] for message in messages]
     if "user" not in roles[: roles.index("assistant")]:
-        raise _BadLine("no user message before the first answer")
+        raise ValueError("no user message before the first answer")
     record = Record(tuple(messages), domain)
     if not record.instruction.strip():
-        raise _BadLine("the first user message is blank")
+        raise ValueError("the first user message is blank")
     if not messages[-1]["content"].strip():
-        raise _BadLine("the last answer is blank")
+        raise ValueError("the last answer is blank")
     return record
-
-
-def _text(value: Any, what: str) -> str:
-    if not isinstance(value, str):
-        raise _BadLine(f"{what} is not text")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise _BadLine(f"{what} holds half a surrogate pair, which is no character") from None
-    return value

@@ -1,7 +1,4 @@
-"""JSON lines, and a file of test questions, read whole or not at all.
-
-A test set of which some lines are passed over is another test set, so that the first bad line ends it.
-"""
+"""Reads files of JSON lines."""
 
 from __future__ import annotations
 
@@ -20,7 +17,9 @@ T = TypeVar("T")
 
 
 def parse_json_lines(path: str | Path, parse: Callable[[dict[str, Any]], T], expected: str) -> list[T]:
-    """Make something of every line of a UTF-8 file of JSON objects; empty lines are passed over.
+    """Parse every line of a UTF-8 file of JSON objects; empty lines are passed over.
+
+    The first bad line is fatal: a test set without some of its lines would be another test set.
 
     Args:
         path: may be packed as .gz or .bz2.
@@ -32,13 +31,7 @@ def parse_json_lines(path: str | Path, parse: Callable[[dict[str, Any]], T], exp
     """
     path = Path(path)
     result = []
-    for number, line in enumerate(text_lines(path), 1):
-        if not line.strip():
-            continue
-        try:
-            value: Any = json.loads(line)
-        except (ValueError, RecursionError):
-            value = None
+    for number, value in json_lines(path):
         try:
             if not isinstance(value, dict):
                 raise ValueError("no JSON object")
@@ -50,16 +43,35 @@ def parse_json_lines(path: str | Path, parse: Callable[[dict[str, Any]], T], exp
     return result
 
 
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """The number and the value of every line that is not empty; the value is None where it is no JSON.
+
+    Raises:
+        DataError: as `text_lines`.
+    """
+    for number, line in enumerate(text_lines(path), 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError):
+                yield number, None
+
+
 def filled_text(value: Any, what: str) -> str:
     """`value`, if it is text that is not blank; else ValueError, naming `what`."""
+    if not checked_text(value, what).strip():
+        raise ValueError(f"{what} is blank")
+    return str(value)
+
+
+def checked_text(value: Any, what: str) -> str:
+    """`value`, if it is text that UTF-8 can hold; else ValueError, naming `what`."""
     if not isinstance(value, str):
         raise ValueError(f"{what} is not text")
     try:
         value.encode()
     except UnicodeEncodeError:
         raise ValueError(f"{what} holds half a surrogate pair, which is no character") from None
-    if not value.strip():
-        raise ValueError(f"{what} is blank")
     return value
 
 

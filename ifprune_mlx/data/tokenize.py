@@ -1,4 +1,4 @@
-"""Chats and texts as token ids: what is read, what is to be predicted, what selects."""
+"""Chats and texts as token ids, with the tokens to be predicted and the instruction that selects."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -17,7 +16,7 @@ from ifprune_mlx.errors import DataError, PromptError
 
 
 @dataclass(frozen=True, eq=False)
-class Encoded:
+class Example:
     """Token ids to learn from.
 
     Attributes:
@@ -26,7 +25,7 @@ class Encoded:
         prompt_length: index of the first token of the last answer.
         instruction: the text that selects.
         domain: the record's.
-        key: tells it apart from others; the record's, and of a chunk its number with it.
+        key: the record's; that of a chunk has the chunk's number behind it.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -37,11 +36,11 @@ class Encoded:
     key: str
 
 
-def encode(tokenizer: TokenizerWrapper, record: Record, max_length: int) -> Encoded | None:
+def encode(tokenizer: TokenizerWrapper, record: Record, max_length: int) -> Example | None:
     """Token ids of a chat, with every answer to be predicted, cut off after `max_length`.
 
-    The prompt of the first answer is encoded exactly as at inference (`prompts.render_messages`), and what the chat
-    template adds is never split from what it adds it to, so that no token spans the border of a prompt and an answer.
+    The prompt of the first answer is encoded exactly as at inference (`chat_template.render_messages`). No token spans
+    the border of a prompt and an answer, since what the chat template adds stays with the text that it adds it to.
     An answer ends with its end-of-turn token; without a template, the last gets the end-of-text token. A template that
     rewrites earlier turns (dropping their thoughts, say) leaves only the last answer to learn.
 
@@ -65,7 +64,7 @@ def encode(tokenizer: TokenizerWrapper, record: Record, max_length: int) -> Enco
     within = [start for start in starts if start < max_length]
     if not within:
         return None
-    return Encoded(
+    return Example(
         np.array(tokens[:max_length], np.int32),
         np.array(mask[:max_length], np.bool_),
         within[-1],
@@ -82,17 +81,17 @@ def encode_all(
     report: Callable[[str], object],
     *,
     limit: int | None = None,
-) -> list[Encoded]:
-    """`encode` every chat, leaving out those that have no answer within reach or that the chat template refuses.
+) -> list[Example]:
+    """`encode` every chat but those whose answer begins after `max_length` and those that the chat template refuses.
 
     Args:
-        report: is told, once for each reason, how many were left out.
+        report: receives one line for each reason, with the number of chats left out.
         limit: stop after so many.
 
     Raises:
         DataError: if nothing is left.
     """
-    encoded: list[Encoded] = []
+    encoded: list[Example] = []
     total, reasons, domains = 0, dict[str, int](), set[str]()
     for record in records:
         if len(encoded) == limit:
@@ -108,23 +107,20 @@ def encode_all(
         else:
             encoded.append(example)
     where = f"domain {domains.pop()!r}: " if len(domains) == 1 else ""
-    told = [f"{where}{count} of {total} chats left out: {reason}" for reason, count in reasons.items()]
+    lines = [f"{where}{count} of {total} chats left out: {reason}" for reason, count in reasons.items()]
     if not encoded:
-        raise DataError(f"{told[0] if told else 'there are no chats'}; none is left, give other chats")
-    for line in told:
+        raise DataError(f"{lines[0] if lines else 'there are no chats'}; none is left, give other chats")
+    for line in lines:
         report(line)
     return encoded
 
 
-def chunked(tokenizer: TokenizerWrapper, record: Record, size: int, *, context: bool = True) -> list[Encoded]:
+def chunked(tokenizer: TokenizerWrapper, record: Record, size: int) -> list[Example]:
     """A plain text as pairs of neighbouring chunks of `size` tokens: the first selects for the second (stage 1).
 
     The text is encoded as mlx-lm does for training, with the end-of-text token after it. The last chunk may be short.
-    A chunk of nothing but space selects nothing, so its pair is left out.
-
-    Args:
-        context: keep the first chunk before the second, as a prompt is kept before an answer; else `tokens` are the
-            second alone, and its first token is not predicted. The paper does not say which.
+    The first chunk stays before the second, as a prompt stays before an answer. A chunk of nothing but space selects
+    nothing, so its pair is left out.
 
     Raises:
         DataError: if the record is a chat.
@@ -136,37 +132,12 @@ def chunked(tokenizer: TokenizerWrapper, record: Record, size: int, *, context: 
         tokens.append(tokenizer.eos_token_id)
     pairs = []
     for index, start in enumerate(range(size, len(tokens), size)):
-        first, second = tokens[start - size : start], tokens[start : start + size]
-        instruction = str(tokenizer.decode(first, skip_special_tokens=True))
-        prompt = first if context else second[:1]
-        both = np.array(first + second if context else second, np.int32)
-        if len(both) < 2 or not instruction.strip():
-            continue
-        mask = np.arange(len(both)) >= len(prompt)
-        pairs.append(
-            Encoded(both, mask, len(prompt) if context else 0, instruction, record.domain, f"{record.key}-{index}")
-        )
+        instruction = str(tokenizer.decode(tokens[start - size : start], skip_special_tokens=True))
+        if instruction.strip():
+            both = np.array(tokens[start - size : start + size], np.int32)
+            mask = np.arange(len(both)) >= size
+            pairs.append(Example(both, mask, size, instruction, record.domain, f"{record.key}-{index}"))
     return pairs
-
-
-def collate(examples: Sequence[Encoded], *, multiple: int = 1, length: int | None = None) -> tuple[mx.array, mx.array]:
-    """Pad examples on the right, with token 0, which a causal model's earlier tokens never see.
-
-    Args:
-        multiple: round the length up to a multiple of this.
-        length: at least this long; None: as long as the longest.
-
-    Returns:
-        tokens int32 and mask bool, both `[len(examples), length]`.
-    """
-    width = max([length or 1, *(len(example.tokens) for example in examples)])
-    width += -width % multiple
-    tokens = np.zeros((len(examples), width), np.int32)
-    mask = np.zeros((len(examples), width), np.bool_)
-    for row, example in enumerate(examples):
-        tokens[row, : len(example.tokens)] = example.tokens
-        mask[row, : len(example.mask)] = example.mask
-    return mx.array(tokens), mx.array(mask)
 
 
 def _pieces(tokenizer: TokenizerWrapper, messages: Sequence[Message]) -> Iterator[tuple[list[int], bool]]:
@@ -197,7 +168,7 @@ def _pieces(tokenizer: TokenizerWrapper, messages: Sequence[Message]) -> Iterato
 
 
 def _render(tokenizer: TokenizerWrapper, messages: Sequence[Message], ready: bool) -> str:
-    """The text of messages, as `prompts.render_messages` encodes it if they are to be answered (`ready`)."""
+    """The text of messages, as `chat_template.render_messages` encodes it if they are to be answered (`ready`)."""
     if not tokenizer.has_chat_template:
         return "\n".join(message["content"] for message in messages) + "\n"
     try:

@@ -1,36 +1,40 @@
-"""What the predictor is distilled from: for every training chat, what its instruction looks like to a backbone, and
-which neurons its answer then needs. Measured once, kept on disk.
+"""Targets for distilling a predictor: what every chat's instruction looks like, and the neurons that its answer needs.
 
-How much an answer needs a neuron: `sum over tokens of |d loss / d mask|`, where the mask multiplies the neuron's
-activation and the model is half way between the statically pruned one and the dense one (neurons that the prior keeps
-at 1, all others at a half; the midpoint rule for the path between the two). At the dense end alone, or from activations
-alone, the loss of a pruned model is predicted less well (docs/log.md).
+The importance of a neuron for an answer is `sum over tokens of |d loss / d mask|`, where the mask multiplies the
+neuron's activation. The gradient is taken half way between the statically pruned model and the dense one: the mask is 1
+for the neurons that the prior keeps and a half for the others (the midpoint rule for the path between the two). Taken
+at the dense end alone, or from activations alone, it predicts the loss of a pruned model less well (docs/log.md).
 
-A folder of parts: `part-00000.safetensors` with `features` float32 `[n, 2 d]` (last token, then mean over tokens) and
-`importance` float16 `[n, neurons]` (all FFNs, one after the other, each divided by its mean), and `targets.json`,
-which says what they belong to. A run that dies goes on after its last whole part.
+On disk a folder of parts: `part-00000.safetensors` with `features` float32 `[n, 2 d]` (last token, then mean over
+tokens) and `importance` float16 `[n, neurons]` (all FFNs, one after the other, each divided by its mean), and
+`targets.json`, which says what they were measured on. A run that dies goes on after its last whole part.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
+from mlx import nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ifprune_mlx.checkpoint.atomic_write import write_atomic
-from ifprune_mlx.checkpoint.safetensors_io import read_safetensors_header
-from ifprune_mlx.data.tokenize import Encoded
-from ifprune_mlx.errors import DataError
+from ifprune_mlx.checkpoint.atomic_write import sha256_file, write_atomic
+from ifprune_mlx.checkpoint.safetensors_io import load_arrays, read_safetensors_header
+from ifprune_mlx.data.tokenize import Example
+from ifprune_mlx.errors import DataError, PredictorError
 from ifprune_mlx.model import Model
-from ifprune_mlx.train.backbone import Backbone
-from ifprune_mlx.train.gradient_check import differentiable
-from ifprune_mlx.train.logits import answer_logits, answer_rows, log_softmax
+from ifprune_mlx.selection import predictor
+from ifprune_mlx.train.gradients import differentiable
+from ifprune_mlx.train.loss import answer_logits, answer_rows, log_softmax
 
 PART = 64
 """Chats in one part."""
@@ -39,6 +43,71 @@ Floats = npt.NDArray[np.float32]
 
 # Below this share of a layer's mean importance a neuron counts as idle: the logarithm must not tell idle ones apart.
 _FLOOR = 0.05
+_BACKBONE_FILES = {".json", ".jinja", ".model", ".txt"}
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """The model that reads instructions for a predictor: a small one of its own, or first layers of the pruned one.
+
+    Attributes:
+        module: an mlx-lm model.
+        context_length: the most tokens that it reads, if it has a limit.
+        layers: how many first layers it runs; None for all.
+        folder: of a backbone of its own; None for first layers of the model that is selected for.
+    """
+
+    module: nn.Module
+    tokenizer: TokenizerWrapper
+    context_length: int | None
+    layers: int | None = None
+    folder: Path | None = None
+
+    @classmethod
+    def first_layers(cls, model: Model, layers: int) -> Backbone:
+        """The first layers of a model that was loaded with its tokenizer. It must be dense whenever they read."""
+        assert model.tokenizer is not None
+        return cls(model.module, model.tokenizer, model.context_length, layers)
+
+    @classmethod
+    def load(cls, folder: Path) -> Backbone:
+        """Load a small mlx-lm model and its tokenizer.
+
+        Raises:
+            PredictorError: naming the folder or the file, if it is none.
+        """
+        if not (folder / "config.json").is_file():
+            raise PredictorError(f"{folder}: has no config.json; give an mlx-lm model folder with its tokenizer")
+        return cls(*predictor.load_backbone(folder), folder=folder)
+
+    def features(self, instructions: Sequence[str]) -> mx.array:
+        """What the head reads of instructions, float32 `[n, 2 d]`: the last token's hidden state, then their mean.
+
+        Raises:
+            PredictorError: if one has no tokens, or the family does not expose its hidden states.
+        """
+        texts = [predictor.instruction_tokens(self.tokenizer, text, self.context_length) for text in instructions]
+        return predictor.features(self.module, texts, self.layers)
+
+    def identity(self) -> dict[str, Any]:
+        """What tells it apart from others: the number of first layers, or a hash of its files."""
+        if self.folder is None:
+            return {"layers": self.layers}
+        digest = hashlib.sha256()
+        for file in _backbone_files(self.folder):
+            digest.update(f"{file.name} {sha256_file(file)}\n".encode())
+        return {"layers": None, "backbone": digest.hexdigest()[:16]}
+
+
+def copy_backbone(source: Path, folder: Path) -> None:
+    """Copy a backbone's files, and no head, to the folder of a predictor.
+
+    Raises:
+        DataError: if the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in _backbone_files(source) if not folder.samefile(source) else ():
+        write_atomic(folder / file.name, partial(shutil.copyfile, file), DataError)
 
 
 @dataclass(frozen=True)
@@ -49,7 +118,7 @@ class Targets:
         features: float32 `[n, 2 d]`.
         importance: float16 `[n, neurons]`, each FFN's divided by its mean.
         domains: per chat, its label.
-        layers: how many first layers the features come from; None if from a backbone of its own.
+        layers: the number of first layers that the features come from; None for a backbone of its own.
         widths: `d_ffn` of every FFN.
     """
 
@@ -62,61 +131,62 @@ class Targets:
 
 def measure(
     model: Model,
-    examples: Sequence[Encoded],
+    examples: Sequence[Example],
     folder: Path,
-    layers: int,
+    backbone: Backbone,
     progress: Callable[[int, int], None] | None = None,
     *,
     count: int | None = None,
-    backbone: Backbone | None = None,
-    at_once: int = 1,
+    micro_batch_size: int = 1,
 ) -> Targets:
-    """Run chats forwards and backwards, or go on where an earlier run for the same ones stopped.
+    """Run chats forwards and backwards, or go on where an earlier run for the same chats stopped.
 
     Args:
         examples: chats of one instruction and one answer.
-        folder: where the parts are kept.
-        layers: first layers that the features are read from, if there is no `backbone`.
+        folder: of the parts on disk.
+        backbone: reads the instructions.
         progress: called with (chats measured, chats to measure).
-        count: stop after so many, or after more that were measured already; the same chats without it go on from there.
-        backbone: what reads the instructions instead of the first layers.
-        at_once: chats computed together; changes nothing but the last digits.
+        count: stop after so many chats, rounded up to a whole part; the same call without it goes on from there.
+        micro_batch_size: chats computed together; changes only the last digits.
 
     Raises:
         DataError: if the folder holds targets of other chats, of another model or backbone, or cannot be written.
     """
-    widths = [spec.d_ffn for spec in model.checkpoint.layout.ffns]
-    described: dict[str, object] = {
+    described: dict[str, Any] = {
         "checkpoint": model.checkpoint.id,
         "importance": "attribution half way",
-        "layers": layers if backbone is None else None,
-        "widths": widths,
+        "widths": [spec.d_ffn for spec in model.checkpoint.layout.ffns],
         "domains": [chat.domain for chat in examples],
         "chats": hashlib.sha256(b"|".join(chat.tokens.tobytes() for chat in examples)).hexdigest(),
+        **backbone.identity(),
     }
-    if backbone is None:
-        backbone = Backbone.first_layers(model, layers)
-    else:
-        described["backbone"] = backbone.identity()
-    _claim(folder, described)
-    masks = halfway(model)
+    found = _description(folder)
+    if found is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(described)
+        write_atomic(folder / "targets.json", lambda path: path.write_text(text, encoding="utf-8"), DataError)
+    elif found != described:
+        raise DataError(
+            f"{folder}: holds targets of other chats or of another model or backbone; choose another folder"
+        )
+    masks = midpoint_masks(model)
     end = len(examples) if count is None else min(count, len(examples))
     for start in range(0, end, PART):
         file = folder / f"part-{start // PART:05d}.safetensors"
         if not file.is_file():
-            _measure_part(model, examples[start : start + PART], file, backbone, masks, at_once)
+            _measure_part(model, examples[start : start + PART], file, backbone, masks, micro_batch_size)
         if progress is not None:
             progress(min(start + PART, end), end)
     return load(folder)
 
 
 def load(folder: Path) -> Targets:
-    """Read what `measure` has finished.
+    """Read the parts that `measure` has finished.
 
     Raises:
         DataError: if the folder holds no targets, or a part is damaged.
     """
-    described = _described(folder)
+    described = _description(folder)
     if described is None:
         raise DataError(f"{folder}: holds no targets; measure them first")
     files = sorted(folder.glob("part-*.safetensors"))
@@ -129,8 +199,7 @@ def load(folder: Path) -> Targets:
     importance = np.empty((count, shapes[0]["importance"][1]), np.float16)
     start = 0
     for file in files:
-        arrays = mx.load(str(file))
-        assert isinstance(arrays, dict)
+        arrays = load_arrays(file)
         part = slice(start, start + len(arrays["features"]))
         features[part], importance[part] = np.array(arrays["features"]), np.array(arrays["importance"])
         start = part.stop
@@ -143,20 +212,20 @@ def load(folder: Path) -> Targets:
     )
 
 
-def log_importance(importance: npt.NDArray[np.float16], widths: tuple[int, ...]) -> Floats:
-    """Logarithm of importance relative to the FFN's mean, float32 `[n, neurons]`, idle neurons at a common floor."""
-    result = np.empty(importance.shape, np.float32)
+def log_importance(targets: Targets, rows: npt.NDArray[np.intp] | slice = slice(None)) -> Iterator[Floats]:
+    """Logarithm of importance relative to the FFN's mean, idle neurons at a common floor, for some chats (all).
+
+    Yields FFN by FFN, float32 `[n, d_ffn]`: as a whole it would take twice the memory of the targets.
+    """
     start = 0
-    for width in widths:
-        part = importance[:, start : start + width].astype(np.float32)
-        part /= np.maximum(part.mean(axis=1, keepdims=True), 1e-12)
-        result[:, start : start + width] = np.log(part + _FLOOR)
+    for width in targets.widths:
+        part = targets.importance[rows, start : start + width].astype(np.float32)
+        yield np.log(part / np.maximum(part.mean(axis=1, keepdims=True), 1e-12) + np.float32(_FLOOR))
         start += width
-    return result
 
 
-def attribution(model: Model, examples: Sequence[Encoded], masks: Sequence[mx.array]) -> list[Floats]:
-    """How much answers need each neuron (see above); leaves the model dense.
+def attribution(model: Model, examples: Sequence[Example], masks: Sequence[mx.array]) -> list[Floats]:
+    """The importance of every neuron for answers (see above). The model is dense afterwards.
 
     Args:
         examples: chats, computed together.
@@ -176,8 +245,8 @@ def attribution(model: Model, examples: Sequence[Encoded], masks: Sequence[mx.ar
     def loss(given: list[mx.array]) -> mx.array:
         for leaf, mask in zip(model.down_leaves, given, strict=True):
             leaf.observer = lambda hidden, mask=mask: hidden * mask.reshape(hidden.shape).astype(hidden.dtype)
-        said = log_softmax(answer_logits(model.module, tokens, rows))
-        return -mx.take_along_axis(said, wanted[:, None], axis=-1).sum()
+        log_probs = log_softmax(answer_logits(model.module, tokens, rows))
+        return -mx.take_along_axis(log_probs, wanted[:, None], axis=-1).sum()
 
     try:
         with differentiable(model.module):
@@ -194,49 +263,46 @@ def attribution(model: Model, examples: Sequence[Encoded], masks: Sequence[mx.ar
     return result
 
 
-def halfway(model: Model) -> list[mx.array]:
+def midpoint_masks(model: Model) -> list[mx.array]:
     """Per FFN, float32 `[d_ffn]`: 1 for the half of the neurons that the prior ranks first, a half for the others."""
     return [mx.array(np.where(prior >= np.median(prior), 1.0, 0.5).astype(np.float32)) for prior in model.prior]
 
 
 def _measure_part(
-    model: Model, chats: Sequence[Encoded], file: Path, backbone: Backbone, masks: Sequence[mx.array], at_once: int
+    model: Model,
+    chats: Sequence[Example],
+    file: Path,
+    backbone: Backbone,
+    masks: Sequence[mx.array],
+    micro_batch_size: int,
 ) -> None:
-    count = len(chats)
-    importance = np.empty((count, sum(len(mask) for mask in masks)), np.float16)
-    seen: Floats | None = None
-    by_length = sorted(range(count), key=lambda index: len(chats[index].tokens))
-    for start in range(0, count, at_once):
-        group = by_length[start : start + at_once]
+    importance = np.empty((len(chats), sum(len(mask) for mask in masks)), np.float16)
+    features: dict[int, Floats] = {}
+    by_length = sorted(range(len(chats)), key=lambda index: len(chats[index].tokens))
+    for start in range(0, len(chats), micro_batch_size):
+        group = by_length[start : start + micro_batch_size]
         model.switch(None)
-        features = np.array(backbone.features([chats[index].instruction for index in group]))
-        seen = np.empty((count, features.shape[1]), np.float32) if seen is None else seen
-        seen[group] = features
+        features |= zip(group, np.array(backbone.features([chats[index].instruction for index in group])), strict=True)
         importance[group] = np.concatenate(attribution(model, [chats[index] for index in group], masks), axis=1)
-    assert seen is not None
-    for chat, *found in zip(chats, importance, seen, strict=True):
-        if not all(np.isfinite(values).all() for values in found):
+    for index, chat in enumerate(chats):
+        if not (np.isfinite(importance[index]).all() and np.isfinite(features[index]).all()):
             raise DataError(
                 f"the gradients of a chat of domain {chat.domain!r} are not finite ({chat.instruction[:60]!r}); "
                 "measure with --dtype bfloat16 or float32, or leave the chat out"
             )
-    tensors = {"features": mx.array(seen), "importance": mx.array(importance)}
+    stacked = np.stack([features[index] for index in range(len(chats))])
+    tensors = {"features": mx.array(stacked), "importance": mx.array(importance)}
     write_atomic(file, lambda path: mx.save_safetensors(str(path), tensors), DataError)
 
 
-def _claim(folder: Path, described: dict[str, object]) -> None:
-    found = _described(folder)
-    if found is not None and found != described:
-        raise DataError(
-            f"{folder}: holds targets of other chats or of another model or backbone; choose another folder"
-        )
-    if found is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(described)
-        write_atomic(folder / "targets.json", lambda path: path.write_text(text, encoding="utf-8"), DataError)
+def _backbone_files(folder: Path) -> list[Path]:
+    """The files of a model folder that make a backbone: config, weights, tokenizer; sorted, and never a head."""
+    files = [*folder.glob("model*.safetensors"), *(f for f in folder.iterdir() if f.suffix in _BACKBONE_FILES)]
+    return sorted(file for file in files if file.is_file() and not file.name.startswith("."))
 
 
-def _described(folder: Path) -> dict | None:  # type: ignore[type-arg]
+def _description(folder: Path) -> dict[str, Any] | None:
+    """What the targets in a folder were measured on; None if there are none."""
     file = folder / "targets.json"
     try:
         return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None

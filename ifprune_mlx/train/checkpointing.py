@@ -1,33 +1,73 @@
-"""What all runs that can be stopped share: the files of their folders, how two runs are told apart, the schedule of a
-learning rate."""
+"""What a run that can be stopped keeps on disk: which run it is, its state, its metrics."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
-from mlx.optimizers import cosine_decay, join_schedules, linear_schedule
 
-from ifprune_mlx.checkpoint.atomic_write import write_atomic
+from ifprune_mlx.checkpoint.atomic_write import sha256_file, write_atomic
+from ifprune_mlx.checkpoint.safetensors_io import load_arrays, read_safetensors_header
 from ifprune_mlx.errors import DataError
 
 STATE, METRICS = "state.safetensors", "metrics.jsonl"
+_WRITTEN = (
+    STATE,
+    METRICS,
+    "prior.safetensors",
+    "predictor/head.safetensors",
+    "adapters/*/adapters.safetensors",
+    "adapters/*/adapter_config.json",
+)
 
 
-def schedule(rate: float, steps: int, warmup: int) -> Any:
-    """A learning rate for mlx's optimizers: up to `rate` within `warmup` steps, then by a cosine to a tenth."""
-    warmup = min(warmup, steps - 1)
-    cosine = cosine_decay(rate, max(steps - warmup, 1), rate / 10)
-    if warmup < 1:
-        return cosine
-    return join_schedules([linear_schedule(rate / (warmup + 1), rate, warmup), cosine], [warmup])
+def save_state(folder: Path, identity: str, arrays: Mapping[str, mx.array], **position: object) -> None:
+    """Write the state of a run in one file, which is replaced at once.
+
+    Args:
+        identity: of the run, JSON.
+        position: JSON values, such as the step.
+    """
+    metadata = {"run": identity, **{name: json.dumps(value) for name, value in position.items()}}
+    write_atomic(folder / STATE, lambda path: mx.save_safetensors(str(path), dict(arrays), metadata), DataError)
 
 
-def hash_of_arrays(arrays: Sequence[np.ndarray[Any, Any]]) -> str:
+def load_state(folder: Path, identity: str) -> tuple[dict[str, mx.array], dict[str, Any]] | None:
+    """The arrays and the position that `save_state` wrote; None if there is no state.
+
+    Raises:
+        DataError: if the state is damaged, or that of another run: the message says what differs.
+    """
+    if not (folder / STATE).is_file():
+        return None
+    metadata = read_safetensors_header(folder / STATE, DataError).metadata
+    found = metadata.pop("run", "")
+    if found != identity:
+        raise DataError(
+            f"{folder}: holds a run with {_differences(found, identity)}; give the same again to go on with it, or "
+            "another --output"
+        )
+    return load_arrays(folder / STATE), {name: json.loads(value) for name, value in metadata.items()}
+
+
+def _differences(theirs: str, ours: str) -> str:
+    """What two runs differ in, in words. A run is a JSON object, whose `settings` and `objective` are objects."""
+    try:
+        old, new = (
+            {**run.pop("settings", {}), **run.pop("objective", {}), **run} for run in map(json.loads, (theirs, ours))
+        )
+    except (ValueError, AttributeError, TypeError):
+        return "other settings"
+    names = [name for name in new | old if old.get(name) != new.get(name)]
+    return "another " + ", ".join(name.replace("_", " ") for name in names)
+
+
+def hash_of_arrays(arrays: Iterable[np.ndarray[Any, Any]]) -> str:
     """Hash (16 hexadecimal digits) of the bytes of arrays."""
     digest = hashlib.sha256()
     for array in arrays:
@@ -35,35 +75,23 @@ def hash_of_arrays(arrays: Sequence[np.ndarray[Any, Any]]) -> str:
     return digest.hexdigest()[:16]
 
 
-def differences(theirs: str, ours: str) -> str:
-    """What two runs differ in, in words; a run is a JSON object, of which `settings` and `objective` hold more."""
-    try:
-        old, new = json.loads(theirs), json.loads(ours)
-    except ValueError:
-        return "other settings"
-    if not isinstance(old, dict):
-        return "other settings"
-    flat_old, flat_new = (
-        {
-            **{k: v for k, v in run.items() if not isinstance(v, dict)},
-            **run.get("settings", {}),
-            **run.get("objective", {}),
-        }
-        for run in (old, new)
-    )
-    names = [name for name in flat_new | flat_old if flat_old.get(name) != flat_new.get(name)]
-    return "another " + ", ".join(name.replace("_", " ") for name in names)
+def hash_of_adapters(folder: Path) -> str:
+    """Hash (16 hexadecimal digits) of the adapters that a run wrote."""
+    digest = hashlib.sha256()
+    for file in sorted((folder / "adapters").rglob("*.safetensors")):
+        digest.update(f"{file.relative_to(folder)} {sha256_file(file)}\n".encode())
+    return digest.hexdigest()[:16]
 
 
-def sweep(folder: Path, names: Iterable[str]) -> None:
-    """Remove what a kill left half written of these files, which may be patterns."""
-    for name in map(Path, names):
+def sweep(folder: Path) -> None:
+    """Remove the temporary files that a killed run left."""
+    for name in map(Path, _WRITTEN):
         for stale in folder.glob(str(name.with_name(f".{name.stem}-*{name.suffix}"))):
             stale.unlink()
 
 
 def cut_metrics(folder: Path, step: int) -> None:
-    """Drop what the metrics say of steps after `step`; a line that a kill left half written goes too."""
+    """Drop the lines of later steps from the metrics, and a last line that a kill left half written."""
     file = folder / METRICS
     if not file.is_file():
         return

@@ -1,15 +1,14 @@
-"""Distils a predictor head in closed form: a reduced-rank ridge regression from what the instruction looks like to the
-log importance of every neuron in the answer (`ifprune_mlx.train.attribution`).
+"""Distils a predictor's head in closed form: a reduced-rank ridge regression from the features of the instruction to
+the log importance of every neuron for the answer (`ifprune_mlx.train.attribution`).
 
     score = mean log importance  +  head2 (head1 (features - their mean))
 
-The first part is a prior, the second moves away from it by what the instruction says, and only as far as the
-regularisation lets it: with no signal the predictor *is* the static selector.
+The first part is a prior. The second depends on the instruction, as far as the regularisation lets it: without a signal
+in the data, the predictor is the static selector.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -66,14 +65,14 @@ def distill(
     valid, train = np.split(order, [max(int(held_out * count), 1)])
     width = targets.features.shape[1] // 2
     x = {"last": targets.features[:, :width], "mean": targets.features[:, width:], "both": targets.features}[pooling]
-    problem = _Problem(x, targets, train)
+    problem = _RidgeProblem(x, targets, train)
     explained = {penalty: problem.fit(penalty, rank).explained(x, targets, valid) for penalty in penalties}
     penalty = max(explained, key=lambda candidate: explained[candidate])
-    ridge = _Problem(x, targets, np.arange(count)).fit(penalty, rank)
+    ridge = _RidgeProblem(x, targets, np.arange(count)).fit(penalty, rank)
     return Fit(_head(ridge, x, pooling, targets), penalty, explained)
 
 
-class _Problem:
+class _RidgeProblem:
     """Regression of log importance y `[n, neurons]` on features x `[n, features]`, over some of the chats.
 
     y is never held as a whole, but made FFN by FFN from the half-precision targets; what all penalties share is its
@@ -87,7 +86,7 @@ class _Problem:
         self._z = ((x[rows] - self.x_mean) / self.x_scale).astype(np.float64)
         self._gram = np.zeros((len(rows), len(rows)))
         means = []
-        for y in _log_importance(targets, rows):
+        for y in log_importance(targets, rows):
             means.append(y.mean(axis=0))
             centred = y - means[-1]
             self._gram += centred @ centred.T
@@ -106,7 +105,7 @@ class _Problem:
         scale = np.zeros((len(towards), 1))
         parts = []
         start = 0
-        for y in _log_importance(self._targets, self._rows):
+        for y in log_importance(self._targets, self._rows):
             parts.append(towards @ (y - self.y_mean[start : start + y.shape[1]]))
             start += y.shape[1]
             scale += (parts[-1].astype(np.float64) ** 2).sum(axis=1, keepdims=True)
@@ -136,21 +135,13 @@ class _Ridge:
         inner = self.inner(x[rows])
         total = left = 0.0
         start = 0
-        for y in _log_importance(targets, rows):
+        for y in log_importance(targets, rows):
             part = slice(start, start + y.shape[1])
             start = part.stop
             centred = y - self.y_mean[part]
             total += float((centred**2).sum())
             left += float(((centred - inner @ self.v[part].T) ** 2).sum())
         return 1 - left / max(total, 1e-12)
-
-
-def _log_importance(targets: Targets, rows: Rows) -> Iterator[Floats]:
-    """`log_importance` of some chats, FFN by FFN, float32 `[n, d_ffn]`."""
-    start = 0
-    for width in targets.widths:
-        yield log_importance(targets.importance[rows, start : start + width], (width,))
-        start += width
 
 
 def _head(ridge: _Ridge, x: Floats, pooling: str, targets: Targets) -> Head:

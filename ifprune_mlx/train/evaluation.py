@@ -1,79 +1,105 @@
-"""Evaluates the arms of a paired run beside all controls, and says when the learned one has collapsed."""
+"""Evaluates the arms of a run beside all controls, and finds whether the learned one has collapsed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
-from ifprune_mlx.data.tokenize import Encoded
+from ifprune_mlx.data.tokenize import Example
 from ifprune_mlx.eval.losses import Evaluation, compare
 from ifprune_mlx.model import Progress
 from ifprune_mlx.selection.selectors import LearnedSelector
-from ifprune_mlx.train.step import Arm
-from ifprune_mlx.train.trainer import Run
+from ifprune_mlx.train.trainer import Trainer
 
-UNTUNED = ("dense", "static", "activation-sliced", "random")
-"""Rows of the base model, the same at every evaluation."""
-
-
-def base_rows(
-    run: Run, data: Mapping[str, Sequence[Encoded]], density: float, progress: Progress | None = None
-) -> Evaluation:
-    """Measure the base model: dense, static, activation, random."""
-    run.adapted.use(None)
-    run.adapted.choose(None)
-    keep = run.adapted.model.keep(density)
-    measured = compare(run.adapted.model, data, UNTUNED, keep, seed=run.settings.seed, progress=progress)
-    run.adapted.in_order()
-    return measured
+# Rows of the base model, the same at every evaluation.
+_BASE_ROWS = ("dense", "static", "activation-sliced", "random")
+ProgressDisplay = Callable[[str, str], AbstractContextManager[Callable[[int, int], None]]]
+"""Given a label and a unit, a context manager that yields a function of (done, total)."""
 
 
-def watch(
-    run: Run,
-    base: Evaluation,
-    data: Mapping[str, Sequence[Encoded]],
-    density: float,
-    progress: Progress | None = None,
-) -> Evaluation:
-    """Measure the arms as they are now, and put them beside the base model's rows.
+class Evaluator:
+    """Evaluates a run whenever it is called, and returns whether the learned arm has collapsed, on every process.
 
-    Rows: `learned`, `mismatched` and `cross-domain` of the learned arm, `healed-static`, `healed-dense`.
+    One process measures, writes the losses to the metrics, and reports; the others wait.
 
     Args:
-        base: what `base_rows` measured on the same data.
-        density: of every row but the dense ones.
-        progress: called with (tokens read, tokens to read), arm by arm.
+        valid: held-out examples by domain; without any, nothing is measured.
     """
-    result, model = base, run.adapted.model
-    for arm in run.arms:
-        run.adapted.use(arm.adapter)
-        run.adapted.choose(None)
-        names = {name: name for name in ("learned", "mismatched")}
-        if len(data) > 1:
-            names["cross-domain"] = "cross-domain"
-        if arm.name != "learned":
-            names = {"healed-static": "static"} if arm.name == "static" else {"healed-dense": "dense"}
-        matched = _selector(run, arm) if arm.name == "learned" else None
-        measured = compare(
-            model,
-            data,
-            list(names.values()),
-            model.keep(density),
-            matched=matched,
-            seed=run.settings.seed,
-            progress=progress,
-        )
-        result = result.with_rows(measured, names)
-        if arm.name == "learned":
-            result = replace(result, matched="learned", overlap={**base.overlap, **measured.overlap})
-    run.adapted.use(None)
-    run.adapted.in_order()
-    return result
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        valid: Mapping[str, Sequence[Example]],
+        progress: ProgressDisplay,
+        report: Callable[[str], object],
+    ) -> None:
+        self._trainer, self._valid, self._progress, self._report = trainer, valid, progress, report
+        config = trainer.config
+        middle = sum(config.density_ranges[-1]) / 2
+        self._density = middle if config.eval_density is None else config.eval_density
+        self._base: Evaluation | None = None
+
+    def __call__(self) -> bool:
+        return self._trainer.agreed(self._trainer.leader and bool(self._valid) and self._evaluate())
+
+    def _evaluate(self) -> bool:
+        with self._progress("evaluate", "tokens") as update:
+            if self._base is None:
+                self._trainer.trainable.use(None)
+                self._base = self._compare(_BASE_ROWS, update)
+                self._trainer.trainable.in_order()
+        with self._progress("evaluate", "tokens") as update:
+            found = self._evaluate_arms(self._base, update)
+        domains, step = list(found.keys), self._trainer.step
+        losses = {name: {domain: found.nll(name, domain) for domain in domains} for name in found.selectors}
+        self._report(f"evaluation at step {step}, density {self._density:g}, nats per token ({', '.join(domains)}):")
+        for name, of_domains in losses.items():
+            self._report(f"  {name:18}" + " ".join(f"{loss:8.3f}" for loss in of_domains.values()))
+        for control in ("healed-static", "static", "mismatched"):
+            if "learned" in losses and control in losses:
+                difference = found.difference("learned", control)
+                if difference is not None:
+                    interval = f"[{difference.low:+.3f}, {difference.high:+.3f}]"
+                    self._report(f"  learned - {control}: {difference.mean:+.3f} {interval}")
+        overlaps = {name: overlap.to_dict() for name, overlap in found.overlap.items()}
+        self._trainer.record({"step": step, "evaluation": losses, "overlap": overlaps})
+        reason = collapse_reason(found)
+        if reason is not None:
+            self._report(f"COLLAPSED: {reason}")
+        return reason is not None
+
+    def _evaluate_arms(self, base: Evaluation, progress: Progress) -> Evaluation:
+        """The rows of the arms as they are now, beside those of the base model."""
+        result, trainer = base, self._trainer
+        for arm in trainer.arms:
+            trainer.trainable.use(arm.adapter)
+            if arm.name == "learned":
+                assert trainer.predictor is not None
+                head = arm.head(trainer.predictor.head)
+                selector = LearnedSelector(trainer.trainable.model, trainer.predictor.with_head(head))
+                rows = ["learned", "mismatched", *(["cross-domain"] if len(self._valid) > 1 else [])]
+                measured = self._compare(rows, progress, selector)
+                result = result.with_rows(measured, {row: row for row in rows})
+                result = replace(result, matched="learned", overlap={**base.overlap, **measured.overlap})
+            else:
+                row = "static" if arm.name == "static" else "dense"
+                result = result.with_rows(self._compare([row], progress), {f"healed-{row}": row})
+        trainer.trainable.use(None)
+        trainer.trainable.in_order()
+        return result
+
+    def _compare(self, rows: Sequence[str], progress: Progress, matched: LearnedSelector | None = None) -> Evaluation:
+        """Measure rows under the parameters in use."""
+        trainable, seed = self._trainer.trainable, self._trainer.config.seed
+        trainable.choose(None)
+        keep = trainable.model.keep(self._density)
+        return compare(trainable.model, self._valid, list(rows), keep, matched=matched, seed=seed, progress=progress)
 
 
-def collapse(evaluation: Evaluation) -> str | None:
-    """Why the learned arm's selections are no better than those made for another prompt; None if they are, or if there
-    is no such arm.
+def collapse_reason(evaluation: Evaluation) -> str | None:
+    """Why the learned arm's selections are no better than those made for another prompt; None if they are better, or if
+    there is no such arm.
 
     The sign alone decides: a handful of prompts has no narrow interval, and a false alarm costs little.
     """
@@ -87,9 +113,3 @@ def collapse(evaluation: Evaluation) -> str | None:
     if gap <= 0:
         return f"another prompt's selection serves as well as a prompt's own (mismatched - learned {gap:+.3f} nats)"
     return None
-
-
-def _selector(run: Run, arm: Arm) -> LearnedSelector:
-    predictor = run.predictor
-    assert predictor is not None
-    return LearnedSelector(run.adapted.model, predictor.with_head(arm.head(predictor.head)))

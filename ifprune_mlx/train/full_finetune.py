@@ -16,18 +16,18 @@ from ifprune_mlx.checkpoint.ffn_spec import join_fused
 from ifprune_mlx.errors import DataError
 from ifprune_mlx.model import Model
 from ifprune_mlx.sparse.ffn import SlicedProjection
-from ifprune_mlx.train.trainable import WEIGHTS, Chosen, ChosenProjection, Parameters, Tuned
+from ifprune_mlx.train.trainable import WEIGHTS, ActiveNeurons, Parameters, TrainableModel, TrainableProjection
 
 
-class WholeProjection(ChosenProjection):
+class FullProjection(TrainableProjection):
     """A sliced projection whose rows are parameters of the module.
 
     `weight` `[d_ffn, d_model]`, neuron-major also for down, and `bias`, if there is one, `[d_ffn]`, that of down
     `[d_model]`; in the source's neuron order. A common leaf of gate and up has `[2 d_ffn, ...]`, laid out as it was.
     """
 
-    def __init__(self, base: SlicedProjection, chosen: Chosen) -> None:
-        super().__init__(base, chosen)
+    def __init__(self, base: SlicedProjection, active: ActiveNeurons) -> None:
+        super().__init__(base, active)
         weight = self._whole("weight")
         assert weight is not None
         self.weight: mx.array = weight
@@ -43,19 +43,19 @@ class WholeProjection(ChosenProjection):
         return None if gate is None or up is None else join_fused(gate, up, self.fused)
 
     def __call__(self, x: mx.array) -> mx.array:
-        """As `SlicedProjection`, over the chosen neurons."""
+        """As `SlicedProjection`, over the active neurons."""
         x = self.observed(x)
         weight, bias = self.weight, self.get("bias")
-        ids, inwards = self.chosen.neurons(), self.kind != "down"
+        ids, inwards = self.active.neurons(), self.kind != "down"
         if ids is not None:
-            chosen = self.outputs(ids) if inwards else ids
-            weight = mx.take(weight, chosen, axis=0)
-            bias = mx.take(bias, chosen, axis=0) if bias is not None and inwards else bias
+            rows = self.outputs(ids) if inwards else ids
+            weight = mx.take(weight, rows, axis=0)
+            bias = mx.take(bias, rows, axis=0) if bias is not None and inwards else bias
         y = x @ (weight.T if inwards else weight)
         return y if bias is None else y + bias
 
 
-class Full(Tuned):
+class FullModel(TrainableModel):
     """A model whose decoder layers are trained as they are.
 
     Args:
@@ -70,7 +70,7 @@ class Full(Tuned):
     def __init__(self, model: Model) -> None:
         super().__init__(model)
         self.in_order()
-        self._replace_leaves(lambda base, chosen, _: WholeProjection(base, chosen))
+        self._replace_leaves(lambda base, active, _: FullProjection(base, active))
         module = model.module
         for layer in module.layers:
             arrays: Parameters = dict(tree_flatten(layer.parameters()))
@@ -86,7 +86,7 @@ class Full(Tuned):
         for layer in module.layers:
             layer.unfreeze()
         self._base: Parameters = dict(tree_flatten(module.trainable_parameters()))
-        self._turned = {f"{spec.path}.{spec.down}.weight" for spec in model.checkpoint.layout.ffns}
+        self._down = {f"{spec.path}.{spec.down}.weight" for spec in model.checkpoint.layout.ffns}
         self.initial = {name: array.astype(mx.float32) for name, array in self._base.items()}
         mx.eval(self.initial)
 
@@ -102,7 +102,7 @@ class Full(Tuned):
 
     def save(self, folder: Path, parameters: Parameters) -> None:
         """Write weights in the base's types, as mlx-lm's full adapter: down `[d_model, d_ffn]`."""
-        self._write(folder, self._swapped(self._cast(parameters)), {})
+        self._write(folder, self._transposed(self._cast(parameters)), {})
 
     def read(self, folder: Path) -> Parameters:
         """Weights that an earlier run saved.
@@ -110,7 +110,7 @@ class Full(Tuned):
         Raises:
             DataError: if they are missing, damaged, or were made for another model or in another way.
         """
-        arrays = self._swapped(self._read(folder)[0])
+        arrays = self._transposed(self._read(folder)[0])
         if {name: a.shape for name, a in arrays.items()} != {name: a.shape for name, a in self._base.items()}:
             raise DataError(f"{folder / WEIGHTS}: is of another model than this run; give weights of this one")
         return {name: array.astype(mx.float32) for name, array in arrays.items()}
@@ -118,6 +118,6 @@ class Full(Tuned):
     def _cast(self, parameters: Parameters) -> Parameters:
         return {name: array.astype(self._base[name].dtype) for name, array in parameters.items()}
 
-    def _swapped(self, arrays: Parameters) -> Parameters:
-        """Between neuron-major down projections and mlx-lm's; either way the same."""
-        return {name: mx.contiguous(array.T) if name in self._turned else array for name, array in arrays.items()}
+    def _transposed(self, arrays: Parameters) -> Parameters:
+        """The down projections transposed: between neuron-major and mlx-lm's layout, either way."""
+        return {name: mx.contiguous(array.T) if name in self._down else array for name, array in arrays.items()}

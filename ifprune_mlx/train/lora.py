@@ -13,17 +13,17 @@ from mlx_lm.tuner.lora import LoRALinear
 from ifprune_mlx.errors import DataError
 from ifprune_mlx.model import Model
 from ifprune_mlx.sparse.ffn import SlicedProjection
-from ifprune_mlx.train.trainable import CONFIG, WEIGHTS, Chosen, ChosenProjection, Parameters, Tuned
+from ifprune_mlx.train.trainable import CONFIG, WEIGHTS, ActiveNeurons, Parameters, TrainableModel, TrainableProjection
 
 
-class AdaptedProjection(ChosenProjection):
+class LoRAProjection(TrainableProjection):
     """A sliced projection with a low-rank term of the same neurons.
 
     `lora_a` `[in, r]` and `lora_b` `[r, out]` are those of the whole projection, as in mlx-lm.
     """
 
-    def __init__(self, base: SlicedProjection, chosen: Chosen, d_model: int, rank: int, scale: float) -> None:
-        super().__init__(base, chosen)
+    def __init__(self, base: SlicedProjection, active: ActiveNeurons, d_model: int, rank: int, scale: float) -> None:
+        super().__init__(base, active)
         d_ffn = base.slots.d_ffn
         inputs, outputs = (d_ffn, d_model) if base.kind == "down" else (d_model, 2 * d_ffn if base.fused else d_ffn)
         bound = inputs**-0.5
@@ -32,21 +32,21 @@ class AdaptedProjection(ChosenProjection):
         self.scale = scale
 
     def __call__(self, x: mx.array) -> mx.array:
-        """As `SlicedProjection`, over the chosen neurons."""
+        """As `SlicedProjection`, over the active neurons."""
         x = self.observed(x)
-        ids = self.chosen.neurons()
+        ids = self.active.neurons()
         a, b = self.lora_a, self.lora_b
         if ids is not None:
             a, b = (mx.take(a, ids, axis=0), b) if self.kind == "down" else (a, mx.take(b, self.outputs(ids), axis=1))
-        y = self.project(x, self.chosen.rows)
+        y = self.project(x, self.active.rows)
         return y + (self.scale * ((x @ a) @ b)).astype(y.dtype)
 
 
-class Adapted(Tuned):
+class LoRAModel(TrainableModel):
     """A model whose linear layers carry adapters.
 
     Args:
-        model: as loaded; its leaves are replaced for good.
+        model: as loaded; its FFN leaves are replaced for good.
         rank: *r* of every adapter.
         scale: what the low-rank term is multiplied by (LoRA's alpha / r).
         seed: of the first values.
@@ -59,10 +59,12 @@ class Adapted(Tuned):
         self.rank, self.scale = rank, scale
         self._keys: set[str] = set()
         mx.random.seed(seed)
-        self._replace_leaves(lambda base, chosen, spec: AdaptedProjection(base, chosen, spec.d_model, rank, scale))
+        self._replace_leaves(lambda base, active, spec: LoRAProjection(base, active, spec.d_model, rank, scale))
         module = model.module
         for layer in module.layers:
-            linear = [(path, leaf) for path, leaf in layer.named_modules() if type(leaf) in _LINEAR]
+            linear = [
+                (path, leaf) for path, leaf in layer.named_modules() if type(leaf) in (nn.Linear, nn.QuantizedLinear)
+            ]
             adapted = [(path, LoRALinear.from_base(leaf, r=rank, scale=scale)) for path, leaf in linear]
             layer.update_modules(tree_unflatten(adapted))
             self._keys |= {path for path, leaf in layer.named_modules() if "lora_a" in leaf}
@@ -80,7 +82,7 @@ class Adapted(Tuned):
         return {"rank": self.rank, "scale": self.scale}
 
     def use(self, parameters: Parameters | None) -> None:
-        """Put adapter weights in place; None takes the adapters' effect away: the base model."""
+        """Put adapter weights in place; None gives the base model."""
         self.model.module.update(tree_unflatten(list((parameters or self._nothing).items())))
 
     def save(self, folder: Path, parameters: Parameters) -> None:
@@ -106,6 +108,3 @@ class Adapted(Tuned):
                 f"{self.scale:g}); give the ones that it was trained with"
             )
         return {name: array.astype(mx.float32) for name, array in arrays.items()}
-
-
-_LINEAR = (nn.Linear, nn.QuantizedLinear)

@@ -1,8 +1,8 @@
-"""What the static arm ranks neurons by.
+"""Priors: how much answers need each neuron on average. The static arm ranks neurons by one.
 
-The opponent of a predictor must know all that can be known without the instruction. A head that was distilled carries
-such a prior as its last bias, but a head that went on learning from the loss has moved away from it; what it says on
-average over the training instructions is then the better fixed choice by far (docs/log.md, 2026-11-28).
+The static arm must know all that can be known without the instruction. A distilled head carries such a prior as its
+last bias. A head that went on learning from the loss has moved away from it; its mean score over the training
+instructions is then the better fixed choice by far (docs/log.md, 2026-11-28).
 """
 
 from __future__ import annotations
@@ -13,39 +13,40 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from ifprune_mlx.checkpoint.atomic_write import write_atomic
+from ifprune_mlx.checkpoint.safetensors_io import load_arrays, read_safetensors_header
 from ifprune_mlx.data.dataloader import shuffled
-from ifprune_mlx.data.tokenize import Encoded
+from ifprune_mlx.data.tokenize import Example
 from ifprune_mlx.errors import DataError, IfpruneError
 from ifprune_mlx.model import Model
 from ifprune_mlx.selection.predictor import SparsityPredictor
 from ifprune_mlx.selection.selection import Scores
-from ifprune_mlx.train.priors import load_prior
+from ifprune_mlx.train.attribution import Targets, log_importance
 
 INSTRUCTIONS = 128
-"""Of each domain, that the mean is taken over."""
+"""Most instructions of each domain that the mean is taken over."""
 _LARGEST = 80.0
 
 
 def static_prior(
     model: Model,
     predictor: SparsityPredictor | None,
-    examples: Mapping[str, Sequence[Encoded]],
+    examples: Mapping[str, Sequence[Example]],
     earlier: Sequence[Path] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Scores]:
-    """What the predictor says to no instruction in particular: its scores' mean over training instructions, every
-    domain counting the same, so that the arms differ in what depends on the instruction alone. Without a predictor,
-    the checkpoint's prior.
+    """The predictor's mean score over training instructions, every domain counting the same; without a predictor, the
+    checkpoint's prior. So the learned and the static arm differ only in what depends on the instruction.
 
     Args:
         model: must be dense, and as it was loaded.
-        examples: by domain, what is trained on.
-        earlier: folders of runs, the first that holds a prior gives it: this run's own, or the one that it begins with,
+        examples: the training examples by domain.
+        earlier: folders of runs. The first that holds a prior gives it: this run's own, or the one that it begins with,
             whose adapters were healed on that prior.
-        progress: is told of instructions read, and of how many.
+        progress: called with (instructions read, instructions to read).
 
     Returns:
-        Per FFN, float32 `[d_ffn]`, above 0; of the first process, on all of them.
+        Per FFN, float32 `[d_ffn]`, above 0. All processes get the first one's.
 
     Raises:
         DataError: if an earlier prior is damaged.
@@ -57,11 +58,11 @@ def static_prior(
     failure: IfpruneError | None = None
     if group.rank() == 0:
         try:
-            flat = np.concatenate(_of_first(model, predictor, examples, earlier, progress)).astype(np.float32)
+            flat = np.concatenate(_local_prior(model, predictor, examples, earlier, progress)).astype(np.float32)
         except IfpruneError as exc:
             failure = exc
     if group.size() > 1:
-        # The others would wait for ever, or end in a lost connection.
+        # Without this the others would wait for ever, or end in a lost connection.
         failed = mx.distributed.all_sum(mx.array(int(failure is not None)), group=group).item()
         if failed and failure is None:
             raise DataError("the first process of this run has ended with an error; see what it says")
@@ -72,14 +73,52 @@ def static_prior(
     return list(np.split(flat, np.cumsum(widths)[:-1]))
 
 
-def _of_first(
+def priors(targets: Targets) -> dict[str, list[Scores]]:
+    """Geometric means of measured importance by domain; in that of `all` every domain counts the same.
+
+    Returns:
+        By domain, and under `all`: per FFN, float32 `[d_ffn]`.
+    """
+    labels = np.array(targets.domains)
+    by_domain: dict[str, list[Scores]] = {domain: [] for domain in sorted(set(targets.domains))}
+    overall: list[Scores] = []
+    for logs in log_importance(targets):
+        means = [logs[labels == domain].mean(axis=0) for domain in by_domain]
+        for found, mean in zip(by_domain.values(), means, strict=True):
+            found.append(np.exp(mean).astype(np.float32))
+        overall.append(np.exp(np.mean(means, axis=0)).astype(np.float32))
+    return {**by_domain, "all": overall}
+
+
+def save_prior(file: Path, prior: Sequence[Scores]) -> None:
+    """Write a prior as `ifprune convert --prior` takes it: `prior.N` float32 `[d_ffn]` per FFN."""
+    arrays = {f"prior.{index}": mx.array(scores.astype(np.float32)) for index, scores in enumerate(prior)}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, lambda path: mx.save_safetensors(str(path), arrays), DataError)
+
+
+def load_prior(file: Path) -> list[Scores]:
+    """Read what `save_prior` wrote.
+
+    Raises:
+        DataError: if the file is damaged.
+    """
+    read_safetensors_header(file, DataError)
+    arrays = load_arrays(file)
+    names = [f"prior.{index}" for index in range(len(arrays))]
+    if not arrays or any(name not in arrays or arrays[name].ndim != 1 for name in names):
+        raise DataError(f"{file}: does not hold the priors of a model's FFNs; give the file that training wrote")
+    return [np.array(arrays[name].astype(mx.float32)) for name in names]
+
+
+def _local_prior(
     model: Model,
     predictor: SparsityPredictor | None,
-    examples: Mapping[str, Sequence[Encoded]],
+    examples: Mapping[str, Sequence[Example]],
     earlier: Sequence[Path],
     progress: Callable[[int, int], None],
 ) -> list[Scores]:
-    """What the first process says."""
+    """`static_prior` on one process."""
     widths = [spec.d_ffn for spec in model.checkpoint.layout.ffns]
     for file in (folder / "prior.safetensors" for folder in earlier):
         if file.is_file():
@@ -98,9 +137,9 @@ def _of_first(
 
 
 def _mean_scores(
-    predictor: SparsityPredictor, examples: Mapping[str, Sequence[Encoded]], progress: Callable[[int, int], None]
+    predictor: SparsityPredictor, examples: Mapping[str, Sequence[Example]], progress: Callable[[int, int], None]
 ) -> Scores:
-    """float32 `[neurons]`."""
+    """The predictor's mean score of every neuron, float32 `[neurons]`, over a sample of each domain's instructions."""
     counts = {name: min(len(items), INSTRUCTIONS) for name, items in examples.items()}
     done, means = 0, []
     for name, count in counts.items():

@@ -1,8 +1,7 @@
-"""What all kinds of fine-tuning share: a loaded IFP checkpoint whose FFNs run on a few neurons of each sequence's own
-while they are trained, at the cost of a small model, and whose trained parameters come from outside.
+"""The base of both kinds of fine-tuning: a model that runs on each sequence's own neurons while it is trained.
 
-Several arms (learned, static, none) are sets of such parameters over one base, which is never changed. They are kept
-on disk as mlx-lm keeps them: `mlx_lm.fuse` and `ifprune convert --adapter` take them.
+The base model is never changed. The trained parameters come from outside, so that several arms (learned, static, none)
+can share one base. On disk they look as mlx-lm's do: `mlx_lm.fuse` and `ifprune convert --adapter` take them.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import numpy as np
 
 from ifprune_mlx.checkpoint.atomic_write import write_atomic
 from ifprune_mlx.checkpoint.ffn_spec import FFNSpec, join_fused, split_fused
-from ifprune_mlx.checkpoint.safetensors_io import read_safetensors_header
+from ifprune_mlx.checkpoint.safetensors_io import load_arrays, read_safetensors_header
 from ifprune_mlx.errors import DataError
 from ifprune_mlx.model import Model
 from ifprune_mlx.sparse.ffn import SlicedProjection, module_at
@@ -30,13 +29,13 @@ Parameters = dict[str, mx.array]
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 
 
-class Chosen:
-    """Which neurons of one FFN the forward passes under way compute.
+class ActiveNeurons:
+    """The neurons of one FFN that forward passes compute.
 
     Attributes:
-        ids: int32 `[m]`, in any order; None leaves it to the slots, as in the runtime.
-        mask: float `[m]`, or `[chats, 1, m]` with one for each, multiplies the activations of those neurons (soft or
-            straight-through); None is all ones.
+        ids: int32 `[m]`, in any order; None takes the slots' active ones, as the runtime does.
+        mask: float `[m]`, or `[chats, 1, m]` with one for each chat. The activations of those neurons are multiplied
+            by it (soft or straight-through); None is all ones.
     """
 
     def __init__(self, slots: FFNSlots) -> None:
@@ -47,7 +46,7 @@ class Chosen:
         self._slot_of = mx.array(0)
 
     def neurons(self) -> mx.array | None:
-        """Ids of the neurons computed, int32 `[m]`, in the order in which they are; None for all, in their own."""
+        """Their ids, int32 `[m]`, in the order in which they are computed; None for all, in the source's order."""
         if self.ids is not None:
             return self.ids
         slots = self.slots
@@ -56,7 +55,7 @@ class Chosen:
         return mx.array(slots.order[: slots.k])
 
     def rows(self, name: str) -> mx.array | None:
-        """Rows of one of the slots' arrays for those neurons."""
+        """Their rows of one of the slots' arrays."""
         if self.ids is None:
             return self.slots.active(name)
         array = self.slots.rows.get(name)
@@ -68,24 +67,25 @@ class Chosen:
         return mx.take(array, mx.take(self._slot_of, self.ids), axis=0)
 
 
-class ChosenProjection(SlicedProjection):
-    """A sliced projection over the chosen neurons; what it multiplies by is its subclasses' matter."""
+class TrainableProjection(SlicedProjection):
+    """A sliced projection over the active neurons; a subclass holds what it is multiplied by."""
 
-    def __init__(self, base: SlicedProjection, chosen: Chosen) -> None:
+    def __init__(self, base: SlicedProjection, active: ActiveNeurons) -> None:
         super().__init__(base.slots, base.kind, base.quantization, base.fused)
-        self.chosen = chosen
+        self.active = active
 
     def outputs(self, ids: mx.array) -> mx.array:
-        """Where the outputs of neurons `[m]` lie in the whole projection's, int32 `[m]`, of a common leaf `[2 m]`."""
+        """Where the outputs of neurons `[m]` lie in the whole projection's output, int32 `[m]`; `[2 m]` where gate and
+        up are one leaf."""
         if self.fused is None:
             return ids
         gate, up = split_fused(mx.arange(2 * self.slots.d_ffn), self.fused)
         return join_fused(mx.take(gate, ids), mx.take(up, ids), self.fused)
 
     def observed(self, x: mx.array) -> mx.array:
-        """The input, or what the observer puts in its place; the down projection's times the mask."""
+        """The input, or what the observer replaces it by; before the down projection it is multiplied by the mask."""
         x = super().observed(x)
-        mask = self.chosen.mask
+        mask = self.active.mask
         if mask is None or self.kind != "down":
             return x
         if mask.ndim > x.ndim:  # some experts see the tokens of all chats in one row
@@ -93,15 +93,14 @@ class ChosenProjection(SlicedProjection):
         return x * mask.astype(x.dtype)
 
 
-class Tuned(ABC):
+class TrainableModel(ABC):
     """A model with trained parameters.
 
     Attributes:
         kind: mlx-lm's `fine_tune_type`.
-        model: the model; its leaves were replaced for good.
-        chosen: per FFN, which neurons run.
-        initial: parameters to begin with, float32; they change nothing yet.
-        identity: what runs must have in common for one to go on with the other's parameters.
+        model: the model; its FFN leaves are replaced for good.
+        active: the active neurons of every FFN.
+        initial: parameters to begin with, float32; with them the model computes what the base model does.
     """
 
     kind: ClassVar[str]
@@ -109,15 +108,16 @@ class Tuned(ABC):
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self.chosen = [Chosen(slots) for slots in model.slots]
+        self.active = [ActiveNeurons(slots) for slots in model.slots]
 
     @property
     @abstractmethod
-    def identity(self) -> dict[str, Any]: ...
+    def identity(self) -> dict[str, Any]:
+        """The settings that runs must share for one to continue with the other's parameters."""
 
     @abstractmethod
     def use(self, parameters: Parameters | None) -> None:
-        """Put parameters in place, through which gradients then flow to them; None gives the base model."""
+        """Put parameters in place, so that gradients flow to them; None gives the base model."""
 
     @abstractmethod
     def save(self, folder: Path, parameters: Parameters) -> None:
@@ -132,23 +132,23 @@ class Tuned(ABC):
         """
 
     def choose(self, ids: Sequence[mx.array] | None, masks: Sequence[mx.array] | None = None) -> None:
-        """Run each FFN on these neurons from now on; None leaves it to `Model.switch` again."""
-        for index, chosen in enumerate(self.chosen):
-            chosen.ids = None if ids is None else ids[index]
-            chosen.mask = None if masks is None else masks[index]
+        """Run each FFN on these neurons from now on; without ids, on those that `Model.switch` made active."""
+        for index, active in enumerate(self.active):
+            active.ids = None if ids is None else ids[index]
+            active.mask = None if masks is None else masks[index]
 
     def in_order(self) -> None:
-        """Run all neurons again, in the source's order: switches leave them in another, in which floats add up to
-        something else in the last digits."""
+        """Run all neurons again, in the source's order. Switches leave another order, in which sums of floats differ in
+        the last digits."""
         self.choose(None)
         self.model.first_layers_in_order(len(self.model.slots))
 
-    def _replace_leaves(self, leaf: Callable[[SlicedProjection, Chosen, FFNSpec], ChosenProjection]) -> None:
+    def _replace_leaves(self, leaf: Callable[[SlicedProjection, ActiveNeurons, FFNSpec], TrainableProjection]) -> None:
         model = self.model
-        for index, (spec, chosen) in enumerate(zip(model.checkpoint.layout.ffns, self.chosen, strict=True)):
+        for index, (spec, active) in enumerate(zip(model.checkpoint.layout.ffns, self.active, strict=True)):
             ffn = module_at(model.module, spec.path)
             for name in spec.leaves:
-                ffn[name] = leaf(ffn[name], chosen, spec)
+                ffn[name] = leaf(ffn[name], active, spec)
             model.down_leaves[index] = ffn[spec.down]
 
     def _write(self, folder: Path, arrays: Parameters, more: Mapping[str, Any]) -> None:
@@ -160,8 +160,7 @@ class Tuned(ABC):
 
     def _read(self, folder: Path) -> tuple[Parameters, dict[str, Any]]:
         read_safetensors_header(folder / WEIGHTS, DataError)
-        arrays = mx.load(str(folder / WEIGHTS))
-        assert isinstance(arrays, dict)
+        arrays = load_arrays(folder / WEIGHTS)
         try:
             config = dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as exc:

@@ -1,11 +1,11 @@
-"""Trains arms on the same batches, so that stopping at any time is fair; both stages of the paper run through here.
+"""Trains arms on the same batches, so that they can be compared whenever the run stops.
 
-A run lives in a folder: `state.safetensors` (everything: weights, moments, position; one file, replaced at once, so
-that a run killed at any moment goes on from a whole state), `metrics.jsonl` (a line a step, cut back to the state when
-resuming), and what other commands take: `adapters/ARM/`, `predictor/`, `prior.safetensors`.
+A run lives in a folder: `state.safetensors` (weights, moments and position; one file, replaced at once, so that a run
+killed at any moment goes on from a whole state), `metrics.jsonl` (a line a step, cut back to the state when resuming),
+and what other commands take: `adapters/ARM/`, `predictor/`, `prior.safetensors`.
 
-Nothing is drawn by chance that seed, data and step do not fix: a resumed run, and one that several processes share,
-repeat the undisturbed one up to the order in which floats are summed.
+The seed, the data and the step fix every random choice. A resumed run, and one that several processes share, repeat the
+undisturbed one up to the order in which floats are summed.
 """
 
 from __future__ import annotations
@@ -14,88 +14,45 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx import nn
-from mlx.optimizers import AdamW
+from mlx.optimizers import AdamW, cosine_decay, join_schedules, linear_schedule
 
-from ifprune_mlx.checkpoint.atomic_write import sha256_file, write_atomic
-from ifprune_mlx.checkpoint.safetensors_io import read_safetensors_header
-from ifprune_mlx.data.dataloader import Batch, Mixture, batches
-from ifprune_mlx.data.tokenize import Encoded
+from ifprune_mlx.data.dataloader import DataMixture, batches
+from ifprune_mlx.data.tokenize import Example
 from ifprune_mlx.errors import DataError
 from ifprune_mlx.selection.predictor import SparsityPredictor
-from ifprune_mlx.train.checkpointing import METRICS, STATE, cut_metrics, differences, hash_of_arrays, schedule, sweep
-from ifprune_mlx.train.gradient_check import differentiable
-from ifprune_mlx.train.priors import save_prior
-from ifprune_mlx.train.step import ARMS, Arm, Measured, Objective, Stepper, head_parameters
-from ifprune_mlx.train.trainable import Tuned
-
-_WRITTEN = (
-    STATE,
+from ifprune_mlx.selection.selection import Scores
+from ifprune_mlx.train.checkpointing import (
     METRICS,
-    "prior.safetensors",
-    "predictor/head.safetensors",
-    "adapters/*/adapters.safetensors",
-    "adapters/*/adapter_config.json",
+    cut_metrics,
+    hash_of_adapters,
+    hash_of_arrays,
+    load_state,
+    save_state,
+    sweep,
 )
+from ifprune_mlx.train.config import TrainConfig
+from ifprune_mlx.train.gradients import differentiable
+from ifprune_mlx.train.static_prior import save_prior
+from ifprune_mlx.train.step import Arm, TrainStep, head_parameters
+from ifprune_mlx.train.trainable import TrainableModel
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a run does. A resumed run must have the same.
-
-    Attributes:
-        arms: of `ARMS`.
-        iterations: steps, of `batch_size` sequences each (over all processes).
-        learning_rate: of adapters or weights, after `warmup` steps; falls by a cosine to a tenth.
-        head_learning_rate: of the predictor's head, likewise; 0 keeps the head as it is.
-        head_start: share of the steps during which the head holds still, so that weights settle around selections.
-        clip: largest global norm of a gradient.
-        densities: a sequence's density is drawn from one of these ranges, each as likely.
-        seed: of the order of data and of the densities.
-    """
-
-    arms: tuple[str, ...] = ("learned", "static")
-    iterations: int = 1000
-    batch_size: int = 8
-    learning_rate: float = 5e-4
-    head_learning_rate: float = 0.0
-    head_start: float = 0.2
-    warmup: int = 20
-    clip: float = 1.0
-    densities: tuple[tuple[float, float], ...] = ((0.5, 0.5),)
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        unknown = [name for name in self.arms if name not in ARMS]
-        if unknown or not self.arms or len(set(self.arms)) < len(self.arms):
-            raise DataError(f"arms {', '.join(self.arms) or 'none'}: give each of {', '.join(ARMS)} at most once")
-        for low, high in self.densities:
-            if not 0 < low <= high <= 1:
-                raise DataError(f"density {low:g} to {high:g}: give numbers above 0 and at most 1, the lower first")
-
-
-class Run:
-    """A paired run.
+class Trainer:
+    """A run of several arms. A folder with a state of the same run goes on from it.
 
     Args:
-        adapted: the model.
+        trainable: the model.
         predictor: of the learned arm; None without one.
         prior: per FFN, float32 `[d_ffn]`; of the static arm.
-        mixture: what to learn from.
-        folder: where the run lives; one that holds a state of the same run goes on from it.
-        start: folder of an earlier run whose adapters the arms begin with.
-        grad_checkpoint: less memory for more time; see `train.grad_checkpoint`. A resumed run may change it.
-        micro_batch_size: sequences computed together, neighbours in length, since batches come in its order; see
-            `ifprune_mlx.train.step.Stepper`. A resumed run may change it.
-
-    A folder without a state keeps no metrics of steps: those of a run that was killed before its first one.
+        mixture: the training data.
+        config: the settings; `config.output` is the run's folder.
 
     Attributes:
         step: steps done.
@@ -108,84 +65,106 @@ class Run:
 
     def __init__(
         self,
-        adapted: Tuned,
+        trainable: TrainableModel,
         predictor: SparsityPredictor | None,
-        prior: Sequence[np.ndarray[Any, Any]],
-        mixture: Mixture[Encoded],
-        settings: Settings,
-        objective: Objective,
-        folder: Path,
-        *,
-        start: Path | None = None,
-        grad_checkpoint: bool = False,
-        micro_batch_size: int = 1,
+        prior: Sequence[Scores],
+        mixture: DataMixture[Example],
+        config: TrainConfig,
     ) -> None:
-        self._micro_batch_size = micro_batch_size
-        self.settings, self.objective, self.folder = settings, objective, folder
-        self.adapted, self.predictor, self.prior = adapted, predictor, prior
+        self.trainable, self.predictor, self.prior, self.config = trainable, predictor, prior, config
         self.step = self.tokens = 0
         self._group = mx.distributed.init()
-        self._stepper = Stepper(adapted, predictor, prior, objective, grad_checkpoint=grad_checkpoint)
-        self._domains: list[str] = sorted(mixture.names)
-        self.arms = [self._arm(name, start) for name in settings.arms]
-        self._keep: dict[float, tuple[int, ...]] = {}
-        self._identity = json.dumps(
-            {
-                "checkpoint": adapted.model.checkpoint.id,
-                "float type": str(adapted.model.dtype),
-                "start": None if start is None else _hash_of_start(start),
-                "settings": asdict(settings),
-                "objective": asdict(objective),
-                **adapted.identity,
-                "data": mixture.fingerprint,
-                "tokens": _hash_of_tokens(mixture),
-                "prior": hash_of_arrays(prior),
-                "predictor": None if predictor is None else _hash_of_predictor(predictor),
-            },
-            sort_keys=True,
-        )
-        state = self._restore()
-        self._agree()
+        self._train_step = TrainStep(trainable, predictor, prior, config)
+        self._domains = list(mixture.items)
+        self.arms = [self._arm(name) for name in config.selector]
+        self._keep = cache(trainable.model.keep)
+        examples = [example for items in mixture.items.values() for example in items]
+        identity = {
+            "checkpoint": trainable.model.checkpoint.id,
+            "float type": str(trainable.model.dtype),
+            "start": None if config.start is None else hash_of_adapters(config.start),
+            **config.identity,
+            **trainable.identity,
+            "data": mixture.fingerprint,
+            "tokens": hash_of_arrays(part for example in examples for part in (example.tokens, example.mask)),
+            "prior": hash_of_arrays(prior),
+            "predictor": None if predictor is None else _hash_of_predictor(predictor),
+        }
+        self._identity = json.dumps(identity, sort_keys=True)
+        self._position = self._restore()
+        self._check_agreement()
         self._batches = batches(
-            mixture, settings.batch_size, rank=self._group.rank(), world=self._group.size(), state=state
+            mixture, config.batch_size, rank=self._group.rank(), world=self._group.size(), state=self._position
         )
-        self._position: dict[str, Any] | None = state
 
     @property
     def leader(self) -> bool:
         """Whether this process is the one that writes."""
         return int(self._group.rank()) == 0
 
+    def fit(self, evaluate: Callable[[], bool], report: Callable[[str], object]) -> bool:
+        """Train to the end of the run, with reports, evaluations and states on disk in between.
+
+        Args:
+            evaluate: measures the arms, and says whether the learned one has collapsed.
+            report: receives the lines for a person.
+
+        Returns:
+            Whether the learned arm has collapsed.
+        """
+        config, total = self.config, self.config.iters
+        collapsed = evaluate() if self.step == 0 else False
+        began, first_step, lines = time.monotonic(), self.step, list[dict[str, Any]]()
+        while self.step < total and not (collapsed and config.stop_on_collapse):
+            lines.append(self.advance())
+            self.record(lines[-1])
+            last = self.step == total
+            if self.step % config.steps_per_report == 0 or last:
+                if self.leader:
+                    left = (time.monotonic() - began) / (self.step - first_step) * (total - self.step)
+                    report(f"step {self.step}/{total}: {_losses(lines)}, {_duration(left)} left")
+                lines = []
+            if self.step % config.steps_per_eval == 0 or last:
+                collapsed = evaluate()
+            # After the evaluation, so that a resumed run repeats it if the kill came before its line was written.
+            if self.step % config.save_every == 0 or last:
+                self.save()
+        if self.step < total:
+            self.save()
+        return collapsed
+
     def advance(self) -> dict[str, Any]:
         """One step of every arm on one batch.
 
         Returns:
-            What the metrics file holds of it: per arm and domain the mean cross-entropy and KL divergence (nats per
+            The step's line of the metrics file: per arm and domain the mean cross-entropy and KL divergence (nats per
             token) before the step, tokens, learning rate, seconds. The same on every process.
         """
         start = time.perf_counter()
-        batch: Batch = next(self._batches)
-        learn_head = (
-            self.settings.head_learning_rate > 0 and self.step >= self.settings.head_start * self.settings.iterations
-        )
+        batch, config = next(self._batches), self.config
+        learn_head = config.head_learning_rate > 0 and self.step >= config.head_start * config.iters
         sums = np.zeros((len(self.arms), len(self._domains), 3))
-        for first in range(0, len(batch.examples), self._micro_batch_size):
-            examples = batch.examples[first : first + self._micro_batch_size]
+        for first in range(0, len(batch.examples), config.micro_batch_size):
+            # Neighbours have about the same length, since a batch comes in order of length.
+            examples = batch.examples[first : first + config.micro_batch_size]
             rows = [self._group.rank() + self._group.size() * (first + index) for index in range(len(examples))]
-            keep = [self._keep_of(self._density(row)) for row in rows]
-            taught = self._stepper.teach(examples)
+            keep = [self._keep(self._density(row)) for row in rows]
+            teacher = self._train_step.teacher_output(examples)
             for number, arm in enumerate(self.arms):
-                with differentiable(self.adapted.model.module):
-                    found = self._stepper.run(arm, examples, keep, taught, batch.targets, learn_head=learn_head)
-                for measured, example in zip(found, examples, strict=True):
-                    sums[number, self._domains.index(example.domain)] += self._sums(measured, example)
-            if self._micro_batch_size == 1:  # buffers of a length that the next one does not have
+                with differentiable(self.trainable.model.module):
+                    losses = self._train_step.accumulate(
+                        arm, examples, keep, teacher, batch.targets, learn_head=learn_head
+                    )
+                for loss, example in zip(losses, examples, strict=True):
+                    added = (loss.cross_entropy, loss.divergence, int(example.mask.sum()))
+                    sums[number, self._domains.index(example.domain)] += added
+            if config.micro_batch_size == 1:  # buffers of a length that the next one does not have
                 mx.clear_cache()
         norms = {}
         for arm in self.arms:
             if self._group.size() > 1:
                 arm.gradients = _summed(arm.gradients, self._group)
-            norms[arm.name] = arm.step(self.settings.clip)
+            norms[arm.name] = arm.step(config.clip)
         if self._group.size() > 1:
             sums = np.array(mx.distributed.all_sum(mx.array(sums.astype(np.float32)), group=self._group))
         self.step += 1
@@ -194,7 +173,7 @@ class Run:
         return {
             "step": self.step,
             "tokens": self.tokens,
-            "arms": {arm.name: self._told(sums[number]) for number, arm in enumerate(self.arms)},
+            "arms": {arm.name: self._means(sums[number]) for number, arm in enumerate(self.arms)},
             "gradient_norm": norms,
             "learning_rate": float(self.arms[0].optimizers[0].learning_rate),
             "head_learns": learn_head,
@@ -203,40 +182,34 @@ class Run:
 
     def record(self, line: Mapping[str, Any]) -> None:
         """Append a line to the metrics."""
-        if not self.leader:
-            return
-        with (self.folder / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        if self.leader:
+            with (self.config.output / METRICS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
 
     def save(self) -> None:
         """Write the state, and the folders that other commands take. A run killed before or after loses nothing."""
         if not self.leader:
             return
-        arrays = {f"{arm.name}/{name}": array for arm in self.arms for name, array in arm.state().items()}
-        metadata = {
-            "run": self._identity,
-            "step": str(self.step),
-            "tokens": str(self.tokens),
-            "position": json.dumps(self._position),
-        }
+        folder = self.config.output
         for arm in self.arms:
-            self.adapted.save(self.folder / "adapters" / arm.name, arm.adapter)
+            self.trainable.save(folder / "adapters" / arm.name, arm.adapter)
             if arm.name == "learned":
                 assert self.predictor is not None
-                (self.folder / "predictor").mkdir(exist_ok=True)
-                arm.head(self.predictor.head).save(self.folder / "predictor" / "head.safetensors")
-        save_prior(self.folder / "prior.safetensors", self.prior)
+                (folder / "predictor").mkdir(exist_ok=True)
+                arm.head(self.predictor.head).save(folder / "predictor" / "head.safetensors")
+        save_prior(folder / "prior.safetensors", self.prior)
         # Last, so that a run killed in between writes the others again.
-        write_atomic(self.folder / STATE, lambda path: mx.save_safetensors(str(path), arrays, metadata), DataError)
+        arrays = {f"{arm.name}/{name}": array for arm in self.arms for name, array in arm.state().items()}
+        save_state(folder, self._identity, arrays, step=self.step, tokens=self.tokens, position=self._position)
 
     def agreed(self, verdict: bool) -> bool:
-        """What the process that writes says, on every process."""
+        """The verdict of the process that writes, on every process."""
         if self._group.size() == 1:
             return verdict
         return bool(mx.distributed.all_sum(mx.array(int(verdict and self.leader)), group=self._group).item())
 
-    def _agree(self) -> None:
-        """See that all processes are about to do the same; they may not share a disk."""
+    def _check_agreement(self) -> None:
+        """Raise DataError unless all processes are about to do the same; they may not share a disk."""
         if self._group.size() == 1:
             return
         digest = hashlib.sha256(f"{self.step}/{self._identity}".encode()).digest()
@@ -245,76 +218,66 @@ class Run:
         least = mx.distributed.all_min(mine, group=self._group)
         if not mx.array_equal(most, least):
             raise DataError(
-                f"{self.folder}: the processes of this run begin with other data, settings or states (this one at step "
-                f"{self.step}); give all of them the same, and the same --output on every machine"
+                f"{self.config.output}: the processes of this run begin with other data, settings or states (this one "
+                f"at step {self.step}); give all of them the same, and the same --output on every machine"
             )
 
-    def _arm(self, name: str, start: Path | None) -> Arm:
-        settings = self.settings
-        parameters = dict(self.adapted.initial if start is None else self.adapted.read(start / "adapters" / name))
+    def _arm(self, name: str) -> Arm:
+        config, start = self.config, self.config.start
+        parameters = dict(self.trainable.initial if start is None else self.trainable.read(start / "adapters" / name))
         if name == "learned":
             assert self.predictor is not None
             parameters |= head_parameters(self.predictor.head)
         # An optimizer counts its own steps, and that of the head begins late.
-        late = settings.iterations - math.ceil(settings.head_start * settings.iterations)
-        optimizers = tuple(
-            AdamW(schedule(rate, steps, settings.warmup), betas=[0.9, 0.98], weight_decay=0.0, bias_correction=True)
-            for rate, steps in (
-                (settings.learning_rate, settings.iterations),
-                (settings.head_learning_rate, max(late, 1)),
-            )
+        late = max(config.iters - math.ceil(config.head_start * config.iters), 1)
+        adapter, head = (
+            AdamW(_schedule(rate, steps, config.warmup), betas=[0.9, 0.98], weight_decay=0.0, bias_correction=True)
+            for rate, steps in ((config.peak_learning_rate, config.iters), (config.head_learning_rate, late))
         )
-        return Arm(name, parameters, (optimizers[0], optimizers[1]))
+        return Arm(name, parameters, (adapter, head))
 
     def _restore(self) -> dict[str, Any] | None:
-        file = self.folder / STATE
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Take over the state in the folder; the position in the data, None without a state."""
+        folder = self.config.output
+        folder.mkdir(parents=True, exist_ok=True)
         if self.leader:
-            sweep(self.folder, _WRITTEN)
-        if not file.is_file():
-            if self.leader:
-                cut_metrics(self.folder, -1)
-            return None
-        metadata = read_safetensors_header(file, DataError).metadata
-        if metadata.get("run") != self._identity:
-            raise DataError(
-                f"{self.folder}: holds a run with {differences(metadata.get('run', ''), self._identity)}; "
-                "give the same again to go on with it, or another --output"
-            )
-        arrays = mx.load(str(file))
-        assert isinstance(arrays, dict)
-        for arm in self.arms:
-            prefix = f"{arm.name}/"
-            arm.restore({name.removeprefix(prefix): a for name, a in arrays.items() if name.startswith(prefix)})
-        self.step, self.tokens = int(metadata["step"]), int(metadata["tokens"])
+            sweep(folder)
+        state = load_state(folder, self._identity)
+        position: dict[str, Any] | None = None
+        if state is not None:
+            arrays, saved = state
+            for arm in self.arms:
+                prefix = f"{arm.name}/"
+                arm.restore({name.removeprefix(prefix): a for name, a in arrays.items() if name.startswith(prefix)})
+            self.step, self.tokens, position = saved["step"], saved["tokens"], saved["position"]
         if self.leader:
-            cut_metrics(self.folder, self.step or -1)
-        position: dict[str, Any] = json.loads(metadata["position"])
+            # Without a state, the lines of a run that was killed before its first one go.
+            cut_metrics(folder, self.step or -1)
         return position
 
     def _density(self, row: int) -> float:
-        """A sequence's density; a function of seed, step and row alone."""
-        digest = hashlib.sha256(f"{self.settings.seed}/density/{self.step}/{row}".encode()).digest()
-        ranges = self.settings.densities
+        """A sequence's density; seed, step and row fix it."""
+        digest = hashlib.sha256(f"{self.config.seed}/density/{self.step}/{row}".encode()).digest()
+        ranges = self.config.density_ranges
         low, high = ranges[int.from_bytes(digest[:8], "big") % len(ranges)]
         return low + (high - low) * int.from_bytes(digest[8:12], "big") / 2**32
 
-    def _keep_of(self, density: float) -> tuple[int, ...]:
-        if density not in self._keep:
-            self._keep[density] = self.adapted.model.keep(density)
-        return self._keep[density]
-
-    @staticmethod
-    def _sums(measured: Measured, example: Encoded) -> tuple[float, float, int]:
-        return measured.cross_entropy, measured.divergence, int(example.mask.sum())
-
-    def _told(self, sums: np.ndarray[Any, Any]) -> dict[str, Any]:
+    def _means(self, sums: np.ndarray[Any, Any]) -> dict[str, Any]:
         """Per domain that the batch held, mean losses and tokens."""
         return {
             domain: {"ce": float(ce / count), "kl": float(kl / count), "tokens": int(count)}
             for domain, (ce, kl, count) in zip(self._domains, sums, strict=True)
             if count
         }
+
+
+def _schedule(rate: float, steps: int, warmup: int) -> Any:
+    """A learning rate for mlx's optimizers: up to `rate` within `warmup` steps, then by a cosine to a tenth."""
+    warmup = min(warmup, steps - 1)
+    cosine = cosine_decay(rate, max(steps - warmup, 1), rate / 10)
+    if warmup < 1:
+        return cosine
+    return join_schedules([linear_schedule(rate / (warmup + 1), rate, warmup), cosine], [warmup])
 
 
 def _summed(gradients: dict[str, mx.array], group: Any) -> dict[str, mx.array]:
@@ -324,19 +287,24 @@ def _summed(gradients: dict[str, mx.array], group: Any) -> dict[str, mx.array]:
     return {name: value * group.size() for name, value in zip(gradients, means, strict=True)}
 
 
-def _hash_of_start(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for file in sorted((folder / "adapters").rglob("*.safetensors")):
-        digest.update(f"{file.relative_to(folder)} {sha256_file(file)}\n".encode())
-    return digest.hexdigest()[:16]
-
-
 def _hash_of_predictor(predictor: SparsityPredictor) -> str:
     head = predictor.head
-    digest = hash_of_arrays([np.array(array) for array in head_parameters(head).values()])
+    digest = hash_of_arrays(np.array(array) for array in head_parameters(head).values())
     return f"{digest} {head.pooling} {head.activation} {head.layers}"
 
 
-def _hash_of_tokens(mixture: Mixture[Encoded]) -> str:
-    examples = [example for items in mixture.items.values() for example in items]
-    return hash_of_arrays([part for example in examples for part in (example.tokens, example.mask)])
+def _losses(lines: Sequence[dict[str, Any]]) -> str:
+    """Mean losses of the arms over some steps, and tokens per second, for a person."""
+    parts = []
+    for arm in lines[0]["arms"]:
+        domains = [domain for line in lines for domain in line["arms"][arm].values()]
+        tokens = sum(domain["tokens"] for domain in domains)
+        ce, kl = (sum(domain[kind] * domain["tokens"] for domain in domains) / tokens for kind in ("ce", "kl"))
+        parts.append(f"{arm} {ce:.3f} (kl {kl:.3f})")
+    rate = tokens / max(sum(line["seconds"] for line in lines), 1e-9)
+    return f"{', '.join(parts)} nats per token before the step; {rate:.0f} answer tokens/s"
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"

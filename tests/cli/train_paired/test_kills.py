@@ -19,8 +19,8 @@ from tests.cli.train_paired.runs import Command, chats, command, metrics, write
 
 # Slow enough that a kill can be aimed.
 _SLOW_STEPS = (
-    "import time; from ifprune_mlx.train import trainer; advance = trainer.Run.advance; "
-    "paired.Run.advance = lambda self: (time.sleep(0.15), advance(self))[1]"
+    "import time; from ifprune_mlx.train.trainer import Trainer; advance = Trainer.advance; "
+    "Trainer.advance = lambda self: (time.sleep(0.15), advance(self))[1]"
 )
 _SLOW_MEASURES = (
     "import time; from ifprune_mlx.train import attribution as module; attribution = module.attribution; "

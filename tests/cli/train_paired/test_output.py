@@ -16,8 +16,8 @@ from ifprune_mlx import Instruction, load, make_selector
 from ifprune_mlx.data.dataset import Record, split
 from ifprune_mlx.selection.predictor import Head, load_predictor
 from ifprune_mlx.selection.selection import top_k
-from ifprune_mlx.train.full_finetune import Full
-from ifprune_mlx.train.lora import Adapted
+from ifprune_mlx.train.full_finetune import FullModel
+from ifprune_mlx.train.lora import LoRAModel
 from tests.cli.process import run_here
 from tests.cli.train_paired.runs import chats, command, metrics, settings, texts, write
 from tests.ifprune_mlx.reference import TOLERANCE, logits
@@ -59,7 +59,7 @@ def test_convert_takes_what_was_trained(
     assert done.returncode == 0, done.stderr
     converted, tokenizer = load(tmp_path / "ifp")
     base, _ = load(tiny_checkpoint)
-    adapted = Adapted(base, rank=4, scale=2.0)
+    adapted = LoRAModel(base, rank=4, scale=2.0)
     adapted.use(adapted.read(out / "adapters" / "learned"))
     trained = load_predictor(out / "predictor", base.module, tokenizer, 512, (128, 128))
     keep, text = converted.keep(0.25), "code question 3"
@@ -98,7 +98,7 @@ def test_whole_weights_go_through_convert(
     base, _ = load(tiny_checkpoint)
     tokens = tokenizer.encode("code question 3")
     before = logits(base, tokens)
-    full = Full(base)
+    full = FullModel(base)
     full.use(full.read(adapter))
     selection = top_k(converted.prior, converted.keep(0.25), "static")
     converted.switch(selection)

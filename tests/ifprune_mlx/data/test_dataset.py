@@ -9,16 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
 from ifprune_mlx.chat_template import render_messages
-from ifprune_mlx.data.dataloader import Batch, Mixture, batches, shuffled
+from ifprune_mlx.data.dataloader import Batch, DataMixture, batches, shuffled
 from ifprune_mlx.data.dataset import Record, read_records, split
-from ifprune_mlx.data.tokenize import Encoded, chunked, collate, encode, encode_all
+from ifprune_mlx.data.tokenize import Example, chunked, encode, encode_all
 from ifprune_mlx.errors import DataError, PromptError
 from tests.tiny import TEMPLATE, write_tokenizer
 
@@ -210,7 +209,7 @@ def test_no_instruction_is_in_both_splits_whatever_else_is_read() -> None:
 # Tokens and masks.
 
 
-def learned(tokenizer: TokenizerWrapper, example: Encoded) -> str:
+def learned(tokenizer: TokenizerWrapper, example: Example) -> str:
     """The text of the tokens to be predicted, with a bar where something lies between."""
     runs, last = [], -2
     for index in np.flatnonzero(example.mask):
@@ -319,14 +318,9 @@ def test_text_in_pairs_of_neighbouring_chunks(tokenizer: TokenizerWrapper) -> No
     assert [learned(tokenizer, pair) for pair in pairs] == ["efgh", "ij<|im_end|>"]
     assert [(pair.instruction, pair.prompt_length) for pair in pairs] == [("abcd", 4), ("efgh", 4)]
     assert [pair.key for pair in pairs] == [f"{record.key}-0", f"{record.key}-1"]
-    alone = chunked(tokenizer, record, 4, context=False)
-    assert [tokenizer.decode(pair.tokens.tolist()) for pair in alone] == ["efgh", "ij<|im_end|>"]
-    assert [learned(tokenizer, pair) for pair in alone] == ["fgh", "j<|im_end|>"]
-    assert [(pair.instruction, pair.prompt_length) for pair in alone] == [("abcd", 0), ("efgh", 0)]
-    # Blank chunks select nothing; a text of one chunk has no pair; one token alone is not predicted from nothing.
+    # Blank chunks select nothing; a text of one chunk has no pair.
     assert [pair.instruction for pair in chunked(tokenizer, Record((), "web", "abcd    efgh"), 4)] == ["abcd", "efgh"]
     assert chunked(tokenizer, Record((), "web", "abc"), 4) == []
-    assert chunked(tokenizer, Record((), "web", "abcd"), 4, context=False) == []
     with pytest.raises(DataError, match="a chat in the data of domain 'd'"):
         chunked(tokenizer, chat("a", "b"), 4)
 
@@ -338,12 +332,12 @@ def numbered(name: str, count: int) -> list[Record]:
     return [chat(f"{name}{number}", "answer", domain=name) for number in range(count)]
 
 
-def mixed(seed: int = 0, **changes: Any) -> Mixture[Record]:
+def mixed(seed: int = 0, **changes: Any) -> DataMixture[Record]:
     sources: dict[str, Any] = {"code": (numbered("code", 7), 2.0), "maths": (numbered("maths", 3), 1.0), **changes}
-    return Mixture({name: source for name, source in sources.items() if source}, seed)
+    return DataMixture({name: source for name, source in sources.items() if source}, seed)
 
 
-def taken(mixture: Mixture[Record], count: int) -> list[str]:
+def taken(mixture: DataMixture[Record], count: int) -> list[str]:
     return [next(mixture).instruction for _ in range(count)]
 
 
@@ -351,7 +345,7 @@ def test_weights_hold_in_every_stretch() -> None:
     names = [name.rstrip("0123456789") for name in taken(mixed(), 300)]
     for start in range(0, 270, 7):
         assert abs(names[start : start + 30].count("code") - 20) <= 1
-    odd = Mixture({"a": (numbered("a", 5), 0.7), "b": (numbered("b", 5), 0.2), "c": (numbered("c", 5), 0.1)}, 0)
+    odd = DataMixture({"a": (numbered("a", 5), 0.7), "b": (numbered("b", 5), 0.2), "c": (numbered("c", 5), 0.1)}, 0)
     names = [name[0] for name in taken(odd, 1000)]
     assert [names.count(name) for name in "abc"] == [700, 200, 100]
 
@@ -372,7 +366,7 @@ def test_the_shuffle_is_the_same_on_every_machine() -> None:
 
 def test_the_order_of_the_sources_makes_no_difference() -> None:
     sources = {"code": (numbered("code", 7), 2.0), "maths": (numbered("maths", 3), 1.0)}
-    backwards = Mixture(dict(reversed(sources.items())), 0)
+    backwards = DataMixture(dict(reversed(sources.items())), 0)
     assert (taken(backwards, 50), backwards.fingerprint) == (taken(mixed(), 50), mixed().fingerprint)
 
 
@@ -392,7 +386,7 @@ def test_a_mixture_resumes_exactly(position: int) -> None:
 
 def test_a_changed_mixture_is_not_resumed() -> None:
     state = mixed().state()
-    others: list[Mixture[Record]] = [
+    others: list[DataMixture[Record]] = [
         mixed(seed=1),
         mixed(code=(numbered("code", 7), 1.0)),
         mixed(code=(numbered("code", 7)[::-1], 2.0)),
@@ -408,7 +402,7 @@ def test_a_changed_mixture_is_not_resumed() -> None:
 
 def test_mixtures_of_nothing_are_refused() -> None:
     with pytest.raises(DataError, match="at least one source"):
-        Mixture[Record]({}, 0)
+        DataMixture[Record]({}, 0)
     with pytest.raises(DataError, match="'code' holds nothing"):
         mixed(code=([], 1.0))
     for weight in (0.0, -1.0, float("nan"), float("inf")):
@@ -419,7 +413,7 @@ def test_mixtures_of_nothing_are_refused() -> None:
 # Batches.
 
 
-def encoded(seed: int = 0) -> Mixture[Encoded]:
+def encoded(seed: int = 0) -> DataMixture[Example]:
     rng = np.random.default_rng(5)
     sources = {}
     for name, count, weight in (("code", 23, 2.0), ("maths", 11, 1.0)):
@@ -428,9 +422,9 @@ def encoded(seed: int = 0) -> Mixture[Encoded]:
             length = int(rng.integers(3, 90))
             tokens = rng.integers(1, 300, length).astype(np.int32)
             start = int(rng.integers(1, length))
-            items.append(Encoded(tokens, np.arange(length) >= start, start, name, name, f"{name}{number}"))
+            items.append(Example(tokens, np.arange(length) >= start, start, name, name, f"{name}{number}"))
         sources[name] = (items, weight)
-    return Mixture(sources, seed)
+    return DataMixture(sources, seed)
 
 
 def keys(*parts: Batch) -> list[str]:
@@ -442,28 +436,28 @@ def first(count: int, size: int = 6, **arguments: Any) -> list[Batch]:
     return [next(stream) for _ in range(count)]
 
 
-def test_a_batch_holds_its_examples_padded() -> None:
+def targets(batch: Batch) -> int:
+    return sum(int(example.mask.sum()) for example in batch.examples)
+
+
+def padded(parts: list[Batch]) -> int:
+    """Tokens of the batches once padded to their longest rows."""
+    return sum(len(part.examples) * max(len(example.tokens) for example in part.examples) for part in parts)
+
+
+def test_a_batch_counts_the_tokens_to_predict() -> None:
     for batch in first(12):
-        rows, length = batch.tokens.shape
-        assert (rows, length % 32) == (6, 0)
-        assert length - 32 < max(len(example.tokens) for example in batch.examples) <= length
-        assert (batch.tokens.dtype, batch.mask.dtype) == (mx.int32, mx.bool_)
-        for tokens, mask, example in zip(np.array(batch.tokens), np.array(batch.mask), batch.examples, strict=True):
-            n = len(example.tokens)
-            assert tokens[:n].tolist() == example.tokens.tolist()
-            assert mask[:n].tolist() == example.mask.tolist()
-            assert not tokens[n:].any()
-            assert not mask[n:].any()
-        assert batch.targets == int(batch.mask.sum()) > 0
+        assert len(batch.examples) == 6
+        assert batch.targets == targets(batch) > 0
 
 
 def test_a_pool_gives_the_same_examples_with_less_padding() -> None:
-    plain, pooled = first(8, pool=1, multiple=1), first(8, pool=8, multiple=1)
+    plain, pooled = first(8, pool=1), first(8, pool=8)
     mixture = encoded()
     assert [keys(batch) for batch in plain] == [[next(mixture).key for _ in range(6)] for _ in range(8)]
     assert sorted(keys(*plain)) == sorted(keys(*pooled))
-    assert sum(batch.tokens.size for batch in pooled) < 0.75 * sum(batch.tokens.size for batch in plain)
-    lengths = [batch.tokens.shape[1] for batch in pooled]
+    assert padded(pooled) < 0.75 * padded(plain)
+    lengths = [max(len(example.tokens) for example in batch.examples) for batch in pooled]
     assert lengths != sorted(lengths)  # the lengths of steps are shuffled
 
 
@@ -475,11 +469,9 @@ def test_the_ranks_together_see_what_one_process_sees(world: int, pool: int) -> 
     for step, whole in enumerate(alone):
         parts = [rank[step] for rank in ranks]
         assert sorted(keys(*parts)) == sorted(keys(whole))
-        assert {part.tokens.shape for part in parts} == {(6 // world, whole.tokens.shape[1])}
+        assert {len(part.examples) for part in parts} == {6 // world}
         assert {part.targets for part in parts} == {whole.targets}
-        assert sum(int(part.mask.sum()) for part in parts) == whole.targets
-        together = np.concatenate([np.array(part.tokens) for part in parts])
-        assert sorted(map(tuple, together)) == sorted(map(tuple, np.array(whole.tokens)))
+        assert sum(map(targets, parts)) == whole.targets
         assert all(part.state == whole.state for part in parts)
 
 
@@ -492,8 +484,6 @@ def test_batches_resume_exactly_after_any_step(pool: int) -> None:
         for expected in whole[step + 1 : step + 6]:
             batch = next(resumed)
             assert keys(batch) == keys(expected)
-            assert mx.array_equal(batch.tokens, expected.tokens)
-            assert mx.array_equal(batch.mask, expected.mask)
             assert (batch.targets, batch.state) == (expected.targets, expected.state)
     # With another number of processes, too.
     halves = [next(batches(encoded(), 6, pool=pool, rank=rank, world=2, state=whole[4].state)) for rank in range(2)]
@@ -510,13 +500,3 @@ def test_batches_that_cannot_be_made_are_refused_at_once() -> None:
             batches(encoded(), **{"size": 6, "pool": 8, "state": state, **changes})
     with pytest.raises(DataError, match="changed since the run was saved"):
         batches(encoded(seed=1), 6, state=state)
-
-
-def test_collate_for_evaluation() -> None:
-    mixture = encoded()
-    examples = [next(mixture) for _ in range(3)]
-    longest = max(len(example.tokens) for example in examples)
-    for arguments, length in (({}, longest), ({"length": 200}, 200), ({"length": 100, "multiple": 64}, 128)):
-        tokens, mask = collate(examples, **arguments)
-        assert tokens.shape == mask.shape == (3, length)
-        assert int(mask.sum()) == sum(int(example.mask.sum()) for example in examples)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ifprune_mlx import DataError, Instruction, Model, Selected, Selection, make_selector
-from ifprune_mlx.data.tokenize import Encoded
+from ifprune_mlx.data.tokenize import Example
 from ifprune_mlx.eval.diagnose import Diagnosis, diagnose
 from ifprune_mlx.selection.predictor import PredictorError
 from ifprune_mlx.selection.selection import top_k
@@ -49,12 +49,12 @@ def own(model: Model) -> Selections:
 
 
 @pytest.fixture(scope="module")
-def data(model: Model, own: Selections) -> dict[str, list[Encoded]]:
+def data(model: Model, own: Selections) -> dict[str, list[Example]]:
     return {domain: plant(model, chosen, domain, seed=1, answer=12) for domain, chosen in own.items()}
 
 
 def judged(
-    model: Model, data: Mapping[str, list[Encoded]], selections: Mapping[str, Mapping[str, Selection]]
+    model: Model, data: Mapping[str, list[Example]], selections: Mapping[str, Mapping[str, Selection]]
 ) -> Diagnosis:
     return diagnose(model, data, Table({k: v for chosen in selections.values() for k, v in chosen.items()}), KEEP)
 
@@ -77,7 +77,7 @@ def domain_means(own: Selections) -> dict[str, Selection]:
 
 
 def test_a_selector_that_knows_its_prompt_is_dynamic(
-    model: Model, data: dict[str, list[Encoded]], own: Selections
+    model: Model, data: dict[str, list[Example]], own: Selections
 ) -> None:
     found = judged(model, data, own)
     assert found.verdict == "dynamic"
@@ -98,14 +98,14 @@ def test_a_selector_that_knows_its_prompt_is_dynamic(
     assert (alone["verdict"], alone["cross_domain_nll"], alone["overlap_across"]) == ("dynamic", None, None)
 
 
-def test_the_prior_alone_is_static(model: Model, data: dict[str, list[Encoded]]) -> None:
+def test_the_prior_alone_is_static(model: Model, data: dict[str, list[Example]]) -> None:
     found = diagnose(model, data, make_selector(model, "static"), KEEP)
     assert found.verdict == "static"
     assert "the same neurons" in found.explanation
     assert found.to_dict()["matched_nll"] == found.to_dict()["static_nll"]
 
 
-def test_domain_means_are_static(model: Model, data: dict[str, list[Encoded]], own: Selections) -> None:
+def test_domain_means_are_static(model: Model, data: dict[str, list[Example]], own: Selections) -> None:
     means = domain_means(own)
     found = judged(model, data, {domain: dict.fromkeys(chosen, means[domain]) for domain, chosen in own.items()})
     assert found.verdict == "static"
@@ -114,7 +114,7 @@ def test_domain_means_are_static(model: Model, data: dict[str, list[Encoded]], o
     assert value["matched_nll"] == value["mismatched_nll"] < min(value["cross_domain_nll"], value["static_nll"])
 
 
-def test_domain_means_with_noise_are_static(model: Model, data: dict[str, list[Encoded]], own: Selections) -> None:
+def test_domain_means_with_noise_are_static(model: Model, data: dict[str, list[Example]], own: Selections) -> None:
     means, generator = domain_means(own), np.random.default_rng(5)
     noisy = {
         domain: {text: around(model, means[domain], 0.8, generator) for text in chosen}
@@ -127,7 +127,7 @@ def test_domain_means_with_noise_are_static(model: Model, data: dict[str, list[E
 
 
 def test_selections_dealt_out_within_a_domain_are_static(
-    model: Model, data: dict[str, list[Encoded]], own: Selections
+    model: Model, data: dict[str, list[Example]], own: Selections
 ) -> None:
     dealt = {
         domain: dict(zip(chosen, [*list(chosen.values())[3:], *list(chosen.values())[:3]], strict=True))
@@ -136,13 +136,13 @@ def test_selections_dealt_out_within_a_domain_are_static(
     assert judged(model, data, dealt).verdict == "static"
 
 
-def test_arbitrary_selections_are_broken(model: Model, data: dict[str, list[Encoded]]) -> None:
+def test_arbitrary_selections_are_broken(model: Model, data: dict[str, list[Example]]) -> None:
     found = diagnose(model, data, make_selector(model, "random", seed=77), KEEP)
     assert found.verdict == "broken"
     assert "no better than arbitrary neurons" in found.explanation
 
 
-def test_scores_that_are_no_numbers_are_broken(model: Model, data: dict[str, list[Encoded]]) -> None:
+def test_scores_that_are_no_numbers_are_broken(model: Model, data: dict[str, list[Example]]) -> None:
     class Poisoned:
         name = "learned"
 
@@ -157,11 +157,11 @@ def test_scores_that_are_no_numbers_are_broken(model: Model, data: dict[str, lis
     assert all(value[key] is None for key in ("matched_nll", "mismatched_nll", "static_nll", "overlap_within"))
 
 
-def test_at_full_density_everything_is_static(model: Model, data: dict[str, list[Encoded]]) -> None:
+def test_at_full_density_everything_is_static(model: Model, data: dict[str, list[Example]]) -> None:
     assert diagnose(model, data, make_selector(model, "random"), (128, 128)).verdict == "static"
 
 
-def test_too_few_prompts_are_refused(model: Model, data: dict[str, list[Encoded]], own: Selections) -> None:
+def test_too_few_prompts_are_refused(model: Model, data: dict[str, list[Example]], own: Selections) -> None:
     with pytest.raises(DataError, match="4 prompts are too few"):
         diagnose(model, {"code": data["code"][:4]}, Table(own["code"]), KEEP)
 

@@ -17,7 +17,7 @@ import pytest
 import ifprune_convert
 from ifprune_convert.calibrate import shipped_examples
 from ifprune_mlx import Model, load
-from ifprune_mlx.data.tokenize import Encoded, encode
+from ifprune_mlx.data.tokenize import Example, encode
 from ifprune_mlx.eval.diagnose import Diagnosis, diagnose
 from ifprune_mlx.selection.predictor import Head, SparsityPredictor
 from ifprune_mlx.selection.selection import Selection, top_k
@@ -36,7 +36,7 @@ class Patient:
 
     model: Model
     predictor: SparsityPredictor
-    data: Mapping[str, Sequence[Encoded]]
+    data: Mapping[str, Sequence[Example]]
     keep: tuple[int, ...]
 
     def judge(self, selector: Selector) -> Diagnosis:
@@ -117,7 +117,7 @@ def real(smollm2: Path) -> Iterator[Patient]:
     if model.predictor is None:
         pytest.skip("the embedded checkpoint has no predictor")
     lines = (Path(ifprune_convert.__file__).parent / "data" / "calibration.jsonl").read_text(encoding="utf-8")
-    data: dict[str, list[Encoded]] = {domain: [] for domain in DOMAINS}
+    data: dict[str, list[Example]] = {domain: [] for domain in DOMAINS}
     for line, record in zip(lines.splitlines(), shipped_examples(), strict=True):
         chosen = data.get(json.loads(line)["source"])
         if chosen is not None and len(chosen) < 16:
@@ -134,7 +134,7 @@ def briefly(real: Patient) -> Patient:
     return replace(real, data={domain: [cut(chat, 4) for chat in chats[:5]] for domain, chats in real.data.items()})
 
 
-def cut(chat: Encoded, answer: int) -> Encoded:
+def cut(chat: Example, answer: int) -> Example:
     """A chat with the first tokens of its answer only."""
     end = chat.prompt_length + answer
     return replace(chat, tokens=chat.tokens[:end], mask=chat.mask[:end])

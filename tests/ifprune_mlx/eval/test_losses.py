@@ -14,8 +14,8 @@ from mlx import nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from ifprune_mlx import DataError, IfpruneError, Instruction, Model, Selected, Selection, make_selector
-from ifprune_mlx.data.tokenize import Encoded
-from ifprune_mlx.eval.losses import ROWS, Evaluation, Example, answer_nll, available_rows, compare, derangement
+from ifprune_mlx.data.tokenize import Example
+from ifprune_mlx.eval.losses import ROWS, Evaluation, answer_nll, available_rows, compare, derangement
 from ifprune_mlx.selection.selection import top_k
 from ifprune_mlx.sparse.importance import fuse_ranks
 from tests.ifprune_mlx.reference import mask_ffns, open_model, random_selection, source_model
@@ -23,13 +23,13 @@ from tests.planted import Table
 
 TOLERANCE = 1e-5
 WIDTHS, KEEP = (128, 128), (64, 64)
-Data = dict[str, list[Encoded]]
+Data = dict[str, list[Example]]
 
 
-def example(key: str, prompt: int, answer: int, seed: int) -> Encoded:
+def example(key: str, prompt: int, answer: int, seed: int) -> Example:
     """Arbitrary tokens."""
     tokens = np.random.default_rng(seed).integers(3, 250, size=prompt + answer).astype(np.int32)
-    return Encoded(tokens, np.arange(len(tokens)) >= prompt, prompt, f"text of {key}", "", key)
+    return Example(tokens, np.arange(len(tokens)) >= prompt, prompt, f"text of {key}", "", key)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def check(
         assert found[domain] == pytest.approx(expected, abs=TOLERANCE)
 
 
-def by_key(data: Data) -> list[Encoded]:
+def by_key(data: Data) -> list[Example]:
     return [item for examples in data.values() for item in examples]
 
 
@@ -196,7 +196,7 @@ def test_oracle_changes_with_the_answer_and_activation_does_not(model: Model) ->
     one = example("x", 6, 12, seed=1)
     tokens = one.tokens.copy()
     tokens[-6:] = tokens[-6:][::-1]
-    other = Encoded(tokens, one.mask, one.prompt_length, one.instruction, "", "y")
+    other = Example(tokens, one.mask, one.prompt_length, one.instruction, "", "y")
     chosen: dict[str, list[str]] = {"oracle": [], "activation": []}
     for item in (one, other):
         for name, hashes in chosen.items():
@@ -211,7 +211,7 @@ def test_a_long_chat_with_several_answers_is_read_in_chunks(tiny_checkpoint: Pat
     tokens = np.random.default_rng(0).integers(3, 250, size=500).astype(np.int32)
     mask = np.zeros(500, bool)
     mask[40:60] = mask[290:300] = mask[480:] = True
-    item = Encoded(tokens, mask, 480, "a chat", "", "k")
+    item = Example(tokens, mask, 480, "a chat", "", "k")
     selection = random_selection(WIDTHS, KEEP, 4)
     model.switch(selection)
     seen: list[tuple[int, int]] = []

@@ -13,8 +13,8 @@ from ifprune_convert.pipeline import Options
 from ifprune_mlx import DataError, load
 from ifprune_mlx.checkpoint.format import Quantization
 from ifprune_mlx.sparse import quantized
-from ifprune_mlx.train import gradient_check
-from ifprune_mlx.train.gradient_check import check_kernels
+from ifprune_mlx.train import gradients
+from ifprune_mlx.train.gradients import check_kernels
 from tests.tiny import write_checkpoint
 
 PACKINGS = [Quantization(64, 4, "affine"), Quantization(32, 8, "affine"), Quantization(32, 4, "mxfp4")]
@@ -104,7 +104,7 @@ def test_training_packed_weights_by_a_wrong_kernel_is_refused(tmp_path: Path, mo
     model, _ = load(write_checkpoint(tmp_path / "packed", options=Options(quantization=PACKINGS[0])))
     plain, _ = load(write_checkpoint(tmp_path / "plain"))
     check_kernels(model)
-    monkeypatch.setattr(gradient_check, "right", lambda *_: False)
+    monkeypatch.setattr(gradients, "right", lambda *_: False)
     check_kernels(plain)
     with pytest.raises(DataError, match="4-bit weights wrongly on this GPU; install another release"):
         check_kernels(model)

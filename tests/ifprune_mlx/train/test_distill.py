@@ -12,12 +12,11 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ifprune_convert.pipeline import Options
 from ifprune_mlx import DataError, Instruction, Model, PredictorError, load, make_selector
 from ifprune_mlx.data.dataset import Record
-from ifprune_mlx.data.tokenize import Encoded, encode
+from ifprune_mlx.data.tokenize import Example, encode
 from ifprune_mlx.selection.predictor import POOLINGS, Head, hidden_states
 from ifprune_mlx.selection.selection import top_k
 from ifprune_mlx.train import attribution as measuring
-from ifprune_mlx.train.attribution import Targets, log_importance, measure
-from ifprune_mlx.train.backbone import Backbone
+from ifprune_mlx.train.attribution import Backbone, Targets, log_importance, measure
 from ifprune_mlx.train.distill import Fit, distill
 from tests.ifprune_mlx.reference import MaskedDown, source_model
 from tests.tiny import write_checkpoint, write_source
@@ -25,7 +24,7 @@ from tests.tiny import write_checkpoint, write_source
 Tiny = tuple[Model, TokenizerWrapper]
 
 
-def chats(tokenizer: TokenizerWrapper, count: int) -> list[Encoded]:
+def chats(tokenizer: TokenizerWrapper, count: int) -> list[Example]:
     records = [
         Record(
             ({"role": "user", "content": f"Question {i}"}, {"role": "assistant", "content": "Answer " * (1 + i % 3)}),
@@ -37,12 +36,12 @@ def chats(tokenizer: TokenizerWrapper, count: int) -> list[Encoded]:
     return [chat for chat in encoded if chat is not None]
 
 
-@pytest.mark.parametrize("at_once", [1, 2])
-def test_targets_are_what_a_slow_reference_gives(tiny: Tiny, tmp_path: Path, at_once: int) -> None:
+@pytest.mark.parametrize("together", [1, 2])
+def test_targets_are_what_a_slow_reference_gives(tiny: Tiny, tmp_path: Path, together: int) -> None:
     """One by one, and two chats of different lengths together, each in its own place."""
     model, tokenizer = tiny
     examples = chats(tokenizer, 3)
-    found = measure(model, examples, tmp_path / "targets", layers=1, at_once=at_once)
+    found = measure(model, examples, tmp_path / "targets", Backbone.first_layers(model, 1), micro_batch_size=together)
     assert found.domains == ["a", "b", "a"]
     assert (found.layers, found.widths) == (1, (128, 128))
     for row, chat in enumerate(examples):
@@ -53,7 +52,7 @@ def test_targets_are_what_a_slow_reference_gives(tiny: Tiny, tmp_path: Path, at_
         np.testing.assert_allclose(found.importance[row].astype(np.float32), wanted, rtol=2e-3, atol=1e-4)
 
 
-def slow_attribution(model: Model, chat: Encoded) -> list[np.ndarray]:
+def slow_attribution(model: Model, chat: Example) -> list[np.ndarray]:
     """The same on the stock model: full logits, and a mask `[tokens, d_ffn]` before every down projection."""
     dense = source_model(model.checkpoint.path)
     tokens = mx.array(chat.tokens[None, :-1])
@@ -83,21 +82,22 @@ def test_a_run_that_died_goes_on_after_its_last_part(
     model, tokenizer = tiny
     monkeypatch.setattr(measuring, "PART", 2)
     examples = chats(tokenizer, 5)
-    whole = measure(model, examples, tmp_path / "whole", layers=2)
+    backbone = Backbone.first_layers(model, 2)
+    whole = measure(model, examples, tmp_path / "whole", backbone)
 
     def dies(done: int, total: int) -> None:
         if done == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        measure(model, examples, tmp_path / "again", 2, dies)
+        measure(model, examples, tmp_path / "again", backbone, dies)
     assert len(measuring.load(tmp_path / "again").features) == 4
     seen: list[int] = []
-    again = measure(model, examples, tmp_path / "again", 2, lambda done, total: seen.append(done))
+    again = measure(model, examples, tmp_path / "again", backbone, lambda done, total: seen.append(done))
     np.testing.assert_array_equal(again.importance, whole.importance)
     np.testing.assert_array_equal(again.features, whole.features)
     with pytest.raises(DataError, match="of other chats or of another model"):
-        measure(model, examples[:4], tmp_path / "again", 2)
+        measure(model, examples[:4], tmp_path / "again", backbone)
     with pytest.raises(DataError, match="holds no targets"):
         measuring.load(tmp_path / "nowhere")
 
@@ -109,17 +109,18 @@ def test_targets_read_by_a_backbone_of_its_own(tiny: Tiny, tmp_path: Path) -> No
     one, other = (
         Backbone.load(write_source(tmp_path / f"small-{seed}", "qwen2", seed, hidden_size=32)) for seed in (1, 2)
     )
-    plain = measure(model, examples, tmp_path / "plain", layers=1)
-    found = measure(model, examples, tmp_path / "targets", layers=1, backbone=one)
+    first_layer = Backbone.first_layers(model, 1)
+    plain = measure(model, examples, tmp_path / "plain", first_layer)
+    found = measure(model, examples, tmp_path / "targets", one)
     assert (found.layers, found.features.shape) == (None, (3, 64))
     for row, chat in enumerate(examples):
         np.testing.assert_array_equal(found.features[row], np.array(one.features([chat.instruction]))[0])
     np.testing.assert_array_equal(found.importance, plain.importance)
-    again = measure(model, examples, tmp_path / "targets", layers=2, backbone=one)
+    again = measure(model, examples, tmp_path / "targets", one)
     np.testing.assert_array_equal(again.features, found.features)
-    for backbone in (other, None):
+    for backbone in (other, first_layer):
         with pytest.raises(DataError, match="or of another model or backbone"):
-            measure(model, examples, tmp_path / "targets", layers=1, backbone=backbone)
+            measure(model, examples, tmp_path / "targets", backbone)
 
 
 def planted(count: int, signal: float, seed: int = 0) -> Targets:
@@ -145,7 +146,7 @@ def test_a_planted_signal_is_found() -> None:
     targets, fresh = planted(400, 0.5), planted(100, 0.5, seed=1)
     fit = distill(targets, rank=4)
     assert max(fit.explained.values()) > 0.8
-    wanted = log_importance(fresh.importance, fresh.widths)
+    wanted = np.concatenate([*log_importance(fresh)], axis=1)
     got = predicted(fit, fresh.features)
     for row in range(100):
         sparse = top_k([wanted[row, :40], wanted[row, 40:]], (16, 8), "oracle")
@@ -158,7 +159,7 @@ def test_without_a_signal_the_predictor_is_the_prior() -> None:
     targets = planted(300, 0.0)
     fit = distill(targets)
     assert max(fit.explained.values()) < 0.05
-    mean = log_importance(targets.importance, targets.widths).mean(axis=0)
+    mean = np.concatenate([*log_importance(targets)], axis=1).mean(axis=0)
     np.testing.assert_allclose(np.array(fit.head.second_bias), mean, atol=1e-5)
     assert np.abs(predicted(fit, targets.features) - mean).max() < 0.1
 
@@ -182,7 +183,7 @@ def test_full_rank_is_plain_ridge_regression() -> None:
     targets = planted(200, 0.3)
     fit = distill(targets, rank=64, penalties=(0.5,))
     x = (targets.features - targets.features.mean(axis=0)) / (targets.features.std(axis=0) + 1e-6)
-    y = log_importance(targets.importance, targets.widths)
+    y = np.concatenate([*log_importance(targets)], axis=1)
     solution = np.linalg.solve(x.T @ x + 0.5 * 200 * np.eye(8), x.T @ (y - y.mean(axis=0)))
     np.testing.assert_allclose(predicted(fit, targets.features), y.mean(axis=0) + x @ solution, atol=2e-3)
 
@@ -194,7 +195,8 @@ def test_too_few_chats_are_refused() -> None:
 
 def test_a_distilled_predictor_in_a_checkpoint_selects_what_its_scores_say(tiny: Tiny, tmp_path: Path) -> None:
     model, tokenizer = tiny
-    fit = distill(measure(model, chats(tokenizer, 24), tmp_path / "targets", layers=1), rank=8)
+    targets = measure(model, chats(tokenizer, 24), tmp_path / "targets", Backbone.first_layers(model, 1))
+    fit = distill(targets, rank=8)
     (tmp_path / "predictor").mkdir()
     fit.head.save(tmp_path / "predictor" / "head.safetensors")
     folder = write_checkpoint(tmp_path / "checkpoint", options=Options(predictor=tmp_path / "predictor"))

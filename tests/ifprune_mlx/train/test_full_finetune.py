@@ -21,9 +21,9 @@ from ifprune_convert.readers import open_source
 from ifprune_mlx import DataError
 from ifprune_mlx.checkpoint.format import Checkpoint
 from ifprune_mlx.model import load_checkpoint
-from ifprune_mlx.train.full_finetune import Full
-from ifprune_mlx.train.grad_checkpoint import recomputed
-from ifprune_mlx.train.lora import Adapted
+from ifprune_mlx.train.full_finetune import FullModel
+from ifprune_mlx.train.gradients import recomputed
+from ifprune_mlx.train.lora import LoRAModel
 from ifprune_mlx.train.trainable import Parameters
 from tests.ifprune_mlx.reference import TOLERANCE, logits, mask_ffns, open_model, random_selection
 from tests.tiny import write_checkpoint
@@ -47,7 +47,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Write:
     return write
 
 
-def trained(full: Full, seed: int = 3) -> Parameters:
+def trained(full: FullModel, seed: int = 3) -> Parameters:
     """Weights that all differ from the base's."""
     mx.random.seed(seed)
     return {name: array + 0.05 * mx.random.normal(array.shape) for name, array in full.initial.items()}
@@ -75,7 +75,7 @@ def test_chosen_neurons_equal_the_masked_reference(family: str, checkpoint: Writ
     """Ids in any order, and switches that permute the slots: one result, mlx-lm's."""
     folder = checkpoint(family)
     model = open_model(folder)
-    full = Full(model)
+    full = FullModel(model)
     parameters = trained(full)
     full.save(tmp_path, parameters)
     full.use(parameters)
@@ -102,7 +102,7 @@ def test_gradients_equal_the_masked_reference(family: str, again: bool, checkpoi
     none."""
     folder = checkpoint(family)
     model = open_model(folder)
-    full = Full(model)
+    full = FullModel(model)
     parameters = trained(full)
     full.save(tmp_path, parameters)
     model.switch(random_selection((128, 128), (64, 40), 7))
@@ -140,7 +140,7 @@ def test_without_trained_weights_it_is_the_base_model(family: str, checkpoint: W
     """`use(None)` and the first values change no logit, to the last bit, dense or switched, whatever ran before."""
     plain, model = open_model(checkpoint(family)), open_model(checkpoint(family))
     model.switch(random_selection((128, 128), (64, 40), 7))
-    full = Full(model)
+    full = FullModel(model)
     for parameters in (full.initial, None):
         for active in (None, random_selection((128, 128), (32, 96), 0)):
             full.use(trained(full))
@@ -156,7 +156,7 @@ def test_convert_takes_what_is_saved(family: str, checkpoint: Write, tmp_path: P
     """A checkpoint converted with the saved weights computes what the trained model did, on any selection."""
     folder = checkpoint(family)
     model = open_model(folder)
-    full = Full(model)
+    full = FullModel(model)
     parameters = trained(full)
     full.save(tmp_path / "adapter", parameters)
     full.use(parameters)
@@ -171,7 +171,7 @@ def test_convert_takes_what_is_saved(family: str, checkpoint: Write, tmp_path: P
 def test_weights_are_kept_finer_than_they_are_used(checkpoint: Write, tmp_path: Path) -> None:
     """A bfloat16 base computes and is saved as such; what is trained is float32, and so are its gradients."""
     model = load_checkpoint(Checkpoint.open(checkpoint("qwen2")), dtype=mx.bfloat16)
-    full = Full(model)
+    full = FullModel(model)
     assert {array.dtype for array in full.initial.values()} == {mx.float32}
 
     def loss(given: Parameters) -> mx.array:
@@ -189,7 +189,7 @@ def test_weights_are_kept_finer_than_they_are_used(checkpoint: Write, tmp_path: 
 
 def test_what_is_saved_is_read_again(checkpoint: Write, tmp_path: Path) -> None:
     """Bit for bit; on disk it has mlx-lm's names, orientation and config."""
-    full = Full(open_model(checkpoint("llama-bias")))
+    full = FullModel(open_model(checkpoint("llama-bias")))
     parameters = trained(full)
     full.save(tmp_path / "a" / "b", parameters)
     again = full.read(tmp_path / "a" / "b")
@@ -208,12 +208,15 @@ def test_a_quantized_base_is_refused(tmp_path: Path) -> None:
     quantized = Options(quantization=quantization_of("affine", 32, 4))
     folder = write_checkpoint(tmp_path / "checkpoint", options=quantized)
     with pytest.raises(DataError, match="checkpoint: its weights are quantized"):
-        Full(open_model(folder))
+        FullModel(open_model(folder))
 
 
 def test_what_was_trained_otherwise_is_refused(checkpoint: Write, tmp_path: Path) -> None:
     """Adapters for whole weights, the other way round, and weights of another model."""
-    adapted, full = Adapted(open_model(checkpoint("llama")), rank=4, scale=3.0), Full(open_model(checkpoint("llama")))
+    adapted, full = (
+        LoRAModel(open_model(checkpoint("llama")), rank=4, scale=3.0),
+        FullModel(open_model(checkpoint("llama"))),
+    )
     adapted.save(tmp_path / "lora", adapted.initial)
     full.save(tmp_path / "full", full.initial)
     with pytest.raises(DataError, match="trained with --fine-tune-type lora"):
@@ -221,4 +224,4 @@ def test_what_was_trained_otherwise_is_refused(checkpoint: Write, tmp_path: Path
     with pytest.raises(DataError, match="trained with --fine-tune-type full"):
         adapted.read(tmp_path / "full")
     with pytest.raises(DataError, match="is of another model"):
-        Full(open_model(checkpoint("qwen2"))).read(tmp_path / "full")
+        FullModel(open_model(checkpoint("qwen2"))).read(tmp_path / "full")

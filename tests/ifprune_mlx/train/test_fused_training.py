@@ -12,9 +12,9 @@ import pytest
 from ifprune_convert.pipeline import Options, convert
 from ifprune_convert.readers import open_source
 from ifprune_mlx.model import Model
-from ifprune_mlx.train.full_finetune import Full
-from ifprune_mlx.train.lora import Adapted
-from ifprune_mlx.train.trainable import Tuned
+from ifprune_mlx.train.full_finetune import FullModel
+from ifprune_mlx.train.lora import LoRAModel
+from ifprune_mlx.train.trainable import TrainableModel
 from tests.family_configs import write_family
 from tests.ifprune_mlx.reference import open_model, random_selection
 
@@ -32,9 +32,9 @@ def logits(model: Model) -> np.ndarray:
     return np.array(model(mx.array([TOKENS]))[0])
 
 
-@pytest.mark.parametrize("make", [lambda model: Adapted(model, rank=4, scale=2.0), Full], ids=["lora", "full"])
+@pytest.mark.parametrize("make", [lambda model: LoRAModel(model, rank=4, scale=2.0), FullModel], ids=["lora", "full"])
 def test_what_was_trained_computes_the_same_once_converted(
-    source: Path, tmp_path: Path, make: Callable[[Model], Tuned]
+    source: Path, tmp_path: Path, make: Callable[[Model], TrainableModel]
 ) -> None:
     convert(open_source(source), tmp_path / "base", Options())
     model = open_model(tmp_path / "base")

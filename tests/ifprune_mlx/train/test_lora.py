@@ -19,7 +19,7 @@ from ifprune_convert.packing import quantization_of
 from ifprune_convert.pipeline import Options
 from ifprune_mlx import DataError
 from ifprune_mlx.sparse.ffn import module_at
-from ifprune_mlx.train.lora import Adapted, Parameters
+from ifprune_mlx.train.lora import LoRAModel, Parameters
 from tests.ifprune_mlx.reference import TOLERANCE, dequantized_model, logits, mask_ffns, open_model, random_selection
 from tests.tiny import write_checkpoint
 
@@ -41,7 +41,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Write:
     return write
 
 
-def trained(adapted: Adapted, seed: int = 3) -> Parameters:
+def trained(adapted: LoRAModel, seed: int = 3) -> Parameters:
     """Adapter weights with effect: `lora_b` is not zero."""
     mx.random.seed(seed)
     return {name: array + 0.05 * mx.random.normal(array.shape) for name, array in adapted.initial.items()}
@@ -69,7 +69,7 @@ def test_chosen_neurons_equal_the_masked_reference(family: str, checkpoint: Writ
     """Two densities, ids in any order, before and after switches permuted the slots: one result, mlx-lm's."""
     folder = checkpoint(family)
     model = open_model(folder)
-    adapted = Adapted(model, rank=4, scale=3.0)
+    adapted = LoRAModel(model, rank=4, scale=3.0)
     parameters = trained(adapted)
     adapted.save(tmp_path / "adapter", parameters)
     adapted.use(parameters)
@@ -94,7 +94,7 @@ def test_chosen_neurons_equal_the_masked_reference(family: str, checkpoint: Writ
 def test_neurons_come_back_in_order(checkpoint: Write) -> None:
     """After switches `in_order` makes the model what it was when loaded, to the last bit."""
     model = open_model(checkpoint("llama-bias"))
-    adapted = Adapted(model, rank=4, scale=3.0)
+    adapted = LoRAModel(model, rank=4, scale=3.0)
     adapted.use(trained(adapted))
     before = logits(model, TOKENS)
     for seed in (7, 8):
@@ -110,7 +110,7 @@ def test_masks_multiply_the_activations(checkpoint: Write, tmp_path: Path) -> No
     """A mask over chosen neurons is a soft mask over all of them in the reference, 0 for the others."""
     folder = checkpoint("llama-bias")
     model = open_model(folder)
-    adapted = Adapted(model, rank=4, scale=3.0)
+    adapted = LoRAModel(model, rank=4, scale=3.0)
     parameters = trained(adapted)
     adapted.save(tmp_path / "adapter", parameters)
     adapted.use(parameters)
@@ -128,7 +128,7 @@ def test_a_quantized_base_keeps_its_weights(tmp_path: Path) -> None:
     """4-bit rows gathered by id give what the dequantized weights give, under float adapters."""
     folder = write_checkpoint(tmp_path / "checkpoint", options=Options(quantization=quantization_of("affine", 32, 4)))
     model = open_model(folder)
-    adapted = Adapted(model, rank=4, scale=3.0)
+    adapted = LoRAModel(model, rank=4, scale=3.0)
     assert isinstance(module_at(model.module, "model.layers.0.self_attn.q_proj").linear, nn.QuantizedLinear)
     parameters = trained(adapted)
     adapted.save(tmp_path / "adapter", parameters)
@@ -146,7 +146,7 @@ def test_gradients_equal_the_masked_reference(family: str, checkpoint: Write, tm
     """Of every adapter weight; those of neurons that do not run are 0."""
     folder = checkpoint(family)
     model = open_model(folder)
-    adapted = Adapted(model, rank=4, scale=3.0)
+    adapted = LoRAModel(model, rank=4, scale=3.0)
     parameters = trained(adapted)
     adapted.save(tmp_path / "adapter", parameters)
     model.switch(random_selection((128, 128), (64, 40), 7))
@@ -182,7 +182,7 @@ def test_gradients_equal_the_masked_reference(family: str, checkpoint: Write, tm
 def test_without_adapter_weights_it_is_the_base_model(family: str, checkpoint: Write) -> None:
     """`use(None)` and the first values change no logit, to the last bit, dense or switched."""
     plain, model = open_model(checkpoint(family)), open_model(checkpoint(family))
-    adapted = Adapted(model, rank=4, scale=3.0)
+    adapted = LoRAModel(model, rank=4, scale=3.0)
     selection = random_selection((128, 128), (32, 96), 0)
     for parameters in (adapted.initial, None):
         for active in (None, selection):
@@ -196,7 +196,7 @@ def test_without_adapter_weights_it_is_the_base_model(family: str, checkpoint: W
 
 def test_first_values_hang_on_the_seed(checkpoint: Write) -> None:
     """The same seed gives the same values, another one others; `lora_b` begins at zero."""
-    a, b, c = (Adapted(open_model(checkpoint("llama")), rank=4, scale=1.0, seed=seed).initial for seed in (1, 1, 2))
+    a, b, c = (LoRAModel(open_model(checkpoint("llama")), rank=4, scale=1.0, seed=seed).initial for seed in (1, 1, 2))
     assert all(mx.array_equal(a[name], b[name]) for name in a)
     different = [name for name in a if not mx.array_equal(a[name], c[name])]
     assert sorted(different) == sorted(name for name in a if name.endswith("lora_a"))
@@ -204,7 +204,7 @@ def test_first_values_hang_on_the_seed(checkpoint: Write) -> None:
 
 def test_only_the_adapters_are_trainable(checkpoint: Write) -> None:
     """The base weights stay frozen: nothing else is among the trainable parameters."""
-    adapted = Adapted(open_model(checkpoint("llama-bias")), rank=4, scale=1.0)
+    adapted = LoRAModel(open_model(checkpoint("llama-bias")), rank=4, scale=1.0)
     names = [name for name, _ in tree_flatten(adapted.model.module.trainable_parameters())]
     assert sorted(names) == sorted(adapted.initial)
     assert all(name.endswith(("lora_a", "lora_b")) for name in names)
@@ -212,7 +212,7 @@ def test_only_the_adapters_are_trainable(checkpoint: Write) -> None:
 
 def test_what_is_saved_is_read_again(checkpoint: Write, tmp_path: Path) -> None:
     """Save and read give the same weights, bit for bit; the config names what mlx-lm needs."""
-    adapted = Adapted(open_model(checkpoint("llama")), rank=4, scale=3.0)
+    adapted = LoRAModel(open_model(checkpoint("llama")), rank=4, scale=3.0)
     parameters = trained(adapted)
     adapted.save(tmp_path / "a" / "b", parameters)
     again = adapted.read(tmp_path / "a" / "b")
@@ -229,9 +229,9 @@ def test_what_is_saved_is_read_again(checkpoint: Write, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("rank", "scale"), [(8, 3.0), (4, 2.0)])
 def test_another_rank_or_scale_is_refused(checkpoint: Write, tmp_path: Path, rank: int, scale: float) -> None:
     """An adapter of another rank or scale would mean something else; the message names this run's."""
-    adapted = Adapted(open_model(checkpoint("llama")), rank=4, scale=3.0)
+    adapted = LoRAModel(open_model(checkpoint("llama")), rank=4, scale=3.0)
     adapted.save(tmp_path, adapted.initial)
-    other = Adapted(open_model(checkpoint("llama")), rank=rank, scale=scale)
+    other = LoRAModel(open_model(checkpoint("llama")), rank=rank, scale=scale)
     with pytest.raises(DataError, match=f"rank {rank}, scale {scale:g}"):
         other.read(tmp_path)
 
@@ -239,16 +239,16 @@ def test_another_rank_or_scale_is_refused(checkpoint: Write, tmp_path: Path, ran
 def test_another_models_adapter_is_refused(checkpoint: Write, tmp_path: Path) -> None:
     """Shapes of another model are told apart before anything is trained."""
     other = write_checkpoint(tmp_path / "other", intermediate_size=256)
-    adapted = Adapted(open_model(other), rank=4, scale=3.0)
+    adapted = LoRAModel(open_model(other), rank=4, scale=3.0)
     adapted.save(tmp_path / "adapter", adapted.initial)
     with pytest.raises(DataError, match="of another model"):
-        Adapted(open_model(checkpoint("llama")), rank=4, scale=3.0).read(tmp_path / "adapter")
+        LoRAModel(open_model(checkpoint("llama")), rank=4, scale=3.0).read(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("config", [None, "{", "[]", "{}", '{"lora_parameters": 3}'])
 def test_a_damaged_adapter_is_refused(checkpoint: Write, tmp_path: Path, config: str | None) -> None:
     """A config that is missing or not one raises DataError naming it; so do tensors that are missing or cut off."""
-    adapted = Adapted(open_model(checkpoint("llama")), rank=4, scale=3.0)
+    adapted = LoRAModel(open_model(checkpoint("llama")), rank=4, scale=3.0)
     with pytest.raises(DataError, match=r"adapters\.safetensors"):
         adapted.read(tmp_path)
     adapted.save(tmp_path, adapted.initial)

@@ -9,10 +9,10 @@ import pytest
 
 from ifprune_mlx import DataError, load
 from ifprune_mlx.data.dataset import Record
-from ifprune_mlx.data.tokenize import Encoded, encode
+from ifprune_mlx.data.tokenize import Example, encode
 from ifprune_mlx.selection.predictor import load_predictor
-from ifprune_mlx.train.priors import save_prior
-from ifprune_mlx.train.static_prior import INSTRUCTIONS, static_prior
+from ifprune_mlx.train.attribution import Targets
+from ifprune_mlx.train.static_prior import INSTRUCTIONS, priors, save_prior, static_prior
 from tests.tiny import write_checkpoint
 from tests.tiny_predictor import write_predictor
 
@@ -29,7 +29,7 @@ def predictor_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_predictor(tmp_path_factory.mktemp("static") / "predictor")
 
 
-def examples(tokenizer: object, texts: list[str]) -> list[Encoded]:
+def examples(tokenizer: object, texts: list[str]) -> list[Example]:
     found = []
     for text in texts:
         record = Record(({"role": "user", "content": text}, {"role": "assistant", "content": "yes"}), "a")
@@ -92,3 +92,15 @@ def test_an_earlier_runs_prior_is_kept(checkpoint: Path, predictor_folder: Path,
     (tmp_path / "empty" / "prior.safetensors").write_bytes(b"no")
     with pytest.raises(DataError, match="not a safetensors file"):
         static_prior(model, predictor, data, folders)
+
+
+def test_priors_of_targets_are_geometric_means_with_every_domain_alike() -> None:
+    importance = np.random.default_rng(0).uniform(0.2, 3, (5, 6)).astype(np.float16)
+    found = priors(Targets(np.zeros((5, 2), np.float32), importance, ["a", "b", "a", "a", "b"], 1, (4, 2)))
+    assert list(found) == ["a", "b", "all"]
+    for start, end, index in ((0, 4, 0), (4, 6, 1)):
+        part = importance[:, start:end].astype(np.float64)
+        logs = np.log(part / part.mean(axis=1, keepdims=True) + 0.05)
+        a, b = logs[[0, 2, 3]].mean(axis=0), logs[[1, 4]].mean(axis=0)
+        for name, expected in (("a", a), ("b", b), ("all", (a + b) / 2)):
+            np.testing.assert_allclose(found[name][index], np.exp(expected), rtol=1e-5)

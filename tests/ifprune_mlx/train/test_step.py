@@ -16,13 +16,15 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ifprune_mlx import DataError, IfpruneError, SparsityPredictor, load
 from ifprune_mlx.data.dataset import Record
-from ifprune_mlx.data.tokenize import Encoded, chunked, encode
+from ifprune_mlx.data.tokenize import Example, chunked, encode
 from ifprune_mlx.selection.predictor import Head, load_predictor
 from ifprune_mlx.selection.selection import Selection, top_k
 from ifprune_mlx.sparse.soft_topk import hard_top_k, soft_top_k
-from ifprune_mlx.train.lora import Adapted, Parameters
-from ifprune_mlx.train.step import ARMS, Arm, Objective, Stepper, head_parameters, head_with
+from ifprune_mlx.train.config import ARMS
+from ifprune_mlx.train.lora import LoRAModel, Parameters
+from ifprune_mlx.train.step import Arm, TrainStep, head_parameters, head_with
 from tests.ifprune_mlx.reference import mask_ffns
+from tests.ifprune_mlx.train.configs import config
 from tests.tiny import write_checkpoint
 from tests.tiny_predictor import write_predictor
 
@@ -37,10 +39,10 @@ class Bench:
     """A tiny model with adapters and a predictor, and its stock references."""
 
     folder: Path
-    adapted: Adapted
+    adapted: LoRAModel
     predictor: SparsityPredictor
     prior: list[Any]
-    examples: dict[str, Encoded]
+    examples: dict[str, Example]
     adapter: Path
     trained: Parameters
 
@@ -48,8 +50,8 @@ class Bench:
     def head(self) -> Head:
         return self.predictor.head
 
-    def stepper(self, **objective: float) -> Stepper:
-        return Stepper(self.adapted, self.predictor, self.prior, Objective(**objective))
+    def stepper(self, **settings: Any) -> TrainStep:
+        return TrainStep(self.adapted, self.predictor, self.prior, config(**settings))
 
     def arm(self, name: str, parameters: Parameters | None = None) -> Arm:
         held = dict(self.trained if parameters is None else parameters)
@@ -71,7 +73,7 @@ class Bench:
         model.model.layers = model.model.layers[: self.head.layers]
         return model.model(tokens)[0]
 
-    def selection(self, name: str, example: Encoded) -> Selection:
+    def selection(self, name: str, example: Example) -> Selection:
         if name == "static":
             return top_k(self.prior, KEEP, "static")
         if name == "none":
@@ -79,7 +81,7 @@ class Bench:
         scores = np.array(self.head(self.hidden(example.instruction)))
         return top_k(np.split(scores, [128]), KEEP, "learned")
 
-    def masked(self, name: str, example: Encoded) -> Any:
+    def masked(self, name: str, example: Example) -> Any:
         return mask_ffns(self.dense(), self.selection(name, example))
 
 
@@ -95,7 +97,7 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         arrays = [mx.random.normal(shape) for shape in ((8, 128), (8,), (256, 8), (256,))]
         Head(*arrays, WIDTHS, "both", "silu", layers=1).save(predictor_folder / "head.safetensors")
     predictor = load_predictor(predictor_folder, model.module, tokenizer, 512, WIDTHS)
-    adapted = Adapted(model, rank=4, scale=2.0)
+    adapted = LoRAModel(model, rank=4, scale=2.0)
     mx.random.seed(5)
     trained = {name: array + 0.05 * mx.random.normal(array.shape) for name, array in adapted.initial.items()}
     adapter = tmp_path_factory.mktemp("adapter")
@@ -107,12 +109,13 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     chat = encode(tokenizer, Record(tuple(messages), "d"), 256)
     assert chat is not None
     (chunk, *_) = chunked(tokenizer, Record((), "d", "A text of two chunks, the second of them shorter."), 30)
-    (alone, *_) = chunked(tokenizer, Record((), "d", "Another text that has two chunks."), 20, context=False)
+    answer = chunk.tokens[chunk.prompt_length :]
+    alone = Example(answer, np.arange(len(answer)) > 0, 0, chunk.instruction, "d", "alone")
     examples = {"chat": chat, "chunk": chunk, "chunk alone": alone}
     return Bench(folder, adapted, predictor, list(model.prior), examples, adapter, trained)
 
 
-def slow_losses(said: np.ndarray[Any, Any], taught: np.ndarray[Any, Any], example: Encoded) -> tuple[float, float]:
+def slow_losses(said: np.ndarray[Any, Any], taught: np.ndarray[Any, Any], example: Example) -> tuple[float, float]:
     """Cross-entropy and KL(taught || said), float64, token by token."""
     ce = kl = 0.0
     for place in range(1, len(example.tokens)):
@@ -127,11 +130,11 @@ def slow_losses(said: np.ndarray[Any, Any], taught: np.ndarray[Any, Any], exampl
     return ce, kl
 
 
-def full_logits(model: Any, example: Encoded) -> np.ndarray[Any, Any]:
+def full_logits(model: Any, example: Example) -> np.ndarray[Any, Any]:
     return np.array(model(mx.array(example.tokens[None]))[0])
 
 
-def objective_of(model: Any, example: Encoded, taught: mx.array, share: float) -> mx.array:
+def objective_of(model: Any, example: Example, taught: mx.array, share: float) -> mx.array:
     """The loss over full logits of a stock model, summed over tokens."""
     places = np.flatnonzero(example.mask)
     logits = model(mx.array(example.tokens[None]))[0][mx.array(places - 1)]
@@ -157,8 +160,8 @@ def test_losses_equal_those_of_numpy(bench: Bench, name: str, kind: str) -> None
     """Cross-entropy and divergence, summed over answer tokens, of every arm on chats and on stage 1 chunks."""
     example = bench.examples[kind]
     stepper = bench.stepper(teacher=0.3)
-    taught = stepper.teach([example])
-    (measured,) = stepper.run(bench.arm(name), [example], [KEEP], taught, 7, learn_head=False)
+    taught = stepper.teacher_output([example])
+    (measured,) = stepper.accumulate(bench.arm(name), [example], [KEEP], taught, 7, learn_head=False)
     said = full_logits(bench.masked(name, example), example)
     ce, kl = slow_losses(said, full_logits(bench.dense(adapter=False), example), example)
     assert measured.cross_entropy == pytest.approx(ce, rel=1e-5)
@@ -173,11 +176,11 @@ def test_adapter_gradients_equal_those_of_the_masked_model(bench: Bench, name: s
     stepper, arm = bench.stepper(teacher=share), bench.arm(name)
     wanted: Parameters = {}
     for example in (bench.examples["chat"], bench.examples["chunk"]):
-        stepper.run(arm, [example], [KEEP], stepper.teach([example]), targets, learn_head=False)
+        stepper.accumulate(arm, [example], [KEEP], stepper.teacher_output([example]), targets, learn_head=False)
         model = bench.masked(name, example)
         taught = mx.array(full_logits(bench.dense(adapter=False), example))
 
-        def loss(given: dict[str, Any], model: Any = model, example: Encoded = example, taught: Any = taught) -> Any:
+        def loss(given: dict[str, Any], model: Any = model, example: Example = example, taught: Any = taught) -> Any:
             model.update(tree_unflatten(list(given.items())))
             return objective_of(model, example, taught, share) / targets
 
@@ -193,7 +196,7 @@ def test_the_heads_gradient_is_straight_through(bench: Bench, epsilon: float) ->
     """With a margin over all neurons: that of full masks `hard + soft - stop_gradient(soft)` on the dense model."""
     share, example = 0.3, bench.examples["chat"]
     stepper, arm = bench.stepper(teacher=share, epsilon=epsilon, margin=EVERYTHING), bench.arm("learned")
-    stepper.run(arm, [example], [KEEP], stepper.teach([example]), 5, learn_head=True)
+    stepper.accumulate(arm, [example], [KEEP], stepper.teacher_output([example]), 5, learn_head=True)
     model = bench.masked("learned", example)
     taught = mx.array(full_logits(bench.dense(adapter=False), example))
     hidden = bench.hidden(example.instruction)
@@ -216,7 +219,7 @@ def test_a_margin_leaves_out_little(bench: Bench) -> None:
     found = []
     for margin in (0.25, EVERYTHING):
         stepper, arm = bench.stepper(teacher=0.0, margin=margin), bench.arm("learned")
-        stepper.run(arm, [example], [KEEP], None, 1, learn_head=True)
+        stepper.accumulate(arm, [example], [KEEP], None, 1, learn_head=True)
         found.append(np.array(arm.gradients["head.second"]).ravel())
     near, whole = found
     assert near @ whole / (np.linalg.norm(near) * np.linalg.norm(whole)) > 0.999
@@ -227,16 +230,16 @@ def test_a_learning_head_sees_the_hard_mask(bench: Bench, margin: float) -> None
     """Forwards the straight-through mask is exactly 1 and 0, so that training sees what inference will."""
     example = bench.examples["chat"]
     stepper = bench.stepper(teacher=0.3, margin=margin)
-    taught = stepper.teach([example])
-    (joint,) = stepper.run(bench.arm("learned"), [example], [KEEP], taught, 1, learn_head=True)
-    ids = [chosen.ids for chosen in bench.adapted.chosen]
-    masks = [chosen.mask for chosen in bench.adapted.chosen]
+    taught = stepper.teacher_output([example])
+    (joint,) = stepper.accumulate(bench.arm("learned"), [example], [KEEP], taught, 1, learn_head=True)
+    ids = [chosen.ids for chosen in bench.adapted.active]
+    masks = [chosen.mask for chosen in bench.adapted.active]
     for k, values, chosen, wanted in zip(KEEP, masks, ids, bench.selection("learned", example).ids, strict=True):
         assert values is not None
         assert chosen is not None
         np.testing.assert_array_equal(np.array(values), np.arange(len(chosen)) < k)
         np.testing.assert_array_equal(np.sort(np.array(chosen)[:k]), wanted)
-    (frozen,) = stepper.run(bench.arm("learned"), [example], [KEEP], taught, 1, learn_head=False)
+    (frozen,) = stepper.accumulate(bench.arm("learned"), [example], [KEEP], taught, 1, learn_head=False)
     assert joint.cross_entropy == pytest.approx(frozen.cross_entropy, rel=1e-6)
     assert joint.divergence == pytest.approx(frozen.divergence, rel=1e-4)
 
@@ -245,9 +248,9 @@ def test_a_head_that_holds_still_changes_no_adapter_gradient(bench: Bench) -> No
     """Whether the head learns or not, the adapter's gradients are the same; only a learning head gets its own."""
     example = bench.examples["chat"]
     stepper, joint, frozen = bench.stepper(), bench.arm("learned"), bench.arm("learned")
-    taught = stepper.teach([example])
-    stepper.run(joint, [example], [KEEP], taught, 3, learn_head=True)
-    stepper.run(frozen, [example], [KEEP], taught, 3, learn_head=False)
+    taught = stepper.teacher_output([example])
+    stepper.accumulate(joint, [example], [KEEP], taught, 3, learn_head=True)
+    stepper.accumulate(frozen, [example], [KEEP], taught, 3, learn_head=False)
     assert joint.gradients.keys() - frozen.gradients.keys() == head_parameters(bench.head).keys()
     assert_close({name: joint.gradients[name] for name in frozen.gradients}, frozen.gradients)
 
@@ -256,7 +259,7 @@ def test_a_head_that_holds_still_changes_no_adapter_gradient(bench: Bench) -> No
 def test_arms_without_a_head_ignore_that_it_learns(bench: Bench, name: str) -> None:
     """`learn_head` is of the learned arm alone."""
     stepper, arm = bench.stepper(teacher=0.0), bench.arm(name)
-    stepper.run(arm, [bench.examples["chat"]], [KEEP], None, 1, learn_head=True)
+    stepper.accumulate(arm, [bench.examples["chat"]], [KEEP], None, 1, learn_head=True)
     assert arm.gradients.keys() == bench.trained.keys()
 
 
@@ -264,7 +267,7 @@ def test_an_untrained_dense_arm_says_what_the_teacher_says(bench: Bench) -> None
     """Divergence 0, and a gradient that is 0 where the teacher is all there is to the loss."""
     example = bench.examples["chat"]
     stepper, arm = bench.stepper(teacher=1.0), bench.arm("none", bench.adapted.initial)
-    (measured,) = stepper.run(arm, [example], [KEEP], stepper.teach([example]), 1, learn_head=False)
+    (measured,) = stepper.accumulate(arm, [example], [KEEP], stepper.teacher_output([example]), 1, learn_head=False)
     assert measured.divergence == pytest.approx(0, abs=1e-5)
     assert measured.cross_entropy > 1
     assert max(float(mx.abs(value).max()) for value in arm.gradients.values()) < 1e-4
@@ -274,8 +277,8 @@ def test_the_teacher_is_the_base_model(bench: Bench) -> None:
     """Whatever adapter and neurons were in use before."""
     example = bench.examples["chat"]
     stepper = bench.stepper()
-    stepper.run(bench.arm("static"), [example], [KEEP], None, 1, learn_head=False)
-    taught = stepper.teach([example])
+    stepper.accumulate(bench.arm("static"), [example], [KEEP], None, 1, learn_head=False)
+    taught = stepper.teacher_output([example])
     assert taught is not None
     logits = full_logits(bench.dense(adapter=False), example)[np.flatnonzero(example.mask) - 1]
     wanted = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
@@ -286,8 +289,8 @@ def test_the_teacher_is_the_base_model(bench: Bench) -> None:
 def test_without_a_teacher_there_is_no_divergence(bench: Bench) -> None:
     """A share of 0 runs no teacher at all."""
     stepper = bench.stepper(teacher=0.0)
-    assert stepper.teach([bench.examples["chat"]]) is None
-    (measured,) = stepper.run(bench.arm("none"), [bench.examples["chat"]], [KEEP], None, 1, learn_head=False)
+    assert stepper.teacher_output([bench.examples["chat"]]) is None
+    (measured,) = stepper.accumulate(bench.arm("none"), [bench.examples["chat"]], [KEEP], None, 1, learn_head=False)
     assert measured.divergence == 0
     assert measured.cross_entropy > 1
 
@@ -309,10 +312,10 @@ def test_gradient_checkpointing_changes_no_gradient(bench: Bench, name: str, mon
     found, counts = [], []
     for again in (False, True):
         arm = bench.arm(name)
-        stepper = Stepper(bench.adapted, bench.predictor, bench.prior, Objective(), grad_checkpoint=again)
-        taught = stepper.teach([example])
+        stepper = bench.stepper(grad_checkpoint=again)
+        taught = stepper.teacher_output([example])
         calls.clear()
-        (measured,) = stepper.run(arm, [example], [KEEP], taught, 3, learn_head=True)
+        (measured,) = stepper.accumulate(arm, [example], [KEEP], taught, 3, learn_head=True)
         found.append((measured, arm.gradients))
         counts.append(len(calls))
     (kept, gradients), (repeated, same) = found
@@ -330,16 +333,16 @@ def test_sequences_together_are_as_alone(bench: Bench, name: str, joint: bool, c
     """Losses of each and the sum of their gradients, at densities of their own; also where a switch moved the neurons,
     and after a sequence that ran alone."""
     examples, keep = list(bench.examples.values()), [KEEP, (64, 32), (128, 100)]
-    stepper = Stepper(bench.adapted, bench.predictor, bench.prior, Objective(teacher=0.3), grad_checkpoint=checkpointed)
+    stepper = bench.stepper(teacher=0.3, grad_checkpoint=checkpointed)
     alone, together = bench.arm(name), bench.arm(name)
     wanted = []
     for example, counts in zip(examples, keep, strict=True):
-        wanted += stepper.run(alone, [example], [counts], stepper.teach([example]), 9, learn_head=joint)
+        wanted += stepper.accumulate(alone, [example], [counts], stepper.teacher_output([example]), 9, learn_head=joint)
     bench.adapted.choose(None)
     bench.adapted.model.switch(bench.selection("static", examples[0]))
     bench.adapted.model.switch(None)
     try:
-        found = stepper.run(together, examples, keep, stepper.teach(examples), 9, learn_head=joint)
+        found = stepper.accumulate(together, examples, keep, stepper.teacher_output(examples), 9, learn_head=joint)
     finally:
         bench.adapted.in_order()
     for one, other in zip(found, wanted, strict=True):
@@ -356,7 +359,7 @@ def norm(values: Sequence[mx.array]) -> float:
 def test_a_step_is_clipped_apart_for_adapter_and_head(bench: Bench, clip: float) -> None:
     """With plain SGD a step is minus the gradient, at most `clip` long for each of the two; then gradients are gone."""
     stepper, arm = bench.stepper(teacher=0.0), bench.arm("learned")
-    stepper.run(arm, [bench.examples["chat"]], [KEEP], None, 1, learn_head=True)
+    stepper.accumulate(arm, [bench.examples["chat"]], [KEEP], None, 1, learn_head=True)
     gradients, before = dict(arm.gradients), dict(arm.parameters)
     told = arm.step(clip)
     assert arm.gradients == {}
@@ -379,7 +382,7 @@ def test_a_step_is_clipped_apart_for_adapter_and_head(bench: Bench, clip: float)
 def test_a_gradient_that_is_no_number_changes_nothing(bench: Bench, place: str, wrong: float) -> None:
     """The step is refused whole, the adapter's part too where only the head's is damaged."""
     stepper, arm = bench.stepper(teacher=0.0), bench.arm("learned")
-    stepper.run(arm, [bench.examples["chat"]], [KEEP], None, 1, learn_head=True)
+    stepper.accumulate(arm, [bench.examples["chat"]], [KEEP], None, 1, learn_head=True)
     arm.gradients[place] = arm.gradients[place] * wrong
     before = dict(arm.parameters)
     with pytest.raises(IfpruneError, match="of arm learned is not a number"):
@@ -403,4 +406,4 @@ def test_a_head_comes_back_as_it_went(bench: Bench) -> None:
 def test_an_objective_out_of_range_is_refused(wrong: dict[str, float]) -> None:
     """Shares outside 0 to 1, and an epsilon that soft top-k cannot use."""
     with pytest.raises(DataError, match="give a teacher from 0 to 1, an epsilon above 0"):
-        Objective(**wrong)
+        config(**wrong)

@@ -14,17 +14,18 @@ from mlx.optimizers import Optimizer
 from ifprune_convert.pipeline import Options, convert
 from ifprune_convert.readers import open_source
 from ifprune_mlx import DataError, Model, PredictorError, load
-from ifprune_mlx.data.dataloader import Mixture
-from ifprune_mlx.data.tokenize import Encoded
+from ifprune_mlx.data.dataloader import DataMixture
+from ifprune_mlx.data.tokenize import Example
 from ifprune_mlx.selection.predictor import hidden_states
-from ifprune_mlx.train.attribution import attribution, halfway
-from ifprune_mlx.train.gradient_check import check_kernels
-from ifprune_mlx.train.lora import Adapted
-from ifprune_mlx.train.step import Arm, Objective, Stepper
+from ifprune_mlx.train.attribution import attribution, midpoint_masks
+from ifprune_mlx.train.gradients import check_kernels
+from ifprune_mlx.train.lora import LoRAModel
+from ifprune_mlx.train.step import Arm, TrainStep
 from ifprune_mlx.train.trainable import Parameters
-from ifprune_mlx.train.trainer import Run, Settings
+from ifprune_mlx.train.trainer import Trainer
 from tests.family_configs import OLD_MLX_LM, cases, write_family
 from tests.ifprune_mlx.sparse.test_ffn_detection import SLICED
+from tests.ifprune_mlx.train.configs import config
 from tests.tiny import write_checkpoint
 
 UNREADABLE = dict.fromkeys(
@@ -49,9 +50,9 @@ def open_family(folder: Path, model_type: str) -> Model:
     return load(folder / "ifp")[0]
 
 
-def chat(count: int, seed: int) -> Encoded:
+def chat(count: int, seed: int) -> Example:
     tokens = np.random.default_rng(seed).integers(4, 300, count).astype(np.int32)
-    return Encoded(tokens, np.arange(count) >= count // 2, count // 2, "", "a", str(seed))
+    return Example(tokens, np.arange(count) >= count // 2, count // 2, "", "a", str(seed))
 
 
 @pytest.mark.parametrize("model_type", cases(SLICED))
@@ -88,12 +89,12 @@ def test_gradients_of_recurrent_families_are_those_of_the_loss(
 ) -> None:
     """A small step along the gradient changes the loss by the step times the gradient's norm."""
     model = open_family(tmp_path, model_type)
-    tuned, example = Adapted(model, rank=2, scale=2.0), chat(12, 1)
-    stepper = Stepper(tuned, None, model.prior, Objective(teacher=0), grad_checkpoint=grad_checkpoint)
+    tuned, example = LoRAModel(model, rank=2, scale=2.0), chat(12, 1)
+    stepper = TrainStep(tuned, None, model.prior, config(teacher=0, grad_checkpoint=grad_checkpoint))
 
     def run(parameters: Parameters) -> tuple[float, Parameters]:
         arm = Arm("static", parameters, (Optimizer(), Optimizer()))
-        (found,) = stepper.run(arm, [example], [model.keep(0.5)], None, 1, learn_head=False)
+        (found,) = stepper.accumulate(arm, [example], [model.keep(0.5)], None, 1, learn_head=False)
         return found.cross_entropy, arm.gradients
 
     mx.random.seed(3)
@@ -129,10 +130,10 @@ def test_kernels_without_a_gradient_are_left_out_in_training_where_a_family_can(
             check_kernels(model)
         return
     check_kernels(model)
-    (found, *_) = attribution(model, [chat(12, 1)], halfway(model))
+    (found, *_) = attribution(model, [chat(12, 1)], midpoint_masks(model))
     assert found.max() > 0
-    mixture = Mixture({"a": ([chat(12, 1)], 1.0)}, seed=0)
-    settings = Settings(arms=("static",), batch_size=2, iterations=3, warmup=0)
-    run = Run(Adapted(model, rank=4, scale=2.0), None, model.prior, mixture, settings, Objective(), tmp_path / "run")
+    mixture = DataMixture({"a": ([chat(12, 1)], 1.0)}, seed=0)
+    settings = config(selector=("static",), batch_size=2, iters=3, warmup=0, output=tmp_path / "run")
+    run = Trainer(LoRAModel(model, rank=4, scale=2.0), None, model.prior, mixture, settings)
     losses = [run.advance()["arms"]["static"]["a"]["ce"] for _ in range(3)]
     assert losses[2] < losses[0]

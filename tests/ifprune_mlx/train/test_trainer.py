@@ -15,35 +15,38 @@ import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ifprune_mlx import DataError, Model, SparsityPredictor, load
-from ifprune_mlx.data.dataloader import Mixture
+from ifprune_mlx.data.dataloader import DataMixture
 from ifprune_mlx.data.dataset import Record
-from ifprune_mlx.data.tokenize import Encoded, encode
+from ifprune_mlx.data.tokenize import Example, encode
 from ifprune_mlx.selection.predictor import Head, load_predictor
+from ifprune_mlx.train import TrainConfig
 from ifprune_mlx.train.checkpointing import METRICS, STATE
-from ifprune_mlx.train.full_finetune import Full
-from ifprune_mlx.train.lora import Adapted
+from ifprune_mlx.train.config import ARMS
+from ifprune_mlx.train.full_finetune import FullModel
+from ifprune_mlx.train.lora import LoRAModel
 from ifprune_mlx.train.static_prior import static_prior
-from ifprune_mlx.train.step import ARMS, Objective
-from ifprune_mlx.train.trainer import Run, Settings
+from ifprune_mlx.train.trainer import Trainer
+from tests.ifprune_mlx.train.configs import config
 from tests.tiny import write_checkpoint
 
 WIDTHS = (128, 128)
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
-SETTINGS = Settings(
-    arms=ARMS,
-    iterations=6,
+CONFIG = config(
+    selector=ARMS,
+    iters=6,
     batch_size=2,
     learning_rate=1e-2,
     head_learning_rate=1e-2,
     head_start=0.3,
     warmup=2,
-    densities=((0.25, 0.25), (0.4, 0.8)),
+    densities="0.25,0.4-0.8",
     seed=5,
+    lora_rank=4,
 )
-Start = Callable[..., Run]
+Start = Callable[..., Trainer]
 
 
-def chats(tokenizer: TokenizerWrapper, domain: str, count: int = 12, length: int = 128) -> list[Encoded]:
+def chats(tokenizer: TokenizerWrapper, domain: str, count: int = 12, length: int = 128) -> list[Example]:
     records = (
         Record(
             (
@@ -83,11 +86,8 @@ def start(checkpoint: Path, head: Path) -> Start:
 
     def begin(
         folder: Path,
-        settings: Settings = SETTINGS,
-        objective: Objective | None = None,
+        config: TrainConfig = CONFIG,
         *,
-        rank: int = 4,
-        scale: float = 2.0,
         domains: tuple[str, ...] = ("a", "b"),
         count: int = 12,
         length: int = 128,
@@ -96,28 +96,26 @@ def start(checkpoint: Path, head: Path) -> Start:
         prior: float = 0.0,
         begin_with: Path | None = None,
         full: bool = False,
-        together: int = 1,
-    ) -> Run:
+        **changes: Any,
+    ) -> Trainer:
+        config = replace(config, output=folder, start=begin_with, **changes)
         model, tokenizer = load(checkpoint)
         chosen = predictor_of(predictor, model, tokenizer)
         data = {name: (chats(tokenizer, name, count, length), weight if name == "a" else 1.0) for name in domains}
         fixed = static_prior(model, chosen, {"a": chats(tokenizer, "a")})
-        return Run(
-            Full(model) if full else Adapted(model, rank=rank, scale=scale, seed=settings.seed),
+        lora = {"rank": config.lora_rank, "scale": config.lora_scale, "seed": config.seed}
+        return Trainer(
+            FullModel(model) if full else LoRAModel(model, **lora),
             chosen,
             [scores + prior * np.arange(len(scores), dtype=np.float32) for scores in fixed],
-            Mixture(data, settings.seed),
-            settings,
-            objective or Objective(),
-            folder,
-            start=begin_with,
-            micro_batch_size=together,
+            DataMixture(data, config.seed),
+            config,
         )
 
     return begin
 
 
-def go(run: Run, steps: int, save_every: int = 1) -> Run:
+def go(run: Trainer, steps: int, save_every: int = 1) -> Trainer:
     for _ in range(steps):
         run.record(run.advance())
         if run.step % save_every == 0:
@@ -131,7 +129,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
 
 
-def assert_same_weights(one: Run, other: Run) -> None:
+def assert_same_weights(one: Trainer, other: Trainer) -> None:
     for a, b in zip(one.arms, other.arms, strict=True):
         assert a.parameters.keys() == b.parameters.keys()
         for name in a.parameters:
@@ -142,10 +140,10 @@ def assert_same_weights(one: Run, other: Run) -> None:
 def test_sequences_computed_together_train_as_one_by_one(start: Start, tmp_path: Path, full: bool) -> None:
     """Three of a batch of four, each at a density of its own, and a run that changes to it goes on; up to the order of
     sums."""
-    settings = replace(SETTINGS, batch_size=4, iterations=4, learning_rate=1e-3, head_learning_rate=1e-3)
+    settings = replace(CONFIG, batch_size=4, iters=4, learning_rate=1e-3, head_learning_rate=1e-3)
     alone = go(start(tmp_path / "alone", settings, full=full), 4)
     go(start(tmp_path / "together", settings, full=full), 1)
-    together = go(start(tmp_path / "together", settings, full=full, together=3), 3)
+    together = go(start(tmp_path / "together", settings, full=full, micro_batch_size=3), 3)
     for one, other in zip(metrics(tmp_path / "alone"), metrics(tmp_path / "together"), strict=True):
         for arm, domains in one["arms"].items():
             for domain, losses in domains.items():
@@ -195,7 +193,7 @@ def test_whole_weights_go_on_where_they_stopped(start: Start, tmp_path: Path) ->
     fresh = start(tmp_path / "fresh", begin_with=tmp_path / "whole", full=True)
     for before, after in zip(whole.arms, fresh.arms, strict=True):
         assert all(mx.array_equal(before.adapter[name], after.adapter[name]) for name in before.adapter)
-        assert not mx.array_equal(before.adapter[WEIGHT], whole.adapted.initial[WEIGHT])
+        assert not mx.array_equal(before.adapter[WEIGHT], whole.trainable.initial[WEIGHT])
 
 
 @pytest.mark.parametrize(
@@ -267,7 +265,7 @@ def test_what_is_saved_is_what_the_arms_are(start: Start, tmp_path: Path, checkp
     """The folders that other commands take hold the arms' weights, the head that learned, and the prior."""
     run = go(start(tmp_path / "run"), 4)
     for arm in run.arms:
-        saved = run.adapted.read(tmp_path / "run" / "adapters" / arm.name)
+        saved = run.trainable.read(tmp_path / "run" / "adapters" / arm.name)
         assert saved.keys() == arm.adapter.keys()
         assert all(mx.array_equal(saved[name], value) for name, value in arm.adapter.items())
     learned = Head.load(tmp_path / "run" / "predictor" / "head.safetensors")
@@ -295,13 +293,13 @@ def test_what_a_kill_left_half_written_is_swept(start: Start, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"settings": replace(SETTINGS, learning_rate=1e-3)}, "another learning rate;"),
-        ({"settings": replace(SETTINGS, densities=((0.5, 0.5),))}, "another densities;"),
-        ({"settings": replace(SETTINGS, iterations=7, batch_size=4)}, "another batch size, iterations;"),
-        ({"settings": replace(SETTINGS, arms=("none", "static"))}, "another arms;"),
-        ({"objective": Objective(teacher=0.1)}, "another teacher;"),
-        ({"rank": 8}, "another rank;"),
-        ({"scale": 1.0}, "another scale;"),
+        ({"learning_rate": 1e-3}, "another learning rate;"),
+        ({"densities": "0.5"}, "another densities;"),
+        ({"iters": 7, "batch_size": 4}, "another batch size, iterations;"),
+        ({"selector": ("none", "static")}, "another arms;"),
+        ({"teacher": 0.1}, "another teacher;"),
+        ({"lora_rank": 8}, "another rank;"),
+        ({"lora_scale": 1.0}, "another scale;"),
         ({"domains": ("a", "c")}, "another data, tokens;"),
         ({"count": 11}, "another data, tokens;"),
         ({"weight": 3.0}, "another data;"),
@@ -361,7 +359,7 @@ def test_start_begins_with_the_adapters_of_an_earlier_run(start: Start, tmp_path
 
 def test_start_without_such_adapters_is_refused(start: Start, tmp_path: Path) -> None:
     """An earlier run that had no such arm, or none at all."""
-    go(start(tmp_path / "first", replace(SETTINGS, arms=("static",))), 1)
+    go(start(tmp_path / "first", replace(CONFIG, selector=("static",))), 1)
     for earlier in (tmp_path / "first", tmp_path / "nowhere"):
         with pytest.raises(DataError, match=r"adapters\.safetensors: cannot be read"):
             start(tmp_path / "second", begin_with=earlier)
@@ -370,7 +368,7 @@ def test_start_without_such_adapters_is_refused(start: Start, tmp_path: Path) ->
 def test_all_arms_see_the_same_batches(start: Start, tmp_path: Path) -> None:
     """The same tokens of the same domains every step, however many arms there are."""
     go(start(tmp_path / "all"), 3)
-    go(start(tmp_path / "one", replace(SETTINGS, arms=("static",))), 3)
+    go(start(tmp_path / "one", replace(CONFIG, selector=("static",))), 3)
     for line, alone in zip(metrics(tmp_path / "all"), metrics(tmp_path / "one"), strict=True):
         tokens = [{name: d["tokens"] for name, d in arm.items()} for arm in line["arms"].values()]
         assert tokens[0] == tokens[1] == tokens[2]
@@ -380,7 +378,7 @@ def test_all_arms_see_the_same_batches(start: Start, tmp_path: Path) -> None:
 
 def test_training_lowers_the_loss(start: Start, tmp_path: Path) -> None:
     """On chats seen again and again every arm's cross-entropy falls."""
-    settings = replace(SETTINGS, iterations=25, densities=((0.5, 0.5),), seed=1)
+    settings = replace(CONFIG, iters=25, densities="0.5", seed=1)
     run = go(start(tmp_path / "run", settings, domains=("a",), count=4), 25, save_every=25)
     lines = metrics(tmp_path / "run")
     for arm in run.arms:
@@ -406,7 +404,7 @@ def test_densities_are_drawn_from_every_range(start: Start, tmp_path: Path) -> N
 
 def test_the_learning_rate_warms_up_and_falls(start: Start, tmp_path: Path) -> None:
     """Up to the full rate after `warmup` steps, then by a cosine towards a tenth."""
-    go(start(tmp_path / "run", replace(SETTINGS, arms=("none",), iterations=8)), 8)
+    go(start(tmp_path / "run", replace(CONFIG, selector=("none",), iters=8)), 8)
     rates = [line["learning_rate"] for line in metrics(tmp_path / "run")]
     assert rates[:3] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2], rel=1e-5)
     assert all(later < earlier for earlier, later in pairwise(rates[2:]))
@@ -416,16 +414,16 @@ def test_the_learning_rate_warms_up_and_falls(start: Start, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"arms": ()}, "at most once"),
-        ({"arms": ("static", "static")}, "at most once"),
-        ({"arms": ("static", "random")}, "at most once"),
-        ({"densities": ((0.0, 0.5),)}, "above 0 and at most 1"),
-        ({"densities": ((0.5, 1.5),)}, "above 0 and at most 1"),
-        ({"densities": ((0.8, 0.2),)}, "the lower first"),
-        ({"densities": ((float("nan"), 0.5),)}, "above 0 and at most 1"),
+        ({"selector": ()}, "at most once"),
+        ({"selector": ("static", "static")}, "at most once"),
+        ({"selector": ("static", "random")}, "at most once"),
+        ({"densities": "0-0.5"}, "above 0 and at most 1"),
+        ({"densities": "0.5-1.5"}, "above 0 and at most 1"),
+        ({"densities": "0.8-0.2"}, "the lower first"),
+        ({"densities": "nan-0.5"}, "above 0 and at most 1"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(wrong: dict[str, Any], words: str) -> None:
     """Arms that are unknown, missing or given twice, and densities that are none."""
     with pytest.raises(DataError, match=words):
-        Settings(**wrong)
+        config(**wrong)

@@ -1,4 +1,4 @@
-"""Logits of the tokens to be predicted and of no others: the output layer is a fifth of a small model."""
+"""Logits of the tokens to be predicted, and of no others: the output layer is a fifth of a small model's work."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ import numpy as np
 import numpy.typing as npt
 from mlx import nn
 
-from ifprune_mlx.eval.losses import Example
+from ifprune_mlx.data.tokenize import Example
 from ifprune_mlx.selection.predictor import inner_model
 
 
 def answer_rows(examples: Sequence[Example]) -> tuple[mx.array, mx.array, mx.array]:
-    """What a forward pass over chats needs, which are padded on the right: a causal model's tokens before never see it.
+    """The input and the targets of a forward pass over chats.
 
     Returns:
-        tokens int32 `[chats, n]`, the positions whose next token is to be predicted int32 `[a]`, those of the second
-        chat from n on and so forth, and those tokens `[a]`.
+        tokens int32 `[chats, n]`, padded on the right, which a causal model's tokens before never see; the positions
+        whose next token is to be predicted, int32 `[a]`, those of the second chat from n on and so forth; and those
+        next tokens, `[a]`.
     """
     length = max(len(example.tokens) for example in examples) - 1
     tokens = np.zeros((len(examples), length), np.int32)
@@ -35,7 +36,7 @@ def answer_rows(examples: Sequence[Example]) -> tuple[mx.array, mx.array, mx.arr
 
 
 def answer_logits(module: nn.Module, tokens: mx.array, rows: mx.array) -> mx.array:
-    """Logits at some positions, float32 `[a, vocabulary]`; the rest never goes through the output layer.
+    """Logits at some positions, float32 `[a, vocabulary]`; the others do not go through the output layer.
 
     Args:
         module: an mlx-lm model.
@@ -49,7 +50,7 @@ def answer_logits(module: nn.Module, tokens: mx.array, rows: mx.array) -> mx.arr
     # The family's own class does what comes after its inner model (ties, scales, soft caps), so the rows are taken from
     # what the inner model returns, for this one call.
     family = type(inner)
-    inner.__class__ = _picking(family)  # type: ignore[arg-type]
+    inner.__class__ = _row_picking(family)  # type: ignore[arg-type]
     object.__setattr__(inner, "_rows", rows)
     try:
         logits: mx.array = module(tokens)
@@ -65,12 +66,12 @@ def log_softmax(logits: mx.array) -> mx.array:
 
 
 @cache
-def _picking(family: Any) -> type[Any]:
-    class Picking(family):
-        """The family's inner model, giving some rows only."""
+def _row_picking(family: Any) -> type[Any]:
+    class RowPicking(family):
+        """The family's inner model, returning some rows only."""
 
         def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
             hidden: mx.array = super().__call__(*args, **kwargs)
             return mx.take(hidden.reshape(1, -1, hidden.shape[-1]), self.__dict__["_rows"], axis=1)
 
-    return Picking
+    return RowPicking

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from mlx import nn
 
-from ifprune_mlx.data.tokenize import Encoded
+from ifprune_mlx.data.tokenize import Example
 from ifprune_mlx.selection.predictor import inner_model
-from ifprune_mlx.train.logits import answer_logits, answer_rows, log_softmax
+from ifprune_mlx.train.loss import answer_logits, answer_rows, log_softmax
 from tests.tiny import CONFIGS, make_model
 
 TOKENS = np.array([5, 17, 200, 31, 8, 90, 3, 255, 41, 7], np.int32)
@@ -99,7 +99,7 @@ def test_the_inner_model_keeps_its_class_after_an_exception() -> None:
 def test_answer_rows_are_the_positions_before_the_answer() -> None:
     """Token i is predicted at position i - 1; the last token is not read."""
     mask = np.array([False] * 4 + [True] * 3 + [False] + [True] * 2)
-    example = Encoded(TOKENS, mask, 8, "x", "d", "k")
+    example = Example(TOKENS, mask, 8, "x", "d", "k")
     tokens, rows, wanted = answer_rows([example])
     assert tokens.tolist() == [TOKENS[:-1].tolist()]
     assert rows.tolist() == [3, 4, 5, 7, 8]

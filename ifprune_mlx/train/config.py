@@ -1,0 +1,236 @@
+"""All settings of a training run, in one dataclass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from ifprune_mlx.errors import DataError, IfpruneError
+
+Stage = Literal["calibrate", "distill", "pretrain", "sft"]
+ArmName = Literal["learned", "static", "none"]
+Pooling = Literal["last", "mean", "both"]
+FineTuneType = Literal["lora", "full"]
+Dtype = Literal["float16", "bfloat16", "float32"]
+ARMS: tuple[ArmName, ...] = get_args(ArmName)
+_CHOICES = {"stage": Stage, "pooling": Pooling, "fine_tune_type": FineTuneType, "dtype": Dtype}
+_COUNTS = (
+    *("layers", "rank", "limit", "chats", "iters", "batch_size", "micro_batch_size", "lora_rank"),
+    *("steps_per_report", "steps_per_eval", "save_every"),
+)
+BOUNDS: dict[str, tuple[type, float, float]] = {
+    **dict.fromkeys(_COUNTS, (int, 1, math.inf)),
+    **dict.fromkeys(("warmup", "eval_prompts"), (int, 0, math.inf)),
+    **dict.fromkeys(("learning_rate", "head_learning_rate", "clip", "margin"), (float, 0, math.inf)),
+    **dict.fromkeys(("head_start", "teacher", "eval_density"), (float, 0, 1)),
+    "held_out": (float, 0, 0.9),
+    "lora_scale": (float, -math.inf, math.inf),
+    "epsilon": (float, 1e-6, math.inf),
+    "max_seq_length": (int, 16, math.inf),
+    "seed": (int, 0, 2**32 - 1),
+}
+"""The type of every number, its least and its largest value."""
+_OBJECTIVE = dict.fromkeys(
+    ("teacher", "epsilon", "margin"), "give a teacher from 0 to 1, an epsilon above 0 and a margin of 0 or more"
+)
+_LEARNING_RATES = {"lora": 5e-4, "full": 1e-4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The settings of `ifprune_mlx.train.train`, named as the options of `ifprune train`; paths may be text.
+
+    A resumed run must have the settings that `identity` holds, `lora_rank`, `lora_scale`, and the same model, data and
+    `start`. It may change all others, such as `micro_batch_size`, `grad_checkpoint`, `save_every` and the evaluation.
+
+    Raises:
+        DataError: if a setting is out of range, naming it.
+    """
+
+    output: Path  # folder that everything is written to
+    data: Mapping[str, Path]  # JSON lines by domain: chats, or texts for pretrain
+    model: str | Path | None = None  # IFP checkpoint, a folder or a hub id
+    stage: Stage = "distill"
+    dtype: Dtype | None = None  # float type to cast the model's weights to; None keeps the checkpoint's
+    seed: int = 0  # of the records used, their order, the densities, and first weights
+    micro_batch_size: int = 1  # sequences computed together
+
+    weight: Mapping[str, float] = field(default_factory=dict)  # shares of the domains in the batches; 1 if not given
+    limit: int | None = None  # most records of each domain; None: 2000 for calibrate and distill, else all
+    held_out: float = 0.15  # share of the prompts that is never trained on
+    max_seq_length: int = 256  # most tokens of a chat, or of the two chunks of a text
+    strict: bool = False  # raise at a bad line of data instead of leaving it out
+
+    # calibrate and distill
+    layers: int = 12  # first layers of the model that the predictor reads with
+    backbone: Path | None = None  # small mlx-lm model for the predictor to read with, instead of the first layers
+    pooling: Pooling = "both"  # the head reads the last token's hidden state, the mean over tokens, or both
+    rank: int = 128  # width of the head's inner layer
+    chats: int | None = None  # measure only so many chats for now; None: all
+
+    # pretrain and sft
+    selector: tuple[ArmName, ...] = ("learned", "static")  # the arms
+    predictor: Path | None = None  # folder of the predictor to begin with; None: that of start, or the checkpoint's
+    start: Path | None = None  # folder of an earlier run whose adapters, prior and predictor the arms begin with
+    densities: str = "0.5"  # numbers and ranges, such as 0.27,0.2-0.8; a sequence draws from one, each as likely
+    fine_tune_type: FineTuneType = "lora"  # train adapters, or whole weights
+    lora_rank: int = 16
+    lora_scale: float = 2.0
+    teacher: float = 0.5  # share of KL(dense base model || arm) in the loss, the rest is cross-entropy; 0: no teacher
+    epsilon: float = 0.1  # of the soft top-k whose gradient the head learns by, in the unit of the scores
+    margin: float = 0.25  # neurons beyond the k chosen that a learning head sees the gradient of, as a share of k
+    iters: int = 1000  # steps
+    batch_size: int = 8  # sequences of a step, over all processes
+    learning_rate: float | None = None  # at its peak, of adapters or weights; None: 5e-4, whole weights 1e-4
+    head_learning_rate: float = 0.0  # at its peak, of the predictor's head; 0 keeps the head as it is
+    head_start: float = 0.2  # share of the steps before the head begins to learn, so that weights settle
+    warmup: int = 20  # steps until the peak; then the rate falls by a cosine to a tenth
+    clip: float = 1.0  # largest global norm of a gradient
+    grad_checkpoint: bool = False  # recompute activations in the backward pass: less memory, more time
+    steps_per_report: int = 10
+    steps_per_eval: int = 200
+    eval_density: float | None = None  # None: the middle of the last of densities
+    eval_prompts: int = 10  # held-out prompts of each domain to evaluate on, at least 2; 0 is off
+    save_every: int = 50  # steps between states on disk
+    stop_on_collapse: bool = False  # end the run when the learned arm has collapsed
+
+    def __post_init__(self) -> None:
+        if not self.data or not isinstance(self.data, Mapping):
+            raise DataError("training needs data; give --data NAME=FILE.jsonl, once for every domain")
+        self._convert()
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in get_args(choices) and not (name == "dtype" and value is None):
+                raise DataError(f"{_flag(name)} {value}: give one of {', '.join(get_args(choices))}")
+        unknown = [name for name in self.selector if name not in ARMS]
+        if unknown or not self.selector or len(set(self.selector)) < len(self.selector):
+            raise DataError(f"arms {', '.join(self.selector) or 'none'}: give each of {', '.join(ARMS)} at most once")
+        for low, high in self.density_ranges:
+            if not 0 < low <= high <= 1:
+                raise DataError(f"density {low:g} to {high:g}: give numbers above 0 and at most 1, the lower first")
+        for name in self.weight:
+            if name not in self.data:
+                raise DataError(f"--weight {name}: there is no --data {name}=FILE")
+        if self.eval_prompts == 1:
+            raise DataError("--eval-prompts 1: a prompt needs another one to be compared with; give 0, or 2 and more")
+
+    def _convert(self) -> None:
+        """Give every value its type: YAML and Python callers may give text for numbers and folders.
+
+        Raises:
+            DataError: if a number cannot be read or is out of range.
+        """
+        for name, (kind, least, most) in BOUNDS.items():
+            value = getattr(self, name)
+            if value is None and type(self).__dataclass_fields__[name].default is None:
+                continue
+            try:
+                number = kind(value)
+                if kind is int and number != float(value):
+                    raise ValueError
+            except (TypeError, ValueError):
+                raise DataError(f"{_flag(name)} {value}: give a {'whole ' * (kind is int)}number") from None
+            if not (least <= number <= most and math.isfinite(number)):
+                bounds = f"give at least {least:g}" + ("" if most == math.inf else f" and at most {most:g}")
+                raise DataError(f"{_flag(name)} {value}: {_OBJECTIVE.get(name, bounds)}")
+            object.__setattr__(self, name, number)
+        for name in ("output", "backbone", "predictor", "start"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, Path(getattr(self, name)))
+        object.__setattr__(self, "data", {name: Path(file) for name, file in self.data.items()})
+        for name, share in self.weight.items():
+            try:
+                float(share)
+            except (TypeError, ValueError):
+                raise DataError(f"--weight {name}: expected NAME=X, such as {name}=2") from None
+        object.__setattr__(self, "weight", {name: float(share) for name, share in self.weight.items()})
+        object.__setattr__(self, "selector", (self.selector,) if isinstance(self.selector, str) else (*self.selector,))
+
+    @classmethod
+    def from_yaml(cls, file: Path, **changes: Any) -> TrainConfig:
+        """The settings of a YAML file, by name, with `-` or `_` in names.
+
+        Args:
+            changes: settings that replace the file's.
+
+        Raises:
+            IfpruneError: if the file cannot be read, or is no YAML mapping.
+            DataError: if a name is unknown, `output` or `data` is missing, or a value is out of range.
+        """
+        given = {**read_yaml(file), **changes}
+        for name in given.keys() - {each.name for each in fields(cls)}:
+            raise DataError(f"{file}: {name} is no setting of training; ifprune_mlx.train.TrainConfig lists them")
+        if isinstance(given.get("densities"), list):
+            given["densities"] = ",".join(map(str, given["densities"]))
+        try:
+            return cls(**{name: value for name, value in given.items() if value is not None})
+        except TypeError:
+            raise DataError(f"{file}: has no output or no data; both are needed") from None
+
+    @property
+    def measures(self) -> bool:
+        """Whether the stage measures chats, as `calibrate` and `distill` do; the others train arms."""
+        return self.stage in ("calibrate", "distill")
+
+    @property
+    def density_ranges(self) -> tuple[tuple[float, float], ...]:
+        """`densities` as (lowest, highest) of every range."""
+        ranges = []
+        for part in str(self.densities).split(","):
+            low, dash, high = part.strip().partition("-")
+            try:
+                ranges.append((float(low), float(high if dash else low)))
+            except ValueError:
+                raise DataError(
+                    f"--densities {self.densities}: expected numbers or ranges, such as 0.27,0.5 or 0.2-0.8"
+                ) from None
+        return tuple(ranges)
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """`learning_rate`, or the default of the fine-tune type."""
+        return _LEARNING_RATES[self.fine_tune_type] if self.learning_rate is None else self.learning_rate
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The settings that a resumed run must repeat, as its state on disk holds them."""
+        settings = {
+            "arms": self.selector,
+            "iterations": self.iters,
+            "batch_size": self.batch_size,
+            "learning_rate": self.peak_learning_rate,
+            "head_learning_rate": self.head_learning_rate,
+            "head_start": self.head_start,
+            "warmup": self.warmup,
+            "clip": self.clip,
+            "densities": self.density_ranges,
+            "seed": self.seed,
+        }
+        objective = {"teacher": self.teacher, "epsilon": self.epsilon, "margin": self.margin}
+        return {"settings": settings, "objective": objective}
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The settings that a YAML file holds, by name; `-` in names becomes `_`.
+
+    Raises:
+        IfpruneError: if the file cannot be read, or is no YAML mapping.
+    """
+    import yaml  # type: ignore[import-untyped]
+
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise IfpruneError(f"{file}: cannot be read ({exc.strerror or exc})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as exc:
+        raise IfpruneError(f"{file}: is no YAML ({' '.join(str(exc).split())})") from None
+    if not isinstance(found, dict):
+        raise IfpruneError(f"{file}: must hold options by name, such as learning_rate: 5e-4")
+    return {str(name).replace("-", "_"): value for name, value in found.items()}
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
