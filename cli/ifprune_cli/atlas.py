@@ -9,18 +9,53 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from .console import note, progress, result_json
-from .evaluate import MaxLengthOption, read_data, sample
+from .evaluate import MaxLengthOption
 from .loading import load_model
-from .options import DataOption, DensityOption, DtypeOption, ModelOption, SelectorOption, TrustOption
+from .options import DataOption, DensityOption, DtypeOption, ModelOption, SelectorOption, TrustOption, named_files
 
 if TYPE_CHECKING:
     from ifprune_mlx.eval.analysis import Survey
 
+_CHARTS, _TIME = "Charts", "Timing"
+
+OutOption = Annotated[
+    Path,
+    typer.Option(
+        "--out",
+        metavar="FOLDER",
+        rich_help_panel=_CHARTS,
+        help="For the charts, each as .png and .svg; made if missing.",
+    ),
+]
+EvaluationOption = Annotated[
+    Optional[Path],
+    typer.Option(
+        "--evaluation",
+        metavar="FILE",
+        rich_help_panel=_CHARTS,
+        help="What `ifprune evaluate --densities --json FILE` wrote: one chart more.",
+    ),
+]
+TimedOption = Annotated[
+    int,
+    typer.Option(
+        "--timed",
+        metavar="N",
+        min=0,
+        rich_help_panel=_TIME,
+        help="Prompts to answer and time; 0 leaves that chart out.",
+    ),
+]
+TimedTokensOption = Annotated[
+    int,
+    typer.Option(
+        "--max-tokens", "-m", min=1, rich_help_panel=_TIME, help="Most tokens to generate for a timed answer."
+    ),
+]
+
 
 def atlas(
-    out: Annotated[
-        Path, typer.Option("--out", metavar="FOLDER", help="For the charts, each as .png and .svg; made if missing.")
-    ],
+    out: OutOption,
     data: DataOption = None,
     model: ModelOption = None,
     selector: SelectorOption = None,
@@ -28,20 +63,9 @@ def atlas(
     limit: Annotated[
         int, typer.Option("--limit", metavar="N", min=1, help="Prompts per domain, picked by the seed.")
     ] = 20,
-    evaluation: Annotated[
-        Optional[Path],
-        typer.Option(
-            "--evaluation",
-            metavar="FILE",
-            help="What `ifprune evaluate --densities --json FILE` wrote: one chart more.",
-        ),
-    ] = None,
-    timed: Annotated[
-        int, typer.Option("--timed", metavar="N", min=0, help="Prompts to answer and time; 0 leaves that chart out.")
-    ] = 6,
-    max_tokens: Annotated[
-        int, typer.Option("--max-tokens", "-m", min=1, help="Most tokens to generate for a timed answer.")
-    ] = 64,
+    evaluation: EvaluationOption = None,
+    timed: TimedOption = 6,
+    max_tokens: TimedTokensOption = 64,
     max_length: MaxLengthOption = 512,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the pick, and of the random selector.")] = 0,
     dtype: DtypeOption = None,
@@ -61,54 +85,32 @@ def atlas(
         raise DataError("atlas needs prompts; give --data NAME=FILE.jsonl, once for every domain")
     check_library()
     _check_out(out)
-    records = read_data(data)
-    from ifprune_mlx import make_selector
-    from ifprune_mlx.eval.analysis import (
-        Quality,
-        machine,
-        overlap_chart,
-        quality_chart,
-        shared_chart,
-        survey,
-        time_answers,
-        time_chart,
-    )
+    from ifprune_mlx.eval.analysis import Quality, draw_atlas
+    from ifprune_mlx.eval.evaluator import encode_domains, read_domains
 
+    records = read_domains(named_files(data), note)
     quality = None if evaluation is None else Quality.read(evaluation)
     loaded, tokenizer = load_model(model, dtype, trust_remote_code)
-    name = loaded.checkpoint.path.name if model is None else Path(model).name
-    keep = loaded.keep(density)
-    chooser = make_selector(loaded, None if selector is None else selector.value, seed=seed)
-    examples = sample(loaded, tokenizer, records, limit, max_length, seed, note)
-    with progress("select", "prompts") as update:
-        found = survey(loaded, examples, chooser, keep, progress=update)
-    value: dict[str, Any] = found.to_dict()
-    charts = {"overlap": overlap_chart(found), "shared": shared_chart(found)}
-    if quality is not None:
-        value["quality"] = quality.to_dict()
-        charts["quality"] = quality_chart(name, quality)
-    if timed:
-        with progress("answer", "answers") as update:
-            timings = time_answers(
-                loaded,
-                tokenizer,
-                examples,
-                chooser.name,
-                density,
-                count=timed,
-                max_tokens=max_tokens,
-                seed=seed,
-                progress=update,
-            )
-        value["time"] = [timing.to_dict() for timing in timings]
-        value["machine"] = machine()
-        charts["time"] = time_chart(timings, f"{chooser.name}, density {found.density:.2f} ({machine()})")
-    files = _write(charts, out)
+    examples = encode_domains(loaded, tokenizer, records, limit=limit, max_length=max_length, seed=seed, report=note)
+    found = draw_atlas(
+        loaded,
+        tokenizer,
+        examples,
+        None if selector is None else selector.value,
+        density,
+        name=loaded.checkpoint.path.name if model is None else Path(model).name,
+        quality=quality,
+        timed=timed,
+        max_tokens=max_tokens,
+        seed=seed,
+        progress=progress,
+    )
+    files = _write(found.charts, out)
     if json:
-        result_json({**value, "files": [str(file) for file in files]})
+        result_json({**found.to_dict(), "files": [str(file) for file in files]})
     else:
         print("\n".join(map(str, files)))
-    _notes(found)
+    _notes(found.survey)
     if quality is None:
         note("no chart of quality: it needs --evaluation, a file of `ifprune evaluate --densities LIST --json FILE`")
 
@@ -139,7 +141,7 @@ def _write(charts: dict[str, Any], out: Path) -> list[Path]:
 
 
 def _notes(found: Survey) -> None:
-    from ifprune_mlx.eval.bootstrap import POOLED
+    from ifprune_mlx.eval.metrics import POOLED
 
     counts = ", ".join(f"{len(keys)} {domain}" for domain, keys in found.prompts.items())
     note(f"{found.selector}, density {found.density:.3f}: selections of {counts} prompts")

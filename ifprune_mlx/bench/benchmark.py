@@ -24,7 +24,7 @@ from ifprune_mlx.bench.worker import serve
 from ifprune_mlx.checkpoint.budget import RAM, SSD, physical_memory, resident_bytes
 from ifprune_mlx.checkpoint.format import Checkpoint
 from ifprune_mlx.errors import BudgetError, IfpruneError
-from ifprune_mlx.eval.bootstrap import RESAMPLES
+from ifprune_mlx.eval.metrics import RESAMPLES
 from ifprune_mlx.selection.selection import Ids, Selection
 
 NEAR = 0.8

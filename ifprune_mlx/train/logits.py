@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 from mlx import nn
 
-from ifprune_mlx.eval.losses import Example
+from ifprune_mlx.data.tokenize import Encoded
 from ifprune_mlx.selection.predictor import inner_model
 
 
-def answer_rows(examples: Sequence[Example]) -> tuple[mx.array, mx.array, mx.array]:
+def answer_rows(examples: Sequence[Encoded]) -> tuple[mx.array, mx.array, mx.array]:
     """What a forward pass over chats needs, which are padded on the right: a causal model's tokens before never see it.
 
     Returns:

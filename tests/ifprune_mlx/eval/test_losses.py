@@ -15,7 +15,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from ifprune_mlx import DataError, IfpruneError, Instruction, Model, Selected, Selection, make_selector
 from ifprune_mlx.data.tokenize import Encoded
-from ifprune_mlx.eval.losses import ROWS, Evaluation, Example, answer_nll, available_rows, compare, derangement
+from ifprune_mlx.eval.losses import ROWS, Evaluation, answer_nll, available_rows, compare, derangement
 from ifprune_mlx.selection.selection import top_k
 from ifprune_mlx.sparse.importance import fuse_ranks
 from tests.ifprune_mlx.reference import mask_ffns, open_model, random_selection, source_model
@@ -72,7 +72,7 @@ class Spy(nn.Module):
         return self.down(x)
 
 
-def plain_loss(checkpoint: Path, item: Example, selection: Selection | None, dense_until: int = 0) -> float:
+def plain_loss(checkpoint: Path, item: Encoded, selection: Selection | None, dense_until: int = 0) -> float:
     """Mean loss by the stock model, masked, in one pass, with numpy's log softmax.
 
     Args:
@@ -90,7 +90,7 @@ def plain_loss(checkpoint: Path, item: Example, selection: Selection | None, den
     return float(-log_probabilities[places - 1, item.tokens[places]].mean())
 
 
-def plain_importance(checkpoint: Path, model: Model, item: Example) -> list[Any]:
+def plain_importance(checkpoint: Path, model: Model, item: Encoded) -> list[Any]:
     """GRIFFIN's statistic at the positions that predict the answer, from the stock model's activations."""
     stock = source_model(checkpoint)
     for layer in stock.model.layers:
