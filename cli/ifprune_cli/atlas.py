@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -10,47 +12,30 @@ import typer
 
 from .console import note, progress, result_json
 from .evaluate import MaxLengthOption
+from .evaluate_report import overlap_words
 from .loading import load_model
 from .options import DataOption, DensityOption, DtypeOption, ModelOption, SelectorOption, TrustOption, named_files
 
 if TYPE_CHECKING:
     from ifprune_mlx.eval.analysis import Survey
 
-_CHARTS, _TIME = "Charts", "Timing"
+# An option under a heading of `--help`.
+_chart, _time = (partial(typer.Option, rich_help_panel=heading) for heading in ("Charts", "Timing"))
 
 OutOption = Annotated[
-    Path,
-    typer.Option(
-        "--out",
-        metavar="FOLDER",
-        rich_help_panel=_CHARTS,
-        help="For the charts, each as .png and .svg; made if missing.",
-    ),
+    Path, _chart("--out", metavar="FOLDER", help="For the charts, each as .png and .svg; made if missing.")
 ]
 EvaluationOption = Annotated[
     Optional[Path],
-    typer.Option(
-        "--evaluation",
-        metavar="FILE",
-        rich_help_panel=_CHARTS,
-        help="What `ifprune evaluate --densities --json FILE` wrote: one chart more.",
+    _chart(
+        "--evaluation", metavar="FILE", help="A file of `ifprune evaluate --densities --json FILE`: one chart more."
     ),
 ]
 TimedOption = Annotated[
-    int,
-    typer.Option(
-        "--timed",
-        metavar="N",
-        min=0,
-        rich_help_panel=_TIME,
-        help="Prompts to answer and time; 0 leaves that chart out.",
-    ),
+    int, _time("--timed", metavar="N", min=0, help="Prompts to answer and time; 0 leaves that chart out.")
 ]
 TimedTokensOption = Annotated[
-    int,
-    typer.Option(
-        "--max-tokens", "-m", min=1, rich_help_panel=_TIME, help="Most tokens to generate for a timed answer."
-    ),
+    int, _time("--max-tokens", "-m", min=1, help="Most tokens to generate for a timed answer.")
 ]
 
 
@@ -85,32 +70,36 @@ def atlas(
         raise DataError("atlas needs prompts; give --data NAME=FILE.jsonl, once for every domain")
     check_library()
     _check_out(out)
-    from ifprune_mlx.eval.analysis import Quality, draw_atlas
+    from ifprune_mlx import make_selector
+    from ifprune_mlx.eval import analysis
     from ifprune_mlx.eval.evaluator import encode_domains, read_domains
 
     records = read_domains(named_files(data), note)
-    quality = None if evaluation is None else Quality.read(evaluation)
+    quality = None if evaluation is None else analysis.Quality.read(evaluation)
     loaded, tokenizer = load_model(model, dtype, trust_remote_code)
+    chosen = make_selector(loaded, None if selector is None else selector.value, seed=seed)
+    keep = loaded.keep(density)
     examples = encode_domains(loaded, tokenizer, records, limit=limit, max_length=max_length, seed=seed, report=note)
-    found = draw_atlas(
-        loaded,
-        tokenizer,
-        examples,
-        None if selector is None else selector.value,
-        density,
-        name=loaded.checkpoint.path.name if model is None else Path(model).name,
-        quality=quality,
-        timed=timed,
-        max_tokens=max_tokens,
-        seed=seed,
-        progress=progress,
-    )
-    files = _write(found.charts, out)
+    with progress("select", "prompts") as update:
+        found = analysis.survey(loaded, examples, chosen, keep, progress=update)
+    value = found.to_dict()
+    charts = {"overlap": analysis.overlap_chart(found), "shared": analysis.shared_chart(found)}
+    if quality is not None:
+        name = loaded.checkpoint.path.name if model is None else Path(model).name
+        value["quality"], charts["quality"] = quality.to_dict(), analysis.quality_chart(name, quality)
+    if timed:
+        budget = {"count": timed, "max_tokens": max_tokens, "seed": seed}
+        with progress("answer", "answers") as update:
+            times = analysis.time_answers(loaded, tokenizer, examples, chosen.name, density, progress=update, **budget)
+        machine = analysis.machine()
+        value |= {"time": [asdict(timing) for timing in times], "machine": machine}
+        charts["time"] = analysis.time_chart(times, f"{chosen.name}, density {found.density:.2f} ({machine})")
+    files = _write(charts, out)
     if json:
-        result_json({**found.to_dict(), "files": [str(file) for file in files]})
+        result_json({**value, "files": [str(file) for file in files]})
     else:
         print("\n".join(map(str, files)))
-    _notes(found.survey)
+    _notes(found)
     if quality is None:
         note("no chart of quality: it needs --evaluation, a file of `ifprune evaluate --densities LIST --json FILE`")
 
@@ -145,11 +134,8 @@ def _notes(found: Survey) -> None:
 
     counts = ", ".join(f"{len(keys)} {domain}" for domain, keys in found.prompts.items())
     note(f"{found.selector}, density {found.density:.3f}: selections of {counts} prompts")
-    shares = [("within a domain", found.overlap.within), ("across domains", found.overlap.across)]
-    told = [f"{share:.3f} {whose}" for whose, share in shares if share is not None]
-    if told:
-        note(f"two prompts share {', '.join(told)}; by chance {found.overlap.chance:.3f}")
-    pooled = [difference for difference in found.differences if difference.domain == POOLED]
-    for found_difference in pooled:
-        low, high = found_difference.low, found_difference.high
-        note(f"a prompt shares {found_difference.mean:+.3f} [{low:+.3f}, {high:+.3f}] more with its own domain's")
+    if shares := overlap_words(found.overlap):
+        note(f"two prompts share {shares}; by chance {found.overlap.chance:.3f}")
+    for gap in found.differences:
+        if gap.domain == POOLED:
+            note(f"a prompt shares {gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}] more with its own domain's")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as encoder
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -16,127 +17,90 @@ from .options import DataOption, DensityOption, DtypeOption, ModelOption, TrustO
 if TYPE_CHECKING:
     from ifprune_mlx.eval.losses import Evaluation
 
-_DATA, _ROWS, _AMOUNT, _OUTPUT = "Tasks", "Rows", "How much", "Output"
+# An option under a heading of `--help`.
+_task, _row, _amount, _output = (
+    partial(typer.Option, rich_help_panel=heading) for heading in ("Tasks", "Rows", "How much", "Output")
+)
 
+# typer reads these at run time, so they are spelled for Python 3.10.
 ChoicesOption = Annotated[
     Optional[list[str]],
-    typer.Option(
+    _task(
         "--choices",
         metavar="NAME=FILE",
-        rich_help_panel=_DATA,
         help="A multiple choice task, JSON lines with query, choices and gold (the right one's index, from 0); "
         "repeatable.",
     ),
 ]
 ExactOption = Annotated[
     Optional[list[str]],
-    typer.Option(
+    _task(
         "--exact",
         metavar="NAME=FILE",
-        rich_help_panel=_DATA,
         help="A task with one right answer, which is generated: JSON lines with prompt or question, and answer; "
         "repeatable.",
     ),
 ]
 LmEvalOption = Annotated[
     Optional[list[str]],
-    typer.Option(
+    _task(
         "--lm-eval",
         metavar="TASK",
-        rich_help_panel=_DATA,
         help="A task or group of lm-evaluation-harness, several with commas between; repeatable. Of each task "
         "--limit takes the first questions, as lm-eval does. Needs ifprune-mlx[evaluate].",
     ),
 ]
 LmEvalTasksOption = Annotated[
     Optional[list[Path]],
-    typer.Option(
+    _task(
         "--lm-eval-tasks",
         metavar="FOLDER",
-        rich_help_panel=_DATA,
         help="Of your own lm-evaluation-harness tasks: YAML files, and the Python functions that they name, which "
         "run; repeatable.",
     ),
 ]
 SelectorsOption = Annotated[
     Optional[str],
-    typer.Option(
+    _row(
         "--selectors",
         metavar="LIST",
-        rich_help_panel=_ROWS,
         help="Rows, separated by commas: dense, learned, static, static-own, activation, activation-sliced, "
         "random, mismatched, cross-domain, oracle.  [default: all that the checkpoint and the data allow]",
     ),
 ]
 DensitiesOption = Annotated[
-    Optional[str],
-    typer.Option(
-        "--densities",
-        metavar="LIST",
-        rich_help_panel=_ROWS,
-        help="Several densities in turn, such as 0.27,0.4,0.5,0.7.",
-    ),
+    Optional[str], _row("--densities", metavar="LIST", help="Several densities in turn, such as 0.27,0.4,0.5,0.7.")
 ]
 HealedStaticOption = Annotated[
     Optional[str],
-    typer.Option(
-        "--healed-static",
-        metavar="FOLDER",
-        rich_help_panel=_ROWS,
-        help="A checkpoint tuned on its static selection: one row more.",
-    ),
+    _row("--healed-static", metavar="FOLDER", help="A checkpoint tuned on its static selection: one row more."),
 ]
 HealedDenseOption = Annotated[
-    Optional[str],
-    typer.Option(
-        "--healed-dense",
-        metavar="FOLDER",
-        rich_help_panel=_ROWS,
-        help="A checkpoint tuned with all neurons: one row more.",
-    ),
+    Optional[str], _row("--healed-dense", metavar="FOLDER", help="A checkpoint tuned with all neurons: one row more.")
 ]
 LimitOption = Annotated[
     Optional[int],
-    typer.Option(
-        "--limit",
-        metavar="N",
-        min=1,
-        rich_help_panel=_AMOUNT,
-        help="Prompts per domain and task, picked by the seed.  [default: all]",
-    ),
+    _amount("--limit", metavar="N", min=1, help="Prompts per domain and task, picked by the seed.  [default: all]"),
 ]
 MaxLengthOption = Annotated[
-    int,
-    typer.Option(
-        "--max-length", min=2, rich_help_panel=_AMOUNT, help="Tokens of a chat that are read; the rest is cut off."
-    ),
+    int, _amount("--max-length", min=2, help="Tokens of a chat that are read; the rest is cut off.")
 ]
 MaxTokensOption = Annotated[
-    int,
-    typer.Option(
-        "--max-tokens", "-m", min=1, rich_help_panel=_AMOUNT, help="Most tokens to generate for a question of --exact."
-    ),
+    int, _amount("--max-tokens", "-m", min=1, help="Most tokens to generate for a question of --exact.")
 ]
 EvalSeedOption = Annotated[
-    int,
-    typer.Option(
-        "--seed",
-        rich_help_panel=_AMOUNT,
-        help="Seed of the pick, the random rows, the other prompts and the bootstrap.",
-    ),
+    int, _amount("--seed", help="Seed of the pick, the random rows, the other prompts and the bootstrap.")
 ]
 PlotOption = Annotated[
     Optional[Path],
-    typer.Option(
+    _output(
         "--plot",
         metavar="FILE",
-        rich_help_panel=_OUTPUT,
         help="Draw the losses against the active parameters (.png or .svg). Needs ifprune-mlx[plots].",
     ),
 ]
 JsonOption = Annotated[
-    Optional[Path],
-    typer.Option("--json", metavar="FILE", rich_help_panel=_OUTPUT, help="Write one JSON line to FILE; - is stdout."),
+    Optional[Path], _output("--json", metavar="FILE", help="Write one JSON line to FILE; - is stdout.")
 ]
 
 
@@ -190,7 +154,7 @@ def evaluate(
         load=lambda folder: load_model(None if folder is None else str(folder), dtype, trust_remote_code),
         progress=progress,
         report=note,
-        on_evaluation=_print_nothing if str(json) == "-" else _print_tables,
+        on_evaluation=_print_tables if str(json) != "-" else lambda result: None,
     )
     notes(result.evaluations)
     if json is not None:
@@ -205,10 +169,6 @@ def evaluate(
 def _print_tables(result: Evaluation) -> None:
     """A density's tables and an empty line, as soon as they are measured."""
     print("\n".join(tables(result)), end="\n\n", flush=True)
-
-
-def _print_nothing(result: Evaluation) -> None:
-    """The JSON is all that stdout gets."""
 
 
 def _names(text: str) -> tuple[str, ...]:

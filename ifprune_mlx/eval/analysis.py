@@ -14,7 +14,7 @@ import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,6 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ifprune_mlx.data.tokenize import Encoded
 from ifprune_mlx.errors import DataError, reason_of
-from ifprune_mlx.eval.evaluator import ProgressDisplay, no_progress
 from ifprune_mlx.eval.losses import prompt_tokens
 from ifprune_mlx.eval.metrics import (
     POOLED,
@@ -139,13 +138,14 @@ class Quality:
         Raises:
             DataError: naming the file, if it cannot be read or holds anything else.
         """
-        wanted = "write it with `ifprune evaluate --densities LIST --json FILE`"
         try:
             value: Any = json.loads(path.read_text(encoding="utf-8"))
         except OSError as exc:
             raise DataError(f"{path}: cannot be read ({reason_of(exc)}); give another file") from None
         except (ValueError, RecursionError):
-            raise DataError(f"{path}: not JSON; {wanted}") from None
+            raise DataError(
+                f"{path}: not JSON; give a file of `ifprune evaluate --densities LIST --json FILE`"
+            ) from None
         return cls.of(value, str(path))
 
     def to_dict(self) -> dict[str, Any]:
@@ -166,73 +166,6 @@ class Timing:
     switch_s: float
     prefill_s: float
     decode_s: float
-
-
-@dataclass(frozen=True)
-class Atlas:
-    """The charts of a selector, with the numbers behind them.
-
-    Attributes:
-        timings: empty if no answers were timed.
-        charts: by name.
-    """
-
-    survey: Survey
-    quality: Quality | None
-    timings: list[Timing]
-    charts: dict[str, Figure]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON, without the charts."""
-        value = self.survey.to_dict()
-        if self.quality is not None:
-            value["quality"] = self.quality.to_dict()
-        if self.timings:
-            value |= {"time": [asdict(timing) for timing in self.timings], "machine": machine()}
-        return value
-
-
-def draw_atlas(
-    model: Model,
-    tokenizer: TokenizerWrapper,
-    data: Mapping[str, Sequence[Encoded]],
-    selector: str | None = None,
-    density: float | None = None,
-    *,
-    name: str,
-    quality: Quality | None = None,
-    timed: int = 6,
-    max_tokens: int = 64,
-    seed: int = 0,
-    progress: ProgressDisplay = no_progress,
-) -> Atlas:
-    """Survey the selections, time some answers, and draw all charts that there are numbers for.
-
-    Args:
-        data: examples by domain, at least one a domain.
-        selector: its name; None takes the checkpoint's default.
-        density: to select with; None takes the checkpoint's.
-        name: the model's.
-        timed: answers to time.
-        max_tokens: the most to generate for each.
-        seed: of the random selector.
-
-    Raises:
-        IfpruneError: if matplotlib is missing, and as the selectors and `stream_generate` raise it.
-    """
-    chosen = make_selector(model, selector, seed=seed)
-    with progress("select", "prompts") as update:
-        found = survey(model, data, chosen, model.keep(density), progress=update)
-    charts = {"overlap": overlap_chart(found), "shared": shared_chart(found)}
-    if quality is not None:
-        charts["quality"] = quality_chart(name, quality)
-    timings: list[Timing] = []
-    if timed:
-        budget: dict[str, Any] = {"count": timed, "max_tokens": max_tokens, "seed": seed}
-        with progress("answer", "answers") as update:
-            timings = time_answers(model, tokenizer, data, chosen.name, density, progress=update, **budget)
-        charts["time"] = time_chart(timings, f"{chosen.name}, density {found.density:.2f} ({machine()})")
-    return Atlas(found, quality, timings, charts)
 
 
 def survey(

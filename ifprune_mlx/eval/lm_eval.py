@@ -33,7 +33,7 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ifprune_mlx.errors import DataError, IfpruneError, reason_of
-from ifprune_mlx.eval.losses import NOT_FINITE, answer_logits, answer_nll, token_nll
+from ifprune_mlx.eval.losses import NOT_FINITE, answer_logits, token_nll
 from ifprune_mlx.eval.metrics import TaskRow
 from ifprune_mlx.eval.multiple_choice import agreeing
 from ifprune_mlx.eval.tasks import RowSelections, generate_answer, read_prompt
@@ -175,9 +175,8 @@ def score_harness(
             raise
         except Exception as exc:  # tasks' own functions raise what they like
             raise DataError(f"--lm-eval {harness_task.name}: the task failed ({reason_of(exc)})") from None
-        means: list[dict[str, tuple[float, ...]]] = []
+        means: dict[str, list[tuple[float, ...]]] = {}
         for name, task in harness_task.tasks.items():
-            means.append({})
             for metric, values in _metrics(found["samples"][name]).items():
                 try:
                     per_question, is_mean = _per_question(values, task.aggregation().get(metric.split(",")[0], np.mean))
@@ -186,11 +185,10 @@ def score_harness(
                     continue
                 measured[name].append(TaskRow(row, name, metric, per_question))
                 if is_mean:
-                    means[-1][metric] = per_question
-        if len(harness_task.tasks) > 1:
-            for metric in [m for m in means[0] if all(m in of_task for of_task in means)]:
-                together = tuple(value for of_task in means for value in of_task[metric])
-                pooled.append(TaskRow(row, harness_task.name, metric, together))
+                    means.setdefault(metric, []).append(per_question)
+        for metric, per_task in means.items():
+            if len(per_task) == len(harness_task.tasks) > 1:
+                pooled.append(TaskRow(row, harness_task.name, metric, sum(per_task, ())))
     return [*pooled, *(row for found in measured.values() for row in found)]
 
 
@@ -286,11 +284,11 @@ class HarnessLM(LM):
                 if number == 0 and self.row not in ("dense", "static"):
                     active, start = self._model.selection, start + min(_BEGINNING, len(wanted))
                     self._model.switch(self._static.select(instructions[index], self._keep).selection)
-                    total += self._sum([*before, *wanted][:start], len(before), None)
+                    total += _likelihood(self._model, None, [*before, *wanted][:start], len(before))[0]
                     self._model.switch(active)
                     history = selected.history if selected is not None else None
                 if start < len(before) + len(wanted):
-                    total += self._sum([*before, *wanted], start, history)
+                    total += _likelihood(self._model, history, [*before, *wanted], start)[0]
             result.append(total)
             self._advance(index + 1, len(requests))
         return result
@@ -308,21 +306,13 @@ class HarnessLM(LM):
         ]
         result = []
         for index, selected in enumerate(self._selected(instructions)):
-            options, sampling = requests[index].args[1], dict[str, Any]()
-            stops = options.get("until") or []
-            temperature = float(options.get("temperature", 1.0))
+            options = requests[index].args[1]
+            stops, temperature = options.get("until") or [], float(options.get("temperature", 1.0))
+            how: dict[str, Any] = {"stops": [stops] if isinstance(stops, str) else [stop for stop in stops if stop]}
             if options.get("do_sample") and temperature > 0:
-                sampling["sampler"] = make_sampler(temp=temperature, top_p=float(options.get("top_p", 1.0)))
-            text, _ = generate_answer(
-                self._model,
-                self.tokenizer,
-                instructions[index],
-                selected,
-                self._keep,
-                limits[index],
-                stops=[stops] if isinstance(stops, str) else [stop for stop in stops if stop],
-                **sampling,
-            )
+                how["sampler"] = make_sampler(temp=temperature, top_p=float(options.get("top_p", 1.0)))
+            instruction, limit = instructions[index], limits[index]
+            text, _ = generate_answer(self._model, self.tokenizer, instruction, selected, self._keep, limit, **how)
             result.append(text)
             self._advance(index + 1, len(requests))
         return result
@@ -359,13 +349,6 @@ class HarnessLM(LM):
             )
         return [(whole[surplus:], start - surplus) for whole, start in result]
 
-    def _sum(self, tokens: Sequence[int], start: int, history: History | None) -> float:
-        """Log likelihood of the tokens from `start` on."""
-        wanted = np.arange(len(tokens)) >= start
-        return -float(
-            answer_nll(self._model, np.array(tokens, np.int32), wanted, history=history).sum(dtype=np.float64)
-        )
-
     def _cut(self, tokens: list[int], room: int) -> list[int]:
         """The last tokens, as many as there is room for."""
         if len(tokens) > room and self._task not in self._told:
@@ -385,7 +368,7 @@ class HarnessLM(LM):
         self._progress(self._rows.index(self.row) * total + done, len(self._rows) * total)
 
 
-def _likelihood(model: Model, history: History, tokens: Sequence[int], start: int) -> tuple[float, bool]:
+def _likelihood(model: Model, history: History | None, tokens: Sequence[int], start: int) -> tuple[float, bool]:
     """Log likelihood of the tokens from `start` on, nats, and whether each is the likeliest.
 
     Args:

@@ -244,7 +244,6 @@ def answer_logits(
     *,
     history: History | None = None,
     recorder: ImportanceRecorder | None = None,
-    progress: Progress | None = None,
 ) -> Iterator[tuple[mx.array, mx.array]]:
     """Logits of the positions that predict answer tokens, under the model's active selection, part by part.
 
@@ -253,7 +252,6 @@ def answer_logits(
         mask: bool `[n]`, True for the tokens of the answer; not the first.
         history: has read the first tokens already, at most up to the one before the first wanted; it is used up.
         recorder: sees the positions that predict a wanted token and no others.
-        progress: called with (tokens read, tokens).
 
     Yields:
         Logits float32 `[m, vocabulary]`, and the tokens that came, int32 `[m]`.
@@ -276,8 +274,6 @@ def answer_logits(
             yield rows, mx.array(tokens[begin + 1 + places])
         else:
             mx.eval(states)
-        if progress is not None:
-            progress(end, len(tokens))
 
 
 def token_nll(logits: mx.array, tokens: mx.array) -> mx.array:
@@ -353,8 +349,8 @@ class _Comparison:
         self._other = _partners_elsewhere(data, seed) if "cross-domain" in names else {}
         self._second = [name for name in names if name not in ("dense", "activation", "oracle")]
         self._needs_dense = bool({"dense", "oracle", "static-own"} & set(names))
-        self._done = 0
-        self._total = sum(self._cost(example) for examples in data.values() for example in examples)
+        tokens = sum(len(example.tokens) for examples in data.values() for example in examples)
+        self._done, self._total = 0, tokens * (len(set(names) - {"dense"}) + self._needs_dense)
 
     def run(self) -> Evaluation:
         """Measure everything."""
@@ -391,7 +387,6 @@ class _Comparison:
         for name, selector in self._selectors.items():
             selected = selector.select(instruction, self._keep)
             self._chosen[name][domain].append(selected.selection)
-            self._advance(len(instruction.tokens))
             if name == "activation" and "activation" in self._names:
                 self._model.switch(selected.selection)
                 self._measure("activation", domain, index, history=selected.history)
@@ -446,34 +441,16 @@ class _Comparison:
         recorder: ImportanceRecorder | None = None,
     ) -> None:
         """Keep the mean loss of an answer under the active selection."""
-        example, read = self._data[domain][index], 0 if history is None else len(history.tokens)
-
-        def progress(done: int, total: int) -> None:
-            nonlocal read
-            self._advance(done - read)
-            read = done
-
-        losses = answer_nll(
-            self._model, example.tokens, example.mask, history=history, recorder=recorder, progress=progress
-        )
+        example = self._data[domain][index]
+        losses = answer_nll(self._model, example.tokens, example.mask, history=history, recorder=recorder)
         loss = float(losses.mean(dtype=np.float64))
         if not np.isfinite(loss):
             raise IfpruneError(
                 f"{name}, domain {domain!r}, prompt {index + 1}: the loss is not a finite number; {NOT_FINITE}"
             )
         self._losses[name, domain].append(loss)
-
-    def _cost(self, example: Encoded) -> int:
-        """Tokens that `_advance` will be told of one example."""
-        passes = len(self._second) + self._needs_dense + ("oracle" in self._names)
-        prompt, whole = len(prompt_tokens(example)), len(example.tokens) - 1
-        # `activation` goes on after the prompt's last but one token, which its selector has read.
-        answer = whole - max(prompt - 1, 0) if "activation" in self._names else 0
-        return passes * whole + prompt * len(self._selectors) + answer
-
-    def _advance(self, tokens: int) -> None:
-        self._done += tokens
-        self._progress(min(self._done, self._total), self._total)
+        self._done += len(example.tokens)
+        self._progress(self._done, self._total)
 
 
 def _check(data: Mapping[str, Sequence[Encoded]], names: Sequence[str]) -> None:
