@@ -78,12 +78,10 @@ def atlas(
     quality = None if evaluation is None else analysis.Quality.read(evaluation)
     loaded, tokenizer = load_model(model, dtype, trust_remote_code)
     chosen = make_selector(loaded, None if selector is None else selector.value, seed=seed)
-    keep = loaded.keep(density)
     examples = encode_domains(loaded, tokenizer, records, limit=limit, max_length=max_length, seed=seed, report=note)
     with progress("select", "prompts") as update:
-        found = analysis.survey(loaded, examples, chosen, keep, progress=update)
-    value = found.to_dict()
-    charts = {"overlap": analysis.overlap_chart(found), "shared": analysis.shared_chart(found)}
+        found = analysis.survey(loaded, examples, chosen, loaded.keep(density), progress=update)
+    value, charts = found.to_dict(), {"overlap": analysis.overlap_chart(found), "shared": analysis.shared_chart(found)}
     if quality is not None:
         name = loaded.checkpoint.path.name if model is None else Path(model).name
         value["quality"], charts["quality"] = quality.to_dict(), analysis.quality_chart(name, quality)
@@ -91,9 +89,8 @@ def atlas(
         budget = {"count": timed, "max_tokens": max_tokens, "seed": seed}
         with progress("answer", "answers") as update:
             times = analysis.time_answers(loaded, tokenizer, examples, chosen.name, density, progress=update, **budget)
-        machine = analysis.machine()
-        value |= {"time": [asdict(timing) for timing in times], "machine": machine}
-        charts["time"] = analysis.time_chart(times, f"{chosen.name}, density {found.density:.2f} ({machine})")
+        value |= {"time": [asdict(timing) for timing in times], "machine": (where := analysis.machine())}
+        charts["time"] = analysis.time_chart(times, f"{chosen.name}, density {found.density:.2f} ({where})")
     files = _write(charts, out)
     if json:
         result_json({**value, "files": [str(file) for file in files]})
@@ -116,13 +113,13 @@ def _check_out(out: Path) -> None:
 
 
 def _write(charts: dict[str, Any], out: Path) -> list[Path]:
-    from ifprune_mlx import IfpruneError
+    from ifprune_mlx.errors import IfpruneError, reason_of
     from ifprune_mlx.eval.plots import SUFFIXES, write_figure
 
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
-        raise IfpruneError(f"--out {out}: cannot be made ({exc.strerror or exc}); write elsewhere") from None
+        raise IfpruneError(f"--out {out}: cannot be made ({reason_of(exc)}); write elsewhere") from None
     files = {out / f"atlas-{name}{suffix}": figure for name, figure in charts.items() for suffix in SUFFIXES}
     for file, figure in files.items():
         write_figure(figure, file)

@@ -15,6 +15,7 @@ from .loading import load_model, open_checkpoint
 from .options import DataOption, DensityOption, DtypeOption, ModelOption, TrustOption, named_files
 
 if TYPE_CHECKING:
+    from ifprune_mlx.eval import EvalResult
     from ifprune_mlx.eval.losses import Evaluation
 
 # An option under a heading of `--help`.
@@ -146,7 +147,8 @@ def evaluate(
         max_tokens=max_tokens,
         seed=seed,
     )
-    _check_outputs(json, plot, draws=bool(data), only_dense=config.selectors == ("dense",) and healed_static is None)
+    only_dense = set(config.selectors or ()) == {"dense"} and healed_static is None
+    _check_outputs(json, plot, draws=bool(data), only_dense=only_dense)
     for given in filter(None, (healed_static, healed_dense)):
         open_checkpoint(given)
     result = run(
@@ -160,10 +162,14 @@ def evaluate(
     if json is not None:
         _write_json(json, result.evaluations[0].to_dict() if densities is None else result.to_dict())
     if plot is not None:
-        from ifprune_mlx.eval.analysis import Quality, quality_chart
-        from ifprune_mlx.eval.plots import write_figure
+        _draw(result, plot)
 
-        write_figure(quality_chart(result.model, Quality.of(result.to_dict(), "--plot")), plot)
+
+def _draw(result: EvalResult, plot: Path) -> None:
+    from ifprune_mlx.eval.analysis import Quality, quality_chart
+    from ifprune_mlx.eval.plots import write_figure
+
+    write_figure(quality_chart(result.model, Quality.of(result.to_dict(), "--plot")), plot)
 
 
 def _print_tables(result: Evaluation) -> None:

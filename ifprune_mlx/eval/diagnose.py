@@ -54,7 +54,7 @@ class Diagnosis:
     evaluation: Evaluation | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """What `ifprune doctor --json` writes (docs/architecture.md); what was not measured is None."""
+        """What `ifprune doctor --json` writes; what was not measured is None."""
         measured, losses = self.evaluation, ("matched", "mismatched", "cross-domain", "static", "random")
         present = [] if measured is None else measured.selectors
         overlap = None if measured is None else measured.overlap[self.selector]

@@ -21,7 +21,8 @@ from ifprune_mlx.eval.losses import ROWS, Evaluation, available_rows, compare, d
 from ifprune_mlx.eval.metrics import TaskRow
 from ifprune_mlx.eval.multiple_choice import ChoiceQuestion, encode_choices, read_choices, score_choices
 from ifprune_mlx.eval.tasks import TASK_ROWS, Question, check_rows, encode_question, pick_questions
-from ifprune_mlx.model import Model, Progress, load
+from ifprune_mlx.model import Model, Progress
+from ifprune_mlx.model import load as load_checkpoint
 
 if TYPE_CHECKING:
     from ifprune_mlx.eval.lm_eval import HarnessTask
@@ -117,7 +118,7 @@ class EvalResult:
     evaluations: tuple[Evaluation, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """What `ifprune evaluate --densities --json` writes (docs/architecture.md)."""
+        """What `ifprune evaluate --densities --json` writes."""
         points = zip(self.active_parameters, self.evaluations, strict=True)
         curve = [{"active_parameters": active, **evaluation.to_dict()} for active, evaluation in points]
         return {"total_parameters": self.total_parameters, "curve": curve}
@@ -126,7 +127,7 @@ class EvalResult:
 def evaluate(
     config: EvalConfig,
     *,
-    load: Loader = load,  # type: ignore[assignment]
+    load: Loader = load_checkpoint,  # type: ignore[assignment]
     progress: ProgressDisplay = no_progress,
     report: Report = lambda line: None,
     on_evaluation: Callable[[Evaluation], object] = lambda evaluation: None,
@@ -144,6 +145,8 @@ def evaluate(
         BudgetError: for a density out of range.
         IfpruneError: if two densities keep the same number of neurons, or a loss is not a number.
     """
+    if config.model is None and load is load_checkpoint:
+        raise IfpruneError("evaluate needs a model; give EvalConfig the folder or hub id of a checkpoint")
     inputs = _Inputs.read(config, report)
     measured = _Measurement(load(config.model), config, inputs, progress, report)
     model = measured.model

@@ -98,7 +98,7 @@ class Row:
         return float(np.average(self.per_prompt, weights=self.tokens))
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON (docs/architecture.md)."""
+        """As JSON."""
         return {
             "selector": self.selector,
             "domain": self.domain,
@@ -184,7 +184,7 @@ class Evaluation:
         return replace(self, rows=(*self.rows, *added), tasks=(*self.tasks, *tasks))
 
     def to_dict(self) -> dict[str, Any]:
-        """What `ifprune evaluate --json` writes (docs/architecture.md)."""
+        """What `ifprune evaluate --json` writes."""
         return {
             "density": self.density,
             "matched": self.matched,

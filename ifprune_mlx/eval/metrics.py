@@ -95,7 +95,7 @@ class Summary:
     minus_static: Figure | None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON (docs/architecture.md)."""
+        """As JSON."""
         return {
             "selector": self.row.selector,
             "task": self.row.task,

@@ -112,7 +112,7 @@ def test_planted_the_prior_alone_is_not(planted: Patient, tmp_path: Path) -> Non
 
 @pytest.fixture(scope="module")
 def real(smollm2: Path) -> Iterator[Patient]:
-    """Up to 16 shipped chats of each domain, and half of the neurons."""
+    """Ten shipped chats of each domain, and half of the neurons."""
     model, tokenizer = load(smollm2)
     if model.predictor is None:
         pytest.skip("the embedded checkpoint has no predictor")
@@ -120,7 +120,7 @@ def real(smollm2: Path) -> Iterator[Patient]:
     data: dict[str, list[Encoded]] = {domain: [] for domain in DOMAINS}
     for line, record in zip(lines.splitlines(), shipped_examples(), strict=True):
         chosen = data.get(json.loads(line)["source"])
-        if chosen is not None and len(chosen) < 16:
+        if chosen is not None and len(chosen) < 10:
             chat = encode(tokenizer, record, 512)
             if chat is not None and chat.prompt_length <= PROMPT:
                 chosen.append(cut(chat, ANSWER))

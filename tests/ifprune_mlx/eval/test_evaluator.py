@@ -71,6 +71,8 @@ def test_a_configuration_is_checked_when_it_is_made_and_stays_as_it_is(chats: Pa
         EvalConfig("x", {"code": chats}, selectors=("statik",))
     with pytest.raises(IfpruneError, match="none that tasks can be measured with"):
         EvalConfig("x", choices={"x": chats}, selectors=("oracle",))
+    with pytest.raises(IfpruneError, match="evaluate needs a model"):
+        evaluate(EvalConfig(data={"code": chats}))
     config = EvalConfig("x", {"code": chats})
     with pytest.raises(FrozenInstanceError):
         config.limit = 3  # type: ignore[misc]

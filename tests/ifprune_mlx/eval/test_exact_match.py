@@ -59,8 +59,8 @@ def test_every_row_says_what_stock_greedy_decoding_says(
     assert dense_texts != static_texts
     # The wanted answers are what the dense model says to the first questions, and what the pruned one says to the rest.
     wanted = [*dense_texts[:3], *static_texts[3:]]
-    asked = [replace(item, source=Question("", (text,))) for item, text in zip(blank, wanted, strict=True)]
-    rows = score_exact(model, tokenizer, "t", asked, ["dense", "static"], KEEP, max_tokens=LIMIT)
+    encoded = [replace(item, source=Question("", (text,))) for item, text in zip(blank, wanted, strict=True)]
+    rows = score_exact(model, tokenizer, "t", encoded, ["dense", "static"], KEEP, max_tokens=LIMIT)
     assert [(row.selector, row.metric) for row in rows] == [
         ("dense", "accuracy"), ("dense", "cut_off"), ("static", "accuracy"), ("static", "cut_off"),
     ]  # fmt: skip
@@ -76,11 +76,11 @@ def test_activation_goes_on_from_its_dense_prompt_and_others_are_measured_too(
     loaded: tuple[Model, TokenizerWrapper],
 ) -> None:
     model, tokenizer = loaded
-    asked = [encode_question(tokenizer, Question(prompt, ("1",))) for prompt in ("one", "a second one")]
+    encoded = [encode_question(tokenizer, Question(prompt, ("1",))) for prompt in ("one", "a second one")]
     names = ["activation", "activation-sliced", "random", "mismatched"]
     seen: list[tuple[int, int]] = []
     rows = score_exact(
-        model, tokenizer, "t", asked, names, KEEP, max_tokens=3, progress=lambda *counts: seen.append(counts)
+        model, tokenizer, "t", encoded, names, KEEP, max_tokens=3, progress=lambda *counts: seen.append(counts)
     )
     assert [row.selector for row in rows[::2]] == names
     assert seen == [(done, 8) for done in range(1, 9)]

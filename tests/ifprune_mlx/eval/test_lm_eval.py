@@ -111,10 +111,10 @@ def ours(
     model: Model, tokenizer: TokenizerWrapper, questions: list[ChoiceQuestion], row: str, keep: tuple[int, ...]
 ) -> list[list[float]]:
     """The same as `ifprune_mlx.eval.multiple_choice` scores them."""
-    asked = [encode_choices(tokenizer, question) for question in questions]
-    selections = RowSelections(model, "t", [question.instruction for question in asked], [row], keep, 0)
+    encoded = [encode_choices(tokenizer, question) for question in questions]
+    selections = RowSelections(model, "t", [question.instruction for question in encoded], [row], keep, 0)
     result = []
-    for index, question in enumerate(asked):
+    for index, question in enumerate(encoded):
         means = option_scores(model, question, selections.switch(row, index))
         result.append([mean * len(option.tokens) for mean, option in zip(means, question.options, strict=True)])
     return result
@@ -257,9 +257,9 @@ def test_a_yaml_task_gives_what_choices_gives(loaded: tuple[Model, TokenizerWrap
     model, tokenizer = loaded
     write_choices(tmp_path / "mine", "wet", QUESTIONS)
     rows = ["dense", "learned", "activation", "mismatched"]
-    (asked,) = load_tasks(["wet"], [tmp_path / "mine"])
+    (task,) = load_tasks(["wet"], [tmp_path / "mine"])
     seen: list[tuple[int, int]] = []
-    found = score_harness(model, tokenizer, asked, rows, KEEP, progress=lambda done, total: seen.append((done, total)))
+    found = score_harness(model, tokenizer, task, rows, KEEP, progress=lambda done, total: seen.append((done, total)))
     assert [(row.selector, row.task, row.metric) for row in found] == [
         (row, "wet", metric) for row in rows for metric in ("acc", "acc_norm")
     ]
@@ -270,7 +270,7 @@ def test_a_yaml_task_gives_what_choices_gives(loaded: tuple[Model, TokenizerWrap
         right = tuple(float(np.argmax(said) == q.gold) for said, q in zip(sums, QUESTIONS, strict=True))
         assert found[2 * rows.index(row)] == TaskRow(row, "wet", "acc", right)
     # The limit takes the first ones; another density goes through the same tasks again.
-    again = score_harness(model, tokenizer, asked, ["static"], (128, 128), limit=2)
+    again = score_harness(model, tokenizer, task, ["static"], (128, 128), limit=2)
     dense = score_choices(model, "t", [encode_choices(tokenizer, q) for q in QUESTIONS[:2]], ["dense"], KEEP)[0]
     assert len(again[0].per_question) == len(dense.per_question) == 2
     assert again[0].per_question == found[0].per_question[:2]

@@ -37,7 +37,7 @@ def loaded(tiny_checkpoint: Path) -> Iterator[tuple[Model, TokenizerWrapper]]:
 
 
 @pytest.fixture(scope="module")
-def asked(loaded: tuple[Model, TokenizerWrapper]) -> list[EncodedQuestion]:
+def encoded(loaded: tuple[Model, TokenizerWrapper]) -> list[EncodedQuestion]:
     return [encode_choices(loaded[1], question) for question in QUESTIONS]
 
 
@@ -72,27 +72,27 @@ def plain_scores(
     return scores
 
 
-def selections(model: Model, asked: list[EncodedQuestion], row: str) -> list[Selection | None]:
+def selections(model: Model, encoded: list[EncodedQuestion], row: str) -> list[Selection | None]:
     """What a row selects for every question, made here."""
     if row == "dense":
-        return [None] * len(asked)
+        return [None] * len(encoded)
     if row == "static":
-        return [top_k(model.prior, KEEP, "static")] * len(asked)
+        return [top_k(model.prior, KEEP, "static")] * len(encoded)
     selector = make_selector(model, row, seed=3)
-    return [selector.select(question.instruction, KEEP).selection for question in asked]
+    return [selector.select(question.instruction, KEEP).selection for question in encoded]
 
 
 def test_every_row_equals_the_masked_stock_model(
-    tiny_checkpoint: Path, loaded: tuple[Model, TokenizerWrapper], asked: list[EncodedQuestion]
+    tiny_checkpoint: Path, loaded: tuple[Model, TokenizerWrapper], encoded: list[EncodedQuestion]
 ) -> None:
     model, tokenizer = loaded
     rows = ["dense", "static", "activation", "activation-sliced", "random"]
-    found = score_choices(model, "t", asked, rows, KEEP, seed=3)
+    found = score_choices(model, "t", encoded, rows, KEEP, seed=3)
     assert [(row.selector, row.metric) for row in found] == [(r, m) for r in rows for m in ("accuracy", "margin")]
     assert {row.task for row in found} == {"t"}
     by_name = {(row.selector, row.metric): row.per_question for row in found}
     for row in rows:
-        chosen = selections(model, asked, row.removesuffix("-sliced"))
+        chosen = selections(model, encoded, row.removesuffix("-sliced"))
         margins = []
         for question, selection in zip(QUESTIONS, chosen, strict=True):
             scores = plain_scores(tiny_checkpoint, tokenizer, question, selection, row == "activation")
@@ -103,12 +103,12 @@ def test_every_row_equals_the_masked_stock_model(
 
 
 def test_mismatched_takes_the_selection_of_another_question(
-    tiny_checkpoint: Path, loaded: tuple[Model, TokenizerWrapper], asked: list[EncodedQuestion]
+    tiny_checkpoint: Path, loaded: tuple[Model, TokenizerWrapper], encoded: list[EncodedQuestion]
 ) -> None:
     model, tokenizer = loaded
     twin = ChoiceQuestion(QUESTIONS[0].prompt, (("", "fire"), ("", "rain")), 1)
     questions = [*QUESTIONS[:3], twin]
-    both = [*asked[:3], encode_choices(tokenizer, twin)]
+    both = [*encoded[:3], encode_choices(tokenizer, twin)]
     chosen = selections(model, both, "activation")
     for seed in range(3):
         (_, margins) = score_choices(model, "t", both, ["mismatched"], KEEP, seed=seed)
@@ -124,11 +124,11 @@ def test_mismatched_takes_the_selection_of_another_question(
 
 
 def test_the_same_seed_gives_the_same_rows(
-    loaded: tuple[Model, TokenizerWrapper], asked: list[EncodedQuestion]
+    loaded: tuple[Model, TokenizerWrapper], encoded: list[EncodedQuestion]
 ) -> None:
     model, _ = loaded
     rows = ["random", "mismatched"]
-    one, same, other = (score_choices(model, "t", asked, rows, KEEP, seed=seed) for seed in (3, 3, -4))
+    one, same, other = (score_choices(model, "t", encoded, rows, KEEP, seed=seed) for seed in (3, 3, -4))
     for index in (1, 3):
         assert same[index].per_question == pytest.approx(one[index].per_question, abs=TOLERANCE)
         assert other[index].per_question != pytest.approx(one[index].per_question, abs=TOLERANCE)
@@ -142,27 +142,27 @@ def test_a_tie_is_no_right_answer(loaded: tuple[Model, TokenizerWrapper]) -> Non
 
 
 def test_progress_counts_questions_times_rows(
-    loaded: tuple[Model, TokenizerWrapper], asked: list[EncodedQuestion]
+    loaded: tuple[Model, TokenizerWrapper], encoded: list[EncodedQuestion]
 ) -> None:
     seen: list[tuple[int, int]] = []
     score_choices(
-        loaded[0], "t", asked, ["dense", "static"], KEEP, progress=lambda done, total: seen.append((done, total))
+        loaded[0], "t", encoded, ["dense", "static"], KEEP, progress=lambda done, total: seen.append((done, total))
     )
     assert seen == [(done, 8) for done in range(1, 9)]
 
 
 def test_mismatched_needs_another_question(
-    loaded: tuple[Model, TokenizerWrapper], asked: list[EncodedQuestion]
+    loaded: tuple[Model, TokenizerWrapper], encoded: list[EncodedQuestion]
 ) -> None:
     with pytest.raises(DataError, match="task 't' has no two different questions"):
-        score_choices(loaded[0], "t", [asked[0], asked[0]], ["mismatched"], KEEP)
+        score_choices(loaded[0], "t", [encoded[0], encoded[0]], ["mismatched"], KEEP)
 
 
-def test_a_likelihood_that_is_no_number_is_an_error(tiny_checkpoint: Path, asked: list[EncodedQuestion]) -> None:
+def test_a_likelihood_that_is_no_number_is_an_error(tiny_checkpoint: Path, encoded: list[EncodedQuestion]) -> None:
     broken, _ = load(tiny_checkpoint)
     broken.module.model.norm.weight = broken.module.model.norm.weight * float("nan")
     with pytest.raises(IfpruneError, match="dense, task 't', question 1: a likelihood is not a finite number"):
-        score_choices(broken, "t", asked, ["dense"], KEEP)
+        score_choices(broken, "t", encoded, ["dense"], KEEP)
     broken.close()
 
 
@@ -218,9 +218,9 @@ def test_both_forms_are_read(tmp_path: Path, loaded: tuple[Model, TokenizerWrapp
     assert schema == ChoiceQuestion("Ann thanked Eve, since", (("Eve", "had helped."), ("Ann", "had helped.")), 0)
     # Words are not cut.
     assert shorter == ChoiceQuestion("one", (("two", "four"), ("two three", "four")), 0)
-    asked = encode_choices(loaded[1], schema)
-    assert [loaded[1].decode(option.tokens[option.start :]) for option in asked.options] == [" had helped."] * 2
-    assert asked.instruction == Instruction(schema.prompt, asked.instruction.tokens)
+    encoded = encode_choices(loaded[1], schema)
+    assert [loaded[1].decode(option.tokens[option.start :]) for option in encoded.options] == [" had helped."] * 2
+    assert encoded.instruction == Instruction(schema.prompt, encoded.instruction.tokens)
 
 
 GOOD = {"query": "q", "choices": ["a", "b"], "gold": 0}
