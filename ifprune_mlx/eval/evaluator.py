@@ -20,7 +20,7 @@ from ifprune_mlx.eval.exact_match import read_exact, score_exact
 from ifprune_mlx.eval.losses import ROWS, Evaluation, available_rows, compare, density_of
 from ifprune_mlx.eval.metrics import TaskRow
 from ifprune_mlx.eval.multiple_choice import ChoiceQuestion, encode_choices, read_choices, score_choices
-from ifprune_mlx.eval.tasks import TASK_ROWS, Question, check_rows, encode_question, pick_questions
+from ifprune_mlx.eval.tasks import TASK_ROWS, EncodedQuestion, Question, check_rows, encode_question, pick_questions
 from ifprune_mlx.model import Model, Progress
 from ifprune_mlx.model import load as load_checkpoint
 
@@ -282,15 +282,19 @@ class _Measurement:
             model, tokenizer, inputs.records, limit=limit, max_length=config.max_length, seed=seed, report=report
         )
         pick = partial(pick_questions, context=model.context_length, limit=limit, seed=seed, report=report)
-        choices, exact = partial(encode_choices, tokenizer), partial(encode_question, tokenizer)
-        self._choices = {name: pick(name, questions, choices) for name, questions in inputs.choices.items()}
-        self._exact = {name: pick(name, questions, exact) for name, questions in inputs.exact.items()}
-        self._questions = self._choices | self._exact
+        self._tasks: list[tuple[str, list[EncodedQuestion], Callable[..., list[TaskRow]]]] = []
+        for name, choices in inputs.choices.items():
+            encoded = pick(name, choices, partial(encode_choices, tokenizer))
+            self._tasks.append((name, encoded, partial(score_choices, model)))
+        for name, exact in inputs.exact.items():
+            encoded = pick(name, exact, partial(encode_question, tokenizer))
+            score = partial(score_exact, model, tokenizer, max_tokens=config.max_tokens)
+            self._tasks.append((name, encoded, score))
 
     @property
     def tokens(self) -> list[list[int]]:
         """Everything that is read, as token ids; of lm-eval's tasks samples."""
-        questions = [question for given in self._questions.values() for question in given]
+        questions = [question for _, given, _ in self._tasks for question in given]
         texts = [text for task in self._harness for text in task.texts]
         return [
             *(example.tokens.tolist() for examples in self._examples.values() for example in examples),
@@ -307,7 +311,7 @@ class _Measurement:
             label: of the progress display.
         """
         # The losses come first and may take hours.
-        for name, questions in self._questions.items():
+        for name, questions, _ in self._tasks:
             check_rows(name, [question.instruction for question in questions], names)
         if self._examples:
             with self._progress(label, "tokens") as update:
@@ -319,20 +323,16 @@ class _Measurement:
         return replace(result, tasks=tuple(self._score_tasks(keep, rows, label)))
 
     def _score_tasks(self, keep: tuple[int, ...], rows: list[str], label: str) -> list[TaskRow]:
-        model, tokenizer, config = self.model, self._tokenizer, self._config
-        jobs: list[tuple[str, str, Callable[..., list[TaskRow]]]] = []
-        for name, choices in self._choices.items():
-            jobs.append((name, "questions", partial(score_choices, model, name, choices, rows, keep)))
-        for name, exact in self._exact.items():
-            score = partial(score_exact, model, tokenizer, name, exact, rows, keep, max_tokens=config.max_tokens)
-            jobs.append((name, "questions", score))
+        jobs: list[tuple[str, str, Callable[..., list[TaskRow]]]] = [
+            (name, "questions", partial(score, name, questions, rows, keep)) for name, questions, score in self._tasks
+        ]
         for task in self._harness:
             from ifprune_mlx.eval.lm_eval import score_harness
 
-            score = partial(score_harness, model, tokenizer, task, rows, keep, limit=config.limit, report=self._report)
-            jobs.append((task.name, "requests", score))
+            given = partial(score_harness, self.model, self._tokenizer, task, rows, keep)
+            jobs.append((task.name, "requests", partial(given, limit=self._config.limit, report=self._report)))
         result: list[TaskRow] = []
-        for name, unit, run in jobs:
+        for name, unit, score in jobs:
             with self._progress(f"{label} {name}", unit) as update:
-                result += run(seed=config.seed, progress=update)
+                result += score(seed=self._config.seed, progress=update)
         return result
