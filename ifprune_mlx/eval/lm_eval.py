@@ -53,7 +53,7 @@ class HarnessTask:
     """A task of the harness, or a group of tasks.
 
     Attributes:
-        name: as it was asked for.
+        name: as it was given.
         tasks: by name, the single tasks that it consists of. Of several there is a figure of all of them, too.
     """
 
@@ -318,7 +318,7 @@ class HarnessLM(LM):
         return result
 
     def _selected(self, instructions: list[Instruction]) -> Iterator[Selected | None]:
-        """What the row selects for each, made active when it is asked for; None is dense."""
+        """What the row selects for each, made active as the iterator reaches it; None is dense."""
         key = tuple(instructions)
         if key not in self._selections:
             given = (self._task, instructions, self._rows, self._keep, self._seed)

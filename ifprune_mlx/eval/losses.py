@@ -116,8 +116,8 @@ class Evaluation:
 
     Attributes:
         density: kept neurons / all neurons of every row but `dense`.
-        matched: name of the selector that `mismatched` and `cross-domain` are about; None if neither was asked for.
-        rows: in the order in which the rows were asked for, domain by domain.
+        matched: name of the selector that `mismatched` and `cross-domain` are about; None if neither was measured.
+        rows: in the order in which they were named, domain by domain.
         overlap: by name of every selector that reads the instruction.
         keys: by domain, what tells its prompts apart, in the order of `Row.per_prompt`.
         seed: of the random selector, of who is whose other prompt, and of the bootstrap.

@@ -89,7 +89,7 @@ def option_scores(model: Model, question: EncodedQuestion, selected: Selected | 
     """Mean log likelihood per scored token of every option, nats, under the model's active selection.
 
     Args:
-        selected: a history that it comes with is gone on from.
+        selected: if it comes with a history of the prompt, scoring goes on from there.
     """
     prompt, history = question.instruction.tokens, read_prompt(model, question.instruction, selected)
     scores = []

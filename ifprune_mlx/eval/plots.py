@@ -105,7 +105,7 @@ class Matrix:
 
 
 def check_plot(path: Path, option: str) -> None:
-    """Raise IfpruneError unless a chart can be drawn into a file of this name; better asked before measuring.
+    """Raise IfpruneError unless a chart can be drawn into a file of this name; called before measuring.
 
     Args:
         option: which the name was given with.

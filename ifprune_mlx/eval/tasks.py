@@ -1,4 +1,4 @@
-"""What tasks share: which questions are asked, on which selection each row answers them, and the loop that scores them.
+"""What tasks share: picking questions, what each row selects for them, and the loop that scores them.
 
 A row's name means what it means in `eval.losses`. Those left out here make no sense for a task, or need the answer:
 `oracle` and `static-own` look at answers, `cross-domain` at domains.
@@ -69,6 +69,7 @@ class EncodedQuestion:
     """A question as a model reads it.
 
     Attributes:
+        source: the question in words.
         instruction: what selects, and the prompt.
         options: of multiple choice, else empty.
     """
@@ -155,7 +156,7 @@ class RowSelections:
         seed: of the random selector, and of who is whose other question.
 
     Raises:
-        DataError: if `mismatched` is asked for and there is no other question.
+        DataError: if `mismatched` is among the rows and there is no other question.
         CheckpointError: for `learned` without a predictor.
     """
 
@@ -175,7 +176,7 @@ class RowSelections:
         self._behind = {"activation-sliced": "activation", "mismatched": matched}
         names = {self._behind.get(row, row) for row in rows if row != "dense"}
         self._selectors = {name: make_selector(model, name, seed=seed) for name in names}
-        # What another row will ask for again: a selection is 4 bytes per kept neuron, a predictor's pass is not free.
+        # Kept for another row: a selection is 4 bytes per kept neuron, a predictor's pass is not free.
         self._reused = {name for row, name in self._behind.items() if row in rows}
         self._known: dict[tuple[str, int], Selection] = {}
         self._other = _others(instructions, seed) if "mismatched" in rows else []
