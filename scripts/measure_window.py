@@ -23,8 +23,8 @@ from ifprune_convert.embedded import ensure_embedded
 from ifprune_mlx import Model, Selection, load, make_selector
 from ifprune_mlx.data.dataset import Record, read_records
 from ifprune_mlx.data.tokenize import Example, encode
-from ifprune_mlx.eval.bootstrap import POOLED
 from ifprune_mlx.eval.losses import compare
+from ifprune_mlx.eval.metrics import POOLED
 from ifprune_mlx.selection.predictor import SELECT_WINDOW
 from ifprune_mlx.selection.selectors import Instruction
 

@@ -3,24 +3,44 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from .console import note, progress, result_json
-from .evaluate import MaxLengthOption, read_data, sample
+from .evaluate import MaxLengthOption
+from .evaluate_report import overlap_words
 from .loading import load_model
-from .options import DataOption, DensityOption, DtypeOption, ModelOption, SelectorOption, TrustOption
+from .options import DataOption, DensityOption, DtypeOption, ModelOption, SelectorOption, TrustOption, named_files
 
 if TYPE_CHECKING:
     from ifprune_mlx.eval.analysis import Survey
 
+# An option under a heading of `--help`.
+_chart, _time = (partial(typer.Option, rich_help_panel=heading) for heading in ("Charts", "Timing"))
+
+OutOption = Annotated[
+    Path, _chart("--out", metavar="FOLDER", help="For the charts, each as .png and .svg; made if missing.")
+]
+EvaluationOption = Annotated[
+    Optional[Path],
+    _chart(
+        "--evaluation", metavar="FILE", help="A file of `ifprune evaluate --densities --json FILE`: one chart more."
+    ),
+]
+TimedOption = Annotated[
+    int, _time("--timed", metavar="N", min=0, help="Prompts to answer and time; 0 leaves that chart out.")
+]
+TimedTokensOption = Annotated[
+    int, _time("--max-tokens", "-m", min=1, help="Most tokens to generate for a timed answer.")
+]
+
 
 def atlas(
-    out: Annotated[
-        Path, typer.Option("--out", metavar="FOLDER", help="For the charts, each as .png and .svg; made if missing.")
-    ],
+    out: OutOption,
     data: DataOption = None,
     model: ModelOption = None,
     selector: SelectorOption = None,
@@ -28,20 +48,9 @@ def atlas(
     limit: Annotated[
         int, typer.Option("--limit", metavar="N", min=1, help="Prompts per domain, picked by the seed.")
     ] = 20,
-    evaluation: Annotated[
-        Optional[Path],
-        typer.Option(
-            "--evaluation",
-            metavar="FILE",
-            help="What `ifprune evaluate --densities --json FILE` wrote: one chart more.",
-        ),
-    ] = None,
-    timed: Annotated[
-        int, typer.Option("--timed", metavar="N", min=0, help="Prompts to answer and time; 0 leaves that chart out.")
-    ] = 6,
-    max_tokens: Annotated[
-        int, typer.Option("--max-tokens", "-m", min=1, help="Most tokens to generate for a timed answer.")
-    ] = 64,
+    evaluation: EvaluationOption = None,
+    timed: TimedOption = 6,
+    max_tokens: TimedTokensOption = 64,
     max_length: MaxLengthOption = 512,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the pick, and of the random selector.")] = 0,
     dtype: DtypeOption = None,
@@ -61,48 +70,27 @@ def atlas(
         raise DataError("atlas needs prompts; give --data NAME=FILE.jsonl, once for every domain")
     check_library()
     _check_out(out)
-    records = read_data(data)
     from ifprune_mlx import make_selector
-    from ifprune_mlx.eval.analysis import (
-        Quality,
-        machine,
-        overlap_chart,
-        quality_chart,
-        shared_chart,
-        survey,
-        time_answers,
-        time_chart,
-    )
+    from ifprune_mlx.eval import analysis
+    from ifprune_mlx.eval.evaluator import encode_domains, read_domains
 
-    quality = None if evaluation is None else Quality.read(evaluation)
+    records = read_domains(named_files(data), note)
+    quality = None if evaluation is None else analysis.Quality.read(evaluation)
     loaded, tokenizer = load_model(model, dtype, trust_remote_code)
-    name = loaded.checkpoint.path.name if model is None else Path(model).name
-    keep = loaded.keep(density)
-    chooser = make_selector(loaded, None if selector is None else selector.value, seed=seed)
-    examples = sample(loaded, tokenizer, records, limit, max_length, seed, note)
+    chosen = make_selector(loaded, None if selector is None else selector.value, seed=seed)
+    examples = encode_domains(loaded, tokenizer, records, limit=limit, max_length=max_length, seed=seed, report=note)
     with progress("select", "prompts") as update:
-        found = survey(loaded, examples, chooser, keep, progress=update)
-    value: dict[str, Any] = found.to_dict()
-    charts = {"overlap": overlap_chart(found), "shared": shared_chart(found)}
+        found = analysis.survey(loaded, examples, chosen, loaded.keep(density), progress=update)
+    value, charts = found.to_dict(), {"overlap": analysis.overlap_chart(found), "shared": analysis.shared_chart(found)}
     if quality is not None:
-        value["quality"] = quality.to_dict()
-        charts["quality"] = quality_chart(name, quality)
+        name = loaded.checkpoint.path.name if model is None else Path(model).name
+        value["quality"], charts["quality"] = quality.to_dict(), analysis.quality_chart(name, quality)
     if timed:
+        budget = {"count": timed, "max_tokens": max_tokens, "seed": seed}
         with progress("answer", "answers") as update:
-            timings = time_answers(
-                loaded,
-                tokenizer,
-                examples,
-                chooser.name,
-                density,
-                count=timed,
-                max_tokens=max_tokens,
-                seed=seed,
-                progress=update,
-            )
-        value["time"] = [timing.to_dict() for timing in timings]
-        value["machine"] = machine()
-        charts["time"] = time_chart(timings, f"{chooser.name}, density {found.density:.2f} ({machine()})")
+            times = analysis.time_answers(loaded, tokenizer, examples, chosen.name, density, progress=update, **budget)
+        value |= {"time": [asdict(timing) for timing in times], "machine": (where := analysis.machine())}
+        charts["time"] = analysis.time_chart(times, f"{chosen.name}, density {found.density:.2f} ({where})")
     files = _write(charts, out)
     if json:
         result_json({**value, "files": [str(file) for file in files]})
@@ -125,13 +113,13 @@ def _check_out(out: Path) -> None:
 
 
 def _write(charts: dict[str, Any], out: Path) -> list[Path]:
-    from ifprune_mlx import IfpruneError
+    from ifprune_mlx.errors import IfpruneError, reason_of
     from ifprune_mlx.eval.plots import SUFFIXES, write_figure
 
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
-        raise IfpruneError(f"--out {out}: cannot be made ({exc.strerror or exc}); write elsewhere") from None
+        raise IfpruneError(f"--out {out}: cannot be made ({reason_of(exc)}); write elsewhere") from None
     files = {out / f"atlas-{name}{suffix}": figure for name, figure in charts.items() for suffix in SUFFIXES}
     for file, figure in files.items():
         write_figure(figure, file)
@@ -139,15 +127,12 @@ def _write(charts: dict[str, Any], out: Path) -> list[Path]:
 
 
 def _notes(found: Survey) -> None:
-    from ifprune_mlx.eval.bootstrap import POOLED
+    from ifprune_mlx.eval.metrics import POOLED
 
     counts = ", ".join(f"{len(keys)} {domain}" for domain, keys in found.prompts.items())
     note(f"{found.selector}, density {found.density:.3f}: selections of {counts} prompts")
-    shares = [("within a domain", found.overlap.within), ("across domains", found.overlap.across)]
-    told = [f"{share:.3f} {whose}" for whose, share in shares if share is not None]
-    if told:
-        note(f"two prompts share {', '.join(told)}; by chance {found.overlap.chance:.3f}")
-    pooled = [difference for difference in found.differences if difference.domain == POOLED]
-    for found_difference in pooled:
-        low, high = found_difference.low, found_difference.high
-        note(f"a prompt shares {found_difference.mean:+.3f} [{low:+.3f}, {high:+.3f}] more with its own domain's")
+    if shares := overlap_words(found.overlap):
+        note(f"two prompts share {shares}; by chance {found.overlap.chance:.3f}")
+    for gap in found.differences:
+        if gap.domain == POOLED:
+            note(f"a prompt shares {gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}] more with its own domain's")

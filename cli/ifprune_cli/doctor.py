@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from .console import note, progress, result_json
-from .evaluate import MaxLengthOption, Records, read_data, sample
+from .evaluate import EvalSeedOption, MaxLengthOption
+from .evaluate_report import overlap_words
 from .loading import load_model
-from .options import DataOption, DensityOption, DtypeOption, ModelOption, TrustOption
+from .options import DataOption, DensityOption, DtypeOption, ModelOption, TrustOption, named_files
 
 if TYPE_CHECKING:
+    from ifprune_mlx.data.dataset import Record
     from ifprune_mlx.eval.diagnose import Diagnosis
 
 NOT_DYNAMIC = 3
@@ -49,9 +51,7 @@ def doctor(
         ),
     ] = None,
     max_length: MaxLengthOption = 256,
-    seed: Annotated[
-        int, typer.Option("--seed", help="Seed of the pick, the random rows, the other prompts and the bootstrap.")
-    ] = 0,
+    seed: EvalSeedOption = 0,
     strict: Annotated[
         bool, typer.Option("--strict", help=f"Exit with {NOT_DYNAMIC} unless the verdict is dynamic.")
     ] = False,
@@ -66,20 +66,15 @@ def doctor(
     """
     from ifprune_mlx import make_selector
     from ifprune_mlx.eval.diagnose import DYNAMIC, diagnose
+    from ifprune_mlx.eval.evaluator import encode_domains, read_domains
 
-    if data:
-        records, count = read_data(data), limit or _LIMIT
-    else:
-        count = limit or _SHIPPED_LIMIT
-        note(
-            "no --data: judging on the shipped calibration chats; the prior was measured on such, which favours static"
-        )
-        records = _shipped()
+    limit = limit or (_LIMIT if data else _SHIPPED_LIMIT)
+    records = read_domains(named_files(data), note) if data else _shipped()
     loaded, tokenizer = load_model(model, dtype, trust_remote_code)
     name = selector.value if selector is not None else "learned" if loaded.checkpoint.has_predictor else "activation"
     chooser = make_selector(loaded, name, seed=seed)
     keep = loaded.keep(density)
-    examples = sample(loaded, tokenizer, records, count, max_length, seed, note)
+    examples = encode_domains(loaded, tokenizer, records, limit=limit, max_length=max_length, seed=seed, report=note)
     with progress("doctor", "tokens") as update:
         diagnosis = diagnose(loaded, examples, chooser, keep, seed=seed, progress=update)
     if json:
@@ -90,29 +85,22 @@ def doctor(
     return NOT_DYNAMIC if strict and diagnosis.verdict != DYNAMIC else 0
 
 
-def _shipped() -> Records:
+def _shipped() -> dict[str, list[Record]]:
     """The calibration chats that come with the package, each of their sources as a domain."""
     from importlib.resources import files
 
     from ifprune_convert.calibrate import shipped_examples
 
+    note("no --data: judging on the shipped calibration chats; the prior was measured on such, which favours static")
     text = Path(str(files("ifprune_convert") / "data" / "calibration.jsonl")).read_text(encoding="utf-8")
-    sources = [encoder.loads(line)["source"] for line in text.splitlines()]
-    records: Records = {}
-    for source, record in zip(sources, shipped_examples(), strict=True):
-        records.setdefault(source, []).append(record)
+    records: dict[str, list[Record]] = {}
+    for line, record in zip(text.splitlines(), shipped_examples(), strict=True):
+        records.setdefault(encoder.loads(line)["source"], []).append(record)
     return records
 
 
 def _figures(diagnosis: Diagnosis) -> None:
-    value = diagnosis.to_dict()
-    named = ["matched", "mismatched", "cross_domain", "static", "random"]
-    told = [
-        f"{name.replace('_', '-')} {value[f'{name}_nll']:.3f}" for name in named if value[f"{name}_nll"] is not None
-    ]
-    if told:
-        note(f"nats per answer token: {', '.join(told)}")
-    shares = [(where, value[f"overlap_{where}"]) for where in ("within", "across")]
-    told = [f"{share:.3f} {where} domains" for where, share in shares if share is not None]
-    if told:
-        note(f"overlap of {diagnosis.selector}'s selections: {', '.join(told)}")
+    if (measured := diagnosis.evaluation) is not None:
+        losses = ", ".join(f"{name} {measured.nll(name):.3f}" for name in measured.selectors)
+        note(f"nats per answer token: {losses}")
+        note(f"overlap of {diagnosis.selector}'s selections: {overlap_words(measured.overlap[diagnosis.selector])}")

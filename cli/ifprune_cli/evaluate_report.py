@@ -9,7 +9,7 @@ from .console import note
 
 if TYPE_CHECKING:
     from ifprune_mlx.eval.losses import Evaluation
-    from ifprune_mlx.eval.metrics import Figure
+    from ifprune_mlx.eval.metrics import Figure, Overlap
 
 _METRICS = {
     "accuracy": "share answered rightly",
@@ -39,19 +39,23 @@ def notes(results: Sequence[Evaluation]) -> None:
     for result in results:
         where = f", density {result.density:.3f}" if len(results) > 1 else ""
         for name, overlap in result.overlap.items():
-            shares = [("within a domain", overlap.within), ("across domains", overlap.across)]
-            told = [
-                f"{share:.3f} {whose} ({overlap.agreement(share):.3f} beyond chance)"
-                for whose, share in shares
-                if share is not None
-            ]
-            if told:
-                note(f"overlap of {name}'s selections{where}: {', '.join(told)}")
+            if shares := overlap_words(overlap):
+                note(f"overlap of {name}'s selections{where}: {shares}")
+
+
+def overlap_words(overlap: Overlap) -> str:
+    """The mean overlaps within and across domains, as far as there are any."""
+    shares = {"within a domain": overlap.within, "across domains": overlap.across}
+    return ", ".join(
+        f"{share:.3f} {where} ({overlap.agreement(share):.3f} beyond chance)"
+        for where, share in shares.items()
+        if share is not None
+    )
 
 
 def _losses(result: Evaluation) -> list[str]:
     """A line per selector."""
-    from ifprune_mlx.eval.bootstrap import POOLED
+    from ifprune_mlx.eval.metrics import POOLED
 
     domains = list(result.keys)
     if not domains:
@@ -67,7 +71,7 @@ def _losses(result: Evaluation) -> list[str]:
 
 def _differences(result: Evaluation) -> list[str]:
     """The differences that matter: everything against static, the matched selector against its controls."""
-    from ifprune_mlx.eval.bootstrap import POOLED
+    from ifprune_mlx.eval.metrics import POOLED
 
     present = result.selectors
     own = {"activation": "activation-sliced"}.get(result.matched or "", result.matched or "")

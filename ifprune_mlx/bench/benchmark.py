@@ -22,7 +22,7 @@ from ifprune_mlx.checkpoint.budget import RAM, SSD, physical_memory, resident_by
 from ifprune_mlx.checkpoint.format import Checkpoint
 from ifprune_mlx.checkpoint.safetensors_io import DTYPE_BYTES
 from ifprune_mlx.errors import BudgetError
-from ifprune_mlx.eval.bootstrap import RESAMPLES
+from ifprune_mlx.eval.metrics import RESAMPLES
 from ifprune_mlx.selection.selection import Ids, Selection
 
 NEAR = 0.8

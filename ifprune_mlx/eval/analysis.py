@@ -14,7 +14,7 @@ import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,10 +24,18 @@ import numpy as np
 import numpy.typing as npt
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ifprune_mlx.errors import DataError
-from ifprune_mlx.eval.bootstrap import POOLED, Difference, paired_differences
-from ifprune_mlx.eval.losses import Example
-from ifprune_mlx.eval.overlap import Overlap, mean_overlaps
+from ifprune_mlx.data.tokenize import Example
+from ifprune_mlx.errors import DataError, reason_of
+from ifprune_mlx.eval.losses import prompt_tokens
+from ifprune_mlx.eval.metrics import (
+    POOLED,
+    Difference,
+    Overlap,
+    Values,
+    kept_neurons,
+    mean_overlaps,
+    paired_differences,
+)
 from ifprune_mlx.eval.plots import Matrix, Panel, Series, band_chart, bar_chart, line_chart, matrix_chart, strip_chart
 from ifprune_mlx.generation import stream_generate
 from ifprune_mlx.model import Model, Progress
@@ -37,8 +45,6 @@ from ifprune_mlx.selection.selectors import Instruction, Selector, make_selector
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Values = npt.NDArray[np.float64]
 
 BANDS = ("all domains", "some domains", "single prompts", "nobody")
 """Whose a neuron is: a domain's if half of its prompts or more select it, single prompts' if only fewer do."""
@@ -135,10 +141,10 @@ class Quality:
         try:
             value: Any = json.loads(path.read_text(encoding="utf-8"))
         except OSError as exc:
-            raise DataError(f"{path}: cannot be read ({exc.strerror or exc}); give another file") from None
+            raise DataError(f"{path}: cannot be read ({reason_of(exc)}); give another file") from None
         except (ValueError, RecursionError):
             raise DataError(
-                f"{path}: not JSON; write it with `ifprune evaluate --densities LIST --json FILE`"
+                f"{path}: not JSON; give a file of `ifprune evaluate --densities LIST --json FILE`"
             ) from None
         return cls.of(value, str(path))
 
@@ -160,10 +166,6 @@ class Timing:
     switch_s: float
     prefill_s: float
     decode_s: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
-        return asdict(self)
 
 
 def survey(
@@ -188,7 +190,7 @@ def survey(
     chosen: dict[str, list[Selection]] = {domain: [] for domain in data}
     for domain, examples in data.items():
         for example in examples:
-            instruction = Instruction(example.instruction, tuple(_prompt(example)))
+            instruction = Instruction(example.instruction, prompt_tokens(example))
             chosen[domain].append(selector.select(instruction, keep).selection)
             mx.clear_cache()
             done += 1
@@ -196,26 +198,24 @@ def survey(
                 progress(done, total)
     flat = [selection for selections in chosen.values() for selection in selections]
     domains = np.repeat(np.arange(len(data)), [len(examples) for examples in data.values()])
-    matrix = np.zeros((total, total))
+    shared = np.zeros((total, total))
     bands: dict[str, list[float]] = {name: [] for name in BANDS}
-    for layer, (width, k) in enumerate(zip(flat[0].widths, flat[0].keep, strict=True)):
-        kept = np.zeros((total, width), np.float32)
-        for row, selection in zip(kept, flat, strict=True):
-            row[selection.ids[layer]] = 1
-        matrix += (kept @ kept.T).astype(np.float64) / k
+    for kept, k in zip(kept_neurons(flat), flat[0].keep, strict=True):
+        shared += (kept @ kept.T).astype(np.float64) / k
         owners = np.sum([kept[domains == domain].mean(axis=0) >= _HALF for domain in range(len(data))], axis=0)
         everyone, some = owners == len(data), (owners > 0) & (owners < len(data))
         single = (owners == 0) & (kept.sum(axis=0) > 0)
         for name, which in zip(BANDS, (everyone, some, single, ~(everyone | some | single)), strict=True):
             bands[name].append(float(which.mean()))
+    matrix = shared / len(flat[0].keep)
     return Survey(
         selector.name,
         flat[0].density,
         {domain: tuple(example.key for example in examples) for domain, examples in data.items()},
-        matrix / len(flat[0].keep),
+        matrix,
         bands,
         mean_overlaps(chosen),
-        _own_minus_others(matrix / len(flat[0].keep), list(data), domains),
+        _own_minus_others(matrix, list(data), domains),
     )
 
 
@@ -250,25 +250,31 @@ def time_answers(
         PromptError, SelectionError, PredictorError: as `stream_generate` raises them.
     """
     turns = zip_longest(*([(domain, example) for example in examples] for domain, examples in data.items()))
-    asked = [pair for turn in turns for pair in turn if pair is not None][:count]
+    examples = [pair for turn in turns for pair in turn if pair is not None][:count]
     result: list[Timing] = []
     usual = selection_cache(model)
     use_selection_cache(model, SelectionCache(entries=0))
     try:
-        chooser = make_selector(model, selector, seed=seed)
+        uncached = make_selector(model, selector, seed=seed)
     finally:
         use_selection_cache(model, usual)
-    for number, (domain, example) in enumerate([asked[-1], *asked]):
-        options: dict[str, Any] = {"selector": chooser, "density": density, "instruction": example.instruction}
-        limit = max_tokens if number else min(max_tokens, _WARM_UP)
-        *_, last = stream_generate(model, tokenizer, _prompt(example), max_tokens=limit, **options)
+    for number, (domain, example) in enumerate([examples[-1], *examples]):
+        *_, last = stream_generate(
+            model,
+            tokenizer,
+            prompt_tokens(example),
+            max_tokens=max_tokens if number else min(max_tokens, _WARM_UP),
+            selector=uncached,
+            density=density,
+            instruction=example.instruction,
+        )
         stats = last.stats
         assert stats is not None  # the last response of an answer has them
         if number:
             times = (stats.select_s, stats.switch_s, stats.prefill_s, stats.decode_s)
             result.append(Timing(domain, example.key, stats.prompt_tokens, stats.completion_tokens, *times))
         if progress is not None:
-            progress(number, len(asked))
+            progress(number, len(examples))
     return result
 
 
@@ -369,11 +375,6 @@ def selections_chart(title: str, selections: Mapping[str, Selection]) -> Figure:
     label = "share of the row's neurons that the column keeps, too"
     low = min(float(values.min()), *(selection.density for selection in flat), 0.99)
     return matrix_chart(title, "selected by", label, [matrix], low, 1.0)
-
-
-def _prompt(example: Example) -> list[int]:
-    """The tokens before the first answer."""
-    return [int(token) for token in example.tokens[: int(np.argmax(example.mask))]]
 
 
 def _own_minus_others(matrix: Values, names: Sequence[str], domains: npt.NDArray[np.int64]) -> list[Difference]:

@@ -10,7 +10,7 @@ broken   matched is not below random: the 95 % interval of matched - random does
 dynamic  matched is below mismatched: the 95 % interval of matched - mismatched ends below 0
 static   otherwise: a prompt is served no better by its own selection than by its neighbour's
 
-Differences are taken over all domains together (`ifprune_mlx.eval.bootstrap`). The other prompt is of the same domain
+Differences are taken over all domains together (`ifprune_mlx.eval.metrics`). The other prompt is of the same domain
 because a selector that only tells code from prose, say, follows the domain and not the instruction. That the verdict
 is `dynamic` does not mean that the selector is worth having: whether static is better is said beside it.
 """
@@ -21,10 +21,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ifprune_mlx.data.tokenize import Example
 from ifprune_mlx.errors import DataError, PredictorError, SelectionError
-from ifprune_mlx.eval.bootstrap import Difference
-from ifprune_mlx.eval.losses import Evaluation, Example, compare
-from ifprune_mlx.eval.overlap import Overlap
+from ifprune_mlx.eval.losses import Evaluation, compare, density_of
+from ifprune_mlx.eval.metrics import Difference, Overlap
 from ifprune_mlx.model import Model, Progress
 from ifprune_mlx.selection.selectors import Instruction, Selected, Selector
 
@@ -54,32 +54,23 @@ class Diagnosis:
     evaluation: Evaluation | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """What `ifprune doctor --json` writes (DESIGN.md section 11, and more); what was not measured is None."""
-        measured = self.evaluation
-        names = {
-            "matched_nll": "matched",
-            "mismatched_nll": "mismatched",
-            "cross_domain_nll": "cross-domain",
-            "static_nll": "static",
-            "random_nll": "random",
-        }
+        """What `ifprune doctor --json` writes; what was not measured is None."""
+        measured, losses = self.evaluation, ("matched", "mismatched", "cross-domain", "static", "random")
         present = [] if measured is None else measured.selectors
-        nlls = {key: measured.nll(name) if measured and name in present else None for key, name in names.items()}
         overlap = None if measured is None else measured.overlap[self.selector]
+        within, across = (None, None) if overlap is None else (overlap.within, overlap.across)
         return {
             "verdict": self.verdict,
             "explanation": self.explanation,
             "selector": self.selector,
             "density": self.density,
-            **nlls,
-            "overlap_within": None if overlap is None else overlap.within,
-            "overlap_across": None if overlap is None else overlap.across,
-            "agreement_within": None if overlap is None else overlap.agreement(overlap.within),
-            "agreement_across": None if overlap is None else overlap.agreement(overlap.across),
+            **{f"{n.replace('-', '_')}_nll": measured.nll(n) if measured and n in present else None for n in losses},
+            "overlap_within": within,
+            "overlap_across": across,
+            "agreement_within": None if overlap is None else overlap.agreement(within),
+            "agreement_across": None if overlap is None else overlap.agreement(across),
             "domains": {} if measured is None else {name: len(keys) for name, keys in measured.keys.items()},
-            "differences": []
-            if measured is None
-            else [d.to_dict() for d in measured.differences if "matched" in (d.a, d.b)],
+            "differences": [d.to_dict() for d in (measured.differences if measured else []) if "matched" in (d.a, d.b)],
         }
 
 
@@ -111,8 +102,8 @@ def diagnose(
     try:
         measured = compare(model, data, names, keep, matched=watched, seed=seed, progress=progress)
     except _NoSelection as exc:
-        density = sum(keep) / sum(spec.d_ffn for spec in model.checkpoint.layout.ffns)
-        return Diagnosis(BROKEN, f"broken: the selector gives no selection ({exc})", selector.name, density)
+        sentence = f"broken: the selector gives no selection ({exc})"
+        return Diagnosis(BROKEN, sentence, selector.name, density_of(model, keep))
     verdict, reason = _judge(measured, measured.overlap[selector.name])
     sentence = f"{verdict}: {reason} ({prompts} prompts, density {measured.density:.2f})"
     return Diagnosis(verdict, sentence, selector.name, measured.density, measured)

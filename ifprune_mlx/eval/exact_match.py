@@ -12,27 +12,20 @@ and the articles a, an and the.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ifprune_mlx.chat_template import render_messages
 from ifprune_mlx.data.jsonl import filled_text, parse_json_lines
 from ifprune_mlx.eval.metrics import TaskRow
-from ifprune_mlx.eval.task_rows import Choosers
-from ifprune_mlx.generation import GenerationRequest, answer
-from ifprune_mlx.model import Model, Progress
-from ifprune_mlx.prompt_cache import History
-from ifprune_mlx.selection.selectors import Instruction
+from ifprune_mlx.eval.tasks import EncodedQuestion, Question, generate_answer, score_task
+from ifprune_mlx.model import Model
+from ifprune_mlx.selection.selectors import Selected
 
 EXPECTED = "prompt (or question, or context) and answer (or continuation)"
 _MARK = "####"
@@ -41,34 +34,8 @@ _NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[
 _ARTICLES = {"a", "an", "the"}
 
 
-@dataclass(frozen=True)
-class ExactQuestion:
-    """A question with its wanted answers, any of which will do."""
-
-    prompt: str
-    wanted: tuple[str, ...]
-
-    @property
-    def key(self) -> str:
-        """Hash of question and answers."""
-        return hashlib.sha256(json.dumps([self.prompt, self.wanted]).encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class AskedExact:
-    """A question as a model reads it."""
-
-    instruction: Instruction
-    wanted: tuple[str, ...]
-
-    @property
-    def length(self) -> int:
-        """Tokens of the prompt and one of the answer."""
-        return len(self.instruction.tokens) + 1
-
-
-def read_exact(path: str | Path) -> list[ExactQuestion]:
-    """The questions of a file of JSON lines, see above.
+def read_exact(path: str | Path) -> list[Question[str]]:
+    """The questions of a file of JSON lines, see above, with their wanted answers, any of which will do.
 
     Raises:
         DataError: for a file that cannot be read, and for its first bad line.
@@ -76,63 +43,28 @@ def read_exact(path: str | Path) -> list[ExactQuestion]:
     return parse_json_lines(path, _question, EXPECTED)
 
 
-def encode_exact(tokenizer: TokenizerWrapper, question: ExactQuestion) -> AskedExact:
-    """Token ids of a question.
-
-    Raises:
-        PromptError: if the chat template refuses it.
-    """
-    prompt = render_messages(tokenizer, [{"role": "user", "content": question.prompt}])
-    return AskedExact(Instruction(question.prompt, tuple(prompt)), question.wanted)
-
-
 def score_exact(
     model: Model,
     tokenizer: TokenizerWrapper,
     task: str,
-    questions: Sequence[AskedExact],
+    questions: Sequence[EncodedQuestion],
     rows: Sequence[str],
     keep: Sequence[int],
     *,
     max_tokens: int = 256,
-    seed: int = 0,
-    progress: Progress | None = None,
+    **options: Any,
 ) -> list[TaskRow]:
-    """Measure a task under every row's selections. Leaves the model with whatever selection came last.
+    """`score_task` by `accuracy` and `cut_off`; `options` are its `seed` and `progress`.
 
     Args:
-        task: its name.
-        rows: of `ifprune_mlx.eval.task_rows.TASK_ROWS`, in the order wanted.
-        keep: per FFN, *k*.
         max_tokens: an answer's limit.
-        seed: of the random selector, and of who is whose other question.
-        progress: called with (answered, to be answered), questions times rows.
-
-    Returns:
-        `accuracy` and then `cut_off` of every row.
-
-    Raises:
-        DataError, CheckpointError, PredictorError: as `Choosers` and the selectors raise them.
     """
-    choosers = Choosers(model, task, [question.instruction for question in questions], rows, keep, seed)
-    result = []
-    for place, row in enumerate(rows):
-        right, cut = [], []
-        for index, question in enumerate(questions):
-            selected = choosers.choose(row, index)
-            selection, history = (None, None) if selected is None else (selected.selection, selected.history)
-            instruction = question.instruction
-            request = GenerationRequest(list(instruction.tokens), instruction.text, None, selection, tuple(keep))
-            text, reason = "", None
-            for response in answer(model, tokenizer, history or History.empty(model), request, max_tokens):
-                text, reason = text + response.text, response.finish_reason
-            right.append(float(matches(text, question.wanted)))
-            cut.append(float(reason == "length"))
-            mx.clear_cache()
-            if progress is not None:
-                progress(place * len(questions) + index + 1, len(rows) * len(questions))
-        result += [TaskRow(row, task, "accuracy", tuple(right)), TaskRow(row, task, "cut_off", tuple(cut))]
-    return result
+
+    def score(question: EncodedQuestion, selected: Selected | None) -> dict[str, float]:
+        text, cut = generate_answer(model, tokenizer, question.instruction, selected, keep, max_tokens)
+        return {"accuracy": float(matches(text, question.source.answers)), "cut_off": float(cut)}
+
+    return score_task(model, task, questions, rows, keep, score, **options)
 
 
 def matches(text: str, wanted: Sequence[str]) -> bool:
@@ -174,7 +106,7 @@ def _value(number: str) -> Decimal:
     return Decimal(number.replace(",", ""))
 
 
-def _question(value: dict[str, Any]) -> ExactQuestion:
+def _question(value: dict[str, Any]) -> Question[str]:
     name = next((key for key in ("prompt", "question", "context") if key in value), "prompt")
     aliases = value.get("aliases", [])
     if not isinstance(aliases, list):
@@ -184,7 +116,7 @@ def _question(value: dict[str, Any]) -> ExactQuestion:
         raise ValueError(f"the answer {wanted!r} holds no word and no number")
     # An alias of nothing but punctuation would agree with every text of such.
     others = [other for other in (_wanted(alias, "an alias") for alias in aliases) if not _is_empty(other)]
-    return ExactQuestion(filled_text(value.get(name), f"the {name}"), tuple(dict.fromkeys([wanted, *others])))
+    return Question(filled_text(value.get(name), f"the {name}"), tuple(dict.fromkeys([wanted, *others])))
 
 
 def _wanted(value: Any, what: str) -> str:

@@ -1,5 +1,5 @@
 """Tasks of lm-evaluation-harness under selections: each context selects, as a question of `eval.multiple_choice` or
-`eval.exact_match` does. Needs the package lm-eval; knows no files but those that lm-eval reads itself.
+`eval.exact_match` does. Needs the package lm-eval.
 
 The context, which the harness builds with the task's few-shot examples in it, is the instruction: it goes through the
 chat template as the user's message, if there is one, and selects once, whatever the harness asks about it. A task
@@ -17,8 +17,8 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -32,35 +32,33 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ifprune_mlx.errors import DataError, IfpruneError
-from ifprune_mlx.eval.losses import answer_nll
+from ifprune_mlx.errors import DataError, IfpruneError, reason_of
+from ifprune_mlx.eval.losses import NOT_FINITE, answer_logits, token_nll
 from ifprune_mlx.eval.metrics import TaskRow
-from ifprune_mlx.eval.task_rows import Choosers
-from ifprune_mlx.generation import GenerationRequest, answer
+from ifprune_mlx.eval.multiple_choice import agreeing
+from ifprune_mlx.eval.tasks import RowSelections, generate_answer, read_prompt
 from ifprune_mlx.model import Model, Progress
 from ifprune_mlx.prompt_cache import History
 from ifprune_mlx.selection.selectors import Instruction, Selected, make_selector
 
 _BEGINNING = 128
-# Tokens read at a time.
-_STEP = 512
 # Where neither the task nor the model says: what the harness takes itself.
 _NEW_TOKENS, _CONTEXT = 256, 2048
 # A metric of the whole set is computed again at most so often, each time without a part of the questions.
 _PARTS = 200
 
 
+@dataclass(frozen=True)
 class HarnessTask:
     """A task of the harness, or a group of tasks.
 
     Attributes:
-        name: as it was asked for.
-        tasks: by name, the single tasks that it consists of.
-        is_group: whether these were asked for together, so that there is a figure of all of them.
+        name: as it was given.
+        tasks: by name, the single tasks that it consists of. Of several there is a figure of all of them, too.
     """
 
-    def __init__(self, name: str, tasks: dict[str, Any], is_group: bool) -> None:
-        self.name, self.tasks, self.is_group = name, tasks, is_group
+    name: str
+    tasks: dict[str, Any]
 
     @property
     def texts(self) -> list[str]:
@@ -88,13 +86,13 @@ def load_tasks(names: Sequence[str], folders: Sequence[Path] = ()) -> list[Harne
     result: list[HarnessTask] = []
     for name in dict.fromkeys(names):
         try:
-            tasks: dict[str, Any] = _found(name, tuple(folders))
+            tasks = _found(name, tuple(folders))
             for task in tasks.values():
                 next(iter(task.eval_docs))
         except DataError:
             raise
         except Exception as exc:  # data sets, YAML files and their functions raise what they like
-            raise DataError(f"--lm-eval {name}: cannot be loaded ({_reason(exc)})") from None
+            raise DataError(f"--lm-eval {name}: cannot be loaded ({reason_of(exc)})") from None
         for single, task in tasks.items():
             if getattr(task, "UNSAFE_CODE", False):
                 raise DataError(f"--lm-eval {name}: {single} runs code that the model writes, which is not done here")
@@ -102,7 +100,7 @@ def load_tasks(names: Sequence[str], folders: Sequence[Path] = ()) -> list[Harne
                 raise DataError(f"--lm-eval {name}: {single} shows pictures, which no model here reads")
             if any(single in earlier.tasks for earlier in result):
                 raise DataError(f"--lm-eval {name}: {single} is given twice; leave it out of one of them")
-        result.append(HarnessTask(name, tasks, len(tasks) > 1))
+        result.append(HarnessTask(name, tasks))
     return result
 
 
@@ -127,7 +125,7 @@ def _manager(folders: tuple[Path, ...], *, defaults: bool) -> TaskManager:
 def score_harness(
     model: Model,
     tokenizer: TokenizerWrapper,
-    asked: HarnessTask,
+    harness_task: HarnessTask,
     rows: Sequence[str],
     keep: Sequence[int],
     *,
@@ -139,7 +137,7 @@ def score_harness(
     """Measure a task under every row's selections. Leaves the model with whatever selection came last.
 
     Args:
-        rows: of `ifprune_mlx.eval.task_rows.TASK_ROWS`, in the order wanted.
+        rows: of `ifprune_mlx.eval.tasks.TASK_ROWS`, in the order wanted.
         keep: per FFN, *k*.
         limit: only the first questions of every single task, as with lm-eval's own `--limit`.
         seed: of the random selector, and of who is whose other question; few-shot examples are lm-eval's choice.
@@ -156,15 +154,15 @@ def score_harness(
         DataError: if a task fails, or has no two questions for `mismatched`.
         CheckpointError, PredictorError: as the selectors raise them.
     """
-    lm = HarnessLM(model, tokenizer, asked.name, rows, keep, seed=seed, progress=progress, report=report)
-    measured: dict[str, list[TaskRow]] = {name: [] for name in asked.tasks}
+    lm = HarnessLM(model, tokenizer, harness_task.name, rows, keep, seed=seed, progress=progress, report=report)
+    measured: dict[str, list[TaskRow]] = {name: [] for name in harness_task.tasks}
     pooled: list[TaskRow] = []
     for row in rows:
         lm.row = row
         try:
             found = lm_eval.simple_evaluate(
                 model=lm,
-                tasks=list(asked.tasks.values()),
+                tasks=list(harness_task.tasks.values()),
                 limit=limit,
                 # An empty index: the tasks are loaded, and to list lm-eval's own takes longer than many a task.
                 task_manager=_manager((), defaults=False),
@@ -176,10 +174,9 @@ def score_harness(
         except IfpruneError:
             raise
         except Exception as exc:  # tasks' own functions raise what they like
-            raise DataError(f"--lm-eval {asked.name}: the task failed ({_reason(exc)})") from None
-        means: list[dict[str, tuple[float, ...]]] = []
-        for name, task in asked.tasks.items():
-            means.append({})
+            raise DataError(f"--lm-eval {harness_task.name}: the task failed ({reason_of(exc)})") from None
+        means: dict[str, list[tuple[float, ...]]] = {}
+        for name, task in harness_task.tasks.items():
             for metric, values in _metrics(found["samples"][name]).items():
                 try:
                     per_question, is_mean = _per_question(values, task.aggregation().get(metric.split(",")[0], np.mean))
@@ -188,11 +185,10 @@ def score_harness(
                     continue
                 measured[name].append(TaskRow(row, name, metric, per_question))
                 if is_mean:
-                    means[-1][metric] = per_question
-        if asked.is_group:
-            for metric in [m for m in means[0] if all(m in of_task for of_task in means)]:
-                together = tuple(value for of_task in means for value in of_task[metric])
-                pooled.append(TaskRow(row, asked.name, metric, together))
+                    means.setdefault(metric, []).append(per_question)
+        for metric, per_task in means.items():
+            if len(per_task) == len(harness_task.tasks) > 1:
+                pooled.append(TaskRow(row, harness_task.name, metric, sum(per_task, ())))
     return [*pooled, *(row for found in measured.values() for row in found)]
 
 
@@ -200,7 +196,7 @@ class HarnessLM(LM):
     """A model of ours as lm-eval asks it.
 
     Attributes:
-        row: of `ifprune_mlx.eval.task_rows.TASK_ROWS`: whose selections answer the next requests.
+        row: of `ifprune_mlx.eval.tasks.TASK_ROWS`: whose selections answer the next requests.
         chats: whether contexts go through a chat template.
     """
 
@@ -223,7 +219,7 @@ class HarnessLM(LM):
         self._static = make_selector(model, "static")
         self._context = model.context_length or _CONTEXT
         self._messages: dict[str, str] = {}
-        self._choosers: dict[tuple[Instruction, ...], Choosers] = {}
+        self._selections: dict[tuple[Instruction, ...], RowSelections] = {}
         self._told: set[str] = set()
         self.row = self._rows[0]
         self.chats: bool = tokenizer.has_chat_template
@@ -247,29 +243,24 @@ class HarnessLM(LM):
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Log likelihood of continuations in nats, and whether greedy decoding would give them."""
-        groups: dict[str, list[int]] = {}
+        by_context: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
-            groups.setdefault(request.args[0], []).append(index)
-        asked = [self._options(context, [requests[i].args[1] for i in places]) for context, places in groups.items()]
-        result: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+            by_context.setdefault(request.args[0], []).append(index)
+        encoded = [self._options(text, [requests[i].args[1] for i in places]) for text, places in by_context.items()]
         instructions = [
-            Instruction(self._messages.get(context, context), tuple(options[0][0][: min(s for _, s in options)]))
-            for context, options in zip(groups, asked, strict=True)
+            Instruction(self._messages.get(text, text), tuple(options[0][0][: min(start for _, start in options)]))
+            for text, options in zip(by_context, encoded, strict=True)
         ]
+        result: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         done = 0
-        for places, options, selected, prompt in zip(
-            groups.values(), asked, self._selected(instructions), instructions, strict=True
-        ):
-            history = selected.history if selected is not None else None
-            if history is None:
-                history = History.empty(self._model).read(self._model, prompt.tokens[:-1])
-            for place, (tokens, start) in zip(places, options, strict=True):
+        for index, (places, selected) in enumerate(zip(by_context.values(), self._selected(instructions), strict=True)):
+            history = read_prompt(self._model, instructions[index], selected)
+            for place, (tokens, start) in zip(places, encoded[index], strict=True):
                 # A copy, since not every kind of cache can be cut back to the prompt.
                 result[place] = _likelihood(self._model, copy.deepcopy(history), tokens, start)
                 if not math.isfinite(result[place][0]):
                     raise IfpruneError(
-                        f"{self.row}, task {self._task!r}: a likelihood is not a finite number; the weights are "
-                        "damaged or float16 overflows, try --dtype float32 or bfloat16"
+                        f"{self.row}, task {self._task!r}: a likelihood is not a finite number; {NOT_FINITE}"
                     )
             done += len(places)
             self._advance(done, len(requests))
@@ -293,11 +284,11 @@ class HarnessLM(LM):
                 if number == 0 and self.row not in ("dense", "static"):
                     active, start = self._model.selection, start + min(_BEGINNING, len(wanted))
                     self._model.switch(self._static.select(instructions[index], self._keep).selection)
-                    total += self._sum([*before, *wanted][:start], len(before), None)
+                    total += _likelihood(self._model, None, [*before, *wanted][:start], len(before))[0]
                     self._model.switch(active)
                     history = selected.history if selected is not None else None
                 if start < len(before) + len(wanted):
-                    total += self._sum([*before, *wanted], start, history)
+                    total += _likelihood(self._model, history, [*before, *wanted], start)[0]
             result.append(total)
             self._advance(index + 1, len(requests))
         return result
@@ -315,41 +306,25 @@ class HarnessLM(LM):
         ]
         result = []
         for index, selected in enumerate(self._selected(instructions)):
-            options, instruction = requests[index].args[1], instructions[index]
-            stops = options.get("until") or []
-            stops = [stops] if isinstance(stops, str) else [stop for stop in stops if stop]
-            selection, history = (None, None) if selected is None else (selected.selection, selected.history)
-            request = GenerationRequest(list(instruction.tokens), instruction.text, None, selection, self._keep)
-            sampler = None
-            if options.get("do_sample") and float(options.get("temperature", 1.0)) > 0:
-                sampler = make_sampler(
-                    temp=float(options.get("temperature", 1.0)), top_p=float(options.get("top_p", 1.0))
-                )
-            text = ""
-            for response in answer(
-                self._model,
-                self.tokenizer,
-                history or History.empty(self._model),
-                request,
-                limits[index],
-                **({} if sampler is None else {"sampler": sampler}),
-            ):
-                text += response.text
-                if any(stop in text for stop in stops):
-                    break
-            result.append(text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))])
+            options = requests[index].args[1]
+            stops, temperature = options.get("until") or [], float(options.get("temperature", 1.0))
+            how: dict[str, Any] = {"stops": [stops] if isinstance(stops, str) else [stop for stop in stops if stop]}
+            if options.get("do_sample") and temperature > 0:
+                how["sampler"] = make_sampler(temp=temperature, top_p=float(options.get("top_p", 1.0)))
+            instruction, limit = instructions[index], limits[index]
+            text, _ = generate_answer(self._model, self.tokenizer, instruction, selected, self._keep, limit, **how)
+            result.append(text)
             self._advance(index + 1, len(requests))
         return result
 
     def _selected(self, instructions: list[Instruction]) -> Iterator[Selected | None]:
-        """What the row selects for each, made active when it is asked for; None is dense."""
+        """What the row selects for each, made active as the iterator reaches it; None is dense."""
         key = tuple(instructions)
-        if key not in self._choosers:
-            self._choosers[key] = Choosers(self._model, self._task, instructions, self._rows, self._keep, self._seed)
+        if key not in self._selections:
+            given = (self._task, instructions, self._rows, self._keep, self._seed)
+            self._selections[key] = RowSelections(self._model, *given)
         for index in range(len(instructions)):
-            selected = self._choosers[key].choose(self.row, index)
-            self._model.switch(None if selected is None else selected.selection)
-            yield selected
+            yield self._selections[key].switch(self.row, index)
             mx.clear_cache()
 
     def _options(self, context: str, continuations: Sequence[str]) -> list[tuple[list[int], int]]:
@@ -361,10 +336,10 @@ class HarnessLM(LM):
             whole = self._encode(context + continuation, special=special)
             whole = whole if context else [*before, *whole]
             # A token may span the border: what is scored begins with it. At least one is read, and one scored.
-            agreeing = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, whole, strict=False)))
+            start = agreeing(before, whole)
             if len(whole) < 2:
-                whole, agreeing = [self._prefix(), *whole], agreeing + 1
-            result.append((whole, max(1, min(agreeing, len(whole) - 1))))
+                whole, start = [self._prefix(), *whole], start + 1
+            result.append((whole, max(1, min(start, len(whole) - 1))))
         longest = max(len(whole) for whole, _ in result)
         surplus = longest - len(self._cut([0] * longest, self._context + 1))
         if surplus >= min(start for _, start in result):
@@ -373,13 +348,6 @@ class HarnessLM(LM):
                 "give a model of a longer one, or leave the task out"
             )
         return [(whole[surplus:], start - surplus) for whole, start in result]
-
-    def _sum(self, tokens: Sequence[int], start: int, history: History | None) -> float:
-        """Log likelihood of the tokens from `start` on."""
-        wanted = np.arange(len(tokens)) >= start
-        return -float(
-            answer_nll(self._model, np.array(tokens, np.int32), wanted, history=history).sum(dtype=np.float64)
-        )
 
     def _cut(self, tokens: list[int], room: int) -> list[int]:
         """The last tokens, as many as there is room for."""
@@ -400,21 +368,17 @@ class HarnessLM(LM):
         self._progress(self._rows.index(self.row) * total + done, len(self._rows) * total)
 
 
-def _likelihood(model: Model, history: History, tokens: Sequence[int], start: int) -> tuple[float, bool]:
+def _likelihood(model: Model, history: History | None, tokens: Sequence[int], start: int) -> tuple[float, bool]:
     """Log likelihood of the tokens from `start` on, nats, and whether each is the likeliest.
 
     Args:
         history: has read at most all before the one before `start`; it is used up.
     """
     total, greedy = 0.0, True
-    for begin in range(len(history.tokens), len(tokens) - 1, _STEP):
-        end = min(begin + _STEP, len(tokens) - 1)
-        logits = model(mx.array([list(tokens[begin:end])]), cache=history.kv)[0].astype(mx.float32)
-        targets = mx.array(list(tokens[begin + 1 : end + 1]))
-        wanted = mx.arange(begin + 1, end + 1) >= start
-        said = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0] - mx.logsumexp(logits, axis=-1)
-        total += float(mx.where(wanted, said, 0.0).sum())
-        greedy &= bool((~wanted | (logits.argmax(axis=-1) == targets)).all().item())
+    wanted = np.arange(len(tokens)) >= start
+    for logits, targets in answer_logits(model, np.array(tokens, np.int32), wanted, history=history):
+        total -= float(token_nll(logits, targets).sum())
+        greedy &= bool((logits.argmax(axis=-1) == targets).all().item())
     return total, greedy
 
 
@@ -448,7 +412,3 @@ def _per_question(values: Sequence[Any], aggregate: Callable[[Sequence[Any]], An
     moved = np.repeat(np.mean(without) - np.array(without), [len(part) for part in parts])
     moved *= math.sqrt((len(parts) - 1) * (count - 1))
     return tuple(float(value) for value in whole + moved - moved.mean()), False
-
-
-def _reason(exc: Exception) -> str:
-    return " ".join(f"{type(exc).__name__}: {exc}".split())[:300]

@@ -1,5 +1,4 @@
-"""Measures selectors by the loss of given answers, each beside its controls at the same density (DESIGN.md section 3,
-idea 7).
+"""Measures selectors by the loss of given answers, each beside its controls at the same density.
 
 The loss is the negative log likelihood of the answer's tokens, teacher-forced, in nats per token. All tokens of a row
 are computed under its selection, those of the prompt too, but for `activation`, which keeps its dense prefill.
@@ -21,22 +20,32 @@ oracle             what the activations of the answer itself and the prior selec
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from itertools import pairwise
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from ifprune_mlx.data.tokenize import Example
 from ifprune_mlx.errors import DataError, IfpruneError
-from ifprune_mlx.eval.bootstrap import POOLED, Difference, paired_differences
-from ifprune_mlx.eval.metrics import Summary, TaskRow, summarize
-from ifprune_mlx.eval.overlap import Overlap, mean_overlaps
+from ifprune_mlx.eval.metrics import (
+    POOLED,
+    Difference,
+    Overlap,
+    Summary,
+    TaskRow,
+    mean_overlaps,
+    paired_differences,
+    summarize,
+)
 from ifprune_mlx.model import Model, Progress
 from ifprune_mlx.prompt_cache import History
-from ifprune_mlx.selection.selection import Scores, Selection, top_k
+from ifprune_mlx.selection.selection import Selection, top_k
 from ifprune_mlx.selection.selectors import Instruction, RandomSelector, Selector, StaticSelector, make_selector
 from ifprune_mlx.sparse.importance import ImportanceRecorder, fuse_ranks, recorded
 
@@ -53,33 +62,15 @@ ROWS = (
     "cross-domain",
     "oracle",
 )
-_OWNERS = {"learned": "learned", "activation": "activation", "activation-sliced": "activation"}
+# The selectors that read the instruction, by the rows that they select for.
+_SELECTORS = {"learned": "learned", "activation": "activation", "activation-sliced": "activation"}
 _OF_MATCHED = ("matched", "mismatched", "cross-domain")
 # Logits of so many positions are in memory at once.
 _CHUNK = 256
 _FOLDS = 10
 # The mix that the activation selector uses, so that the two differ in whose activations they see only.
 _ORACLE_SHARE = 0.5
-
-
-class Example(Protocol):
-    """A prompt with its answer, as token ids; what `ifprune_mlx.data.tokenize.encode` gives."""
-
-    @property
-    def tokens(self) -> npt.NDArray[np.int32]:
-        """int32 `[n]`."""
-
-    @property
-    def mask(self) -> npt.NDArray[np.bool_]:
-        """bool `[n]`, True for the tokens of answers, whose loss is measured; never the first."""
-
-    @property
-    def instruction(self) -> str:
-        """The text that selects."""
-
-    @property
-    def key(self) -> str:
-        """Tells the prompt apart from the others of its domain."""
+NOT_FINITE = "the weights are damaged or float16 overflows, try --dtype float32 or bfloat16"
 
 
 @dataclass(frozen=True)
@@ -107,7 +98,7 @@ class Row:
         return float(np.average(self.per_prompt, weights=self.tokens))
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON (DESIGN.md section 11)."""
+        """As JSON."""
         return {
             "selector": self.selector,
             "domain": self.domain,
@@ -125,8 +116,8 @@ class Evaluation:
 
     Attributes:
         density: kept neurons / all neurons of every row but `dense`.
-        matched: name of the selector that `mismatched` and `cross-domain` are about; None if neither was asked for.
-        rows: in the order in which the rows were asked for, domain by domain.
+        matched: name of the selector that `mismatched` and `cross-domain` are about; None if neither was measured.
+        rows: in the order in which they were named, domain by domain.
         overlap: by name of every selector that reads the instruction.
         keys: by domain, what tells its prompts apart, in the order of `Row.per_prompt`.
         seed: of the random selector, of who is whose other prompt, and of the bootstrap.
@@ -153,7 +144,7 @@ class Evaluation:
 
     @cached_property
     def differences(self) -> list[Difference]:
-        """Between all selectors, with intervals; see `ifprune_mlx.eval.bootstrap`."""
+        """Between all selectors, with intervals; see `paired_differences`."""
         per_prompt: dict[str, dict[str, Sequence[float]]] = {domain: {} for domain in self.keys}
         for row in self.rows:
             per_prompt[row.domain][row.selector] = row.per_prompt
@@ -193,7 +184,7 @@ class Evaluation:
         return replace(self, rows=(*self.rows, *added), tasks=(*self.tasks, *tasks))
 
     def to_dict(self) -> dict[str, Any]:
-        """What `ifprune evaluate --json` writes (DESIGN.md section 11, and more)."""
+        """What `ifprune evaluate --json` writes."""
         return {
             "density": self.density,
             "matched": self.matched,
@@ -246,34 +237,32 @@ def compare(
     return _Comparison(model, data, list(dict.fromkeys(names)), tuple(keep), matched, seed, progress).run()
 
 
-def answer_nll(
+def answer_logits(
     model: Model,
     tokens: npt.NDArray[np.int32],
     mask: npt.NDArray[np.bool_],
     *,
     history: History | None = None,
     recorder: ImportanceRecorder | None = None,
-    progress: Progress | None = None,
-) -> npt.NDArray[np.float32]:
-    """Loss of answer tokens under the model's active selection.
+) -> Iterator[tuple[mx.array, mx.array]]:
+    """Logits of the positions that predict answer tokens, under the model's active selection, part by part.
 
     Args:
         tokens: int32 `[n]`.
-        mask: bool `[n]`, True for the tokens whose loss is wanted; not the first.
+        mask: bool `[n]`, True for the tokens of the answer; not the first.
         history: has read the first tokens already, at most up to the one before the first wanted; it is used up.
         recorder: sees the positions that predict a wanted token and no others.
-        progress: called with (tokens read, tokens).
 
-    Returns:
-        float32 `[mask.sum()]`, nats.
+    Yields:
+        Logits float32 `[m, vocabulary]`, and the tokens that came, int32 `[m]`.
     """
     history = history or History.empty(model)
     start, wanted = len(history.tokens), np.append(mask[1:], False)
     first = int(np.flatnonzero(wanted)[0])
     assert start <= first
-    losses = []
-    # Chunks end where the answer begins: before it no logits are computed, since MLX computes what is asked for.
-    for begin, end in (*_chunks(start, first), *_chunks(first, len(tokens) - 1)):
+    # Chunks end where the answer begins: before it no logits are computed, since MLX computes only what is evaluated.
+    borders = [*range(start, first, _CHUNK), *range(first, len(tokens) - 1, _CHUNK), len(tokens) - 1]
+    for begin, end in pairwise(borders):
         if recorder is not None:
             recorder.token_weights = mx.array(wanted[begin:end].astype(np.float32))
         logits = model(mx.array(tokens[None, begin:end]), cache=history.kv)
@@ -281,15 +270,35 @@ def answer_nll(
         places = np.flatnonzero(wanted[begin:end])
         if len(places):
             rows = logits[0, mx.array(places)].astype(mx.float32)
-            targets = mx.array(tokens[begin + 1 + places])
-            loss = mx.logsumexp(rows, axis=-1) - mx.take_along_axis(rows, targets[:, None], axis=-1)[:, 0]
-            mx.eval(loss, states)
-            losses.append(np.array(loss))
+            mx.eval(rows, states)
+            yield rows, mx.array(tokens[begin + 1 + places])
         else:
             mx.eval(states)
-        if progress is not None:
-            progress(end, len(tokens))
-    return np.concatenate(losses)
+
+
+def token_nll(logits: mx.array, tokens: mx.array) -> mx.array:
+    """Negative log likelihood of each token, nats, float32 `[m]`, from logits `[m, vocabulary]`."""
+    return mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+
+
+def answer_nll(
+    model: Model, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.bool_], **options: Any
+) -> npt.NDArray[np.float32]:
+    """Loss of answer tokens under the model's active selection, nats, float32 `[mask.sum()]`.
+
+    Takes what `answer_logits` takes.
+    """
+    return np.concatenate([np.array(token_nll(*part)) for part in answer_logits(model, tokens, mask, **options)])
+
+
+def density_of(model: Model, keep: Sequence[int]) -> float:
+    """Kept neurons / all neurons, with *k* per FFN."""
+    return sum(keep) / sum(spec.d_ffn for spec in model.checkpoint.layout.ffns)
+
+
+def prompt_tokens(example: Example) -> tuple[int, ...]:
+    """The tokens before the first answer."""
+    return tuple(example.tokens[: int(np.argmax(example.mask))].tolist())
 
 
 def derangement(count: int, generator: np.random.Generator) -> npt.NDArray[np.int64]:
@@ -313,125 +322,113 @@ class _Comparison:
         seed: int,
         progress: Progress | None,
     ) -> None:
-        self._model, self._data, self._names, self._keep, self._seed = model, data, names, keep, seed
-        self._report = progress or (lambda done, total: None)
         _check(data, names)
-        self._choosers: dict[str, Selector] = {}
+        self._model, self._data, self._names, self._keep, self._seed = model, data, names, keep, seed
+        self._progress = progress or (lambda done, total: None)
+        self._selectors: dict[str, Selector] = {}
         self._matched: str | None = None
-        if any(name in _OF_MATCHED for name in names):
+        if set(names) & set(_OF_MATCHED):
             default = "learned" if model.checkpoint.has_predictor else "activation"
             matched = matched or make_selector(model, default, seed=seed)
             self._matched = matched.name
-            self._choosers[matched.name] = matched
-        for name in names:
-            owner = _OWNERS.get(name)
-            if owner is not None and owner not in self._choosers:
-                self._choosers[owner] = make_selector(model, owner, seed=seed)
-        self._random = RandomSelector(model, seed)
-        self._static = StaticSelector(model)
+            self._selectors[matched.name] = matched
+        for name in [_SELECTORS[row] for row in names if row in _SELECTORS]:
+            if name not in self._selectors:
+                self._selectors[name] = make_selector(model, name, seed=seed)
+        self._fixed: dict[str, Selector] = {"static": StaticSelector(model), "random": RandomSelector(model, seed)}
         self._chosen: dict[str, dict[str, list[Selection]]] = {
-            name: {domain: [] for domain in data} for name in self._choosers
+            name: {domain: [] for domain in data} for name in self._selectors
         }
+        self._losses: dict[tuple[str, str], list[float]] = defaultdict(list)
+        # For `static-own`, per domain: sums over answer tokens of squared importance, per FFN and fold, and the tokens.
         widths = [spec.d_ffn for spec in model.checkpoint.layout.ffns]
-        # Per domain and fold, sums over answer tokens of squared importance, and the tokens; see `_own_prior`.
-        own = data if "static-own" in names else ()
-        self._sums = {domain: [[np.zeros(width) for width in widths] for _ in range(_FOLDS)] for domain in own}
-        self._weights = {domain: np.zeros(_FOLDS) for domain in own}
+        self._sums = {domain: [np.zeros((_FOLDS, width)) for width in widths] for domain in data}
+        self._weights = {domain: np.zeros(_FOLDS) for domain in data}
         self._own: dict[tuple[str, int], Selection] = {}
-        self._losses: dict[tuple[str, str], list[float]] = {(name, domain): [] for domain in data for name in names}
         self._same = {domain: derangement(len(data[domain]), _generator(seed, domain)) for domain in data}
         self._other = _partners_elsewhere(data, seed) if "cross-domain" in names else {}
-        self._done = 0
-        self._first = [name for name in names if name in ("dense", "activation", "oracle")]
-        self._second = [name for name in names if name not in self._first]
+        self._second = [name for name in names if name not in ("dense", "activation", "oracle")]
         self._needs_dense = bool({"dense", "oracle", "static-own"} & set(names))
-        self._total = sum(self._cost(example) for examples in data.values() for example in examples)
+        tokens = sum(len(example.tokens) for examples in data.values() for example in examples)
+        self._done, self._total = 0, tokens * (len(set(names) - {"dense"}) + self._needs_dense)
 
     def run(self) -> Evaluation:
         """Measure everything."""
-        for domain, examples in self._data.items():
-            for index, example in enumerate(examples):
-                self._look(domain, index, example)
-                mx.clear_cache()
-        for domain, examples in self._data.items():
-            for index, example in enumerate(examples):
-                for name in self._second:
-                    self._model.switch(self._selection(name, domain, index, example))
-                    self._losses[name, domain].append(self._measure(name, domain, index, example))
-                mx.clear_cache()
-        tokens = {domain: tuple(int(e.mask.sum()) for e in examples) for domain, examples in self._data.items()}
+        data = self._data
+        places = [(domain, i, example) for domain, examples in data.items() for i, example in enumerate(examples)]
+        for domain, index, example in places:
+            self._select(domain, index, example)
+            if self._needs_dense:
+                self._measure_dense(domain, index, example)
+            mx.clear_cache()
+        for domain, index, example in places:
+            for name in self._second:
+                self._model.switch(self._selection(name, domain, index, example))
+                self._measure(name, domain, index)
+            mx.clear_cache()
+        tokens = {domain: tuple(int(e.mask.sum()) for e in examples) for domain, examples in data.items()}
         rows = [
             Row(name, domain, tuple(self._losses[name, domain]), tokens[domain])
             for name in self._names
-            for domain in self._data
+            for domain in data
         ]
         return Evaluation(
-            sum(self._keep) / sum(spec.d_ffn for spec in self._model.checkpoint.layout.ffns),
+            density_of(self._model, self._keep),
             self._matched,
             tuple(rows),
             {name: mean_overlaps(chosen) for name, chosen in self._chosen.items()},
-            {domain: tuple(example.key for example in examples) for domain, examples in self._data.items()},
+            {domain: tuple(example.key for example in examples) for domain, examples in data.items()},
             self._seed,
         )
 
-    def _look(self, domain: str, index: int, example: Example) -> None:
-        """The first pass over one example: what it selects, its importance, and the rows that come from these alone."""
-        model, prompt = self._model, _prompt_length(example)
-        instruction = Instruction(example.instruction, tuple(example.tokens[:prompt].tolist()))
-        for name, chooser in self._choosers.items():
-            selected = chooser.select(instruction, self._keep)
+    def _select(self, domain: str, index: int, example: Example) -> None:
+        """What every selector makes of the prompt, and the row `activation`, which goes on from its dense prefill."""
+        instruction = Instruction(example.instruction, prompt_tokens(example))
+        for name, selector in self._selectors.items():
+            selected = selector.select(instruction, self._keep)
             self._chosen[name][domain].append(selected.selection)
-            self._advance(prompt)
             if name == "activation" and "activation" in self._names:
-                model.switch(selected.selection)
-                loss = self._measure("activation", domain, index, example, history=selected.history)
-                self._losses["activation", domain].append(loss)
+                self._model.switch(selected.selection)
+                self._measure("activation", domain, index, history=selected.history)
             del selected
-        if not self._needs_dense:
-            return
+
+    def _measure_dense(self, domain: str, index: int, example: Example) -> None:
+        """The row `dense`, and what is made of the answer's own activations: `oracle`, and part of `static-own`."""
+        model = self._model
         model.switch(None)
         with recorded(model.down_leaves) as recorder:
-            loss = self._measure("dense", domain, index, example, recorder=recorder)
+            self._measure("dense", domain, index, recorder=recorder)
             importance = recorder.importance(model.down_norms)
-        if "dense" in self._names:
-            self._losses["dense", domain].append(loss)
         if "static-own" in self._names:
             weight, fold = float(example.mask.sum()), index % _FOLDS
-            for layer, values in enumerate(importance):
-                self._sums[domain][fold][layer] += values.astype(np.float64) ** 2 * weight
             self._weights[domain][fold] += weight
+            for sums, values in zip(self._sums[domain], importance, strict=True):
+                sums[fold] += values.astype(np.float64) ** 2 * weight
         if "oracle" in self._names:
             model.switch(top_k(fuse_ranks(importance, model.prior, _ORACLE_SHARE), self._keep, "oracle"))
-            self._losses["oracle", domain].append(self._measure("oracle", domain, index, example))
+            self._measure("oracle", domain, index)
 
     def _selection(self, name: str, domain: str, index: int, example: Example) -> Selection:
         """What a row of the second pass selects."""
-        if name in ("static", "random"):
-            chooser = self._static if name == "static" else self._random
-            return chooser.select(Instruction(example.instruction, ()), self._keep).selection
+        if name in self._fixed:
+            return self._fixed[name].select(Instruction(example.instruction, ()), self._keep).selection
         if name == "static-own":
             return self._own_prior(domain, index % _FOLDS)
-        if name in _OWNERS:
-            return self._chosen[_OWNERS[name]][domain][index]
+        if name in _SELECTORS:
+            return self._chosen[_SELECTORS[name]][domain][index]
         assert self._matched is not None
-        chosen = self._chosen[self._matched]
-        if name == "matched":
-            return chosen[domain][index]
         if name == "mismatched":
-            return chosen[domain][int(self._same[domain][index])]
-        other, place = self._other[domain][index]
-        return chosen[other][place]
+            index = int(self._same[domain][index])
+        elif name == "cross-domain":
+            domain, index = self._other[domain][index]
+        return self._chosen[self._matched][domain][index]
 
     def _own_prior(self, domain: str, fold: int) -> Selection:
         """The best neurons by importance over the answers of a domain but for those of one fold."""
         if (domain, fold) not in self._own:
-            others = [index for index in range(_FOLDS) if index != fold]
-            weight = self._weights[domain][others].sum()
-            scores: list[Scores] = []
-            for layer in range(len(self._keep)):
-                total = np.sum([self._sums[domain][index][layer] for index in others], axis=0)
-                scores.append(np.sqrt(total / weight).astype(np.float32))
-            self._own[domain, fold] = top_k(scores, self._keep, "static-own")
+            weight = np.delete(self._weights[domain], fold).sum()
+            scores = [np.sqrt(np.delete(sums, fold, axis=0).sum(axis=0) / weight) for sums in self._sums[domain]]
+            self._own[domain, fold] = top_k([layer.astype(np.float32) for layer in scores], self._keep, "static-own")
         return self._own[domain, fold]
 
     def _measure(
@@ -439,41 +436,21 @@ class _Comparison:
         name: str,
         domain: str,
         index: int,
-        example: Example,
         *,
         history: History | None = None,
         recorder: ImportanceRecorder | None = None,
-    ) -> float:
-        """Mean loss of the answer under the active selection."""
-        read = 0 if history is None else len(history.tokens)
-
-        def progress(done: int, total: int) -> None:
-            nonlocal read
-            self._advance(done - read)
-            read = done
-
-        losses = answer_nll(
-            self._model, example.tokens, example.mask, history=history, recorder=recorder, progress=progress
-        )
+    ) -> None:
+        """Keep the mean loss of an answer under the active selection."""
+        example = self._data[domain][index]
+        losses = answer_nll(self._model, example.tokens, example.mask, history=history, recorder=recorder)
         loss = float(losses.mean(dtype=np.float64))
         if not np.isfinite(loss):
             raise IfpruneError(
-                f"{name}, domain {domain!r}, prompt {index + 1}: the loss is not a finite number; the weights are "
-                "damaged or float16 overflows, try --dtype float32 or bfloat16"
+                f"{name}, domain {domain!r}, prompt {index + 1}: the loss is not a finite number; {NOT_FINITE}"
             )
-        return loss
-
-    def _cost(self, example: Example) -> int:
-        """Tokens that `_advance` will be told of one example."""
-        passes = len(self._second) + self._needs_dense + ("oracle" in self._names)
-        prompt, whole = _prompt_length(example), len(example.tokens) - 1
-        # `activation` goes on after the prompt's last but one token, which its selector has read.
-        answer = whole - max(prompt - 1, 0) if "activation" in self._names else 0
-        return passes * whole + prompt * len(self._choosers) + answer
-
-    def _advance(self, tokens: int) -> None:
-        self._done += tokens
-        self._report(min(self._done, self._total), self._total)
+        self._losses[name, domain].append(loss)
+        self._done += len(example.tokens)
+        self._progress(self._done, self._total)
 
 
 def _check(data: Mapping[str, Sequence[Example]], names: Sequence[str]) -> None:
@@ -486,13 +463,12 @@ def _check(data: Mapping[str, Sequence[Example]], names: Sequence[str]) -> None:
     if POOLED in data:
         raise DataError(f"a domain cannot be called {POOLED!r}, which means all of them; give it another name")
     for domain, examples in data.items():
-        needed = 2 if {"mismatched", "static-own"} & set(names) else 1
-        if len(examples) < needed:
+        if not examples:
+            raise DataError(f"domain {domain!r} has no prompts; give it data, or leave it out")
+        if len(examples) < 2 and {"mismatched", "static-own"} & set(names):
             raise DataError(
-                f"domain {domain!r} has {len(examples)} usable prompts, mismatched and static-own need another one "
-                "beside each; give more, or leave those two out"
-                if examples
-                else f"domain {domain!r} has no prompts; give it data, or leave it out"
+                f"domain {domain!r} has 1 usable prompt, mismatched and static-own need another one beside each; "
+                "give more, or leave those two out"
             )
         if len({example.key for example in examples}) < len(examples):
             raise DataError(f"domain {domain!r} repeats a prompt; give each prompt once")
@@ -519,12 +495,3 @@ def _partners_elsewhere(data: Mapping[str, Sequence[Example]], seed: int) -> dic
             different = (place for place in turn if data[name][place].key != example.key)
             partners[domain].append((name, int(next(different, turn[0]))))
     return partners
-
-
-def _prompt_length(example: Example) -> int:
-    """Tokens before the first answer."""
-    return int(np.argmax(example.mask))
-
-
-def _chunks(begin: int, end: int) -> list[tuple[int, int]]:
-    return [(start, min(start + _CHUNK, end)) for start in range(begin, end, _CHUNK)]

@@ -18,76 +18,27 @@ the continuation after it, and only the continuation's tokens are scored ("parti
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ifprune_mlx.chat_template import render_messages
 from ifprune_mlx.data.jsonl import filled_text, parse_json_lines
-from ifprune_mlx.errors import IfpruneError
 from ifprune_mlx.eval.losses import answer_nll
 from ifprune_mlx.eval.metrics import TaskRow
-from ifprune_mlx.eval.task_rows import Choosers
-from ifprune_mlx.model import Model, Progress
-from ifprune_mlx.prompt_cache import History
-from ifprune_mlx.selection.selectors import Instruction, Selected
+from ifprune_mlx.eval.tasks import EncodedQuestion, Option, Question, encode_question, read_prompt, score_task
+from ifprune_mlx.model import Model
+from ifprune_mlx.selection.selectors import Selected
 
 EXPECTED = "query, choices and gold, or context_options, continuation and gold"
 
 
-@dataclass(frozen=True)
-class ChoiceQuestion:
-    """A question with its options.
-
-    Attributes:
-        query: the user's message.
-        options: for each the words that only lead to what is scored (empty as a rule), and what is scored.
-        gold: index of the right option.
-    """
-
-    query: str
-    options: tuple[tuple[str, str], ...]
-    gold: int
-
-    @property
-    def key(self) -> str:
-        """Hash of query and options."""
-        return hashlib.sha256(json.dumps([self.query, self.options]).encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class Option:
-    """An option as token ids.
-
-    Attributes:
-        tokens: what follows the prompt.
-        start: index in `tokens` of the first that is scored.
-    """
-
-    tokens: tuple[int, ...]
-    start: int
-
-
-@dataclass(frozen=True)
-class AskedChoice:
-    """A question as a model reads it."""
-
-    instruction: Instruction
-    options: tuple[Option, ...]
-    gold: int
-
-    @property
-    def length(self) -> int:
-        """Tokens of the prompt with the longest option."""
-        return len(self.instruction.tokens) + max(len(option.tokens) for option in self.options)
+ChoiceQuestion = Question[tuple[str, str]]
+"""Its answers are the options: of each the words that only lead to what is scored (empty as a rule), and what is."""
 
 
 def read_choices(path: str | Path) -> list[ChoiceQuestion]:
@@ -99,83 +50,48 @@ def read_choices(path: str | Path) -> list[ChoiceQuestion]:
     return parse_json_lines(path, _question, EXPECTED)
 
 
-def encode_choices(tokenizer: TokenizerWrapper, question: ChoiceQuestion) -> AskedChoice:
+def encode_choices(tokenizer: TokenizerWrapper, question: ChoiceQuestion) -> EncodedQuestion:
     """Token ids of a question.
 
     Raises:
         PromptError: if the chat template refuses the query.
     """
-    prompt = render_messages(tokenizer, [{"role": "user", "content": question.query}])
     options = []
-    for lead, scored in question.options:
-        whole = _encode(tokenizer, f"{lead} {scored}" if lead else scored)
-        before = _encode(tokenizer, lead) if lead else []
+    for lead, scored in question.answers:
+        whole = tokenizer.encode(f"{lead} {scored}" if lead else scored, add_special_tokens=False)
+        before = tokenizer.encode(lead, add_special_tokens=False) if lead else []
         # A token may span the border: what is scored begins with it.
-        options.append(Option(tuple(whole), _agreeing(before, whole)))
-    return AskedChoice(Instruction(question.query, tuple(prompt)), tuple(options), question.gold)
+        options.append(Option(tuple(whole), agreeing(before, whole)))
+    return replace(encode_question(tokenizer, question), options=tuple(options))
 
 
 def score_choices(
     model: Model,
     task: str,
-    questions: Sequence[AskedChoice],
+    questions: Sequence[EncodedQuestion],
     rows: Sequence[str],
     keep: Sequence[int],
-    *,
-    seed: int = 0,
-    progress: Progress | None = None,
+    **options: Any,
 ) -> list[TaskRow]:
-    """Measure a task under every row's selections. Leaves the model with whatever selection came last.
+    """`score_task` by `accuracy` and `margin`; `options` are its `seed` and `progress`."""
 
-    Args:
-        task: its name.
-        rows: of `ifprune_mlx.eval.task_rows.TASK_ROWS`, in the order wanted.
-        keep: per FFN, *k*.
-        seed: of the random selector, and of who is whose other question.
-        progress: called with (answered, to be answered), questions times rows.
-
-    Returns:
-        `accuracy` and then `margin` of every row.
-
-    Raises:
-        DataError, CheckpointError, PredictorError: as `Choosers` and the selectors raise them.
-        IfpruneError: where a likelihood is not a number.
-    """
-    choosers = Choosers(model, task, [question.instruction for question in questions], rows, keep, seed)
-    margins: dict[str, list[float]] = {row: [] for row in rows}
-    for place, row in enumerate(rows):
-        for index, question in enumerate(questions):
-            selected = choosers.choose(row, index)
-            model.switch(None if selected is None else selected.selection)
-            scores = option_scores(model, question, selected)
-            if not np.isfinite(scores).all():
-                raise IfpruneError(
-                    f"{row}, task {task!r}, question {index + 1}: a likelihood is not a finite number; the weights "
-                    "are damaged or float16 overflows, try --dtype float32 or bfloat16"
-                )
-            gold = scores.pop(question.gold)
-            margins[row].append(gold - max(scores))
-            mx.clear_cache()
-            if progress is not None:
-                progress(place * len(questions) + index + 1, len(rows) * len(questions))
-    result = []
-    for row in rows:
+    def score(question: EncodedQuestion, selected: Selected | None) -> dict[str, float]:
+        scores = option_scores(model, question, selected)
+        gold = scores.pop(question.source.gold)
+        margin = gold - max(scores) if np.isfinite([gold, *scores]).all() else float("nan")
         # An option that is as likely as the right one was not told from it.
-        result.append(TaskRow(row, task, "accuracy", tuple(float(margin > 0) for margin in margins[row])))
-        result.append(TaskRow(row, task, "margin", tuple(margins[row])))
-    return result
+        return {"accuracy": float(margin > 0), "margin": margin}
+
+    return score_task(model, task, questions, rows, keep, score, **options)
 
 
-def option_scores(model: Model, question: AskedChoice, selected: Selected | None = None) -> list[float]:
+def option_scores(model: Model, question: EncodedQuestion, selected: Selected | None = None) -> list[float]:
     """Mean log likelihood per scored token of every option, nats, under the model's active selection.
 
     Args:
-        selected: a history that it comes with is gone on from.
+        selected: if it comes with a history of the prompt, scoring goes on from there.
     """
-    prompt = question.instruction.tokens
-    history = selected.history if selected is not None else None
-    if history is None:
-        history = History.empty(model).read(model, prompt[:-1])
+    prompt, history = question.instruction.tokens, read_prompt(model, question.instruction, selected)
     scores = []
     for option in question.options:
         tokens = np.array([*prompt, *option.tokens], np.int32)
@@ -186,15 +102,16 @@ def option_scores(model: Model, question: AskedChoice, selected: Selected | None
     return scores
 
 
-def _encode(tokenizer: TokenizerWrapper, text: str) -> list[int]:
-    return list(tokenizer.encode(text, add_special_tokens=False))
+def agreeing(one: Sequence[object], other: Sequence[object]) -> int:
+    """Length of what two sequences begin with in common."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _question(value: dict[str, Any]) -> ChoiceQuestion:
     if "context_options" in value:
         beginnings = _texts(value["context_options"], "context_options")
         end = filled_text(value.get("continuation"), "the continuation")
-        common = beginnings[0][: min(_agreeing(beginnings[0], other) for other in beginnings[1:])]
+        common = beginnings[0][: min(agreeing(beginnings[0], other) for other in beginnings[1:])]
         # Up to the last space, or the query might end within a word.
         cut = common.rfind(" ") + 1
         query = filled_text(common[:cut], "what all context_options begin with").rstrip()
@@ -206,11 +123,6 @@ def _question(value: dict[str, Any]) -> ChoiceQuestion:
     if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(options):
         raise ValueError(f"gold is no index of its {len(options)} options, which count from 0")
     return ChoiceQuestion(query, options, gold)
-
-
-def _agreeing(one: Sequence[object], other: Sequence[object]) -> int:
-    """Length of what two sequences begin with in common."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _texts(values: Any, what: str) -> list[str]:

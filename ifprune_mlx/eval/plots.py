@@ -1,7 +1,7 @@
-"""Every chart of the project: lines, bars, bands and heat maps, drawn by matplotlib as PNG or SVG, whichever the file's
-name ends in. No display is needed: figures are made without
-pyplot. The same numbers give the same bytes (with the same matplotlib): no dates, no random ids, no settings of the
-user's. matplotlib comes with `ifprune-mlx[plots]` and is imported when something is drawn.
+"""Every chart of the project: lines, bars, bands and heat maps, drawn by matplotlib as PNG or SVG.
+
+No display is needed. The same numbers give the same bytes (with the same matplotlib): no dates, no random ids, no
+settings of the user's. matplotlib comes with `ifprune-mlx[plots]` and is imported when something is drawn.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from ifprune_mlx.checkpoint.atomic_write import write_atomic
 from ifprune_mlx.errors import IfpruneError
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Values = npt.NDArray[np.float64]
+    from ifprune_mlx.eval.metrics import Values
 
 SUFFIXES = (".png", ".svg")
 
@@ -106,13 +105,12 @@ class Matrix:
 
 
 def check_plot(path: Path, option: str) -> None:
-    """Raise IfpruneError unless a chart can be drawn into a file of this name; better asked before measuring.
+    """Raise IfpruneError unless a chart can be drawn into a file of this name; called before measuring.
 
     Args:
         option: which the name was given with.
     """
-    if path.suffix not in SUFFIXES:
-        raise IfpruneError(f"{option} {path}: charts are PNG or SVG; give a name that ends in .png or .svg")
+    _check_suffix(path, f"{option} {path}")
     if not path.parent.is_dir():
         raise IfpruneError(f"{option} {path}: no such folder; make it first")
     check_library()
@@ -132,18 +130,19 @@ def write_figure(figure: Figure, path: Path) -> None:
     Raises:
         IfpruneError: for another suffix, and if it cannot be written.
     """
-    if path.suffix not in SUFFIXES:
-        raise IfpruneError(f"{path}: charts are PNG or SVG; give a name that ends in .png or .svg")
+    _check_suffix(path, str(path))
     # What would differ from one day, or machine, to the next.
     nothing = {".svg": {"Date": None, "Creator": None}, ".png": {"Software": None}}[path.suffix]
     with _style(), warnings.catch_warnings():
         # A sign that no font here has is a box in a PNG; in an SVG the reader's own fonts are used.
         warnings.filterwarnings("ignore", message="Glyph")
-        write_atomic(
-            path,
-            lambda file: figure.savefig(file, format=path.suffix[1:], dpi=_DPI, metadata=nothing),
-            IfpruneError,
-        )
+        options: dict[str, Any] = {"format": path.suffix[1:], "dpi": _DPI, "metadata": nothing}
+        write_atomic(path, lambda file: figure.savefig(file, **options), IfpruneError)
+
+
+def _check_suffix(path: Path, where: str) -> None:
+    if path.suffix not in SUFFIXES:
+        raise IfpruneError(f"{where}: charts are PNG or SVG; give a name that ends in .png or .svg")
 
 
 def line_chart(title: str, x_label: str, y_label: str, panels: Sequence[Panel]) -> Figure:
@@ -157,8 +156,7 @@ def line_chart(title: str, x_label: str, y_label: str, panels: Sequence[Panel]) 
     names = list(dict.fromkeys(series.name for panel in panels for series in panel.series))
     columns = min(len(panels), _COLUMNS)
     rows = math.ceil(len(panels) / columns)
-    with _style():
-        figure = _figure(title, 0.6 + max(rows * 3.1, 0.22 * len(names)))
+    with _drawing(title, 0.6 + max(rows * 3.1, 0.22 * len(names))) as figure:
         grid = figure.subplots(rows, columns, squeeze=False)
         handles: dict[str, Any] = {}
         for index, axes in enumerate(grid.flat):
@@ -183,8 +181,7 @@ def bar_chart(
     """
     names = list(dict.fromkeys(name for group in bars.values() for name in group))
     thickness = 0.8 if stacked else 0.8 / len(names)
-    with _style():
-        figure = _figure(title, 1.2 + len(bars) * max(0.3, 0.0 if stacked else 0.24 * len(names)))
+    with _drawing(title, 1.2 + len(bars) * max(0.3, 0.0 if stacked else 0.24 * len(names))) as figure:
         axes = figure.subplots()
         drawn: dict[str, Any] = {}
         for row, group in enumerate(bars.values()):
@@ -219,10 +216,9 @@ def band_chart(title: str, x_label: str, y_label: str, bands: Mapping[str, Seque
         bands: by name, one number of at least 0 a place; all of one length.
     """
     names = list(bands)
-    with _style():
+    with _drawing(title, 3.9) as figure:
         from matplotlib.ticker import MaxNLocator
 
-        figure = _figure(title, 3.9)
         axes = figure.subplots()
         base = np.zeros(len(next(iter(bands.values()))))
         handles = []
@@ -251,9 +247,8 @@ def matrix_chart(
         matrices: at least one.
         low, high: ends of the scale; what lies beyond them has the colour of the end.
     """
-    with _style():
-        size = _WIDTH / (len(matrices) + 0.4) if len(matrices) > 1 else 6.4
-        figure = _figure(title, size + 0.6)
+    size = _WIDTH / (len(matrices) + 0.4) if len(matrices) > 1 else 6.4
+    with _drawing(title, size + 0.6) as figure:
         grid = figure.subplots(1, len(matrices), squeeze=False)
         for axes, matrix in zip(grid.flat, matrices, strict=True):
             image = _heat(axes, matrix.values, low, high, "equal")
@@ -263,10 +258,10 @@ def matrix_chart(
             _name_groups(axes, matrix.groups)
             if len(matrix.values) <= _MOST_NUMBERS:
                 _write_numbers(axes, matrix.values, low, high)
+        values = np.concatenate([matrix.values.ravel() for matrix in matrices])  # NaN is beyond neither end
         ends = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
-        known = [matrix.values[np.isfinite(matrix.values)] for matrix in matrices]
-        beyond = any(bool((v < low).any()) for v in known), any(bool((v > high).any()) for v in known)
-        bar = figure.colorbar(image, ax=list(grid.flat), extend=ends[beyond], shrink=0.75, aspect=30)
+        beyond = ends[bool((values < low).any()), bool((values > high).any())]
+        bar = figure.colorbar(image, ax=list(grid.flat), extend=beyond, shrink=0.75, aspect=30)
         bar.set_label(value_label, fontsize=9)
     return figure
 
@@ -278,10 +273,9 @@ def strip_chart(title: str, x_label: str, y_label: str, value_label: str, strips
         strips: float64 `[rows, bins]`, from 0 to 1.
     """
     rows = len(strips)
-    with _style():
+    with _drawing(title, min(max(1.6 + 0.16 * rows, 2.4), 8.0)) as figure:
         from matplotlib.ticker import MaxNLocator
 
-        figure = _figure(title, min(max(1.6 + 0.16 * rows, 2.4), 8.0))
         axes = figure.subplots()
         image = _heat(axes, strips, 0.0, 1.0, "auto")
         image.set_extent((0, 100, rows - 0.5, -0.5))
@@ -304,12 +298,15 @@ def _style() -> Iterator[None]:
         yield
 
 
-def _figure(title: str, height: float) -> Figure:
-    from matplotlib.figure import Figure
+@contextmanager
+def _drawing(title: str, height: float) -> Iterator[Figure]:
+    """A figure of this height, in inches, to draw on in the project's look."""
+    with _style():
+        from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-    figure.suptitle(title, x=0.01, ha="left")
-    return figure
+        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        figure.suptitle(title, x=0.01, ha="left")
+        yield figure
 
 
 def _lines(axes: Axes, panel: Panel, names: Sequence[str], x_label: str, y_label: str) -> dict[str, Any]:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from ifprune_convert.pipeline import Options
 from ifprune_mlx import DataError, Instruction, Model, Selected, Selection, load, make_selector
+from ifprune_mlx.data.tokenize import Example
 from ifprune_mlx.eval.analysis import (
     BANDS,
     PARTS,
@@ -35,24 +34,10 @@ from tests.tiny_predictor import write_predictor
 WIDTHS, KEEP = (128, 128), (40, 64)
 
 
-@dataclass(frozen=True)
-class Asked:
+def chat(instruction: str, count: int = 5) -> Example:
     """A prompt of some tokens with an answer of two."""
-
-    instruction: str
-    count: int = 5
-
-    @property
-    def tokens(self) -> npt.NDArray[np.int32]:
-        return np.arange(10, 12 + self.count, dtype=np.int32)
-
-    @property
-    def mask(self) -> npt.NDArray[np.bool_]:
-        return np.arange(self.count + 2) >= self.count
-
-    @property
-    def key(self) -> str:
-        return self.instruction
+    tokens = np.arange(10, 12 + count, dtype=np.int32)
+    return Example(tokens, np.arange(count + 2) >= count, count, instruction, "", instruction)
 
 
 class Planted:
@@ -69,8 +54,8 @@ class Planted:
         return Selected(self.selections[instruction.text])
 
 
-def planted() -> tuple[dict[str, list[Asked]], Planted]:
-    data = {name: [Asked(f"{name} {i}") for i in range(count)] for name, count in {"a": 3, "b": 2, "c": 1}.items()}
+def planted() -> tuple[dict[str, list[Example]], Planted]:
+    data = {name: [chat(f"{name} {i}") for i in range(count)] for name, count in {"a": 3, "b": 2, "c": 1}.items()}
     every = [example.instruction for examples in data.values() for example in examples]
     return data, Planted({name: random_selection(WIDTHS, KEEP, seed) for seed, name in enumerate(every)})
 
@@ -152,7 +137,7 @@ def test_charts_show_the_numbers(found: tuple[Survey, list[Selection]]) -> None:
 
 def test_one_prompt_and_all_neurons_are_charts_too(tiny: tuple[Model, Any]) -> None:
     everything = random_selection(WIDTHS, WIDTHS, 0)
-    result = survey(tiny[0], {"a": [Asked("x")]}, Planted({"x": everything}), WIDTHS)
+    result = survey(tiny[0], {"a": [chat("x")]}, Planted({"x": everything}), WIDTHS)
     assert result.differences == []
     assert result.bands["all domains"] == [1.0, 1.0]
     overlap_chart(result)
@@ -164,7 +149,7 @@ def test_one_prompt_and_all_neurons_are_charts_too(tiny: tuple[Model, Any]) -> N
 @pytest.mark.parametrize("selector", [None, "static", "random"])
 def test_answers_are_timed_in_turn(tiny: tuple[Model, Any], selector: str | None) -> None:
     model, tokenizer = tiny
-    data = {"a": [Asked("one"), Asked("two"), Asked("three", 9)], "b": [Asked("four", 7)]}
+    data = {"a": [chat("one"), chat("two"), chat("three", 9)], "b": [chat("four", 7)]}
     told: list[tuple[int, int]] = []
     timings = time_answers(
         model, tokenizer, data, selector, 0.5, count=9, max_tokens=3, progress=lambda *given: told.append(given)
@@ -188,7 +173,7 @@ def test_answers_are_timed_in_turn(tiny: tuple[Model, Any], selector: str | None
 def test_what_was_selected_before_is_timed_as_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = Options(predictor=write_predictor(tmp_path / "head"))
     model, tokenizer = load(write_checkpoint(tmp_path / "checkpoint", options=options))
-    data = {"a": [Asked("one"), Asked("two")]}
+    data = {"a": [chat("one"), chat("two")]}
     survey(model, data, make_selector(model, "learned"), KEEP)
     asked: list[str] = []
     scores = SparsityPredictor.scores

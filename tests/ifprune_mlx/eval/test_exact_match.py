@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model as load_stock
 
 from ifprune_mlx import DataError, Model, load
-from ifprune_mlx.eval.exact_match import (
-    AskedExact,
-    ExactQuestion,
-    as_number,
-    encode_exact,
-    last_number,
-    matches,
-    normalized,
-    read_exact,
-    score_exact,
-)
+from ifprune_mlx.eval.exact_match import as_number, last_number, matches, normalized, read_exact, score_exact
+from ifprune_mlx.eval.tasks import EncodedQuestion, Question, encode_question
 from ifprune_mlx.selection.selection import top_k
 from tests.ifprune_mlx.reference import mask_ffns
 from tests.planted import write_sharp_checkpoint
@@ -50,7 +42,7 @@ def stock_model(checkpoint: Path) -> Any:
     return load_stock(checkpoint.with_name(f"source-of-{checkpoint.name}"))[0]
 
 
-def said(tokenizer: TokenizerWrapper, stock: Any, question: AskedExact) -> str:
+def said(tokenizer: TokenizerWrapper, stock: Any, question: EncodedQuestion) -> str:
     """What a stock model says to a question, by mlx-lm's own generation."""
     return str(stock_generate(stock, tokenizer, list(question.instruction.tokens), max_tokens=LIMIT))
 
@@ -60,15 +52,15 @@ def test_every_row_says_what_stock_greedy_decoding_says(
 ) -> None:
     model, tokenizer = loaded
     prompts = [f"say something about {word}" for word in ("rivers", "tea", "loops", "the moon", "seven")]
-    blank = [encode_exact(tokenizer, ExactQuestion(prompt, ("?",))) for prompt in prompts]
+    blank = [encode_question(tokenizer, Question(prompt, ("?",))) for prompt in prompts]
     static = top_k(model.prior, KEEP, "static")
     dense_texts = [said(tokenizer, stock_model(checkpoint), question) for question in blank]
     static_texts = [said(tokenizer, mask_ffns(stock_model(checkpoint), static), item) for item in blank]
     assert dense_texts != static_texts
     # The wanted answers are what the dense model says to the first questions, and what the pruned one says to the rest.
     wanted = [*dense_texts[:3], *static_texts[3:]]
-    asked = [AskedExact(item.instruction, (text,)) for item, text in zip(blank, wanted, strict=True)]
-    rows = score_exact(model, tokenizer, "t", asked, ["dense", "static"], KEEP, max_tokens=LIMIT)
+    encoded = [replace(item, source=Question("", (text,))) for item, text in zip(blank, wanted, strict=True)]
+    rows = score_exact(model, tokenizer, "t", encoded, ["dense", "static"], KEEP, max_tokens=LIMIT)
     assert [(row.selector, row.metric) for row in rows] == [
         ("dense", "accuracy"), ("dense", "cut_off"), ("static", "accuracy"), ("static", "cut_off"),
     ]  # fmt: skip
@@ -84,11 +76,11 @@ def test_activation_goes_on_from_its_dense_prompt_and_others_are_measured_too(
     loaded: tuple[Model, TokenizerWrapper],
 ) -> None:
     model, tokenizer = loaded
-    asked = [encode_exact(tokenizer, ExactQuestion(prompt, ("1",))) for prompt in ("one", "a second one")]
+    encoded = [encode_question(tokenizer, Question(prompt, ("1",))) for prompt in ("one", "a second one")]
     names = ["activation", "activation-sliced", "random", "mismatched"]
     seen: list[tuple[int, int]] = []
     rows = score_exact(
-        model, tokenizer, "t", asked, names, KEEP, max_tokens=3, progress=lambda *counts: seen.append(counts)
+        model, tokenizer, "t", encoded, names, KEEP, max_tokens=3, progress=lambda *counts: seen.append(counts)
     )
     assert [row.selector for row in rows[::2]] == names
     assert seen == [(done, 8) for done in range(1, 9)]
@@ -161,10 +153,10 @@ def test_forms_of_lines(tmp_path: Path) -> None:
         {"context": "c", "answer": "Onion", "aliases": ["Allium", "Onion", "(?"]},
     )
     assert read_exact(file) == [
-        ExactQuestion("How many?", ("7",)),
-        ExactQuestion("p", ("3.5",)),
-        ExactQuestion("c", ("Ann",)),
-        ExactQuestion("c", ("Onion", "Allium")),
+        Question("How many?", ("7",)),
+        Question("p", ("3.5",)),
+        Question("c", ("Ann",)),
+        Question("c", ("Onion", "Allium")),
     ]
 
 

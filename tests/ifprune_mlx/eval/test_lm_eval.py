@@ -18,7 +18,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ifprune_mlx import DataError, Model, generate, load
 from ifprune_mlx.eval.metrics import TaskRow
 from ifprune_mlx.eval.multiple_choice import ChoiceQuestion, encode_choices, option_scores, score_choices
-from ifprune_mlx.eval.task_rows import TASK_ROWS, Choosers
+from ifprune_mlx.eval.tasks import TASK_ROWS, RowSelections
 from ifprune_mlx.selection.cache import SelectionCache
 from ifprune_mlx.selection.selection import top_k
 from ifprune_mlx.selection.selectors import ActivationSelector, Instruction, LearnedSelector, use_selection_cache
@@ -42,7 +42,6 @@ QUESTIONS = [
     ChoiceQuestion("Who sings? " * 9, (("", "yes"), ("", "no"), ("", "the moon"), ("", "a stone")), 0),
     ChoiceQuestion("?", (("", "yes"), ("", "no")), 0),
 ]
-ARC = Path(__file__).parents[4] / "shared" / "data" / "llm_foundry_eval" / "arc_easy.jsonl"
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +82,7 @@ def write_task(folder: Path, name: str, lines: list[dict[str, Any]], **settings:
 
 
 def write_choices(folder: Path, name: str, questions: list[ChoiceQuestion]) -> None:
-    lines = [{"query": q.query, "choices": [text for _, text in q.options], "gold": q.gold} for q in questions]
+    lines = [{"query": q.prompt, "choices": [text for _, text in q.answers], "gold": q.gold} for q in questions]
     write_task(
         folder,
         name,
@@ -102,37 +101,23 @@ def request(kind: Any, index: int, *arguments: Any) -> Instance:
 
 def ask(lm: HarnessLM, questions: list[ChoiceQuestion]) -> list[list[float]]:
     """Log likelihoods of all options, asked as lm-eval does."""
-    contexts = [lm.apply_chat_template([{"role": "user", "content": question.query}]) for question in questions]
-    pairs = [(c, text) for c, q in zip(contexts, questions, strict=True) for _, text in q.options]
+    contexts = [lm.apply_chat_template([{"role": "user", "content": question.prompt}]) for question in questions]
+    pairs = [(c, text) for c, q in zip(contexts, questions, strict=True) for _, text in q.answers]
     said = iter(lm.loglikelihood([request("loglikelihood", index, *pair) for index, pair in enumerate(pairs)]))
-    return [[next(said)[0] for _ in question.options] for question in questions]
+    return [[next(said)[0] for _ in question.answers] for question in questions]
 
 
 def ours(
     model: Model, tokenizer: TokenizerWrapper, questions: list[ChoiceQuestion], row: str, keep: tuple[int, ...]
 ) -> list[list[float]]:
     """The same as `ifprune_mlx.eval.multiple_choice` scores them."""
-    asked = [encode_choices(tokenizer, question) for question in questions]
-    choosers = Choosers(model, "t", [question.instruction for question in asked], [row], keep, 0)
+    encoded = [encode_choices(tokenizer, question) for question in questions]
+    selections = RowSelections(model, "t", [question.instruction for question in encoded], [row], keep, 0)
     result = []
-    for index, question in enumerate(asked):
-        selected = choosers.choose(row, index)
-        model.switch(None if selected is None else selected.selection)
-        means = option_scores(model, question, selected)
+    for index, question in enumerate(encoded):
+        means = option_scores(model, question, selections.switch(row, index))
         result.append([mean * len(option.tokens) for mean, option in zip(means, question.options, strict=True)])
     return result
-
-
-def remembered(select: Any) -> Any:
-    """A selector's `select` that answers the same words with what it said first."""
-    known: dict[str, Any] = {}
-
-    def once(self: Any, instruction: Instruction, keep: Any) -> Any:
-        if instruction.text not in known:
-            known[instruction.text] = select(self, instruction, keep)
-        return known[instruction.text]
-
-    return once
 
 
 def test_every_row_scores_options_as_choices_does(loaded: tuple[Model, TokenizerWrapper]) -> None:
@@ -167,7 +152,7 @@ def test_a_context_selects_once_by_its_words(
         lm.row = row
         seen.clear()
         ask(lm, QUESTIONS)
-        assert seen == [question.query for question in QUESTIONS]
+        assert seen == [question.prompt for question in QUESTIONS]
 
 
 def test_greedy_means_the_likeliest(loaded: tuple[Model, TokenizerWrapper]) -> None:
@@ -272,9 +257,9 @@ def test_a_yaml_task_gives_what_choices_gives(loaded: tuple[Model, TokenizerWrap
     model, tokenizer = loaded
     write_choices(tmp_path / "mine", "wet", QUESTIONS)
     rows = ["dense", "learned", "activation", "mismatched"]
-    (asked,) = load_tasks(["wet"], [tmp_path / "mine"])
+    (task,) = load_tasks(["wet"], [tmp_path / "mine"])
     seen: list[tuple[int, int]] = []
-    found = score_harness(model, tokenizer, asked, rows, KEEP, progress=lambda done, total: seen.append((done, total)))
+    found = score_harness(model, tokenizer, task, rows, KEEP, progress=lambda done, total: seen.append((done, total)))
     assert [(row.selector, row.task, row.metric) for row in found] == [
         (row, "wet", metric) for row in rows for metric in ("acc", "acc_norm")
     ]
@@ -285,7 +270,7 @@ def test_a_yaml_task_gives_what_choices_gives(loaded: tuple[Model, TokenizerWrap
         right = tuple(float(np.argmax(said) == q.gold) for said, q in zip(sums, QUESTIONS, strict=True))
         assert found[2 * rows.index(row)] == TaskRow(row, "wet", "acc", right)
     # The limit takes the first ones; another density goes through the same tasks again.
-    again = score_harness(model, tokenizer, asked, ["static"], (128, 128), limit=2)
+    again = score_harness(model, tokenizer, task, ["static"], (128, 128), limit=2)
     dense = score_choices(model, "t", [encode_choices(tokenizer, q) for q in QUESTIONS[:2]], ["dense"], KEEP)[0]
     assert len(again[0].per_question) == len(dense.per_question) == 2
     assert again[0].per_question == found[0].per_question[:2]
@@ -371,29 +356,3 @@ def test_tasks_that_cannot_be_asked(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=words) as caught:
             load_tasks(names, [folder])
         assert "\n" not in str(caught.value)
-
-
-@pytest.mark.real
-@pytest.mark.skipif(not ARC.is_file(), reason="needs the ARC questions")
-def test_real_options_are_as_likely_as_choices_says(
-    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # A neuron on the border goes in or out by rounding, as slots lie when the predictor reads: it is asked once.
-    monkeypatch.setattr(LearnedSelector, "select", remembered(LearnedSelector.select))
-    lines = [json.loads(line) for line in ARC.read_text().splitlines()[:10]]
-    questions = [ChoiceQuestion(q["query"], tuple(("", c) for c in q["choices"]), q["gold"]) for q in lines]
-    write_choices(tmp_path, "arc10", questions)
-    (asked,) = load_tasks(["arc10"], [tmp_path])
-    model, tokenizer = load(smollm2)
-    keep = model.keep(0.5)
-    rows = ["static", "learned"]
-    found = score_harness(model, tokenizer, asked, rows, keep)
-    lm = HarnessLM(model, tokenizer, "t", rows, keep)
-    for row in rows:
-        lm.row = row
-        theirs, mine = ask(lm, questions), ours(model, tokenizer, questions, row, keep)
-        for one, other in zip(theirs, mine, strict=True):
-            assert one == pytest.approx(other, abs=1e-3)
-        right = tuple(float(np.argmax(said) == q.gold) for said, q in zip(mine, questions, strict=True))
-        assert next(f for f in found if (f.selector, f.metric) == (row, "acc")).per_question == right
-    model.close()

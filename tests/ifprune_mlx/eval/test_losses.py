@@ -207,20 +207,29 @@ def test_oracle_changes_with_the_answer_and_activation_does_not(model: Model) ->
     assert chosen["activation"][0] == chosen["activation"][1]
 
 
-def test_a_long_chat_with_several_answers_is_read_in_chunks(tiny_checkpoint: Path, model: Model) -> None:
+def test_a_long_chat_with_several_answers_is_read_in_chunks(
+    tiny_checkpoint: Path, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokens = np.random.default_rng(0).integers(3, 250, size=500).astype(np.int32)
     mask = np.zeros(500, bool)
     mask[40:60] = mask[290:300] = mask[480:] = True
     item = Example(tokens, mask, 480, "a chat", "", "k")
     selection = random_selection(WIDTHS, KEEP, 4)
     model.switch(selection)
-    seen: list[tuple[int, int]] = []
-    losses = answer_nll(model, tokens, mask, progress=lambda done, total: seen.append((done, total)))
+    seen: list[int] = []
+    forward = Model.__call__
+
+    def counted(self: Model, tokens: mx.array, **options: Any) -> mx.array:
+        seen.append(tokens.shape[1])
+        return forward(self, tokens, **options)
+
+    monkeypatch.setattr(Model, "__call__", counted)
+    losses = answer_nll(model, tokens, mask)
     assert losses.shape == (50,)
     assert losses.dtype == np.float32
     assert float(losses.mean()) == pytest.approx(plain_loss(tiny_checkpoint, item, selection), abs=TOLERANCE)
     # 39 tokens before the first that predicts an answer, then 256 at most.
-    assert [done for done, _ in seen] == [39, 295, 499]
+    assert np.cumsum(seen).tolist() == [39, 295, 499]
 
 
 def test_progress_ends_where_it_said_it_would(model: Model, data: Data, table: Table) -> None:

@@ -14,8 +14,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ifprune_mlx import DataError, IfpruneError, Instruction, Model, Selection, load, make_selector
-from ifprune_mlx.eval.multiple_choice import AskedChoice, ChoiceQuestion, encode_choices, read_choices, score_choices
-from ifprune_mlx.eval.task_rows import TASK_ROWS, pick
+from ifprune_mlx.eval.multiple_choice import ChoiceQuestion, encode_choices, read_choices, score_choices
+from ifprune_mlx.eval.tasks import TASK_ROWS, EncodedQuestion, pick_questions
 from ifprune_mlx.selection.selection import top_k
 from tests.ifprune_mlx.reference import mask_ffns, source_model
 
@@ -37,7 +37,7 @@ def loaded(tiny_checkpoint: Path) -> Iterator[tuple[Model, TokenizerWrapper]]:
 
 
 @pytest.fixture(scope="module")
-def asked(loaded: tuple[Model, TokenizerWrapper]) -> list[AskedChoice]:
+def encoded(loaded: tuple[Model, TokenizerWrapper]) -> list[EncodedQuestion]:
     return [encode_choices(loaded[1], question) for question in QUESTIONS]
 
 
@@ -50,8 +50,8 @@ def plain_scores(
         dense: read the prompt but for its last token before the mask is put on.
     """
     scores = []
-    for lead, scored in question.options:
-        text = f"<|im_start|>user\n{question.query}<|im_end|>\n<|im_start|>assistant\n"
+    for lead, scored in question.answers:
+        text = f"<|im_start|>user\n{question.prompt}<|im_end|>\n<|im_start|>assistant\n"
         prompt = tokenizer.encode(text, add_special_tokens=False)
         # Every byte is a token of the tiny tokenizer.
         option = tokenizer.encode(f"{lead} {scored}" if lead else scored, add_special_tokens=False)
@@ -72,27 +72,27 @@ def plain_scores(
     return scores
 
 
-def selections(model: Model, asked: list[AskedChoice], row: str) -> list[Selection | None]:
+def selections(model: Model, encoded: list[EncodedQuestion], row: str) -> list[Selection | None]:
     """What a row selects for every question, made here."""
     if row == "dense":
-        return [None] * len(asked)
+        return [None] * len(encoded)
     if row == "static":
-        return [top_k(model.prior, KEEP, "static")] * len(asked)
+        return [top_k(model.prior, KEEP, "static")] * len(encoded)
     selector = make_selector(model, row, seed=3)
-    return [selector.select(question.instruction, KEEP).selection for question in asked]
+    return [selector.select(question.instruction, KEEP).selection for question in encoded]
 
 
 def test_every_row_equals_the_masked_stock_model(
-    tiny_checkpoint: Path, loaded: tuple[Model, TokenizerWrapper], asked: list[AskedChoice]
+    tiny_checkpoint: Path, loaded: tuple[Model, TokenizerWrapper], encoded: list[EncodedQuestion]
 ) -> None:
     model, tokenizer = loaded
     rows = ["dense", "static", "activation", "activation-sliced", "random"]
-    found = score_choices(model, "t", asked, rows, KEEP, seed=3)
+    found = score_choices(model, "t", encoded, rows, KEEP, seed=3)
     assert [(row.selector, row.metric) for row in found] == [(r, m) for r in rows for m in ("accuracy", "margin")]
     assert {row.task for row in found} == {"t"}
     by_name = {(row.selector, row.metric): row.per_question for row in found}
     for row in rows:
-        chosen = selections(model, asked, row.removesuffix("-sliced"))
+        chosen = selections(model, encoded, row.removesuffix("-sliced"))
         margins = []
         for question, selection in zip(QUESTIONS, chosen, strict=True):
             scores = plain_scores(tiny_checkpoint, tokenizer, question, selection, row == "activation")
@@ -103,19 +103,19 @@ def test_every_row_equals_the_masked_stock_model(
 
 
 def test_mismatched_takes_the_selection_of_another_question(
-    tiny_checkpoint: Path, loaded: tuple[Model, TokenizerWrapper], asked: list[AskedChoice]
+    tiny_checkpoint: Path, loaded: tuple[Model, TokenizerWrapper], encoded: list[EncodedQuestion]
 ) -> None:
     model, tokenizer = loaded
-    twin = ChoiceQuestion(QUESTIONS[0].query, (("", "fire"), ("", "rain")), 1)
+    twin = ChoiceQuestion(QUESTIONS[0].prompt, (("", "fire"), ("", "rain")), 1)
     questions = [*QUESTIONS[:3], twin]
-    both = [*asked[:3], encode_choices(tokenizer, twin)]
+    both = [*encoded[:3], encode_choices(tokenizer, twin)]
     chosen = selections(model, both, "activation")
     for seed in range(3):
         (_, margins) = score_choices(model, "t", both, ["mismatched"], KEEP, seed=seed)
         for question, margin in zip(questions, margins.per_question, strict=True):
             possible = []
             for other, selection in zip(questions, chosen, strict=True):
-                if other.query == question.query:
+                if other.prompt == question.prompt:
                     continue
                 scores = plain_scores(tiny_checkpoint, tokenizer, question, selection, False)
                 gold = scores.pop(question.gold)
@@ -123,10 +123,12 @@ def test_mismatched_takes_the_selection_of_another_question(
             assert min(abs(margin - value) for value in possible) < TOLERANCE
 
 
-def test_the_same_seed_gives_the_same_rows(loaded: tuple[Model, TokenizerWrapper], asked: list[AskedChoice]) -> None:
+def test_the_same_seed_gives_the_same_rows(
+    loaded: tuple[Model, TokenizerWrapper], encoded: list[EncodedQuestion]
+) -> None:
     model, _ = loaded
     rows = ["random", "mismatched"]
-    one, same, other = (score_choices(model, "t", asked, rows, KEEP, seed=seed) for seed in (3, 3, -4))
+    one, same, other = (score_choices(model, "t", encoded, rows, KEEP, seed=seed) for seed in (3, 3, -4))
     for index in (1, 3):
         assert same[index].per_question == pytest.approx(one[index].per_question, abs=TOLERANCE)
         assert other[index].per_question != pytest.approx(one[index].per_question, abs=TOLERANCE)
@@ -139,24 +141,28 @@ def test_a_tie_is_no_right_answer(loaded: tuple[Model, TokenizerWrapper]) -> Non
     assert (accuracy.per_question, margin.per_question) == ((0.0,), (0.0,))
 
 
-def test_progress_counts_questions_times_rows(loaded: tuple[Model, TokenizerWrapper], asked: list[AskedChoice]) -> None:
+def test_progress_counts_questions_times_rows(
+    loaded: tuple[Model, TokenizerWrapper], encoded: list[EncodedQuestion]
+) -> None:
     seen: list[tuple[int, int]] = []
     score_choices(
-        loaded[0], "t", asked, ["dense", "static"], KEEP, progress=lambda done, total: seen.append((done, total))
+        loaded[0], "t", encoded, ["dense", "static"], KEEP, progress=lambda done, total: seen.append((done, total))
     )
     assert seen == [(done, 8) for done in range(1, 9)]
 
 
-def test_mismatched_needs_another_question(loaded: tuple[Model, TokenizerWrapper], asked: list[AskedChoice]) -> None:
+def test_mismatched_needs_another_question(
+    loaded: tuple[Model, TokenizerWrapper], encoded: list[EncodedQuestion]
+) -> None:
     with pytest.raises(DataError, match="task 't' has no two different questions"):
-        score_choices(loaded[0], "t", [asked[0], asked[0]], ["mismatched"], KEEP)
+        score_choices(loaded[0], "t", [encoded[0], encoded[0]], ["mismatched"], KEEP)
 
 
-def test_a_likelihood_that_is_no_number_is_an_error(tiny_checkpoint: Path, asked: list[AskedChoice]) -> None:
+def test_a_likelihood_that_is_no_number_is_an_error(tiny_checkpoint: Path, encoded: list[EncodedQuestion]) -> None:
     broken, _ = load(tiny_checkpoint)
     broken.module.model.norm.weight = broken.module.model.norm.weight * float("nan")
     with pytest.raises(IfpruneError, match="dense, task 't', question 1: a likelihood is not a finite number"):
-        score_choices(broken, "t", asked, ["dense"], KEEP)
+        score_choices(broken, "t", encoded, ["dense"], KEEP)
     broken.close()
 
 
@@ -165,7 +171,7 @@ def test_what_is_asked_depends_on_seed_and_questions_alone(loaded: tuple[Model, 
     told: list[str] = []
 
     def texts(questions: list[ChoiceQuestion], seed: int, limit: int | None, context: int | None = None) -> list[str]:
-        found = pick(
+        found = pick_questions(
             "t",
             questions,
             lambda question: encode_choices(tokenizer, question),
@@ -180,7 +186,7 @@ def test_what_is_asked_depends_on_seed_and_questions_alone(loaded: tuple[Model, 
     assert texts(many, 0, 5) == texts(many[::-1], 0, 5)
     assert len(set(texts(many, 0, 5))) == 5
     assert texts(many, 0, 5) != texts(many, 1, 5)
-    assert sorted(texts(many, 0, None)) == sorted(question.query for question in many)
+    assert sorted(texts(many, 0, None)) == sorted(question.prompt for question in many)
     assert told == []
     long = ChoiceQuestion("long " * 30, (("", "a"), ("", "b" * 9)), 0)
     assert len(texts([*many, long], 0, None, context=100)) == 20
@@ -212,9 +218,9 @@ def test_both_forms_are_read(tmp_path: Path, loaded: tuple[Model, TokenizerWrapp
     assert schema == ChoiceQuestion("Ann thanked Eve, since", (("Eve", "had helped."), ("Ann", "had helped.")), 0)
     # Words are not cut.
     assert shorter == ChoiceQuestion("one", (("two", "four"), ("two three", "four")), 0)
-    asked = encode_choices(loaded[1], schema)
-    assert [loaded[1].decode(option.tokens[option.start :]) for option in asked.options] == [" had helped."] * 2
-    assert asked.instruction == Instruction(schema.query, asked.instruction.tokens)
+    encoded = encode_choices(loaded[1], schema)
+    assert [loaded[1].decode(option.tokens[option.start :]) for option in encoded.options] == [" had helped."] * 2
+    assert encoded.instruction == Instruction(schema.prompt, encoded.instruction.tokens)
 
 
 GOOD = {"query": "q", "choices": ["a", "b"], "gold": 0}
