@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
@@ -52,19 +51,22 @@ def demo(
     runtime = open_runtime(ModelOptions(model, dtype), SelectionOptions(selector), Budget(density), selecting)
     answers: list[dict[str, Any]] = []
     before: Selection | None = None
-    answer(runtime, PROMPTS[0][1], max_tokens=2)  # the first tokens of a process are slow
+    answer(runtime, PROMPTS[0][1], max_tokens=2, dense=True)  # the first tokens of a process are slow
     for domain, prompt in PROMPTS:
         row: dict[str, Any] = {"domain": domain, "prompt": prompt}
         if not json:
             print(f"> {prompt}\n", flush=True)
         for kind in ("dense", "sliced"):
-            text, stats = answer(runtime, as_messages(prompt, None), max_tokens=max_tokens, dense=kind == "dense")
+            if not json:
+                print(f"{kind}:", flush=True)
+            messages, dense = as_messages(prompt, None), kind == "dense"
+            text, stats = answer(runtime, messages, streams=not json, max_tokens=max_tokens, dense=dense)
             row[kind] = {"text": text, **asdict(stats)}
             if (selection := runtime.model.selection) is not None:
                 row[kind]["overlap"] = None if before is None else selection.overlap(before)
                 before = selection
             if not json:
-                print(_shown(kind, row[kind]), flush=True)
+                print(f"\n[{_figures(kind, row[kind])}]\n", flush=True)
         answers.append(row)
     gain = _gain(answers)
     if json:
@@ -77,8 +79,8 @@ def demo(
     )
 
 
-def _shown(kind: str, said: dict[str, Any]) -> str:
-    """One answer for people: its figures, and the text below them."""
+def _figures(kind: str, said: dict[str, Any]) -> str:
+    """One answer's figures for people."""
     figures = [
         f"{parameters(said['active_parameters'])} parameters active",
         f"{said['completion_tokens']} tokens at {said['tokens_per_s']:.1f}/s",
@@ -89,7 +91,7 @@ def _shown(kind: str, said: dict[str, Any]) -> str:
         figures.append(f"{100 * said['overlap']:.0f} % of its neurons were selected before")
     if said["finish_reason"] == "length":
         figures.append("cut off by --max-tokens")
-    return f"  {kind}: {', '.join(figures)}\n{textwrap.indent(said['text'].strip(), '    ')}\n"
+    return ", ".join(figures)
 
 
 def _gain(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:

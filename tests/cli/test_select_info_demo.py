@@ -176,12 +176,14 @@ def test_demo_in_plain_words(tiny_checkpoint: Path) -> None:
     done = succeed("demo", "--model", tiny_checkpoint, "--max-tokens", "4")
     for _, prompt in PROMPTS:
         assert f"> {prompt}\n" in done.stdout
-    figures = [line for line in done.stdout.splitlines() if line.startswith(("  dense: ", "  sliced: "))]
-    assert [line.split(":")[0].strip() for line in figures] == ["dense", "sliced"] * len(PROMPTS)
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if line in ("dense:", "sliced:")] == ["dense:", "sliced:"] * len(PROMPTS)
+    figures = [line for line in lines if line.startswith("[") and "parameters active" in line]
+    assert len(figures) == 2 * len(PROMPTS)
     assert all("selected in " in line for line in figures[1::2])
-    assert all("4 tokens at " in line and line.endswith(", cut off by --max-tokens") for line in figures)
+    assert all("4 tokens at " in line and line.endswith(", cut off by --max-tokens]") for line in figures)
     assert "of its neurons were selected before" in figures[3]
-    last = done.stdout.splitlines()[-1]
+    last = lines[-1]
     assert last.startswith("Here: ")
     assert "times the tokens/s" in last
     assert "parameters active" in last
