@@ -45,3 +45,10 @@ class ChatFileError(IfpruneError):
 
 class DataError(IfpruneError):
     """A training or evaluation file that cannot be used."""
+
+
+def reason_of(exc: BaseException) -> str:
+    """What an error says, short and on one line."""
+    if isinstance(exc, OSError) and exc.strerror:
+        return exc.strerror
+    return " ".join(str(exc).split())[:200] or type(exc).__name__
