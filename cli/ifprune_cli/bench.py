@@ -111,7 +111,7 @@ def bench(
 def _noise(folder: Path, name: str, layers: int | None, dtype: DtypeName, bits: int | None) -> Checkpoint:
     import mlx.core as mx
 
-    from ifprune_convert.contenders import make_noise
+    from ifprune_convert.bench_models import make_noise
     from ifprune_convert.packing import quantization_of
     from ifprune_convert.synthetic import shape_of
 
@@ -132,7 +132,7 @@ def _measure(
     stock: bool,
     ssd: bool,
 ) -> dict[str, Any]:
-    from ifprune_convert.contenders import check_room, make_plain
+    from ifprune_convert.bench_models import check_room, make_plain
     from ifprune_mlx import IfpruneError
     from ifprune_mlx.bench.benchmark import Settings
     from ifprune_mlx.bench.benchmark import bench as measure

@@ -19,17 +19,20 @@ from ifprune_mlx.checkpoint.safetensors_io import TensorInfo
 from ifprune_mlx.errors import SourceError
 
 from . import peft
-from .adapter_checks import (
+from .fusing import (
     AGAIN,
     LARGEST_SCALE,
     OTHER,
+    LowRank,
+    Replacement,
+    Update,
     adapted_modules,
+    all_finite,
     check_numbers,
     load_lazily,
     read_tensor_infos,
 )
-from .fusing import LowRank, Replacement, Update, all_finite
-from .wording import listing
+from .skeleton import listing
 
 _CONFIG, _TENSORS = "adapter_config.json", "adapters.safetensors"
 _KINDS = ("lora", "dora", "full")

@@ -19,15 +19,13 @@ import mlx.core as mx
 
 from ifprune_mlx.checkpoint.format import read_json_object, refuse_custom_code
 from ifprune_mlx.checkpoint.hub import PICKLES
-from ifprune_mlx.checkpoint.safetensors_io import read_safetensors_header
-from ifprune_mlx.errors import PredictorError, SourceError
+from ifprune_mlx.checkpoint.safetensors_io import load_arrays, read_safetensors_header
+from ifprune_mlx.errors import PredictorError, SourceError, reason_of
 from ifprune_mlx.selection.predictor import Head, SparsityPredictor
 
 from .fusing import all_finite
-from .rope import with_flat_rope
-from .shards import Shards
-from .skeleton import build_skeleton, check_shapes, parameter_shapes
-from .wording import first_line, listing, reason
+from .skeleton import build_skeleton, check_shapes, listing, parameter_shapes, typed_reason, with_flat_rope
+from .weight_files import Shards
 
 _HEAD = "head.safetensors"
 _BACKBONE = "feature_extractor."
@@ -117,7 +115,7 @@ class TorchPredictor:
         try:
             finite = all_finite(array)
         except RuntimeError as exc:
-            raise PredictorError(f"{self.folder}: tensor {name} cannot be read ({first_line(exc)})") from None
+            raise PredictorError(f"{self.folder}: tensor {name} cannot be read ({reason_of(exc)})") from None
         if not finite:
             raise PredictorError(f"{self.folder}: tensor {name} contains NaN or infinity; train or save it again")
 
@@ -219,11 +217,9 @@ def _load_lazily(folder: Path, files: list[Path]) -> dict[str, mx.array]:
                     f"{file}: tensor {name} has type {info.dtype}; save it in float32, float16 or bfloat16"
                 )
         try:
-            loaded = mx.load(str(file))
+            tensors |= load_arrays(file)
         except (RuntimeError, ValueError) as exc:
-            raise PredictorError(f"{file}: cannot be loaded ({first_line(exc)}); {_SAVE}") from None
-        assert isinstance(loaded, dict)
-        tensors |= loaded
+            raise PredictorError(f"{file}: cannot be loaded ({reason_of(exc)}); {_SAVE}") from None
     return tensors
 
 
@@ -248,7 +244,7 @@ def _arrange(folder: Path, config: dict[str, Any], tensors: dict[str, mx.array])
             try:
                 arranged = given if sanitize is None else sanitize(given)
             except Exception as exc:  # it indexes and reshapes what a complete model would have
-                failure = failure or reason(exc)
+                failure = failure or typed_reason(exc)
                 continue
             expected = parameter_shapes(model)
             fits = len(expected.keys() & arranged.keys())

@@ -59,6 +59,11 @@ class Quantization:
         """Whether groups carry a bias beside their scale."""
         return self.mode == "affine"
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of a packed weight's arrays."""
+        return ("weight", "scales", "biases") if self.has_biases else ("weight", "scales")
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -404,11 +409,9 @@ def neuron_shapes(spec: FFNSpec, layout: Layout) -> dict[str, tuple[int, ...]]:
         if quantization is None:
             shapes[f"{name}.weight"] = (*leading, spec.d_model)
             continue
-        groups = spec.d_model // quantization.group_size
+        for part in quantization.parts:
+            shapes[f"{name}.{part}"] = (*leading, spec.d_model // quantization.group_size)
         shapes[f"{name}.weight"] = (*leading, spec.d_model * quantization.bits // 32)
-        shapes[f"{name}.scales"] = (*leading, groups)
-        if quantization.has_biases:
-            shapes[f"{name}.biases"] = (*leading, groups)
     if spec.bias:
         shapes["gate_up.bias"] = (spec.d_ffn, 2)
     if spec.down_bias:

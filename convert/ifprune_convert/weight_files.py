@@ -1,20 +1,55 @@
-"""Writes tensors as numbered safetensors shards, as mlx-lm names them, with one shard in memory at a time.
+"""Writes weights: the neurons file of one FFN, and everything else as numbered shards, as mlx-lm names them.
 
-Until `finish`, no file has a name that a loader looks for.
+The runtime reads single neurons from a neurons file, so its data begin on the border of a memory page: a row that
+crosses a page more than it has to costs a page more from the disk.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import mlx.core as mx
 
+from ifprune_mlx.checkpoint.raw_array import raw
+
+from .layout import DTYPE_NAMES
+
 SHARD_BYTES = 256_000_000
+_PAGE_BYTES = 1 << 14  # of Apple silicon; Linux mostly has a quarter of it
+
+
+def write_neurons(
+    file: Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Write a safetensors file whose header is padded, with spaces as the format allows, to a page.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "mlx", **metadata}}
+    # The largest first: their sizes are multiples of a page, so that they all begin on one.
+    ordered = sorted(tensors, key=lambda name: -tensors[name].nbytes)
+    offset = 0
+    for name in ordered:
+        array = tensors[name]
+        end = offset + array.nbytes
+        header[name] = {"dtype": DTYPE_NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % _PAGE_BYTES)
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name in ordered:
+            array = mx.contiguous(tensors[name])
+            mx.eval(array)
+            out.write(raw(array).tobytes())
 
 
 class Shards:
-    """The `model-*.safetensors` of one folder, as they are written.
+    """The `model-*.safetensors` of one folder, one of them in memory at a time; until `finish`, no loader sees any.
 
     Attributes:
         bytes: of all tensors so far.
