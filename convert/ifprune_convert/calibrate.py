@@ -16,6 +16,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
 from ifprune_mlx.chat_template import render_messages
+from ifprune_mlx.checkpoint.neuron_layout import FLOATS
 from ifprune_mlx.checkpoint.safetensors_io import load_arrays, read_safetensors_header
 from ifprune_mlx.data.dataset import Record, read_records
 from ifprune_mlx.errors import DataError, SourceError
@@ -27,7 +28,6 @@ from .skeleton import listing
 
 SHIPPED = Path(str(files("ifprune_convert") / "data" / "calibration.jsonl"))
 """The calibration set that comes with the package (its sources and licences stand in `data/README.md`)."""
-_FLOATS = ("F32", "F16", "BF16")
 _MEASURED = "give one that was measured on this model, such as priors.safetensors of a checkpoint made from it"
 _STEP = 64
 MAX_TOKENS = 512
@@ -119,7 +119,7 @@ def read_prior(file: Path, widths: Sequence[int]) -> tuple[list[Scores], str]:
         raise SourceError(f"{file}: holds {listing(extra)}, and the model has {len(widths)} FFNs; {_MEASURED}")
     for name, shape in expected.items():
         info = header.tensors[name]
-        if info.shape != shape or info.dtype not in _FLOATS:
+        if info.shape != shape or info.dtype not in FLOATS:
             raise SourceError(
                 f"{file}: tensor {name} is {info.dtype} {list(info.shape)}, and the model needs F32 {list(shape)}; "
                 f"{_MEASURED}"

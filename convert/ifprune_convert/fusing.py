@@ -10,16 +10,17 @@ from pathlib import Path
 import mlx.core as mx
 from mlx import nn
 
-from ifprune_mlx.checkpoint.safetensors_io import TensorInfo, load_arrays, read_safetensors_header
-from ifprune_mlx.errors import SourceError, reason_of
+from ifprune_mlx.checkpoint.neuron_layout import FLOATS
+from ifprune_mlx.checkpoint.safetensors_io import TensorInfo, read_safetensors_header
+from ifprune_mlx.errors import SourceError
 
 from .skeleton import listing
+from .weight_files import load_lazily
 
 OTHER = "the adapter was trained on another model; give the one of this model"
 AGAIN = "copy the adapter's folder again, or train it again"
 # A scale beyond this is a damaged number, not a choice.
 LARGEST_SCALE = 1e30
-_FLOATS = ("F32", "F16", "BF16")
 # Rows are fused, and looked through, in pieces of about this many weights, so that temporary copies stay small.
 _CHUNK = 1 << 20
 
@@ -115,28 +116,16 @@ def read_tensor_infos(file: Path) -> dict[str, TensorInfo]:
     if not tensors:
         raise SourceError(f"{file}: holds no tensors; {AGAIN}")
     for name, info in tensors.items():
-        if info.dtype not in _FLOATS:
+        if info.dtype not in FLOATS:
             raise SourceError(
                 f"{file}: tensor {name} has type {info.dtype}, not a float type; {AGAIN} on an unquantized model"
             )
     return tensors
 
 
-def load_lazily(file: Path) -> dict[str, mx.array]:
-    """The file's tensors, not evaluated.
-
-    Raises:
-        SourceError: if MLX cannot load it.
-    """
-    try:
-        return load_arrays(file)
-    except (RuntimeError, ValueError) as exc:
-        raise SourceError(f"{file}: cannot be loaded ({reason_of(exc)}); {AGAIN}") from None
-
-
 def check_numbers(file: Path) -> None:
     """Raise SourceError if a tensor of the file contains NaN or infinity. Reads all of it, keeps none in memory."""
-    arrays = load_lazily(file)
+    arrays = load_lazily(file, SourceError, AGAIN)
     for name in list(arrays):
         # Popped, so that no tensor stays in memory: those of a full adapter are as large as the model.
         if not all_finite(arrays.pop(name)):

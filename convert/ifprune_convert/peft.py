@@ -31,10 +31,10 @@ from .fusing import (
     Update,
     adapted_modules,
     check_numbers,
-    load_lazily,
     read_tensor_infos,
 )
 from .skeleton import listing
+from .weight_files import load_lazily
 
 _CONFIG, _TENSORS, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."
@@ -121,7 +121,7 @@ def read_updates(
                 f"{list(shapes[ours])}; {OTHER}"
             )
     check_numbers(file)
-    updates = _updates(modules, load_lazily(file), settings)
+    updates = _updates(modules, load_lazily(file, SourceError, AGAIN), settings)
     return {ours: updates[name] for name, ours in kept.items()}
 
 
@@ -310,7 +310,7 @@ def _check_tied(
         if ours not in embeddings or any(shapes[other] == shapes[ours] for other in outside if other != ours):
             continue
         # Arrays of its own, which are evaluated and then forgotten.
-        updates = _updates(modules, load_lazily(file), settings)
+        updates = _updates(modules, load_lazily(file, SourceError, AGAIN), settings)
         alike = [other for other in dropped if _equal(updates[name], updates[other])]
         if not alike:
             raise SourceError(

@@ -175,18 +175,18 @@ def convert(
     specs = find_ffns(skeleton, str(source.config["model_type"]))
     widths = [spec.d_ffn for spec in specs]
     packing = plan(source, skeleton, specs, options.quantization, options.float_down)
-    predictor = None
+    write_predictor = None
     if options.predictor is not None:
-        predictor = open_predictor(options.predictor, widths, options.predictor_bits)
+        write_predictor = open_predictor(options.predictor, widths, options.predictor_bits)
     prior, method = _ready_prior(options.prior, widths)
     adapter = None if options.adapter is None else open_adapter(options.adapter, skeleton, source.shapes)
     with new_folder(out, overwrite=options.overwrite, error=SourceError) as folder:
         # Quick, and can fail: before the long work.
         _write_config(folder, source, options, specs, packing)
         _write_tokenizer(folder, source)
-        if predictor is not None:
-            predictor.write(folder / "predictor")
-            del predictor  # its head can be as large as an FFN, and would stay in memory
+        if write_predictor is not None:
+            write_predictor(folder / "predictor")
+            del write_predictor  # its head can be as large as an FFN, and would stay in memory
         writer = _Writer(source, skeleton, adapter, folder, options, packing, report)
         norms = [writer.write_ffn(index, spec, len(specs)) for index, spec in enumerate(specs)]
         writer.write_rest()

@@ -10,8 +10,9 @@ import re
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
@@ -70,6 +71,12 @@ def parameter_shapes(model: Any) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter of a model (an `nn.Module`), by name; evaluates none."""
     parameters: Any = tree_flatten(model.parameters())
     return {name: tuple(array.shape) for name, array in parameters}
+
+
+def sanitized(model: Any, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """A model's tensors under the names that mlx-lm's class wants; raises whatever its `sanitize` does."""
+    sanitize = getattr(model, "sanitize", None)
+    return weights if sanitize is None else cast(dict[str, mx.array], sanitize(weights))
 
 
 def check_shapes(path: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:

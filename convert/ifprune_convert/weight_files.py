@@ -1,4 +1,4 @@
-"""Writes weights: the neurons file of one FFN, and everything else as numbered shards, as mlx-lm names them.
+"""Reads and writes weights: the neurons file of one FFN, and everything else as numbered shards, as mlx-lm names them.
 
 The runtime reads single neurons from a neurons file, so its data begin on the border of a memory page: a row that
 crosses a page more than it has to costs a page more from the disk.
@@ -14,11 +14,25 @@ from types import MappingProxyType
 import mlx.core as mx
 
 from ifprune_mlx.checkpoint.raw_array import raw
+from ifprune_mlx.checkpoint.safetensors_io import load_arrays
+from ifprune_mlx.errors import IfpruneError, reason_of
 
 from .layout import DTYPE_NAMES
 
 SHARD_BYTES = 256_000_000
 _PAGE_BYTES = 1 << 14  # of Apple silicon; Linux mostly has a quarter of it
+
+
+def load_lazily(file: Path, error: type[IfpruneError], advice: str) -> dict[str, mx.array]:
+    """The tensors of a file that somebody gave, not evaluated.
+
+    Raises:
+        IfpruneError: (of the given subclass) if MLX cannot load it, with advice.
+    """
+    try:
+        return load_arrays(file)
+    except (RuntimeError, ValueError) as exc:
+        raise error(f"{file}: cannot be loaded ({reason_of(exc)}); {advice}") from None
 
 
 def write_neurons(

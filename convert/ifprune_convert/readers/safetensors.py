@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,13 @@ from ifprune_convert.skeleton import (
     check_shapes,
     listing,
     parameter_shapes,
+    sanitized,
     typed_reason,
     with_flat_rope,
 )
+from ifprune_convert.weight_files import load_lazily
 from ifprune_mlx.checkpoint.format import Quantization
-from ifprune_mlx.checkpoint.safetensors_io import load_arrays, read_safetensors_header
+from ifprune_mlx.checkpoint.safetensors_io import read_safetensors_header
 from ifprune_mlx.errors import SourceError, reason_of
 
 from .spm_tokenizer import REPLACED, write_spm_tokenizer
@@ -249,20 +251,15 @@ def _load_lazily(
     """
     weights: dict[str, mx.array] = {}
     for shard in shards:
-        try:
-            weights |= load_arrays(path / shard)
-        except (RuntimeError, ValueError) as exc:
-            raise SourceError(f"{path / shard}: cannot be loaded ({reason_of(exc)}); download it again") from None
+        weights |= load_lazily(path / shard, SourceError, "download it again")
     model = build_skeleton(path, config, len(weights))
-    sanitize: Callable[[dict[str, mx.array]], dict[str, mx.array]] | None = getattr(model, "sanitize", None)
-    if sanitize is not None:
-        try:
-            weights = sanitize(weights)
-        except Exception as exc:  # it indexes and reshapes what a complete model would have
-            raise SourceError(
-                f"{path}: mlx-lm cannot arrange the tensors of this {config['model_type']} model "
-                f"({typed_reason(exc)}); one may be missing or of a wrong shape: download the model again"
-            ) from None
+    try:
+        weights = sanitized(model, weights)
+    except Exception as exc:  # it indexes and reshapes what a complete model would have
+        raise SourceError(
+            f"{path}: mlx-lm cannot arrange the tensors of this {config['model_type']} model ({typed_reason(exc)}); "
+            "one may be missing or of a wrong shape: download the model again"
+        ) from None
     expected = parameter_shapes(model)
     packed = _packed_modules(path, config, weights)
     parts = {f"{stem}.{part}": stem for stem, packing in packed.items() for part in packing.parts}
