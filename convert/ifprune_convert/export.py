@@ -2,7 +2,7 @@
 
 One FFN at a time, into a hidden folder beside the output that is renamed once stock mlx-lm accepts what is in it. What
 is packed keeps its bytes, but for down: mlx-lm's down is `[d_model, d_ffn]`, its groups run across neurons, and so it
-is stored as floats, or quantized anew where that is asked for.
+is stored as floats, or quantized anew on request.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from ifprune_mlx.selection.selection import Ids, Selection
 from ifprune_mlx.selection.selectors import Instruction, make_selector
 
 from . import layout
+from .card import CARD, plain_card
 from .skeleton import build_skeleton, listing, parameter_shapes
 from .weight_files import Shards
 
@@ -125,7 +125,7 @@ def export_selection(
         totals = {"total_size": shards.bytes, "total_parameters": parameters}
         index = {"metadata": totals, "weight_map": dict(sorted(shards.finish().items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(_card(checkpoint, selection, out.absolute().name), encoding="utf-8")
+        (folder / CARD).write_text(plain_card(checkpoint, selection, out.absolute().name), encoding="utf-8")
         save_config(config, folder / "config.json")  # last: without it no loader takes a folder for a model
         _check_loads(checkpoint, folder)
     size = sum(file.stat().st_size for file in out.iterdir())
@@ -215,10 +215,10 @@ def _plain_config(checkpoint: Checkpoint, selection: Selection, packing: Quantiz
     for candidate in _narrower(config, specs, selection.keep):
         if _shapes(checkpoint, candidate) == wanted:
             return candidate
-    wish = "use one that keeps the same number in every FFN" if len(widths) > 1 else "it can be run by ifprune only"
+    advice = "use one that keeps the same number in every FFN" if len(widths) > 1 else "it can be run by ifprune only"
     raise SelectionError(
         f"{checkpoint.path}: the selection keeps {listing([str(k) for k in widths])} neurons, layer by layer, which no "
-        f"config of mlx-lm's {config['model_type']} can say; {wish}"
+        f"config of mlx-lm's {config['model_type']} can say; {advice}"
     )
 
 
@@ -321,32 +321,3 @@ def _check_loads(checkpoint: Checkpoint, folder: Path) -> None:
             f"{checkpoint.path}: mlx-lm cannot load what it holds ({reason_of(exc)}); its files do not "
             "belong together, convert the source again"
         ) from None
-
-
-def _card(checkpoint: Checkpoint, selection: Selection, name: str) -> str:
-    """The model card: where the model comes from, and how to run it."""
-    licence = checkpoint.manifest["licence"]
-    front = ["library_name: mlx", "pipeline_tag: text-generation", "tags: [mlx]"]
-    if licence is not None:
-        front.append(f"license: {json.dumps(licence)}")
-    kept = f"{sum(selection.keep)} of {sum(selection.widths)} neurons in {len(selection.keep)} FFNs"
-    rows = {
-        "source": checkpoint.manifest["source"],
-        "IFP checkpoint": checkpoint.id,
-        "selection": selection.hash,
-        "selector": selection.selector,
-        "density": f"{selection.density:.3f} ({kept})",
-        "parameters": f"{checkpoint.active_parameters(selection.keep):,}",
-        "written by": f"ifprune-mlx {version('ifprune-mlx')}",
-    }
-    table = [f"| {what} | {' '.join(str(value).split())} |" for what, value in rows.items()]
-    return "\n".join(
-        [
-            *("---", *front, "---", "", f"# {name}", ""),
-            "A larger model with the feed-forward neurons of one selection and no others (Instruction-Following",
-            "Pruning, [arXiv 2501.02086](https://arxiv.org/abs/2501.02086)), as a plain model for mlx-lm. It is meant",
-            "for the instructions that the selection was made for.",
-            *("", "| | |", "|---|---|", *table, ""),
-            *("```", f'mlx_lm.generate --model {name} --prompt "..."', "```", ""),
-        ]
-    )

@@ -1,6 +1,6 @@
 """Opens a dense checkpoint, whatever its format.
 
-Decides by what lies on disk which reader is asked, and refuses what none of them reads.
+What lies on disk decides which reader opens it. What none of them reads is refused.
 """
 
 from __future__ import annotations

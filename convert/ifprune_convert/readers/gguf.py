@@ -1,6 +1,6 @@
 """Reads a GGUF file: its tensors under mlx-lm's names, with the config and the tokenizer that its metadata holds.
 
-The package `gguf` supplies the dequantization and the names of tensors; what mlx-lm's model wants is asked of mlx-lm.
+The package `gguf` supplies the dequantization and the names of tensors; mlx-lm's model says which tensors it needs.
 """
 
 from __future__ import annotations
