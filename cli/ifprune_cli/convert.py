@@ -117,11 +117,9 @@ JsonOption = Annotated[bool, _output("--json", help="Print one JSON object.")]
 def with_calibrate_value(arguments: Sequence[str]) -> list[str]:
     """Give a bare `--calibrate` its value; typer has no options whose value may be left out."""
     result: list[str] = []
-    for index, argument in enumerate(arguments):
-        result.append(argument)
-        following = arguments[index + 1] if index + 1 < len(arguments) else "-"
-        if argument == "--calibrate" and following.startswith("-"):
-            result.append(SHIPPED)
+    for argument, following in zip(arguments, [*arguments[1:], "-"], strict=True):
+        bare = argument == "--calibrate" and following.startswith("-")
+        result += [argument, SHIPPED] if bare else [argument]
     return result
 
 

@@ -140,7 +140,7 @@ class Conversion:
 
 def convert(
     source: Source | str | Path,
-    out: Path,
+    out: str | Path,
     options: Options,
     report: Report = lambda stage, done, total: None,
     note: Note = lambda line: None,
@@ -154,6 +154,7 @@ def convert(
     Raises:
         IfpruneError: naming what cannot be used or written; `out` is then as it was.
     """
+    out = Path(out)
     keep_count(options.density, 64)
     calibration, order = _examples(options.calibration), _examples(options.order)
     check_output(out, options.overwrite)
