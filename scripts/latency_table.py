@@ -21,7 +21,7 @@ from typing import Any
 import mlx.core as mx
 
 from ifprune_cli.console import progress
-from ifprune_convert.contenders import Plain, make_noise, make_plain
+from ifprune_convert.bench_models import Plain, make_noise, make_plain
 from ifprune_convert.packing import quantization_of
 from ifprune_convert.synthetic import shape_of
 from ifprune_mlx.bench.benchmark import DENSE, OUR_DENSE, SLICED, STATIC, BenchConfig, bench

@@ -29,7 +29,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ifprune_convert.contenders import make_noise, make_plain
+from ifprune_convert.bench_models import make_noise, make_plain
 from ifprune_convert.embedded import ensure_embedded
 from ifprune_convert.frequency import reorder
 from ifprune_convert.packing import quantization_of

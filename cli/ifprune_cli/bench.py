@@ -50,7 +50,7 @@ class _Shape:
         """Write the checkpoint, by default in float32."""
         import mlx.core as mx
 
-        from ifprune_convert.contenders import make_noise
+        from ifprune_convert.bench_models import make_noise
         from ifprune_convert.packing import quantization_of
         from ifprune_convert.synthetic import shape_of
 
@@ -151,7 +151,7 @@ def _measure(
     checkpoint: Checkpoint, folder: Path, dtype: str | None, density: float | None, measured: _Measured
 ) -> dict[str, Any]:
     """The benchmark's result; plain models and selections are written to `folder`."""
-    from ifprune_convert.contenders import check_room, make_plain
+    from ifprune_convert.bench_models import check_room, make_plain
     from ifprune_mlx import IfpruneError
     from ifprune_mlx.bench.benchmark import BenchConfig
     from ifprune_mlx.bench.benchmark import bench as measure

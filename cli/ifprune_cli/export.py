@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import Annotated, Optional
 
 import typer
 
@@ -14,57 +15,57 @@ from .options import (
     ActiveParamsOption,
     Budget,
     DensityOption,
-    DtypeName,
     DtypeOption,
     ModelOption,
     SeedOption,
     SelectionOption,
-    SelectorName,
     SelectorOption,
     SystemPromptOption,
     TrustOption,
 )
 
-if TYPE_CHECKING:
-    from ifprune_mlx import Checkpoint, Selection
+# Options under a heading of `--help`.
+_selecting, _output = (partial(typer.Option, rich_help_panel=heading) for heading in ("Selection", "Output"))
+PromptOption = Annotated[
+    Optional[str], _selecting("--prompt", "-p", help="Select for this instruction; - reads it from stdin.")
+]
+FolderOption = Annotated[Path, _output("--mlx-path", metavar="FOLDER", help="Where to write.")]
+RequantizeOption = Annotated[
+    bool,
+    _output(
+        "--requantize-down",
+        help="Of a quantized checkpoint, pack the down projections too, which rounds them once more; "
+        "else they become floats.",
+    ),
+]
+OverwriteOption = Annotated[bool, _output("--overwrite", help="Replace an earlier export.")]
+JsonOption = Annotated[bool, _output("--json", help="Print one JSON object.")]
 
 
 def export(
-    mlx_path: Annotated[Path, typer.Option("--mlx-path", metavar="FOLDER", help="Where to write.")],
+    mlx_path: FolderOption,
     model: ModelOption = None,
     selection: SelectionOption = None,
-    prompt: Annotated[
-        Optional[str], typer.Option("--prompt", "-p", help="Select for this instruction; - reads it from stdin.")
-    ] = None,
+    prompt: PromptOption = None,
     system_prompt: SystemPromptOption = None,
     selector: SelectorOption = None,
     density: DensityOption = None,
     active_params: ActiveParamsOption = None,
-    requantize_down: Annotated[
-        bool,
-        typer.Option(
-            "--requantize-down",
-            help="Of a quantized checkpoint, pack the down projections too, which rounds them once more; "
-            "else they become floats.",
-        ),
-    ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+    requantize_down: RequantizeOption = False,
+    overwrite: OverwriteOption = False,
     seed: SeedOption = 0,
     dtype: DtypeOption = None,
     trust_remote_code: TrustOption = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json: JsonOption = False,
 ) -> None:
     """Write the neurons of one selection as a plain model, which mlx-lm runs without ifprune."""
-    check_exclusive(
-        {"--selection": selection, "--prompt": prompt},
-        {"--selection": selection, "--system-prompt": system_prompt},
-        {"--selection": selection, "--selector": selector},
-        {"--selection": selection, "--density": density, "--active-params": active_params},
-    )
+    ways = ({"--prompt": prompt}, {"--system-prompt": system_prompt}, {"--selector": selector})
+    amounts = {"--density": density, "--active-params": active_params}
+    check_exclusive(*({"--selection": selection, **way} for way in (*ways, amounts)))
     text = None if prompt is None else read_prompt(prompt)
     import mlx.core as mx
 
-    from ifprune_convert.export import check_output, export_selection
+    from ifprune_convert.export import check_output, export_selection, select_for
     from ifprune_mlx import IfpruneError, Selection
 
     check_output(mlx_path, overwrite)
@@ -73,8 +74,12 @@ def export(
         checkpoint = open_checkpoint(model)
         check_selection(checkpoint, chosen, selection)
     elif text is not None:
-        budget = Budget(density, active_params, None)
-        checkpoint, chosen = _select(model, text, system_prompt, selector, budget, seed, dtype, trust_remote_code)
+        budget = Budget(density, active_params, None).arguments()
+        loaded, tokenizer = load_model(model, dtype, trust_remote_code)
+        messages = as_messages(text, system_prompt)
+        chosen = select_for(loaded, tokenizer, text, messages, selector and selector.value, seed, **budget)
+        loaded.close()  # before anything is written
+        checkpoint = loaded.checkpoint
     else:
         raise IfpruneError("nothing says which neurons to keep; give --selection FILE or --prompt TEXT")
     with progress("export", "bytes") as update:
@@ -87,23 +92,9 @@ def export(
             overwrite=overwrite,
             report=update,
         )
-    quantization = exported.quantization
-    packing = None if quantization is None else {key: quantization[key] for key in ("group_size", "bits", "mode")}
+    packed = exported.quantization is not None
     if json:
-        result_json(
-            {
-                "path": str(exported.path),
-                "bytes": exported.bytes,
-                "seconds": exported.seconds,
-                "selection": chosen.hash,
-                "selector": chosen.selector,
-                "density": chosen.density,
-                "k": list(chosen.keep),
-                "parameters": exported.parameters,
-                "quantization": packing,
-                "down_quantized": packing is not None and requantize_down,
-            }
-        )
+        result_json(exported.to_dict() | {"down_quantized": packed and requantize_down})
         return
     print(exported.path)
     note(
@@ -111,29 +102,5 @@ def export(
         f"({chosen.selector}, density {chosen.density:.3f}), in {exported.seconds:.1f} s; "
         f"try: mlx_lm.generate --model {exported.path} --prompt ..."
     )
-    if packing is not None and not requantize_down:
+    if packed and not requantize_down:
         note("the down projections are stored as floats; --requantize-down packs them, at some loss")
-
-
-def _select(
-    model: str | None,
-    text: str,
-    system_prompt: str | None,
-    selector: SelectorName | None,
-    budget: Budget,
-    seed: int,
-    dtype: DtypeName | None,
-    trust_remote_code: bool,
-) -> tuple[Checkpoint, Selection]:
-    """What an instruction selects; the model that this took is given back before anything is written."""
-    from ifprune_mlx import Instruction, make_selector
-    from ifprune_mlx.chat_template import check_prompt, render_messages
-
-    amount = budget.arguments()
-    loaded, tokenizer = load_model(model, dtype, trust_remote_code)
-    tokens = render_messages(tokenizer, as_messages(text, system_prompt))
-    check_prompt(loaded, tokens)
-    chooser = make_selector(loaded, None if selector is None else selector.value, seed=seed)
-    chosen = chooser.select(Instruction(text, tuple(tokens)), loaded.keep(**amount)).selection
-    loaded.close()
-    return loaded.checkpoint, chosen

@@ -19,17 +19,20 @@ from ifprune_mlx.checkpoint.safetensors_io import TensorInfo
 from ifprune_mlx.errors import SourceError
 
 from . import peft
-from .adapter_checks import (
+from .fusing import (
     AGAIN,
     LARGEST_SCALE,
     OTHER,
+    LowRank,
+    Replacement,
+    Update,
     adapted_modules,
+    all_finite,
     check_numbers,
-    load_lazily,
     read_tensor_infos,
 )
-from .fusing import LowRank, Replacement, Update, all_finite
-from .wording import listing
+from .skeleton import listing
+from .weight_files import load_lazily
 
 _CONFIG, _TENSORS = "adapter_config.json", "adapters.safetensors"
 _KINDS = ("lora", "dora", "full")
@@ -100,7 +103,7 @@ def open_adapter(folder: Path, skeleton: nn.Module, shapes: Mapping[str, tuple[i
     updates: dict[str, Update] = {}
     if kind == "full":
         _check_replacements(file, tensors, shapes)
-        arrays = load_lazily(file)
+        arrays = load_lazily(file, SourceError, AGAIN)
         updates |= {name: Replacement(array) for name, array in arrays.items()}
     else:
         rank, scale = _lora_parameters(folder / _CONFIG, config)
@@ -109,7 +112,7 @@ def open_adapter(folder: Path, skeleton: nn.Module, shapes: Mapping[str, tuple[i
         if absent := [stem for stem in modules if f"{stem}.weight" not in shapes]:
             raise SourceError(f"{file}: changes {listing(absent)}, whose weights the model does not have; {OTHER}")
         _check_low_rank(file, tensors, modules, shapes, rank)
-        arrays = load_lazily(file)
+        arrays = load_lazily(file, SourceError, AGAIN)
         for stem, module in modules.items():
             first, second, magnitude = (arrays.get(f"{stem}.{leaf}") for leaf in ("lora_a", "lora_b", "m"))
             assert first is not None

@@ -1,4 +1,4 @@
-"""Measures the prior: the importance of every neuron over a set of chats, run through the dense model.
+"""The prior: the importance of every neuron, measured over chats that run through the dense model, or read from a file.
 
 Only the tokens of answers count, since answers are what a selection computes.
 """
@@ -10,25 +10,33 @@ from importlib.resources import files
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
 from ifprune_mlx.chat_template import render_messages
+from ifprune_mlx.checkpoint.neuron_layout import FLOATS
+from ifprune_mlx.checkpoint.safetensors_io import load_arrays, read_safetensors_header
 from ifprune_mlx.data.dataset import Record, read_records
 from ifprune_mlx.errors import DataError, SourceError
 from ifprune_mlx.model import Model
 from ifprune_mlx.selection.selection import Scores
 from ifprune_mlx.sparse.importance import recorded
 
+from .skeleton import listing
+
+SHIPPED = Path(str(files("ifprune_convert") / "data" / "calibration.jsonl"))
+"""The calibration set that comes with the package (its sources and licences stand in `data/README.md`)."""
+_MEASURED = "give one that was measured on this model, such as priors.safetensors of a checkpoint made from it"
 _STEP = 64
 MAX_TOKENS = 512
 """Tokens of one chat that are looked at; the rest is cut off."""
 
 
 def shipped_examples() -> list[Record]:
-    """The calibration set that ships with the package (its sources and licences stand in `data/README.md`)."""
-    return read_examples(Path(str(files("ifprune_convert") / "data" / "calibration.jsonl")))
+    """The chats of `SHIPPED`."""
+    return read_examples(SHIPPED)
 
 
 def read_examples(file: Path) -> list[Record]:
@@ -43,7 +51,7 @@ def read_examples(file: Path) -> list[Record]:
     return records
 
 
-def calibrate(
+def measure_prior(
     model: Model, tokenizer_folder: Path, examples: Sequence[Record], progress: Callable[[int, int], None]
 ) -> list[Scores]:
     """Run chats through the dense model.
@@ -84,3 +92,45 @@ def _encode(tokenizer: TokenizerWrapper, example: Record) -> tuple[list[int], in
     prompt = render_messages(tokenizer, example.messages[:-1])
     answer = list(tokenizer.encode(example.messages[-1]["content"], add_special_tokens=False))
     return (prompt + answer)[:MAX_TOKENS], len(prompt)
+
+
+def read_prior(file: Path, widths: Sequence[int]) -> tuple[list[Scores], str]:
+    """Read the tensors `prior.N` of a safetensors file; tensors `down_norm.N` may be there and are ignored.
+
+    Args:
+        widths: `d_ffn` of every FFN of the model.
+
+    Returns:
+        Per FFN, importance float32 `[d_ffn]` in the source's neuron order; and the file's own word for where it comes
+        from (`weights` or `calibrated`, the latter if it says nothing).
+
+    Raises:
+        SourceError: naming the file, if it is missing or damaged, belongs to a model of another shape, or holds
+            anything but finite numbers of 0 and above.
+    """
+    if not file.is_file():
+        raise SourceError(f"{file}: no such prior file; {_MEASURED}")
+    header = read_safetensors_header(file, SourceError)
+    expected = {f"prior.{index}": (width,) for index, width in enumerate(widths)}
+    if missing := [name for name in expected if name not in header.tensors]:
+        raise SourceError(f"{file}: lacks {listing(missing)}, and the model has {len(widths)} FFNs; {_MEASURED}")
+    found = [name for name in header.tensors if not name.startswith("down_norm.")]
+    if extra := [name for name in found if name not in expected]:
+        raise SourceError(f"{file}: holds {listing(extra)}, and the model has {len(widths)} FFNs; {_MEASURED}")
+    for name, shape in expected.items():
+        info = header.tensors[name]
+        if info.shape != shape or info.dtype not in FLOATS:
+            raise SourceError(
+                f"{file}: tensor {name} is {info.dtype} {list(info.shape)}, and the model needs F32 {list(shape)}; "
+                f"{_MEASURED}"
+            )
+    arrays = load_arrays(file)
+    prior = [np.array(arrays[name].astype(mx.float32)) for name in expected]
+    for name, values in zip(expected, prior, strict=True):
+        if not np.isfinite(values).all() or values.min() < 0:
+            raise SourceError(
+                f"{file}: tensor {name} holds NaN, infinity or negative numbers, which no importance is; "
+                "measure the prior again"
+            )
+    method = header.metadata.get("method")
+    return prior, "weights" if method == "weights" else "calibrated"

@@ -1,15 +1,17 @@
-"""The model card of an IFP checkpoint: what it is, what it was made from, under which licence, and how to run it.
+"""Model cards, of IFP checkpoints and of exported models: what it is, made from what, its licence, how to run it.
 
-The manifest does not list it: its owner may edit the card, on the hub or here, and the checkpoint stays what it is.
+A manifest does not list the card: its owner may edit the card, on the hub or here, and the checkpoint stays what it is.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from importlib.metadata import version
 from pathlib import Path
 
 from ifprune_mlx.checkpoint.format import Checkpoint
+from ifprune_mlx.selection.selection import Selection
 
 CARD = "README.md"
 _METHOD = "https://arxiv.org/abs/2501.02086"
@@ -45,20 +47,49 @@ def model_card(checkpoint: Checkpoint, name: str) -> str:
         "id": checkpoint.id,
         "written by": f"ifprune-mlx {manifest['versions']['ifprune-mlx']}",
     }
+    about = [
+        "An IFP checkpoint: a language model whose feed-forward neurons lie in rows of their own, so that",
+        f"Instruction-Following Pruning ([arXiv 2501.02086]({_METHOD})) can run each instruction on the neurons",
+        "that it needs. It holds the whole model; mlx-lm alone does not read it.",
+    ]
+    usage = [
+        *("```", "pip install ifprune-mlx", f"ifprune chat --model {name}", "```", ""),
+        *("```python", "from ifprune_mlx import Session, load", ""),
+        *(f"model, tokenizer = load({json.dumps(name)})", "session = Session(model, tokenizer)"),
+        *('print(session.ask("What is the capital of France?"))', "```", ""),
+    ]
+    return _page(name, front, about, rows, usage)
+
+
+def plain_card(checkpoint: Checkpoint, selection: Selection, name: str) -> str:
+    """The card of one selection as a plain model: where it comes from, and how to run it."""
+    licence = checkpoint.manifest["licence"]
+    front = ["library_name: mlx", "pipeline_tag: text-generation", "tags: [mlx]"]
+    if licence is not None:
+        front.append(f"license: {json.dumps(licence)}")
+    kept = f"{sum(selection.keep)} of {sum(selection.widths)} neurons in {len(selection.keep)} FFNs"
+    rows = {
+        "source": checkpoint.manifest["source"],
+        "IFP checkpoint": checkpoint.id,
+        "selection": selection.hash,
+        "selector": selection.selector,
+        "density": f"{selection.density:.3f} ({kept})",
+        "parameters": f"{checkpoint.active_parameters(selection.keep):,}",
+        "written by": f"ifprune-mlx {version('ifprune-mlx')}",
+    }
+    about = [
+        "A larger model with the feed-forward neurons of one selection and no others (Instruction-Following",
+        f"Pruning, [arXiv 2501.02086]({_METHOD})), as a plain model for mlx-lm. It is meant",
+        "for the instructions that the selection was made for.",
+    ]
+    return _page(name, front, about, rows, ["```", f'mlx_lm.generate --model {name} --prompt "..."', "```", ""])
+
+
+def _page(name: str, front: list[str], about: list[str], rows: dict[str, object], usage: list[str]) -> str:
+    """A card: front matter as the hub reads it, text, a table, and how to use the model."""
     table = [f"| {what} | {' '.join(str(value).split())} |" for what, value in rows.items()]
-    return "\n".join(
-        [
-            *("---", *front, "---", "", f"# {name}", ""),
-            "An IFP checkpoint: a language model whose feed-forward neurons lie in rows of their own, so that",
-            f"Instruction-Following Pruning ([arXiv 2501.02086]({_METHOD})) can run each instruction on the neurons",
-            "that it needs. It holds the whole model; mlx-lm alone does not read it.",
-            *("", "| | |", "|---|---|", *table, ""),
-            *("```", "pip install ifprune-mlx", f"ifprune chat --model {name}", "```", ""),
-            *("```python", "from ifprune_mlx import Session, load", ""),
-            *(f"model, tokenizer = load({json.dumps(name)})", "session = Session(model, tokenizer)"),
-            *('print(session.ask("What is the capital of France?"))', "```", ""),
-        ]
-    )
+    head = ["---", *front, "---", "", f"# {name}", ""]
+    return "\n".join([*head, *about, "", "| | |", "|---|---|", *table, "", *usage])
 
 
 def _base_model(source: str) -> str | None:

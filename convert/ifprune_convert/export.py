@@ -2,7 +2,7 @@
 
 One FFN at a time, into a hidden folder beside the output that is renamed once stock mlx-lm accepts what is in it. What
 is packed keeps its bytes, but for down: mlx-lm's down is `[d_model, d_ffn]`, its groups run across neurons, and so it
-is stored as floats, or quantized anew where that is asked for.
+is stored as floats, or quantized anew on request.
 """
 
 from __future__ import annotations
@@ -14,26 +14,29 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from mlx import nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model, save_config
 
+from ifprune_mlx.chat_template import check_prompt, render_messages
 from ifprune_mlx.checkpoint.atomic_write import check_free, new_folder
 from ifprune_mlx.checkpoint.ffn_spec import FFNSpec, join_fused
 from ifprune_mlx.checkpoint.format import SECTION, Checkpoint, Quantization
-from ifprune_mlx.checkpoint.neuron_reader import read_rows
-from ifprune_mlx.checkpoint.safetensors_io import read_safetensors_header
-from ifprune_mlx.errors import CheckpointError, IfpruneError, SelectionError
+from ifprune_mlx.checkpoint.neuron_reader import read_rows, unreadable
+from ifprune_mlx.checkpoint.safetensors_io import load_arrays, read_safetensors_header
+from ifprune_mlx.errors import CheckpointError, IfpruneError, SelectionError, reason_of
+from ifprune_mlx.model import Model
 from ifprune_mlx.selection.selection import Ids, Selection
+from ifprune_mlx.selection.selectors import Instruction, make_selector
 
 from . import layout
-from .shards import Shards
-from .skeleton import build_skeleton, parameter_shapes
-from .wording import listing
+from .card import CARD, plain_card
+from .skeleton import build_skeleton, listing, parameter_shapes
+from .weight_files import Shards
 
 Report = Callable[[int, int], None]
 """Called with (bytes of the checkpoint read, bytes to read)."""
@@ -50,6 +53,7 @@ class Export:
 
     Attributes:
         path: the folder.
+        selection: what it holds of the checkpoint.
         bytes: of all its files.
         parameters: of the plain model, however they are packed.
         quantization: of its packed layers, in mlx-lm's words; None if there are none.
@@ -57,10 +61,26 @@ class Export:
     """
 
     path: Path
+    selection: Selection
     bytes: int
     parameters: int
     quantization: dict[str, Any] | None
     seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON; `k` is the number of neurons of each FFN."""
+        chosen, packing = self.selection, self.quantization
+        return {
+            "path": str(self.path),
+            "bytes": self.bytes,
+            "seconds": self.seconds,
+            "selection": chosen.hash,
+            "selector": chosen.selector,
+            "density": chosen.density,
+            "k": list(chosen.keep),
+            "parameters": self.parameters,
+            "quantization": packing and {key: packing[key] for key in ("group_size", "bits", "mode")},
+        }
 
 
 def export_selection(
@@ -105,11 +125,28 @@ def export_selection(
         totals = {"total_size": shards.bytes, "total_parameters": parameters}
         index = {"metadata": totals, "weight_map": dict(sorted(shards.finish().items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(_card(checkpoint, selection, out.absolute().name), encoding="utf-8")
+        (folder / CARD).write_text(plain_card(checkpoint, selection, out.absolute().name), encoding="utf-8")
         save_config(config, folder / "config.json")  # last: without it no loader takes a folder for a model
         _check_loads(checkpoint, folder)
     size = sum(file.stat().st_size for file in out.iterdir())
-    return Export(out, size, parameters, config.get("quantization"), time.perf_counter() - start)
+    return Export(out, selection, size, parameters, config.get("quantization"), time.perf_counter() - start)
+
+
+def select_for(
+    model: Model,
+    tokenizer: TokenizerWrapper,
+    instruction: str,
+    messages: list[dict[str, Any]],
+    selector: str | None = None,
+    seed: int = 0,
+    **budget: Any,
+) -> Selection:
+    """What an instruction selects, which comes in `messages`; the other arguments are those of `make_selector` and
+    `Model.keep`."""
+    tokens = render_messages(tokenizer, messages)
+    check_prompt(model, tokens)
+    chooser = make_selector(model, selector, seed=seed)
+    return chooser.select(Instruction(instruction, tuple(tokens)), model.keep(**budget)).selection
 
 
 def check_output(out: Path, overwrite: bool) -> None:
@@ -178,10 +215,10 @@ def _plain_config(checkpoint: Checkpoint, selection: Selection, packing: Quantiz
     for candidate in _narrower(config, specs, selection.keep):
         if _shapes(checkpoint, candidate) == wanted:
             return candidate
-    wish = "use one that keeps the same number in every FFN" if len(widths) > 1 else "it can be run by ifprune only"
+    advice = "use one that keeps the same number in every FFN" if len(widths) > 1 else "it can be run by ifprune only"
     raise SelectionError(
         f"{checkpoint.path}: the selection keeps {listing([str(k) for k in widths])} neurons, layer by layer, which no "
-        f"config of mlx-lm's {config['model_type']} can say; {wish}"
+        f"config of mlx-lm's {config['model_type']} can say; {advice}"
     )
 
 
@@ -226,8 +263,7 @@ def _tensors(
         if not file.startswith("model-"):
             continue
         try:
-            arrays = mx.load(str(checkpoint.path / file))
-            assert isinstance(arrays, dict)
+            arrays = load_arrays(checkpoint.path / file)
             for name, info in header.tensors.items():
                 array = arrays.pop(name)
                 if dtype is not None and array.dtype in _FLOATS.values() and may_cast(name):
@@ -235,9 +271,7 @@ def _tensors(
                 mx.eval(array)
                 yield {name: array}, info.end - info.start
         except RuntimeError as exc:
-            raise CheckpointError(
-                f"{checkpoint.path / file}: cannot be read ({exc}); copy or convert the checkpoint again"
-            ) from None
+            raise unreadable(checkpoint.path / file, exc) from None
 
 
 def _ffn(
@@ -283,37 +317,7 @@ def _check_loads(checkpoint: Checkpoint, folder: Path) -> None:
     try:
         load_model(folder, lazy=True)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, OSError) as exc:
-        reason = " ".join(str(exc).split())[:300] or type(exc).__name__
         raise CheckpointError(
-            f"{checkpoint.path}: mlx-lm cannot load what it holds ({reason}); its files do not belong together, "
-            "convert the source again"
+            f"{checkpoint.path}: mlx-lm cannot load what it holds ({reason_of(exc)}); its files do not "
+            "belong together, convert the source again"
         ) from None
-
-
-def _card(checkpoint: Checkpoint, selection: Selection, name: str) -> str:
-    """The model card: where the model comes from, and how to run it."""
-    licence = checkpoint.manifest["licence"]
-    front = ["library_name: mlx", "pipeline_tag: text-generation", "tags: [mlx]"]
-    if licence is not None:
-        front.append(f"license: {json.dumps(licence)}")
-    kept = f"{sum(selection.keep)} of {sum(selection.widths)} neurons in {len(selection.keep)} FFNs"
-    rows = {
-        "source": checkpoint.manifest["source"],
-        "IFP checkpoint": checkpoint.id,
-        "selection": selection.hash,
-        "selector": selection.selector,
-        "density": f"{selection.density:.3f} ({kept})",
-        "parameters": f"{checkpoint.active_parameters(selection.keep):,}",
-        "written by": f"ifprune-mlx {version('ifprune-mlx')}",
-    }
-    table = [f"| {what} | {' '.join(str(value).split())} |" for what, value in rows.items()]
-    return "\n".join(
-        [
-            *("---", *front, "---", "", f"# {name}", ""),
-            "A larger model with the feed-forward neurons of one selection and no others (Instruction-Following",
-            "Pruning, [arXiv 2501.02086](https://arxiv.org/abs/2501.02086)), as a plain model for mlx-lm. It is meant",
-            "for the instructions that the selection was made for.",
-            *("", "| | |", "|---|---|", *table, ""),
-            *("```", f'mlx_lm.generate --model {name} --prompt "..."', "```", ""),
-        ]
-    )

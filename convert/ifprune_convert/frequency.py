@@ -1,4 +1,4 @@
-"""Puts the neurons of a checkpoint into the order of how often they are selected (DESIGN.md section 3, idea 3), and all
+"""Puts the neurons of a checkpoint into the order of how often they are selected, and all
 rows of a neuron into one record.
 
 What a switch reads from the disk then lies together.
@@ -17,13 +17,15 @@ from ifprune_mlx.chat_template import render_messages
 from ifprune_mlx.checkpoint.budget import SSD
 from ifprune_mlx.checkpoint.format import SECTION, Checkpoint
 from ifprune_mlx.checkpoint.neuron_layout import RECORDS
+from ifprune_mlx.checkpoint.safetensors_io import load_arrays
 from ifprune_mlx.data.dataset import Record
 from ifprune_mlx.errors import SourceError
 from ifprune_mlx.model import load
 from ifprune_mlx.selection.selection import Ids
 from ifprune_mlx.selection.selectors import Instruction, make_selector
 
-from .neurons import as_records, write_neurons
+from .layout import as_records
+from .weight_files import write_neurons
 
 
 def order_by_frequency(folder: Path, examples: Sequence[Record], progress: Callable[[int, int], None]) -> None:
@@ -50,8 +52,7 @@ def reorder(checkpoint: Checkpoint, orders: Sequence[Ids]) -> None:
         raise SourceError(f"{checkpoint.path}: its neurons are in order already; convert the source again")
     for index, order in enumerate(orders):
         file = checkpoint.neurons_file(index)
-        arrays = mx.load(str(file))
-        assert isinstance(arrays, dict)
+        arrays = load_arrays(file)
         down_bias = arrays.pop("down.bias", None)
         records, metadata = as_records(arrays)
         tensors = {RECORDS: mx.take(records, mx.array(order), axis=0), "order": mx.array(order)}

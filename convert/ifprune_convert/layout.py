@@ -1,4 +1,4 @@
-"""From a dense FFN's weights to neuron-major rows (DESIGN.md section 3, idea 1). Pure functions on arrays.
+"""From a dense FFN's weights to neuron-major rows. Pure functions on arrays.
 
 gate and up are `[d_ffn, d_model]` already and are interleaved; down is `[d_model, d_ffn]` and is transposed. Groups of
 a quantization run along the last axis, so each neuron's rows are packed on their own and taking some is exact.
@@ -6,14 +6,25 @@ a quantization run along the last axis, so each neuron's rows are packed on thei
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 
 import mlx.core as mx
 import numpy as np
 
 from ifprune_mlx.checkpoint.format import Quantization
+from ifprune_mlx.checkpoint.neuron_layout import PARTS, record_stride
 from ifprune_mlx.selection.selection import Scores
 
+DTYPE_NAMES = {
+    mx.float32: "F32",
+    mx.float16: "F16",
+    mx.bfloat16: "BF16",
+    mx.uint32: "U32",
+    mx.uint8: "U8",
+    mx.int32: "I32",
+}
+"""How safetensors names the element types of a neurons file."""
 _CHUNK = 4096
 
 
@@ -32,8 +43,7 @@ def packed(name: str, rows: mx.array, quantization: Quantization | None) -> dict
     if quantization is None:
         return {f"{name}.weight": rows}
     arrays = mx.quantize(rows, group_size=quantization.group_size, bits=quantization.bits, mode=quantization.mode)
-    leaves = ("weight", "scales", "biases")
-    return {f"{name}.{leaf}": array for leaf, array in zip(leaves, arrays, strict=False)}
+    return {f"{name}.{part}": array for part, array in zip(quantization.parts, arrays, strict=True)}
 
 
 def unpacked(arrays: dict[str, mx.array], quantization: Quantization, dtype: mx.Dtype | None = None) -> mx.array:
@@ -48,6 +58,29 @@ def unpacked(arrays: dict[str, mx.array], quantization: Quantization, dtype: mx.
         mode=quantization.mode,
         dtype=None if quantization.has_biases else dtype,
     )
+
+
+def as_records(tensors: Mapping[str, mx.array]) -> tuple[mx.array, dict[str, str]]:
+    """All rows of a neuron side by side.
+
+    Args:
+        tensors: by name, a row or several per neuron along axis 0.
+
+    Returns:
+        uint8 `[d_ffn, stride]`, not computed, and the metadata that describe a record.
+    """
+    parts: dict[str, dict[str, object]] = {}
+    columns, offset = [], 0
+    # Of larger elements first, so that each begins at a multiple of its own size.
+    for name in sorted(tensors, key=lambda name: (-tensors[name].dtype.size, name)):
+        array = tensors[name]
+        rows = mx.view(mx.contiguous(array).reshape(len(array), -1), mx.uint8)
+        parts[name] = {"dtype": DTYPE_NAMES[array.dtype], "shape": list(array.shape[1:]), "offset": offset}
+        columns.append(rows)
+        offset += rows.shape[1]
+    padding = record_stride(offset) - offset
+    columns.append(mx.zeros((columns[0].shape[0], padding), mx.uint8))
+    return mx.concatenate(columns, axis=1), {PARTS: json.dumps(parts)}
 
 
 def row_norms(rows: mx.array) -> Scores:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mlx import nn
@@ -57,6 +58,20 @@ def quantization_of(mode: str, group_size: int | None, bits: int | None) -> Quan
     return Quantization(group_size, bits, mode)
 
 
+def head_bits(predictor: Path | None, given: str | None, quantize: bool) -> int | None:
+    """Bits for `Options.predictor_bits` from what a user says: `8`, `4`, `none`, or nothing.
+
+    Raises:
+        SourceError: if there is no predictor to pack.
+    """
+    if predictor is None:
+        if given is not None:
+            raise SourceError(f"--predictor-bits {given} needs --predictor FOLDER as well")
+        return None
+    chosen = given or ("8" if quantize else "none")
+    return None if chosen == "none" else int(chosen)
+
+
 def plan(
     source: Source, skeleton: nn.Module, specs: Sequence[FFNSpec], wanted: Quantization | None, float_down: bool
 ) -> Packing:
@@ -102,7 +117,7 @@ def _as_mlx_lm(skeleton: nn.Module, specs: Sequence[FFNSpec], wanted: Quantizati
             continue
         verdict = True if predicate is None else predicate(path, module)
         if isinstance(verdict, dict):
-            result[path] = _from_config(verdict)
+            result[path] = from_config(verdict)
         elif verdict:
             result[path] = wanted
     return result
@@ -126,25 +141,10 @@ def _as_packed(source: PackedSource, specs: Sequence[FFNSpec], float_down: bool)
     return Packing(found.pop(), down, packed.get, section)
 
 
-def packed_modules(config: dict[str, Any], stems: Sequence[str]) -> dict[str, Quantization]:
-    """How the modules of a quantized mlx-lm model are packed, by path.
-
-    Args:
-        config: with mlx-lm's section `quantization`.
-        stems: paths of the modules that have scales.
+def from_config(entry: dict[str, Any]) -> Quantization:
+    """A quantization in the words of mlx-lm's configs.
 
     Raises:
-        ValueError: if the section does not say it in words that are known.
+        KeyError, ValueError, TypeError: if it is none that is known.
     """
-    section = config["quantization"]
-    result = {}
-    for stem in stems:
-        own = section.get(stem, section)
-        if not isinstance(own, dict) or own.get("global_scale"):
-            raise ValueError(f"quantization of {stem} is {own!r}")
-        result[stem] = _from_config(own)
-    return result
-
-
-def _from_config(entry: dict[str, Any]) -> Quantization:
     return Quantization(entry["group_size"], entry["bits"], entry.get("mode", "affine"))

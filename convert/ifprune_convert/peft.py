@@ -21,17 +21,20 @@ from mlx import nn
 from ifprune_mlx.checkpoint.safetensors_io import TensorInfo
 from ifprune_mlx.errors import SourceError
 
-from .adapter_checks import (
+from .fusing import (
     AGAIN,
     LARGEST_SCALE,
     OTHER,
+    LowRank,
+    Offset,
+    Replacement,
+    Update,
     adapted_modules,
     check_numbers,
-    load_lazily,
     read_tensor_infos,
 )
-from .fusing import LowRank, Offset, Replacement, Update
-from .wording import listing
+from .skeleton import listing
+from .weight_files import load_lazily
 
 _CONFIG, _TENSORS, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."
@@ -118,7 +121,7 @@ def read_updates(
                 f"{list(shapes[ours])}; {OTHER}"
             )
     check_numbers(file)
-    updates = _updates(modules, load_lazily(file), settings)
+    updates = _updates(modules, load_lazily(file, SourceError, AGAIN), settings)
     return {ours: updates[name] for name, ours in kept.items()}
 
 
@@ -129,9 +132,9 @@ class _Settings:
     file: Path
     rank: int
     alpha: float
-    by_root: bool
     rank_pattern: dict[str, Any]
     alpha_pattern: dict[str, Any]
+    by_root: bool
     dora: bool
     biased: bool
 
@@ -141,10 +144,8 @@ class _Settings:
 
     def scale_of(self, stem: str) -> float:
         """What `lora_B @ lora_A` is multiplied by there."""
-        rank = self.rank_of(stem)
-        return float(self._by_pattern(self.alpha_pattern, stem, self.alpha)) / (
-            math.sqrt(rank) if self.by_root else rank
-        )
+        rank, alpha = self.rank_of(stem), float(self._by_pattern(self.alpha_pattern, stem, self.alpha))
+        return alpha / (math.sqrt(rank) if self.by_root else rank)
 
     def _by_pattern(self, patterns: dict[str, Any], stem: str, default: float) -> Any:
         try:
@@ -181,16 +182,8 @@ def _read_settings(folder: Path, config: Mapping[str, Any]) -> _Settings:
             raise SourceError(f"{file}: has a lora_alpha (or one in alpha_pattern) that is no finite number; {AGAIN}")
     assert isinstance(rank, int)
     assert isinstance(alpha, int | float)
-    return _Settings(
-        file,
-        rank,
-        alpha,
-        bool(config.get("use_rslora")),
-        patterns["rank_pattern"],
-        patterns["alpha_pattern"],
-        bool(config.get("use_dora")),
-        bool(config.get("lora_bias")),
-    )
+    switches = (bool(config.get(key)) for key in ("use_rslora", "use_dora", "lora_bias"))
+    return _Settings(file, rank, alpha, patterns["rank_pattern"], patterns["alpha_pattern"], *switches)
 
 
 def _by_module(file: Path, infos: Mapping[str, TensorInfo]) -> dict[str, dict[str, str]]:
@@ -317,7 +310,7 @@ def _check_tied(
         if ours not in embeddings or any(shapes[other] == shapes[ours] for other in outside if other != ours):
             continue
         # Arrays of its own, which are evaluated and then forgotten.
-        updates = _updates(modules, load_lazily(file), settings)
+        updates = _updates(modules, load_lazily(file, SourceError, AGAIN), settings)
         alike = [other for other in dropped if _equal(updates[name], updates[other])]
         if not alike:
             raise SourceError(

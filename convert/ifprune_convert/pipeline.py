@@ -10,9 +10,10 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import mlx.core as mx
 import numpy as np
@@ -33,31 +34,35 @@ from ifprune_mlx.checkpoint.format import (
 )
 from ifprune_mlx.checkpoint.hub import hub_name
 from ifprune_mlx.data.dataset import Record
-from ifprune_mlx.errors import IfpruneError, SourceError
+from ifprune_mlx.errors import IfpruneError, SourceError, reason_of
 from ifprune_mlx.model import load_checkpoint
 from ifprune_mlx.selection.selection import Scores
 from ifprune_mlx.sparse.ffn_detection import find_ffns
 
 from . import layout
 from .adapter import Adapter, open_adapter
-from .calibrate import calibrate
+from .calibrate import measure_prior, read_examples, read_prior
 from .card import write_card
 from .frequency import order_by_frequency
-from .neurons import write_neurons
 from .packing import Packing, plan
 from .predictor import open_predictor
-from .prior import read_prior
-from .shards import Shards
+from .readers import open_source
+from .readers.hub import locate_source
 from .skeleton import build_skeleton
 from .source import PackedSource, Source
+from .upload import check_upload, upload
+from .weight_files import Shards, write_neurons
 
 Report = Callable[[str, int, int], None]
-"""Called with (stage, done, total): stage `convert` counts bytes of the source, `calibrate` tokens, `order` chats."""
+"""Called with (stage, done, total): stage `download` counts bytes, `convert` weights of the source, `calibrate` tokens,
+`order` chats."""
+Note = Callable[[str], None]
+"""Called with a line for the user."""
 
-DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 # The lowest of 0.7, 0.8, 0.85 and 0.9 at which the training-free selector stayed fluent on SmolLM2 (docs/log.md).
 DEFAULT_DENSITY = 0.9
 _FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+_SLOW_WEIGHTS = 50_000_000
 
 
 @dataclass(frozen=True)
@@ -73,11 +78,14 @@ class Options:
         adapter: folder of an adapter, of mlx-lm or PEFT, to fuse into the weights.
         predictor: folder of a trained sparsity predictor to put in, ours or one in the layout of the authors' code.
         predictor_bits: bits to pack its head's second layer with, 8 or 4; None leaves it as it is.
-        calibration: chats to measure the prior on; None takes it from the weights, unless `prior` is given.
+        calibration: chats, or their file, to measure the prior on; None takes it from the weights, or from `prior`.
         prior: ready importance per FFN, float32 `[d_ffn]` each, or the safetensors file that holds it.
-        order: chats by whose selections to put the neurons in order of frequency, for residency `ssd`; None keeps the
-            source's order.
+        order: chats, or their file, by whose selections to put the neurons in order of frequency, for residency `ssd`;
+            None keeps the source's order.
         overwrite: replace an existing output folder.
+        revision: branch, tag or commit of a source on the hub; None is its main branch.
+        trust_remote_code: changes only the words with which a source that needs its own Python code is refused.
+        upload_repo: new or empty repository of the hub, `OWNER/NAME`, to upload the checkpoint to.
     """
 
     quantization: Quantization | None = None
@@ -87,96 +95,178 @@ class Options:
     adapter: Path | None = None
     predictor: Path | None = None
     predictor_bits: int | None = None
-    calibration: list[Record] | None = None
+    calibration: list[Record] | Path | None = None
     prior: list[Scores] | Path | None = None
-    order: list[Record] | None = None
+    order: list[Record] | Path | None = None
     overwrite: bool = False
+    revision: str | None = None
+    trust_remote_code: bool = False
+    upload_repo: str | None = None
+
+    @property
+    def bits(self) -> float | None:
+        """Bits that a weight takes once converted, group scales and biases included; None if it stays as it is."""
+        if self.quantization is not None:
+            scales = 32 if self.quantization.has_biases else 8
+            return self.quantization.bits + scales / self.quantization.group_size
+        return None if self.dtype is None else 8.0 * self.dtype.size
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What came out."""
+    """What came out.
+
+    Attributes:
+        seconds: of converting, without what was downloaded or uploaded.
+        page: where the checkpoint was uploaded to.
+    """
 
     checkpoint: Checkpoint
     seconds: float
+    page: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        quantization = self.checkpoint.layout.gate_up or self.checkpoint.layout.down
+        return {
+            "path": str(self.checkpoint.path),
+            "bytes": self.checkpoint.disk_bytes,
+            "seconds": self.seconds,
+            "ffns": len(self.checkpoint.layout.ffns),
+            "parameters": self.checkpoint.parameters,
+            "quantization": None if quantization is None else quantization.to_dict(),
+        } | ({} if self.page is None else {"uploaded": self.page})
 
 
-def convert(source: Source, out: Path, options: Options, report: Report | None = None) -> Conversion:
+def convert(
+    source: Source | str | Path,
+    out: str | Path,
+    options: Options,
+    report: Report = lambda stage, done, total: None,
+    note: Note = lambda line: None,
+) -> Conversion:
     """Write the IFP checkpoint `out`.
+
+    Args:
+        source: an opened source; or a GGUF file, a folder of safetensors or a model of the hub (`ORG/NAME`, or
+            `ORG/NAME:FILE.gguf`), which is downloaded first.
 
     Raises:
         IfpruneError: naming what cannot be used or written; `out` is then as it was.
     """
-    start = time.perf_counter()
-    report = report or (lambda *_: None)
+    out = Path(out)
     keep_count(options.density, 64)
+    calibration, order = _examples(options.calibration), _examples(options.order)
     check_output(out, options.overwrite)
+    if options.upload_repo is not None:
+        check_upload(options.upload_repo)
+    if isinstance(source, str | Path):
+        path = locate_source(
+            str(source),
+            options.revision,
+            out=out,
+            bits=options.bits,
+            trust_remote_code=options.trust_remote_code,
+            progress=partial(report, "download"),
+        )
+        source = open_source(path, trust_remote_code=options.trust_remote_code)
+    _advise(source, options, note)
+    start = time.perf_counter()
     skeleton = build_skeleton(source.path, source.config, len(source.shapes))
     specs = find_ffns(skeleton, str(source.config["model_type"]))
+    widths = [spec.d_ffn for spec in specs]
     packing = plan(source, skeleton, specs, options.quantization, options.float_down)
-    predictor = None
+    write_predictor = None
     if options.predictor is not None:
-        predictor = open_predictor(options.predictor, [spec.d_ffn for spec in specs], options.predictor_bits)
-    prior, method = _ready_prior(source, options, specs)
+        write_predictor = open_predictor(options.predictor, widths, options.predictor_bits)
+    prior, method = _ready_prior(options.prior, widths)
     adapter = None if options.adapter is None else open_adapter(options.adapter, skeleton, source.shapes)
     with new_folder(out, overwrite=options.overwrite, error=SourceError) as folder:
         # Quick, and can fail: before the long work.
         _write_config(folder, source, options, specs, packing)
         _write_tokenizer(folder, source)
-        if predictor is not None:
-            predictor.write(folder / "predictor")
-            del predictor  # its head can be as large as an FFN, and would stay in memory
+        if write_predictor is not None:
+            write_predictor(folder / "predictor")
+            del write_predictor  # its head can be as large as an FFN, and would stay in memory
         writer = _Writer(source, skeleton, adapter, folder, options, packing, report)
-        priors = [writer.write_ffn(index, spec, len(specs)) for index, spec in enumerate(specs)]
+        norms = [writer.write_ffn(index, spec, len(specs)) for index, spec in enumerate(specs)]
         writer.write_rest()
-        weights_prior = [importance for importance, _ in priors]
-        down_norms = [norms for _, norms in priors]
-        _write_priors(folder, prior or weights_prior, down_norms, method)
-        described = source.path.name
-        if (repository := hub_name(source.path)) is not None:
-            described = repository if source.path.is_dir() else f"{repository} {described}"
-        if options.adapter is not None:
-            described += f" + adapter {options.adapter.absolute().name}"
-        write_manifest(folder, source=described, licence=source.licence)
-        if options.calibration is not None:
+        down_norms = [down for _, down in norms]
+        _write_priors(folder, prior or [product for product, _ in norms], down_norms, method)
+        finish = partial(write_manifest, folder, source=_origin(source, options), licence=source.licence)
+        # What needs a checkpoint that opens gets one before its files are final, and hashed.
+        if calibration is not None:
+            finish(hashed=False)
             model = load_checkpoint(Checkpoint.open(folder))
-            measured = calibrate(
-                model, folder, options.calibration, lambda done, total: report("calibrate", done, total)
-            )
+            prior = measure_prior(model, folder, calibration, partial(report, "calibrate"))
             model.close()
-            _write_priors(folder, measured, down_norms, "calibrated")
-            write_manifest(folder, source=described, licence=source.licence)
-        if options.order is not None:
-            order_by_frequency(folder, options.order, lambda done, total: report("order", done, total))
-            write_manifest(folder, source=described, licence=source.licence)
+            _write_priors(folder, prior, down_norms, "calibrated")
+        if order is not None:
+            finish(hashed=False)
+            order_by_frequency(folder, order, partial(report, "order"))
+        finish()
         write_card(Checkpoint.open(folder), out.absolute().name)
-    return Conversion(Checkpoint.open(out), time.perf_counter() - start)
+    checkpoint, seconds = Checkpoint.open(out), time.perf_counter() - start
+    if options.upload_repo is None:
+        return Conversion(checkpoint, seconds)
+    note(f"uploading {checkpoint.path} ({checkpoint.disk_bytes / 1e6:.0f} MB) to {options.upload_repo}")
+    return Conversion(checkpoint, seconds, upload(checkpoint, options.upload_repo))
 
 
+def _examples(given: list[Record] | Path | None) -> list[Record] | None:
+    return read_examples(given) if isinstance(given, Path) else given
+
+
+def _ready_prior(prior: list[Scores] | Path | None, widths: list[int]) -> tuple[list[Scores] | None, str]:
+    """The prior that was given, if one was, and where the checkpoint's comes from; calibration changes both later."""
+    if isinstance(prior, Path):
+        return read_prior(prior, widths)
+    if prior is not None and [len(values) for values in prior] != widths:
+        raise SourceError("the ready prior was measured on a model of another shape")
+    return prior, "weights" if prior is None else "calibrated"
+
+
+def _advise(source: Source, options: Options, note: Note) -> None:
+    """Say what another conversion of the source would do better."""
+    if options.calibration is None and options.prior is None and options.predictor is None:
+        note(
+            "without --calibrate, which neurons matter is guessed from the weights, and for some families (Gemma 3) "
+            "that is no better than chance"
+        )
+    full = options.quantization is None and options.dtype is not None and options.dtype == mx.float32
+    slow = mx.default_device() == mx.cpu and not full
+    weights = sum(math.prod(shape) for shape in source.shapes.values())
+    if options.calibration is not None and slow and weights > _SLOW_WEIGHTS:
+        note("calibrating on a CPU is slow at half precision and quantized; --dtype float32 without -q is quicker")
+
+
+def _origin(source: Source, options: Options) -> str:
+    """What a manifest says of where a checkpoint comes from."""
+    origin = source.path.name
+    if (repository := hub_name(source.path)) is not None:
+        origin = repository if source.path.is_dir() else f"{repository} {origin}"
+    return origin if options.adapter is None else f"{origin} + adapter {options.adapter.absolute().name}"
+
+
+@dataclass
 class _Writer:
     """Moves tensors from the source into the new folder and keeps count."""
 
-    def __init__(
-        self,
-        source: Source,
-        skeleton: nn.Module,
-        adapter: Adapter | None,
-        folder: Path,
-        options: Options,
-        packing: Packing,
-        report: Report,
-    ) -> None:
-        self._source = source
-        self._adapter = adapter
-        self._folder = folder
-        self._options = options
-        self._packing = packing
-        self._report = report
+    source: Source
+    skeleton: nn.Module
+    adapter: Adapter | None
+    folder: Path
+    options: Options
+    packing: Packing
+    report: Report
+    remaining: dict[str, tuple[int, ...]] = field(init=False)
+    done: int = 0
+
+    def __post_init__(self) -> None:
         # Some of a model's own arrays, such as the bias of a router, are to keep their type.
-        self._may_cast: Callable[[str], bool] = getattr(skeleton, "cast_predicate", lambda _: True)
-        self._remaining = dict(source.shapes)
-        self._total = sum(math.prod(shape) for shape in self._remaining.values())
-        self._done = 0
+        self.may_cast: Callable[[str], bool] = getattr(self.skeleton, "cast_predicate", lambda _: True)
+        self.remaining = dict(self.source.shapes)
+        self.total = sum(math.prod(shape) for shape in self.remaining.values())
 
     def write_ffn(self, index: int, spec: FFNSpec, count: int) -> tuple[Scores, Scores]:
         """Write one neurons file.
@@ -192,29 +282,29 @@ class _Writer:
         del gate, up
         if not np.isfinite(prior).all():
             self._refuse_weights(spec)
-        tensors |= layout.packed("down", down, self._packing.down)
+        tensors |= layout.packed("down", down, self.packing.down)
         del down
         if spec.bias:
             names = [f"{spec.path}.{leaf}.bias" for leaf in spec.leaves if leaf != spec.down]
             tensors["gate_up.bias"] = layout.gate_up_rows(*_apart(spec, [self._take(name) for name in names]))
         if spec.down_bias:
             tensors["down.bias"] = self._take(f"{spec.path}.{spec.down}.bias")
-        write_neurons(self._folder / neurons_file(index, count), tensors)
+        write_neurons(self.folder / neurons_file(index, count), tensors)
         del tensors
         mx.clear_cache()
         return prior, norms
 
     def write_rest(self) -> None:
         """Write everything but the sliced FFNs, in shards."""
-        shards = Shards(self._folder)
-        for name in list(self._remaining):
+        shards = Shards(self.folder)
+        for name in list(self.remaining):
             stem, _, leaf = name.rpartition(".")
             if leaf == "weight" and self._kept_packed(stem):
                 arrays = self._take_packed(stem)
                 tensors = {f"{stem}.{part}": array for part, array in arrays.items()}
                 del arrays
             elif leaf == "weight":
-                tensors = layout.packed(stem, self._take(name), self._packing.other(stem))
+                tensors = layout.packed(stem, self._take(name), self.packing.other(stem))
             else:
                 tensors = {name: self._take(name)}
             shards.add(tensors)
@@ -223,7 +313,7 @@ class _Writer:
 
     def _gate_up(self, spec: FFNSpec) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
         """Rows of gate and up as floats, and the tensors that hold them in the file."""
-        quantization = self._packing.gate_up
+        quantization = self.packing.gate_up
         stems = [f"{spec.path}.{leaf}" for leaf in spec.leaves if leaf != spec.down]
         if quantization is not None and all(self._kept_packed(stem) for stem in stems):
             both = [self._take_packed(stem) for stem in stems]
@@ -235,14 +325,14 @@ class _Writer:
 
     def _kept_packed(self, path: str) -> bool:
         """Whether the bytes of a module's weight stay as they are."""
-        source = self._source
-        changed = self._adapter is not None and f"{path}.weight" in self._adapter
+        source = self.source
+        changed = self.adapter is not None and f"{path}.weight" in self.adapter
         return isinstance(source, PackedSource) and path in source.packed and not changed
 
     def _take_packed(self, path: str) -> dict[str, mx.array]:
-        assert isinstance(self._source, PackedSource)
-        arrays = self._source.take_packed(path)
-        dtype = self._options.dtype
+        assert isinstance(self.source, PackedSource)
+        arrays = self.source.take_packed(path)
+        dtype = self.options.dtype
         if dtype is not None:
             arrays = {part: array.astype(dtype) if array.dtype in _FLOATS else array for part, array in arrays.items()}
             mx.eval(arrays)
@@ -250,19 +340,19 @@ class _Writer:
         return arrays
 
     def _refuse_weights(self, spec: FFNSpec) -> NoReturn:
-        what = f"{self._source.path}: the weights of {spec.path} contain NaN or infinity"
-        if self._options.dtype is not None:
-            name = str(self._options.dtype).removeprefix("mlx.core.")
+        what = f"{self.source.path}: the weights of {spec.path} contain NaN or infinity"
+        if self.options.dtype is not None:
+            name = str(self.options.dtype).removeprefix("mlx.core.")
             raise SourceError(f"{what} as {name}; choose another --dtype, or get the weights again")
         raise SourceError(f"{what}; get them again")
 
     def _take(self, name: str) -> mx.array:
-        array = self._source.take(name)
-        dtype = self._options.dtype if self._may_cast(name) else None
-        if dtype is None and self._source.dequantizes and array.dtype == mx.float32:
+        array = self.source.take(name)
+        dtype = self.options.dtype if self.may_cast(name) else None
+        if dtype is None and self.source.dequantizes and array.dtype == mx.float32:
             dtype = mx.float16
-        if self._adapter is not None and name in self._adapter:
-            array = self._adapter.fuse(name, array, dtype or array.dtype)
+        if self.adapter is not None and name in self.adapter:
+            array = self.adapter.fuse(name, array, dtype or array.dtype)
         elif dtype is not None and array.dtype in _FLOATS:
             array = array.astype(dtype)
         mx.eval(array)
@@ -270,8 +360,8 @@ class _Writer:
         return array
 
     def _count(self, name: str) -> None:
-        self._done += math.prod(self._remaining.pop(name))
-        self._report("convert", self._done, self._total)
+        self.done += math.prod(self.remaining.pop(name))
+        self.report("convert", self.done, self.total)
 
 
 def _apart(spec: FFNSpec, arrays: list[mx.array]) -> tuple[mx.array, mx.array]:
@@ -294,18 +384,6 @@ def check_output(out: Path, overwrite: bool) -> None:
         )
 
 
-def _ready_prior(source: Source, options: Options, specs: list[FFNSpec]) -> tuple[list[Scores] | None, str]:
-    """The prior that was given, if one was, and where the checkpoint's comes from; calibration changes both later."""
-    widths = [spec.d_ffn for spec in specs]
-    if options.prior is None:
-        return None, "weights"
-    if isinstance(options.prior, Path):
-        return read_prior(options.prior, widths)
-    if [len(values) for values in options.prior] != widths:
-        raise SourceError(f"{source.path}: the ready prior was measured on a model of another shape")
-    return options.prior, "calibrated"
-
-
 def _write_config(folder: Path, source: Source, options: Options, specs: list[FFNSpec], packing: Packing) -> None:
     config = {name: value for name, value in source.config.items() if not name.startswith("quantization")}
     if packing.section is not None:
@@ -321,9 +399,8 @@ def _write_tokenizer(folder: Path, source: Source) -> None:
     try:
         load_tokenizer(folder, {"trust_remote_code": False})
     except Exception as exc:  # transformers raises whatever its parsers do
-        reason = " ".join(str(exc).split())[:200]
         raise SourceError(
-            f"{source.path}: its tokenizer cannot be loaded ({reason}); download the tokenizer files again"
+            f"{source.path}: its tokenizer cannot be loaded ({reason_of(exc)}); download the tokenizer files again"
         ) from None
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,116 +19,35 @@ import mlx.core as mx
 
 from ifprune_mlx.checkpoint.format import read_json_object, refuse_custom_code
 from ifprune_mlx.checkpoint.hub import PICKLES
+from ifprune_mlx.checkpoint.neuron_layout import FLOATS
 from ifprune_mlx.checkpoint.safetensors_io import read_safetensors_header
-from ifprune_mlx.errors import PredictorError, SourceError
+from ifprune_mlx.errors import PredictorError, SourceError, reason_of
 from ifprune_mlx.selection.predictor import Head, SparsityPredictor
 
 from .fusing import all_finite
-from .rope import with_flat_rope
-from .shards import Shards
-from .skeleton import build_skeleton, check_shapes, parameter_shapes
-from .wording import first_line, listing, reason
+from .skeleton import build_skeleton, check_shapes, listing, parameter_shapes, sanitized, typed_reason, with_flat_rope
+from .weight_files import Shards, load_lazily
 
+Writer = Callable[[Path], None]
 _HEAD = "head.safetensors"
 _BACKBONE = "feature_extractor."
 _HEADS = ("prediction_head1.weight", "prediction_head1.bias", "prediction_head2.weight", "prediction_head2.bias")
 _OUTPUT = "lm_head.weight"
 _TEXTS = {".json", ".jinja", ".model", ".txt"}
-_FLOATS = ("F32", "F16", "BF16")
 _SAVE = "save it again with safetensors.torch.save_file"
 
 
-@dataclass(frozen=True)
-class ReadyPredictor:
-    """A folder of our own layout.
-
-    Attributes:
-        bits: pack the head's second layer with so many; None leaves it as it is.
-    """
-
-    folder: Path
-    bits: int | None = None
-
-    def write(self, target: Path) -> None:
-        """Copy it to the new folder `target`, where its head is then packed.
-
-        Raises:
-            PredictorError: if a file is damaged.
-        """
-        target.mkdir()
-        for file in sorted(self.folder.iterdir()):
-            if file.is_file() and file.suffix in _TEXTS | {".safetensors"}:
-                shutil.copyfile(file, target / file.name)
-                if file.suffix == ".safetensors":
-                    read_safetensors_header(target / file.name, PredictorError)
-        head = Head.load(target / _HEAD)
-        if self.bits is not None:
-            head.quantized(self.bits).save(target / _HEAD)
-
-
-@dataclass(frozen=True)
-class TorchPredictor:
-    """A folder of the authors' layout.
-
-    Attributes:
-        config: the backbone's, as it is to be written.
-        backbone: its tensors by mlx-lm's names, not evaluated.
-        head: its arrays not evaluated.
-        bits: pack its second layer with so many; None leaves it as it is.
-    """
-
-    folder: Path
-    config: dict[str, Any]
-    backbone: dict[str, mx.array]
-    head: Head
-    bits: int | None = None
-
-    def write(self, target: Path) -> None:
-        """Write it to the new folder `target` in our own layout; can be done once.
-
-        Raises:
-            PredictorError: if a tensor holds NaN or infinity, or the tokenizer cannot be used.
-        """
-        target.mkdir()
-        for file in sorted(self.folder.iterdir()):
-            if file.is_file() and file.suffix in _TEXTS and not file.name.endswith(".safetensors.index.json"):
-                shutil.copyfile(file, target / file.name)
-        (target / "config.json").write_text(json.dumps(self.config, indent=1) + "\n", encoding="utf-8")
-        shards = Shards(target)
-        for name in list(self.backbone):
-            # A view into a larger tensor (a fused matrix that `sanitize` split) would keep all of it in memory.
-            array = mx.contiguous(self.backbone.pop(name))
-            self._check_numbers(name, array)
-            shards.add({name: array})
-            del array
-        shards.finish()
-        head = (self.head.first, self.head.first_bias, self.head.second, self.head.second_bias)
-        for name, given in zip(_HEADS, head, strict=True):
-            if given is not None:
-                self._check_numbers(name, given)
-        (self.head if self.bits is None else self.head.quantized(self.bits)).save(target / _HEAD)
-        try:
-            SparsityPredictor.load(target)
-        except PredictorError as exc:
-            # What cannot be loaded there is what was given here.
-            raise PredictorError(str(exc).replace(str(target), str(self.folder))) from None
-
-    def _check_numbers(self, name: str, array: mx.array) -> None:
-        try:
-            finite = all_finite(array)
-        except RuntimeError as exc:
-            raise PredictorError(f"{self.folder}: tensor {name} cannot be read ({first_line(exc)})") from None
-        if not finite:
-            raise PredictorError(f"{self.folder}: tensor {name} contains NaN or infinity; train or save it again")
-
-
-def open_predictor(folder: Path, widths: Sequence[int], bits: int | None = None) -> ReadyPredictor | TorchPredictor:
+def open_predictor(folder: Path, widths: Sequence[int], bits: int | None = None) -> Writer:
     """Open a predictor folder of either layout, checked as a whole.
 
     Args:
         widths: `d_ffn` of every FFN of the model that it is to select for.
         bits: pack the head's second layer with 8 or 4; None leaves it as it is. Fewer bits change which
             neurons are selected at the border of the best *k*.
+
+    Returns:
+        What writes it in our own layout to a folder, which it makes. It is to be called once, and raises PredictorError
+        for numbers that are none and a tokenizer that cannot be used.
 
     Raises:
         PredictorError: naming the file, if something is missing, damaged, or belongs to another model.
@@ -141,7 +60,7 @@ def open_predictor(folder: Path, widths: Sequence[int], bits: int | None = None)
             SparsityPredictor.load(folder)
         head.check_widths(widths, folder)
         _check_bits(head, bits, folder)
-        return ReadyPredictor(folder, bits)
+        return partial(_write_ready, folder, bits)
     names = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
     files = [folder / name for name in names if name.endswith(".safetensors")]
     if not files:
@@ -156,6 +75,61 @@ def open_predictor(folder: Path, widths: Sequence[int], bits: int | None = None)
     return _open_torch(folder, files, widths, bits)
 
 
+def _write_ready(folder: Path, bits: int | None, target: Path) -> None:
+    """Copy a folder of our own layout, and pack its head there."""
+    target.mkdir()
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.suffix in _TEXTS | {".safetensors"}:
+            shutil.copyfile(file, target / file.name)
+            if file.suffix == ".safetensors":
+                read_safetensors_header(target / file.name, PredictorError)
+    head = Head.load(target / _HEAD)
+    if bits is not None:
+        head.quantized(bits).save(target / _HEAD)
+
+
+def _write_torch(
+    folder: Path, config: dict[str, Any], backbone: dict[str, mx.array], head: Head, bits: int | None, target: Path
+) -> None:
+    """Write a folder of the authors' layout in our own.
+
+    Args:
+        config: the backbone's, as it is to be written.
+        backbone: its tensors by mlx-lm's names, not evaluated; is empty afterwards.
+    """
+    target.mkdir()
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.suffix in _TEXTS and not file.name.endswith(".safetensors.index.json"):
+            shutil.copyfile(file, target / file.name)
+    (target / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    shards = Shards(target)
+    for name in list(backbone):
+        # A view into a larger tensor (a fused matrix that `sanitize` split) would keep all of it in memory.
+        array = mx.contiguous(backbone.pop(name))
+        _check_numbers(folder, name, array)
+        shards.add({name: array})
+        del array
+    shards.finish()
+    for name, given in zip(_HEADS, (head.first, head.first_bias, head.second, head.second_bias), strict=True):
+        if given is not None:
+            _check_numbers(folder, name, given)
+    (head if bits is None else head.quantized(bits)).save(target / _HEAD)
+    try:
+        SparsityPredictor.load(target)
+    except PredictorError as exc:
+        # What cannot be loaded there is what was given here.
+        raise PredictorError(str(exc).replace(str(target), str(folder))) from None
+
+
+def _check_numbers(folder: Path, name: str, array: mx.array) -> None:
+    try:
+        finite = all_finite(array)
+    except RuntimeError as exc:
+        raise PredictorError(f"{folder}: tensor {name} cannot be read ({reason_of(exc)})") from None
+    if not finite:
+        raise PredictorError(f"{folder}: tensor {name} contains NaN or infinity; train or save it again")
+
+
 def _check_bits(head: Head, bits: int | None, folder: Path) -> None:
     """Raise PredictorError if the head cannot be packed so, before the long work of a conversion."""
     try:
@@ -165,7 +139,7 @@ def _check_bits(head: Head, bits: int | None, folder: Path) -> None:
         raise PredictorError(f"{folder}: {exc}; give --predictor-bits none") from None
 
 
-def _open_torch(folder: Path, files: list[Path], widths: Sequence[int], bits: int | None) -> TorchPredictor:
+def _open_torch(folder: Path, files: list[Path], widths: Sequence[int], bits: int | None) -> Writer:
     tensors = _load_lazily(folder, files)
     backbone = {name.removeprefix(_BACKBONE): tensors.pop(name) for name in list(tensors) if name.startswith(_BACKBONE)}
     if missing := [name for name in (_HEADS[0], _HEADS[2]) if name not in tensors]:
@@ -204,7 +178,7 @@ def _open_torch(folder: Path, files: list[Path], widths: Sequence[int], bits: in
     except SourceError as exc:
         raise PredictorError(str(exc)) from None
     _check_bits(head, bits, folder)
-    return TorchPredictor(folder, config, arranged, head, bits)
+    return partial(_write_torch, folder, config, arranged, head, bits)
 
 
 def _load_lazily(folder: Path, files: list[Path]) -> dict[str, mx.array]:
@@ -214,16 +188,11 @@ def _load_lazily(folder: Path, files: list[Path]) -> dict[str, mx.array]:
         for name, info in infos.items():
             if name in tensors:
                 raise PredictorError(f"{folder}: tensor {name} is in two files; remove the stale one")
-            if info.dtype not in _FLOATS:
+            if info.dtype not in FLOATS:
                 raise PredictorError(
                     f"{file}: tensor {name} has type {info.dtype}; save it in float32, float16 or bfloat16"
                 )
-        try:
-            loaded = mx.load(str(file))
-        except (RuntimeError, ValueError) as exc:
-            raise PredictorError(f"{file}: cannot be loaded ({first_line(exc)}); {_SAVE}") from None
-        assert isinstance(loaded, dict)
-        tensors |= loaded
+        tensors |= load_lazily(file, PredictorError, _SAVE)
     return tensors
 
 
@@ -244,11 +213,10 @@ def _arrange(folder: Path, config: dict[str, Any], tensors: dict[str, mx.array])
             # New arrays each time: some families multiply theirs in place.
             kept = {name: mx.contiguous(array) for name, array in tensors.items() if name != dropped}
             given = {name if name == _OUTPUT else prefix + name: array for name, array in kept.items()}
-            sanitize: Callable[[dict[str, mx.array]], dict[str, mx.array]] | None = getattr(model, "sanitize", None)
             try:
-                arranged = given if sanitize is None else sanitize(given)
+                arranged = sanitized(model, given)
             except Exception as exc:  # it indexes and reshapes what a complete model would have
-                failure = failure or reason(exc)
+                failure = failure or typed_reason(exc)
                 continue
             expected = parameter_shapes(model)
             fits = len(expected.keys() & arranged.keys())

@@ -1,19 +1,26 @@
-"""mlx-lm's own model of a config, its parameters never evaluated: what a source must hold, at no memory."""
+"""mlx-lm's own model of a config, its parameters never evaluated: what a source must hold, at no memory.
+
+Rotary settings are put where that model looks for them: transformers 5 writes them as `rope_parameters`, earlier ones
+flat, and a class that does not know `rope_parameters` ignores it without a word and turns by its own default.
+"""
 
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 
-from ifprune_mlx.errors import SourceError
+from ifprune_mlx.errors import SourceError, reason_of
 
-from .wording import listing, reason
+_FLAT = ("rope_theta", "partial_rotary_factor")
+_BY_LAYER = {"full_attention", "sliding_attention"}
 
 
 def build_skeleton(path: Path, config: dict[str, Any], tensor_count: int) -> Module:
@@ -53,7 +60,7 @@ def build_skeleton(path: Path, config: dict[str, Any], tensor_count: int) -> Mod
         model = model_class(args_class.from_dict(config))
     except Exception as exc:  # a wrong config can fail anywhere inside the model class
         raise SourceError(
-            f"{path}: mlx-lm cannot build a {model_type} model from the config ({reason(exc)}); "
+            f"{path}: mlx-lm cannot build a {model_type} model from the config ({typed_reason(exc)}); "
             "compare it with the model's own config.json"
         ) from None
     assert isinstance(model, Module)
@@ -64,6 +71,12 @@ def parameter_shapes(model: Any) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter of a model (an `nn.Module`), by name; evaluates none."""
     parameters: Any = tree_flatten(model.parameters())
     return {name: tuple(array.shape) for name, array in parameters}
+
+
+def sanitized(model: Any, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """A model's tensors under the names that mlx-lm's class wants; raises whatever its `sanitize` does."""
+    sanitize = getattr(model, "sanitize", None)
+    return weights if sanitize is None else cast(dict[str, mx.array], sanitize(weights))
 
 
 def check_shapes(path: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
@@ -85,3 +98,67 @@ def check_shapes(path: Path, expected: dict[str, tuple[int, ...]], found: dict[s
                 f"{path}: tensor {name} has shape {list(found[name])}, but the config asks for {list(shape)}; "
                 "the config may belong to another model"
             )
+
+
+def listing(names: list[str]) -> str:
+    """The first few of many names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def typed_reason(exc: BaseException) -> str:
+    """An error from inside mlx-lm on one line; its type says what a bare key or number does not."""
+    return f"{type(exc).__name__}: {reason_of(exc)}"
+
+
+def with_flat_rope(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """A Hugging Face config whose rotary settings mlx-lm's class reads; the same one where that is so already.
+
+    Args:
+        path: where it comes from, for the message.
+
+    Raises:
+        SourceError: if they differ by layer, and the class does not know `rope_parameters`.
+    """
+    config = _flat(path, config)
+    nested = config.get("text_config")
+    return config | {"text_config": _flat(path, nested)} if isinstance(nested, dict) else config
+
+
+def _flat(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    given = config.get("rope_parameters")
+    if not isinstance(given, dict):
+        return config
+    names = _fields(config)
+    if names is not None and "rope_parameters" in names:
+        return config
+    if any(isinstance(value, dict) for value in given.values()):
+        if names is None:
+            return config  # a part of a larger model, whose class may read it
+        if set(given) != _BY_LAYER or "rope_local_base_freq" not in names:
+            raise SourceError(
+                f"{path}: its config has rope_parameters for each kind of layer, which mlx-lm's "
+                f"{config['model_type']} does not read; save it with transformers 4, or take a model whose config has "
+                "rope_theta"
+            )
+        flat = _flattened(given["full_attention"])
+        if "rope_theta" in given["sliding_attention"]:
+            flat["rope_local_base_freq"] = given["sliding_attention"]["rope_theta"]
+    else:
+        flat = _flattened(given)
+    return config | {key: value for key, value in flat.items() if config.get(key) is None}
+
+
+def _flattened(given: dict[str, Any]) -> dict[str, Any]:
+    flat = {key: given[key] for key in _FLAT if key in given}
+    if given.get("rope_type", "default") != "default":
+        flat["rope_scaling"] = {key: value for key, value in given.items() if key not in _FLAT}
+    return flat
+
+
+def _fields(config: dict[str, Any]) -> set[str] | None:
+    """The fields of mlx-lm's `ModelArgs` for a config; None if its type is not known, which its builder will tell."""
+    try:
+        _, arguments = _get_classes(config)
+    except (KeyError, ValueError, AttributeError, TypeError, SystemExit):
+        return None
+    return {field.name for field in fields(arguments)}

@@ -28,7 +28,12 @@ class Source(Protocol):
         ...
 
     def take(self, name: str) -> mx.array:
-        """The tensor of that name, evaluated, in a float type. The source keeps no reference: take each once."""
+        """The tensor of that name, evaluated, in a float type. The source keeps no reference: take each once.
+
+        Raises:
+            KeyError: if there is no such tensor, or it was taken before.
+            SourceError: if the file can no longer be read.
+        """
         ...
 
     def write_tokenizer(self, folder: Path) -> None:

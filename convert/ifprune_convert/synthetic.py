@@ -124,7 +124,7 @@ def shape_of(name: str) -> Shape:
 
 
 class NoiseSource:
-    """A source (`ifprune_convert.source.Source`) whose tensors are made when they are asked for."""
+    """A source (`ifprune_convert.source.Source`) whose tensors are made when they are taken."""
 
     licence: str | None = None
     dequantizes = False

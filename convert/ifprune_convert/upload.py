@@ -1,14 +1,15 @@
-"""Puts an IFP checkpoint into a repository of the Hugging Face hub, with its model card.
+"""Puts an IFP checkpoint into a repository of the Hugging Face hub.
 
 Only into a new or an empty repository: what is on the hub is never overwritten. The transfer is the hub client's own.
 """
 
 from __future__ import annotations
 
+import sys
 from fnmatch import fnmatch
 
 from ifprune_mlx.checkpoint.format import MANIFEST, Checkpoint
-from ifprune_mlx.checkpoint.hub import is_hub_id
+from ifprune_mlx.checkpoint.hub import hub_failure, is_hub_id
 from ifprune_mlx.errors import IfpruneError, SourceError
 
 from .card import CARD, write_card
@@ -51,11 +52,10 @@ def check_upload(name: str) -> None:
         )
 
 
-def upload(checkpoint: Checkpoint, name: str, *, bars: bool = True) -> str:
+def upload(checkpoint: Checkpoint, name: str) -> str:
     """Upload a checkpoint to `name`, which is made if it does not exist, and write its model card for that name.
 
-    Args:
-        bars: let the hub's client show its progress bars.
+    On a terminal the hub's client shows its progress bars.
 
     Returns:
         The repository's page.
@@ -67,7 +67,7 @@ def upload(checkpoint: Checkpoint, name: str, *, bars: bool = True) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    if not bars:
+    if not sys.stderr.isatty():
         disable_progress_bars()
     write_card(checkpoint, name)
     api = HfApi()
@@ -94,29 +94,13 @@ def _reason(exc: Exception) -> str:
     cause: BaseException = exc
     while type(cause) is RuntimeError and cause.__cause__ is not None:  # the client wraps what a transfer raised
         cause = cause.__cause__
-    first = " ".join(str(cause).split("\n\n")[0].split())[:200] or type(cause).__name__
     status = getattr(getattr(cause, "response", None), "status_code", None)
-    hub = isinstance(cause, errors.HfHubHTTPError)
-    on_disk = isinstance(cause, OSError) and bool(cause.strerror) and not isinstance(cause, ConnectionError)
-    settings = f"{constants.ENDPOINT}/settings/tokens"
-    # The first that fits: some of these are special cases of later ones.
-    known: list[tuple[bool, str]] = [
-        (
-            isinstance(cause, errors.LocalTokenNotFoundError),
-            "uploading needs a token; log in with `hf auth login`, or set HF_TOKEN",
-        ),
-        (
-            isinstance(cause, errors.OfflineModeIsEnabled),
-            "cannot be uploaded, since HF_HUB_OFFLINE is set; unset it",
-        ),
-        (isinstance(cause, errors.HFValidationError), f"is no name that the hub allows ({first})"),
-        (
-            status == 401,
-            "the hub does not accept the token; log in again with `hf auth login`, or set HF_TOKEN to a valid one",
-        ),
-        (status == 403, f"the token may not write there; see {settings}, or choose another owner"),
-        (hub, f"the hub answered: {first}; try again later"),
-        (on_disk, f"{first}; check the disk and try again"),
-    ]
-    unreachable = f"the connection to the hub failed ({first}); check it and try again"
-    return next((text for fits, text in known if fits), unreachable)
+    if status == 401 and not isinstance(cause, errors.LocalTokenNotFoundError):
+        return "the hub does not accept the token; log in again with `hf auth login`, or set HF_TOKEN to a valid one"
+    if status == 403:
+        return f"the token may not write there; see {constants.ENDPOINT}/settings/tokens, or choose another owner"
+    known: dict[type[Exception], str] = {
+        errors.LocalTokenNotFoundError: "uploading needs a token; log in with `hf auth login`, or set HF_TOKEN",
+        errors.OfflineModeIsEnabled: "cannot be uploaded, since HF_HUB_OFFLINE is set; unset it",
+    }
+    return hub_failure(cause, known, disk="check the disk and try again", offline="check it and try again")

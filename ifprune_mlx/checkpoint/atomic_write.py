@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import ctypes
+import glob
 import hashlib
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
-from ifprune_mlx.errors import IfpruneError
+from ifprune_mlx.errors import IfpruneError, reason_of
 
 _ADVICE = "check permissions and free space, or write elsewhere"
+# Both words follow the folder's name and precede the id of the process that works on it.
+_PARTIAL, _ASIDE = "partial", "old"
+# The process's own: it can only be read by setting it, which other threads must not notice.
+_UMASK = os.umask(0)
+os.umask(_UMASK)
 
 
 def sha256_file(path: Path) -> str:
@@ -43,21 +48,29 @@ def write_atomic(path: Path, write: Callable[[Path], object], error: type[Ifprun
         write(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644 & ~_umask())
+        temporary.chmod(0o644 & ~_UMASK)
         temporary.replace(path)
         temporary = None
-    except (OSError, RuntimeError) as exc:  # MLX reports a failed write as RuntimeError
-        if isinstance(exc, RuntimeError) and not _is_write_failure(exc):
-            raise
-        raise error(f"{path}: cannot be written ({_reason(exc)}); {_ADVICE}") from None
+    except (OSError, RuntimeError) as exc:
+        _raise_unless_bug(exc, error(f"{path}: cannot be written ({reason_of(exc)}); {_ADVICE}"))
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
 
 
+def restore_folder(path: Path) -> None:
+    """Move a folder back that a process put aside to replace it, if that process was killed before it could."""
+    if not os.path.lexists(path):
+        for aside in _abandoned(path, _ASIDE):
+            with suppress(OSError):  # another process was quicker
+                aside.rename(path)
+                return
+
+
 def check_free(path: Path, overwrite: bool, error: type[IfpruneError] = IfpruneError) -> None:
     """Raise IfpruneError (or the given subclass) if something is at `path` and may not be replaced."""
-    if (path.exists() or path.is_symlink()) and not overwrite:
+    restore_folder(path)
+    if os.path.lexists(path) and not overwrite:
         raise error(f"{path}: already exists; choose another folder, or pass --overwrite to replace it")
 
 
@@ -65,66 +78,58 @@ def check_free(path: Path, overwrite: bool, error: type[IfpruneError] = IfpruneE
 def new_folder(path: Path, *, overwrite: bool, error: type[IfpruneError] = IfpruneError) -> Iterator[Path]:
     """Yield a hidden sibling folder to fill; on success it is renamed to `path`, on failure it is removed.
 
-    A process that is killed leaves only the hidden sibling, which no loader takes for a checkpoint (it has no
-    manifest) and which the next call for the same `path` sweeps away.
+    What is at `path` is renamed to another hidden sibling first. A process that is killed leaves hidden siblings only,
+    which no loader takes for a checkpoint. The next call for the same `path` moves the old folder back if nothing took
+    its place (so does `restore_folder`), and removes the others.
 
     Raises:
         IfpruneError: (or the given subclass) if `path` exists and `overwrite` is false, or nothing can be written.
     """
     path = path.absolute()
     check_free(path, overwrite, error)
-    prefix = f".{path.name}.partial-"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for stale in path.parent.glob(f"{glob_escape(prefix)}*"):
-            if not _owner_alive(stale):
-                shutil.rmtree(stale, ignore_errors=True)
-        partial = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=path.parent))
+        for stale in _abandoned(path, _PARTIAL) + (_abandoned(path, _ASIDE) if os.path.lexists(path) else []):
+            _remove(stale)
+        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.{_PARTIAL}-{os.getpid()}-", dir=path.parent))
     except OSError as exc:
-        raise error(f"{path}: cannot be written ({_reason(exc)}); {_ADVICE}") from None
+        raise error(f"{path}: cannot be written ({reason_of(exc)}); {_ADVICE}") from None
     try:
         yield partial
-        partial.chmod(0o755 & ~_umask())
+        partial.chmod(0o755 & ~_UMASK)
         if not _swap_in(partial, path, overwrite):
             raise error(f"{path}: was made by another process meanwhile; choose another folder, or pass --overwrite")
     except (OSError, RuntimeError) as exc:
-        if isinstance(exc, RuntimeError) and not _is_write_failure(exc):
-            raise
-        raise error(f"{path}: cannot be written ({_reason(exc)}), nothing was changed; {_ADVICE}") from None
+        _raise_unless_bug(exc, error(f"{path}: cannot be written ({reason_of(exc)}), nothing was changed; {_ADVICE}"))
     finally:
         _remove(partial)
 
 
-def glob_escape(text: str) -> str:
-    """`text` with the characters that `Path.glob` treats specially taken literally."""
-    return "".join(f"[{char}]" if char in "*?[" else char for char in text)
-
-
 def _swap_in(partial: Path, path: Path, overwrite: bool) -> bool:
-    """Rename `partial` to `path`; what was there is exchanged in one step where the system can, and then removed.
+    """Rename `partial` to `path`, and remove what was there.
 
     Returns:
         False, with nothing done, if something is there that must not be overwritten.
     """
+    aside = path.with_name(partial.name.replace(f".{path.name}.{_PARTIAL}-", f".{path.name}.{_ASIDE}-", 1))
     try:
-        partial.rename(path)  # fails where there is anything but an empty folder
-        return True
-    except OSError:
-        if not (path.exists() or path.is_symlink()):
-            raise
-    if not overwrite:
-        return False
-    if _exchange(partial, path):
-        return True  # `partial` now names what was there, which the caller removes
-    aside = path.with_name(f"{partial.name}-old")
-    path.rename(aside)
-    try:
-        partial.rename(path)
-    except BaseException:
-        aside.rename(path)
-        raise
-    _remove(aside)
-    return True
+        while True:
+            try:
+                partial.rename(path)  # fails where there is anything but an empty folder
+                return True
+            except OSError:
+                if not os.path.lexists(path):
+                    raise
+            if not overwrite:
+                return False
+            _remove(aside)
+            with suppress(FileNotFoundError):  # another process took it away
+                path.rename(aside)
+    finally:
+        if os.path.lexists(path):
+            _remove(aside)
+        elif os.path.lexists(aside):
+            aside.rename(path)
 
 
 def _remove(path: Path) -> None:
@@ -135,40 +140,27 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two folders atomically (`renameat2` on Linux, `renamex_np` on macOS); False where it cannot be done."""
-    try:
-        libc = ctypes.CDLL(None, use_errno=True)
-        if sys.platform == "darwin":
-            return bool(libc.renamex_np(os.fsencode(one), os.fsencode(other), 2) == 0)
-        return bool(libc.renameat2(-100, os.fsencode(one), -100, os.fsencode(other), 2) == 0)
-    except (AttributeError, OSError):
-        return False
+def _abandoned(path: Path, what: str) -> list[Path]:
+    """The hidden siblings of `path` whose process no longer runs."""
+    prefix = f".{path.name}.{what}-"
+    found = path.parent.glob(f"{glob.escape(prefix)}*")
+    return [sibling for sibling in found if not _runs(sibling.name.removeprefix(prefix).split("-")[0])]
 
 
-def _owner_alive(partial: Path) -> bool:
-    """Whether the process that made a partial folder (its id is in the name) still runs."""
+def _runs(process: str) -> bool:
+    """Whether a process of this id runs."""
     try:
-        os.kill(int(partial.name.rsplit(".partial-", 1)[1].split("-")[0]), 0)
+        os.kill(int(process), 0)
     except (ValueError, ProcessLookupError):
         return False
     except PermissionError:
-        return True
+        pass
     return True
 
 
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
-
-
-def _is_write_failure(exc: RuntimeError) -> bool:
-    text = str(exc).lower()
-    return any(word in text for word in ("write", "open", "save_safetensors", "no space"))
-
-
-def _reason(exc: BaseException) -> str:
-    if isinstance(exc, OSError) and exc.strerror:
-        return exc.strerror
-    return str(exc).splitlines()[0] if str(exc) else type(exc).__name__
+def _raise_unless_bug(exc: OSError | RuntimeError, failure: IfpruneError) -> NoReturn:
+    """Raise `failure` for an error of writing, which MLX reports as RuntimeError; else the error itself."""
+    words = ("write", "open", "save_safetensors", "no space")
+    if isinstance(exc, RuntimeError) and not any(word in str(exc).lower() for word in words):
+        raise exc
+    raise failure from None

@@ -1,4 +1,4 @@
-"""From what a user can afford to *k* per FFN and to what stays in memory (DESIGN.md section 3, idea 3).
+"""From what a user can afford to *k* per FFN and to what stays in memory.
 
 Arithmetic on a checkpoint's shapes, and on the memory that this machine has.
 """
@@ -81,7 +81,7 @@ def resident_bytes(checkpoint: Checkpoint, residency: str, keep: Sequence[int], 
 def choose_residency(
     checkpoint: Checkpoint, residency: str | None, memory: int | None, float_bytes: int | None = None
 ) -> str:
-    """The residency asked for; else `ram`, or `ssd` where a memory budget leaves no room for every neuron.
+    """The given residency; else `ram`, or `ssd` where a memory budget leaves no room for every neuron.
 
     Raises:
         BudgetError: if the weights that would stay in memory are more than this machine has: it would swap without end.
@@ -129,10 +129,10 @@ def check_files(
         )
 
 
-def _residency(asked: str | None, memory: int | None, whole: int) -> str:
-    if asked is not None and asked not in RESIDENCIES:
-        raise BudgetError(f"unknown residency {asked!r}; choose {RAM} or {SSD}")
-    return asked or (SSD if memory is not None and memory < whole else RAM)
+def _residency(given: str | None, memory: int | None, whole: int) -> str:
+    if given is not None and given not in RESIDENCIES:
+        raise BudgetError(f"unknown residency {given!r}; choose {RAM} or {SSD}")
+    return given or (SSD if memory is not None and memory < whole else RAM)
 
 
 def spare_slots(checkpoint: Checkpoint, memory: int | None, keep: Sequence[int], float_bytes: int | None = None) -> int:
@@ -169,17 +169,17 @@ def resolve_keep(
         raise BudgetError("give a density or a number of active parameters, not both")
     ffns = checkpoint.layout.ffns
     everything = tuple(spec.d_ffn for spec in ffns)
-    if (
-        memory is not None
-        and residency == RAM
-        and memory < (size := resident_bytes(checkpoint, RAM, everything, float_bytes))
-    ):
+
+    def resident(keep: Sequence[int]) -> int:
+        return resident_bytes(checkpoint, residency, keep, float_bytes)
+
+    if memory is not None and residency == RAM and memory < (size := resident(everything)):
         raise BudgetError(
             f"memory budget {memory / 1e9:.3g} GB: this checkpoint keeps {size / 1e9:.3g} GB of weights in memory at "
             "any density; raise the budget, load it with --residency ssd, or convert the model with -q"
         )
     keep = _keep(checkpoint, density, active_parameters)
-    if memory is None or residency == RAM or (size := resident_bytes(checkpoint, SSD, keep, float_bytes)) <= memory:
+    if memory is None or residency == RAM or (size := resident(keep)) <= memory:
         return keep
     if density is not None or active_parameters is not None:
         raise BudgetError(
@@ -187,17 +187,13 @@ def resolve_keep(
             f"{sum(keep) / sum(everything):.3g}; lower the density, or raise the budget"
         )
     streamed = range(checkpoint.predictor_layers, len(ffns))
-    none = [0 if index in streamed else k for index, k in enumerate(keep)]
-    fixed = resident_bytes(checkpoint, SSD, none, float_bytes)
+    fixed = resident([0 if index in streamed else k for index, k in enumerate(keep)])
     neurons = sum(ffns[index].d_ffn * checkpoint.neuron_bytes(index, float_bytes) for index in streamed)
-    share = (memory - fixed) / neurons if neurons else 0.0
-    multiples = [keep_multiple(spec.d_ffn) for spec in ffns]
-    keep = tuple(int(share * spec.d_ffn) // multiple * multiple for spec, multiple in zip(ffns, multiples, strict=True))
+    keep = _share(checkpoint, memory - fixed, neurons)
     if min(keep) < 1:
-        least = [min(multiple, spec.d_ffn) for spec, multiple in zip(ffns, multiples, strict=True)]
         raise BudgetError(
             f"memory budget {memory / 1e9:.3g} GB is too small: all but the neurons of this checkpoint takes "
-            f"{fixed / 1e9:.3g} GB; give at least {resident_bytes(checkpoint, SSD, least, float_bytes) / 1e9:.3g} GB"
+            f"{fixed / 1e9:.3g} GB; give at least {resident(_least(checkpoint)) / 1e9:.3g} GB"
         )
     return keep
 
@@ -211,15 +207,22 @@ def _keep(checkpoint: Checkpoint, density: float | None, active_parameters: int 
         return tuple(spec.d_ffn for spec in ffns)
     neurons = sum(spec.d_ffn * spec.neuron_parameters for spec in ffns)
     fixed = checkpoint.parameters - neurons  # a down bias belongs to no neuron and stays
-    multiples = [keep_multiple(spec.d_ffn) for spec in ffns]
-    keep = tuple(
-        (active_parameters - fixed) * spec.d_ffn // neurons // multiple * multiple
-        for spec, multiple in zip(ffns, multiples, strict=True)
-    )
+    keep = _share(checkpoint, active_parameters - fixed, neurons)
     if min(keep) < 1:
-        least = checkpoint.active_parameters(tuple(min(keep_multiple(spec.d_ffn), spec.d_ffn) for spec in ffns))
+        least = checkpoint.active_parameters(_least(checkpoint))
         raise BudgetError(
             f"{active_parameters:,} active parameters are too few: everything but the FFNs takes {fixed:,}; "
             f"give at least {least:,}"
         )
     return keep
+
+
+def _share(checkpoint: Checkpoint, part: int, whole: int) -> tuple[int, ...]:
+    """`part / whole` of each FFN's neurons, rounded down to a multiple of `keep_multiple`; below 1 for too few."""
+    widths = [spec.d_ffn for spec in checkpoint.layout.ffns]
+    return tuple(part * width // max(whole, 1) // keep_multiple(width) * keep_multiple(width) for width in widths)
+
+
+def _least(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """The smallest *k* of each FFN."""
+    return tuple(min(keep_multiple(spec.d_ffn), spec.d_ffn) for spec in checkpoint.layout.ffns)

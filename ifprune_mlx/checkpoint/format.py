@@ -1,4 +1,4 @@
-"""The IFP checkpoint on disk, format 1: schema, opening with checks, the manifest (DESIGN.md section 5).
+"""The IFP checkpoint on disk, format 1: schema, opening with checks, the manifest.
 
 The neurons of FFN `i` are in `neurons-<i>-of-<n>.safetensors`: `gate_up.*` as `[d_ffn, 2, row]` and `down.*` as
 `[d_ffn, row]`, one row per neuron; or a record of all rows per neuron.
@@ -17,12 +17,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ifprune_mlx.checkpoint.atomic_write import sha256_file
+from ifprune_mlx.checkpoint.atomic_write import restore_folder, sha256_file
 from ifprune_mlx.checkpoint.budget import keep_count
 from ifprune_mlx.checkpoint.ffn_spec import FFNSpec
-from ifprune_mlx.checkpoint.neuron_layout import FLOATS, NOT_ROWS, READABLE, RECORDS, Strip, strips_of
+from ifprune_mlx.checkpoint.neuron_layout import FLOATS, READABLE, RECORDS, Strip, strips_of
 from ifprune_mlx.checkpoint.safetensors_io import DTYPE_BYTES, SafetensorsHeader, read_safetensors_header
-from ifprune_mlx.errors import BudgetError, CheckpointError, IfpruneError, SelectionError
+from ifprune_mlx.errors import BudgetError, CheckpointError, IfpruneError, SelectionError, reason_of
 
 if TYPE_CHECKING:
     from ifprune_mlx.selection.selection import Selection
@@ -58,6 +58,11 @@ class Quantization:
     def has_biases(self) -> bool:
         """Whether groups carry a bias beside their scale."""
         return self.mode == "affine"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of a packed weight's arrays."""
+        return ("weight", "scales", "biases") if self.has_biases else ("weight", "scales")
 
 
 @dataclass(frozen=True)
@@ -134,8 +139,6 @@ class Layout:
                 )
         except BudgetError as exc:
             raise CheckpointError(f"{where}: {exc}") from None
-        except CheckpointError:
-            raise
         except (TypeError, ValueError, AttributeError) as exc:
             raise CheckpointError(
                 f"{where}: section {SECTION} is malformed ({exc}); convert the source again"
@@ -186,6 +189,7 @@ class Checkpoint:
             CheckpointError: naming the file and what to do.
         """
         path = Path(path).expanduser()
+        restore_folder(path)
         if not path.is_dir():
             if path.suffix.lower() == ".gguf" and path.is_file():
                 raise CheckpointError(f"{path}: is a GGUF file; convert it first: ifprune convert --model {path}")
@@ -354,22 +358,19 @@ class Checkpoint:
             self._check_neurons(index, neuron_shapes(spec, self.layout))
         widths = [spec.d_ffn for spec in self.layout.ffns]
         priors = {f"{kind}.{i}": (width,) for kind in ("prior", "down_norm") for i, width in enumerate(widths)}
-        self._check_file(self.priors_file, priors)
+        found = {name: info.shape for name, info in self._header(self.priors_file).tensors.items()}
+        _check_tensors(self.priors_file, found, priors)
         if not self._model_headers():
             raise CheckpointError(f"{self.path}: no model-*.safetensors in the manifest; convert the source again")
 
     def _check_neurons(self, index: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
         file, d_ffn = self.neurons_file(index), self.layout.ffns[index].d_ffn
-        header = self.headers.get(file.name)
-        if header is None or RECORDS not in header.tensors:
-            self._check_file(file, shapes)
-        else:
-            self._check_file(file, {name: shape for name, shape in shapes.items() if name in NOT_ROWS})
-            found = {part.name: (d_ffn, *part.shape) for strip in self.strips(index) for part in strip.parts}
-            _check_tensors(file, found, {name: shape for name, shape in shapes.items() if name not in NOT_ROWS})
-        parts = [part for strip in self.strips(index) for part in strip.parts]
-        types = {name: info.dtype for name, info in self.headers[file.name].tensors.items() if name in NOT_ROWS}
-        for name, dtype in [(part.name, part.dtype) for part in parts] + list(types.items()):
+        found = {name: (info.shape, info.dtype) for name, info in self._header(file).tensors.items()}
+        if found.pop(RECORDS, None) is not None:
+            (records,) = self.strips(index)
+            found |= {part.name: ((d_ffn, *part.shape), part.dtype) for part in records.parts}
+        _check_tensors(file, {name: shape for name, (shape, _) in found.items()}, shapes)
+        for name, (_, dtype) in found.items():
             if name not in shapes:
                 raise CheckpointError(f"{file}: holds {name}, of which config.json knows nothing; update ifprune-mlx")
             known = {"order": ("I32",), "down.bias": FLOATS}.get(name, READABLE)
@@ -378,11 +379,10 @@ class Checkpoint:
                     f"{file}: {name} is of type {dtype}, expected {' or '.join(known)}; convert the source again"
                 )
 
-    def _check_file(self, file: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        header = self.headers.get(file.name)
-        if header is None:
+    def _header(self, file: Path) -> SafetensorsHeader:
+        if file.name not in self.headers:
             raise CheckpointError(f"{file}: not listed in {MANIFEST}; convert the source again")
-        _check_tensors(file, {name: info.shape for name, info in header.tensors.items()}, shapes)
+        return self.headers[file.name]
 
 
 def _check_tensors(file: Path, found: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -398,8 +398,7 @@ def _check_tensors(file: Path, found: Mapping[str, tuple[int, ...]], shapes: Map
 
 def _bytes_in_memory(dtype: str, shape: tuple[int, ...], float_bytes: int | None) -> int:
     """Bytes of an array once it is loaded."""
-    cast = float_bytes is not None and dtype in FLOATS
-    return math.prod(shape) * (float_bytes if cast and float_bytes is not None else DTYPE_BYTES[dtype])
+    return math.prod(shape) * ((dtype in FLOATS and float_bytes) or DTYPE_BYTES[dtype])
 
 
 def neuron_shapes(spec: FFNSpec, layout: Layout) -> dict[str, tuple[int, ...]]:
@@ -410,11 +409,9 @@ def neuron_shapes(spec: FFNSpec, layout: Layout) -> dict[str, tuple[int, ...]]:
         if quantization is None:
             shapes[f"{name}.weight"] = (*leading, spec.d_model)
             continue
-        groups = spec.d_model // quantization.group_size
+        for part in quantization.parts:
+            shapes[f"{name}.{part}"] = (*leading, spec.d_model // quantization.group_size)
         shapes[f"{name}.weight"] = (*leading, spec.d_model * quantization.bits // 32)
-        shapes[f"{name}.scales"] = (*leading, groups)
-        if quantization.has_biases:
-            shapes[f"{name}.biases"] = (*leading, groups)
     if spec.bias:
         shapes["gate_up.bias"] = (spec.d_ffn, 2)
     if spec.down_bias:
@@ -433,7 +430,7 @@ def read_json_object(file: Path, error: type[IfpruneError] = CheckpointError) ->
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except OSError as exc:
-        raise error(f"{file}: cannot be read ({exc.strerror or exc})") from None
+        raise error(f"{file}: cannot be read ({reason_of(exc)})") from None
     except (ValueError, RecursionError):
         raise error(f"{file}: not valid JSON; the file is damaged, get it again") from None
     if not isinstance(value, dict):
@@ -468,10 +465,14 @@ def _checked_manifest(path: Path, manifest: dict[str, Any]) -> list[str]:
     return list(files)
 
 
-def write_manifest(folder: Path, *, source: str, licence: str | None) -> None:
-    """Write `manifest.json`: size and sha256 of every file in `folder`, versions, source and licence."""
+def write_manifest(folder: Path, *, source: str, licence: str | None, hashed: bool = True) -> None:
+    """Write `manifest.json`: size and sha256 of every file in `folder`, versions, source and licence.
+
+    Args:
+        hashed: False leaves every sha256 empty and reads no file: for a folder that is opened before it is complete.
+    """
     files = {
-        str(file.relative_to(folder)): {"size": file.stat().st_size, "sha256": sha256_file(file)}
+        str(file.relative_to(folder)): {"size": file.stat().st_size, "sha256": sha256_file(file) if hashed else ""}
         for file in sorted(folder.rglob("*"))
         if file.is_file() and file.name != MANIFEST
     }

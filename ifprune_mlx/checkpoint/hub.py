@@ -1,20 +1,22 @@
 """Finds a model: a folder on disk, or a repository on the Hugging Face hub, which comes into the hub's own cache.
 
 A repository is listed first, so that one of the wrong kind, or too large for the disk, costs no download. Files come
-one after the other: the client fetches each over many connections where the hub allows it, Ctrl-C ends it at once, and
-a download that is cut off loses one file at most.
+one after the other and not by `snapshot_download`: its threads make Ctrl-C wait for the files that they fetch, it lists
+the repository once more, and it notes a branch's commit before the files are there (docs/log.md).
 """
 
 from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from ifprune_mlx.checkpoint.atomic_write import restore_folder
 from ifprune_mlx.checkpoint.budget import check_files
 from ifprune_mlx.checkpoint.format import MANIFEST, SECTION, Checkpoint, read_json_object
 from ifprune_mlx.errors import BudgetError, CheckpointError, IfpruneError
@@ -33,7 +35,7 @@ class Repository:
 
     Attributes:
         name: its id, `owner/name`.
-        revision: the branch, tag or commit that was asked for.
+        revision: the branch, tag or commit that was given.
         commit: that revision's commit.
         files: every file's size in bytes, by its path.
         parameters: how many weights the hub counted, or None if it did not.
@@ -93,6 +95,7 @@ def resolve(
     """
     path = Path(path_or_repo).expanduser()
     name = str(path_or_repo)
+    restore_folder(path)
     if path.exists() or not is_hub_id(name):
         return path
     try:
@@ -147,20 +150,20 @@ def list_repository(name: str, revision: str | None, error: type[IfpruneError]) 
     from huggingface_hub import HfApi
     from huggingface_hub.constants import DEFAULT_REVISION
 
-    asked = revision or DEFAULT_REVISION
+    revision = revision or DEFAULT_REVISION
     try:
-        info = HfApi().model_info(name, revision=asked, files_metadata=True)
+        info = HfApi().model_info(name, revision=revision, files_metadata=True)
         siblings = info.siblings or []
         counted = [getattr(info.safetensors, "total", None), (getattr(info, "gguf", None) or {}).get("total")]
         return Repository(
             name,
-            asked,
+            revision,
             str(info.sha),
             {sibling.rfilename: sibling.size or 0 for sibling in siblings},
             next((int(number) for number in counted if number), None),
         )
     except Exception as exc:  # the client's HTTP library, and with it its errors, depend on the client's version
-        raise error(f"{name}: {_reason(exc, name, asked)}") from None
+        raise error(f"{name}: {_reason(exc, name, revision)}") from None
 
 
 def cached_folder(name: str, file: str, revision: str | None = None) -> Path | None:
@@ -211,58 +214,35 @@ def download(
     cache = Path(constants.HF_HUB_CACHE)
     if _shortage([Room("to download", cache, size), *room]):
         # Unchanged files of an older commit need no room.
-        size = sum(repository.files[name] for name in missing if _will_download(repository, name, error))
+        missing = [name for name in missing if _fetch(repository, name, error, dry_run=True).will_download]
+        size = sum(repository.files[name] for name in missing)
         if short := _shortage([Room("to download", cache, size), *room]):
             raise error(f"{repository.name}: {short}")
     done = 0
     for name in missing:
         bar = None if progress is None else _counter(progress, done, repository.files[name], size)
-        _fetch(repository, name, error, bar)
+        _fetch(repository, name, error, tqdm_class=bar)
         done += repository.files[name]
         if progress is not None:
             progress(min(done, size), size)
-    if not more_follow:
-        _remember_revision(repository, names[0])
     folder = cached_folder(repository.name, names[0], repository.commit)
     assert folder is not None
+    if not more_follow and cached_folder(repository.name, names[0], repository.revision) != folder:
+        # Last, since what is found by the name of a branch or tag is to be complete.
+        with suppress(IfpruneError):  # only a later call without the hub is the poorer
+            _fetch(repository, names[0], error, revision=repository.revision)
     return folder
 
 
-def _fetch(repository: Repository, name: str, error: type[IfpruneError], bar: Any) -> None:
+def _fetch(repository: Repository, name: str, error: type[IfpruneError], **options: Any) -> Any:
+    """What `hf_hub_download` gives for one file of the commit; what it raises, in one line."""
     from huggingface_hub import hf_hub_download
 
     try:
-        hf_hub_download(repository.name, name, revision=repository.commit, tqdm_class=bar)
+        return hf_hub_download(repository.name, name, **{"revision": repository.commit} | options)
     except Exception as exc:  # as in `list_repository`
-        raise error(
-            f"{repository.name}: {name} cannot be downloaded: {_reason(exc, repository.name, repository.revision)}"
-        ) from None
-
-
-def _will_download(repository: Repository, name: str, error: type[IfpruneError]) -> bool:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return hf_hub_download(repository.name, name, revision=repository.commit, dry_run=True).will_download
-    except Exception as exc:  # as in `list_repository`
-        raise error(f"{repository.name}: {name}: {_reason(exc, repository.name, repository.revision)}") from None
-
-
-def _remember_revision(repository: Repository, name: str) -> None:
-    """Let the cache know which commit a branch or tag is at, so that it is found by that name without the hub.
-
-    Done last: what is found so is complete.
-    """
-    from huggingface_hub import hf_hub_download
-
-    at_commit, at_revision = (
-        cached_folder(repository.name, name, revision) for revision in (repository.commit, repository.revision)
-    )
-    if at_commit != at_revision:
-        try:
-            hf_hub_download(repository.name, name, revision=repository.revision)
-        except Exception:  # only a later call without the hub is the poorer
-            return
+        why = _reason(exc, repository.name, repository.revision)
+        raise error(f"{repository.name}: {name} cannot be downloaded: {why}") from None
 
 
 def _counter(progress: Progress, before: int, size: int, total: int) -> Any:
@@ -319,31 +299,42 @@ def _reason(exc: Exception, name: str, revision: str) -> str:
     """Why the hub gave nothing, and what to do, in one line."""
     from huggingface_hub import constants, errors
 
-    first = " ".join(str(exc).split("\n\n")[0].split())[:200] or type(exc).__name__
     page = f"{constants.ENDPOINT}/{name}"
-    # The first that fits: some of these are special cases of later ones.
-    known: list[tuple[type[Exception], str]] = [
-        (
-            errors.OfflineModeIsEnabled,
-            "no such folder here, nor in the hub's cache, and HF_HUB_OFFLINE is set; unset it",
-        ),
-        (
-            errors.GatedRepoError,
-            f"its owner has to grant access; ask for it at {page}, and log in with `hf auth login`",
-        ),
-        (
-            errors.RepositoryNotFoundError,
-            "no such folder here, and no such repository on the hub, or a private one; "
-            "check the name, or log in with `hf auth login`",
-        ),
-        (errors.RevisionNotFoundError, f"has no revision {revision!r}; {page} shows its branches, tags and commits"),
-        (errors.HFValidationError, f"no such folder here, and no name that the hub allows ({first})"),
-        (errors.HfHubHTTPError, f"the hub answered: {first}; try again later"),
-    ]
-    for kind, text in known:
+    access = "log in with `hf auth login`"
+    return hub_failure(
+        exc,
+        {
+            errors.OfflineModeIsEnabled: (
+                "no such folder here, nor in the hub's cache, and HF_HUB_OFFLINE is set; unset it"
+            ),
+            errors.GatedRepoError: f"its owner has to grant access; ask for it at {page}, and {access}",
+            errors.RepositoryNotFoundError: (
+                f"no such folder here, and no such repository on the hub, or a private one; check the name, or {access}"
+            ),
+            errors.RevisionNotFoundError: f"has no revision {revision!r}; {page} shows its branches, tags and commits",
+        },
+        disk="check free space and permissions, or set HF_HOME",
+        offline="check it and try again, or give a local folder",
+    )
+
+
+def hub_failure(exc: BaseException, known: Mapping[type[Exception], str], *, disk: str, offline: str) -> str:
+    """Why a call of the hub's client failed, and what to do, in one line.
+
+    Args:
+        known: what to say of some errors; the first that fits, since some are special cases of others.
+        disk, offline: advice where the disk is at fault, or the connection.
+    """
+    from huggingface_hub import errors
+
+    first = " ".join(str(exc).split("\n\n")[0].split())[:200] or type(exc).__name__
+    for kind, text in known.items():
         if isinstance(exc, kind):
             return text
+    if isinstance(exc, errors.HFValidationError):
+        return f"no such folder here, and no name that the hub allows ({first})"
+    if isinstance(exc, errors.HfHubHTTPError):
+        return f"the hub answered: {first}; try again later"
     if isinstance(exc, OSError) and exc.strerror and not isinstance(exc, ConnectionError):
-        where = f"{exc.filename}: " if exc.filename else ""
-        return f"{where}{exc.strerror}; check free space and permissions, or set HF_HOME"
-    return f"the connection to the hub failed ({first}); check it and try again, or give a local folder"
+        return f"{f'{exc.filename}: ' if exc.filename else ''}{exc.strerror}; {disk}"
+    return f"the connection to the hub failed ({first}); {offline}"

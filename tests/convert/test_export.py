@@ -275,7 +275,7 @@ def test_down_quantized_anew(tmp_path: Path, packing: tuple[str, int, int]) -> N
 
 
 def test_several_shards_are_numbered(tmp_path: Path, packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ifprune_convert.shards.SHARD_BYTES", 10_000)
+    monkeypatch.setattr("ifprune_convert.weight_files.SHARD_BYTES", 10_000)
     selection, calls = selection_of(packed), []
     exported(packed, selection, tmp_path / "out", report=lambda done, total: calls.append((done, total)))
     names = sorted(file.name for file in (tmp_path / "out").glob("model-*"))
@@ -358,8 +358,9 @@ def test_a_killed_export_leaves_nothing_that_loads(tmp_path: Path, checkpoint: P
     file, out = tmp_path / "s.safetensors", tmp_path / "there" / "out"
     selection_of(checkpoint).save(file)
     slow = (
-        "import time; from ifprune_convert import shards; add = shards.Shards.add; shards.SHARD_BYTES = 1; "
-        "shards.Shards.add = lambda *given: (time.sleep(0.5), add(*given))[1]"
+        "import time; from ifprune_convert import weight_files as files; "
+        "add = files.Shards.add; files.SHARD_BYTES = 1; "
+        "files.Shards.add = lambda *given: (time.sleep(0.5), add(*given))[1]"
     )
     arguments = ["export", "--model", checkpoint, "--selection", file, "--mlx-path", out]
     with start(arguments, tmp_path, prelude=slow) as process:

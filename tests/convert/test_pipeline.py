@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -20,7 +22,7 @@ from mlx_lm.tokenizer_utils import load as load_tokenizer
 from mlx_lm.utils import load_model
 
 from ifprune_convert import layout
-from ifprune_convert.calibrate import calibrate
+from ifprune_convert.calibrate import measure_prior
 from ifprune_convert.pipeline import Options, convert
 from ifprune_convert.readers import open_source
 from ifprune_mlx import Checkpoint, IfpruneError, load
@@ -147,7 +149,7 @@ def test_a_gguf_file_converts(tmp_path: Path, kind: Kind, dtype: mx.Dtype | None
 
 
 def test_several_shards_are_numbered(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ifprune_convert.shards.SHARD_BYTES", 30_000)
+    monkeypatch.setattr("ifprune_convert.weight_files.SHARD_BYTES", 30_000)
     checkpoint = converted(source, tmp_path / "out")
     names = sorted(file.name for file in checkpoint.path.glob("model-*"))
     assert len(names) > 1
@@ -265,6 +267,30 @@ def test_two_conversions_of_one_source_are_the_same(
     one, two = (converted(source, tmp_path / name, quantization=quantization) for name in ("one", "two"))
     assert one.id == two.id
     assert one.id != converted(write_source(tmp_path / "s", seed=1), tmp_path / "three").id
+
+
+def test_every_byte_of_a_checkpoint_is_hashed_once(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where files are written anew: with a predictor, a measured prior and another order of neurons."""
+    counted = 0
+
+    def sha256() -> Any:
+        digest = hashlib.sha256()
+
+        def update(block: bytes) -> None:
+            nonlocal counted
+            counted += len(block)
+            digest.update(block)
+
+        return SimpleNamespace(update=update, hexdigest=digest.hexdigest)
+
+    monkeypatch.setattr("ifprune_mlx.checkpoint.atomic_write.hashlib", SimpleNamespace(sha256=sha256))
+    predictor = write_predictor(tmp_path / "predictor")
+    made = converted(source, tmp_path / "out", predictor=predictor, calibration=CHATS, order=CHATS)
+    assert made.layout.order == "frequency"
+    assert counted == made.disk_bytes
+    assert made.verify() == []
 
 
 def test_progress_counts_every_parameter_once(tmp_path: Path, source: Path) -> None:
@@ -408,8 +434,8 @@ def test_calibration_of_an_open_model_leaves_it_dense(tmp_path: Path, source: Pa
     checkpoint = converted(source, tmp_path / "out")
     model, _ = load(checkpoint.path)
     seen: list[int] = []
-    one = calibrate(model, checkpoint.path, CHATS, lambda done, total: seen.append(done))
-    two = calibrate(model, checkpoint.path, CHATS[::-1], lambda done, total: None)
+    one = measure_prior(model, checkpoint.path, CHATS, lambda done, total: seen.append(done))
+    two = measure_prior(model, checkpoint.path, CHATS[::-1], lambda done, total: None)
     assert model.selection is None
     assert len(seen) == len(CHATS)
     for a, b in zip(one, two, strict=True):

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def heads(folder: Path, hidden: Array) -> list[Array]:
 
 def converted(folder: Path) -> Path:
     target = folder.with_name(f"converted-{folder.name}")
-    open_predictor(folder, WIDTHS).write(target)
+    open_predictor(folder, WIDTHS)(target)
     return target
 
 
@@ -144,8 +145,9 @@ def test_an_output_layer_that_the_family_always_has_is_kept(tmp_path: Path, monk
         lambda path, config, count: build(path, config | {"tie_word_embeddings": False}, count),
     )
     opened = open_predictor(write_torch(tmp_path / "torch", tie_word_embeddings=False), WIDTHS)
-    assert isinstance(opened, module.TorchPredictor)
-    assert "lm_head.weight" in opened.backbone
+    assert isinstance(opened, partial)
+    _, _, backbone, *_ = opened.args
+    assert "lm_head.weight" in backbone
     with pytest.raises(PredictorError, match=r"lacks lm_head\.weight"):
         open_predictor(write_torch(tmp_path / "tied"), WIDTHS)
 
@@ -276,8 +278,8 @@ def write_wide(folder: Path, kind: str) -> Path:
 def test_a_head_is_packed_on_the_way(tmp_path: Path, kind: str, bits: int) -> None:
     folder = write_wide(tmp_path / "wide", kind)
     plain, packed = tmp_path / "plain", tmp_path / "packed"
-    open_predictor(folder, WIDTHS).write(plain)
-    open_predictor(folder, WIDTHS, bits).write(packed)
+    open_predictor(folder, WIDTHS)(plain)
+    open_predictor(folder, WIDTHS, bits)(packed)
     before, after = SparsityPredictor.load(plain), SparsityPredictor.load(packed)
     assert before.head.quantization is None
     assert after.head.quantization is not None
@@ -292,7 +294,7 @@ def test_a_head_is_packed_on_the_way(tmp_path: Path, kind: str, bits: int) -> No
     assert names == {file.name for file in packed.iterdir()}
     for name in names - {"head.safetensors"}:
         assert (plain / name).read_bytes() == (packed / name).read_bytes()
-    open_predictor(packed, WIDTHS, 8).write(tmp_path / "again")
+    open_predictor(packed, WIDTHS, 8)(tmp_path / "again")
     assert (tmp_path / "again" / "head.safetensors").read_bytes() == (packed / "head.safetensors").read_bytes()
 
 

@@ -9,8 +9,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from ifprune_convert.calibrate import read_prior
 from ifprune_convert.pipeline import Options, convert
-from ifprune_convert.prior import read_prior
 from ifprune_convert.readers import open_source
 from ifprune_mlx import Checkpoint, load
 from ifprune_mlx.errors import SourceError

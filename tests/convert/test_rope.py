@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ifprune_convert.rope import with_flat_rope
+from ifprune_convert.skeleton import with_flat_rope
 from ifprune_mlx.errors import SourceError
 
 LINEAR = {"rope_theta": 1e6, "rope_type": "linear", "factor": 8.0}

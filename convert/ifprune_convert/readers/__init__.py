@@ -1,6 +1,6 @@
 """Opens a dense checkpoint, whatever its format.
 
-Decides by what lies on disk which reader is asked, and refuses what none of them reads.
+What lies on disk decides which reader opens it. What none of them reads is refused.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ifprune_convert.source import Source
 from ifprune_mlx.checkpoint.hub import PICKLES
-from ifprune_mlx.errors import SourceError
+from ifprune_mlx.errors import SourceError, reason_of
 
 __all__ = ["open_source"]
 
@@ -38,7 +38,7 @@ def open_source(path: Path, *, trust_remote_code: bool = False) -> Source:
         if path.is_file():
             return _open_file(path)
     except OSError as exc:
-        raise SourceError(f"{path}: cannot be read ({exc.strerror or exc}); check its permissions") from None
+        raise SourceError(f"{path}: cannot be read ({reason_of(exc)}); check its permissions") from None
     raise SourceError(
         f"{path}: no such file or folder; a model of the hub is named by its id, ORG/NAME, "
         "or by the folder that `hf download` put it into"

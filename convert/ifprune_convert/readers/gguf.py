@@ -1,6 +1,6 @@
 """Reads a GGUF file: its tensors under mlx-lm's names, with the config and the tokenizer that its metadata holds.
 
-The package `gguf` supplies the dequantization and the names of tensors; what mlx-lm's model wants is asked of mlx-lm.
+The package `gguf` supplies the dequantization and the names of tensors; mlx-lm's model says which tensors it needs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, get_tensor_name_map
 from gguf.quants import dequantize
 
 from ifprune_convert.skeleton import build_skeleton, check_shapes, parameter_shapes
-from ifprune_mlx.errors import SourceError
+from ifprune_mlx.errors import SourceError, reason_of
 
 from .gguf_config import GEMMAS, architecture_of, build_config
 from .gguf_header import AGAIN, ORIGINAL, Metadata, Tensor, read_header
@@ -48,7 +48,11 @@ class GGUFSource:
         check_tokenizer_kind(self._metadata)
         factors = self._tensors.pop("rope_freqs.weight", None) if architecture == "llama" else None
         for tensor in self._tensors.values():
-            _check_type(path, tensor)
+            if tensor.kind.name not in _TYPES:
+                raise SourceError(
+                    f"{path}: tensor {tensor.name} has type {tensor.kind.name}, which is not supported; "
+                    "use a file in F16, BF16, Q8_0 or a K-quant, or the original safetensors folder"
+                )
         rope_factors = None if factors is None else _read_rope_factors(path, factors)
         self.config = build_config(self._metadata, self._tensors, rope_factors)
         licence = metadata.get("general.license")
@@ -66,18 +70,11 @@ class GGUFSource:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor, by mlx-lm's parameter name."""
+        """See `Source`."""
         return {name: self._tensors[gguf_name].shape for name, gguf_name in self._names.items()}
 
     def take(self, name: str) -> mx.array:
-        """The tensor of that name, evaluated: float16 or bfloat16 where it is stored so, else float32.
-
-        A Gemma's norms are float32 always.
-
-        Raises:
-            KeyError: if there is no such tensor.
-            SourceError: if the file can no longer be read.
-        """
+        """See `Source`; float16 or bfloat16 where it is stored so, else float32. A Gemma's norms are float32 always."""
         tensor = self._tensors[self._names[name]]
         if self._architecture in GEMMAS and name.endswith("norm.weight"):
             # llama.cpp adds the 1 that mlx-lm's norm of this architecture adds by itself.
@@ -93,11 +90,7 @@ class GGUFSource:
         return _read_tensor(self.path, tensor, head_dim)
 
     def write_tokenizer(self, folder: Path) -> None:
-        """Write tokenizer.json, tokenizer_config.json and generation_config.json, rebuilt from the metadata.
-
-        Raises:
-            SourceError: if the vocabulary, merges or special tokens in the metadata contradict each other.
-        """
+        """See `Source`; rebuilt from the metadata, and refused if they contradict each other."""
         write_tokenizer(self._metadata, self.config, folder)
 
 
@@ -112,14 +105,6 @@ def _read_rope_factors(path: Path, tensor: Tensor) -> npt.NDArray[np.float32]:
     if tensor.kind is not GGMLQuantizationType.F32 or len(tensor.shape) != 1:
         raise SourceError(f"{path}: tensor {tensor.name} is not a vector of float32; {ORIGINAL}")
     return np.array(_read_tensor(path, tensor))
-
-
-def _check_type(path: Path, tensor: Tensor) -> None:
-    if tensor.kind.name not in _TYPES:
-        raise SourceError(
-            f"{path}: tensor {tensor.name} has type {tensor.kind.name}, which is not supported; "
-            "use a file in F16, BF16, Q8_0 or a K-quant, or the original safetensors folder"
-        )
 
 
 def _read_tensor(path: Path, tensor: Tensor, head_dim: int | None = None) -> mx.array:
@@ -155,14 +140,13 @@ def _read_chunks(path: Path, tensor: Tensor, head_dim: int | None) -> Iterator[t
                     raise SourceError(f"{path}: was cut short while it was read, in tensor {tensor.name}; {AGAIN}")
                 values = _decode(raw.reshape(count, row_bytes), tensor.kind)
                 if head_dim is not None:
-                    inner = (
-                        1 if len(tensor.shape) == 1 else width
-                    )  # a bias is read as one row, but its items are the rows
+                    # A bias is read as one row, but its items are the rows.
+                    inner = 1 if len(tensor.shape) == 1 else width
                     values = values.reshape(-1, head_dim // 2, 2, inner).swapaxes(1, 2).reshape(count, width)
                 chunk = mx.array(values)
                 yield row, chunk.view(mx.bfloat16) if tensor.kind is GGMLQuantizationType.BF16 else chunk
     except OSError as exc:
-        raise SourceError(f"{path}: cannot be read ({exc.strerror or exc})") from None
+        raise SourceError(f"{path}: cannot be read ({reason_of(exc)})") from None
 
 
 def _decode(raw: npt.NDArray[np.uint8], kind: GGMLQuantizationType) -> npt.NDArray[Any]:

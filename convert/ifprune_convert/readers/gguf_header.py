@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from ifprune_mlx.errors import SourceError
+from ifprune_mlx.errors import SourceError, reason_of
 
 AGAIN = "download or copy the file again"
 ORIGINAL = "convert from the original safetensors folder"
@@ -108,7 +108,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _parse_header(path, _Cursor(path, data), size)
     except OSError as exc:
-        raise SourceError(f"{path}: cannot be read ({exc.strerror or exc})") from None
+        raise SourceError(f"{path}: cannot be read ({reason_of(exc)})") from None
 
 
 def _parse_header(path: Path, cursor: _Cursor, size: int) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from ifprune_mlx.errors import SourceError
 
 from .gguf_header import AGAIN, ORIGINAL, Metadata
-from .gguf_sentencepiece import build_sentencepiece
+from .spm_tokenizer import build_sentencepiece
 
 _CONTROL, _USER_DEFINED = 3, 4
 # `tokenizer.ggml.model` of the two kinds.

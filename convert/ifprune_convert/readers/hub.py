@@ -7,14 +7,11 @@ before its weights come. The listing, the cache and the download are `ifprune_ml
 
 from __future__ import annotations
 
-import json
 import re
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-from ifprune_convert.skeleton import build_skeleton
-from ifprune_convert.wording import listing
+from ifprune_convert.skeleton import build_skeleton, listing
 from ifprune_mlx.checkpoint.format import MANIFEST
 from ifprune_mlx.checkpoint.hub import (
     PICKLES,
@@ -29,7 +26,7 @@ from ifprune_mlx.checkpoint.hub import (
 from ifprune_mlx.errors import IfpruneError, SourceError
 from ifprune_mlx.sparse.ffn_detection import find_ffns
 
-from .safetensors import INDEX, VOCABULARIES, check_config
+from .safetensors import INDEX, VOCABULARIES, check_config, read_index
 
 # Small files at a repository's top: config, tokenizer, chat template, licence. No code: none of it is ever run.
 _SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "README.md", "LICENSE*")
@@ -154,13 +151,10 @@ def _weight_files(repository: Repository, folder: Path) -> list[str]:
     """The weight files that the safetensors reader reads: those in the index, else `model*`, else all at the top."""
     top = [file for file in repository.files if "/" not in file and file.endswith(".safetensors")]
     if INDEX in repository.files:
-        try:
-            placed: Any = set(json.loads((folder / INDEX).read_bytes())["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise SourceError(f"{repository.name}: {INDEX} is not an index of safetensors files") from None
-        if missing := sorted(str(name) for name in placed if name not in top):
+        placed = sorted(read_index(folder / INDEX))
+        if missing := [name for name in placed if name not in top]:
             raise SourceError(f"{repository.name}: lacks {listing(missing)}, which its index names")
-        return sorted(placed)
+        return placed
     return [file for file in top if file.startswith("model")] or top
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,20 @@ import mlx.core as mx
 from mlx_lm.utils import load_config
 
 from ifprune_convert.layout import unpacked
-from ifprune_convert.packing import packed_modules
-from ifprune_convert.rope import with_flat_rope
-from ifprune_convert.skeleton import build_skeleton, check_shapes, parameter_shapes
-from ifprune_convert.wording import first_line, listing, reason
+from ifprune_convert.packing import from_config
+from ifprune_convert.skeleton import (
+    build_skeleton,
+    check_shapes,
+    listing,
+    parameter_shapes,
+    sanitized,
+    typed_reason,
+    with_flat_rope,
+)
+from ifprune_convert.weight_files import load_lazily
 from ifprune_mlx.checkpoint.format import Quantization
 from ifprune_mlx.checkpoint.safetensors_io import read_safetensors_header
-from ifprune_mlx.errors import SourceError
+from ifprune_mlx.errors import SourceError, reason_of
 
 from .spm_tokenizer import REPLACED, write_spm_tokenizer
 
@@ -73,12 +80,7 @@ class SafetensorsSource:
         return dict(self._shapes)
 
     def take(self, name: str) -> mx.array:
-        """The tensor of that name, evaluated, in its stored type, float32, float16 or bfloat16; if packed, unpacked.
-
-        Raises:
-            KeyError: if there is no such tensor, or it was taken before.
-            SourceError: if the file can no longer be read.
-        """
+        """See `Source`; in the stored type, float32, float16 or bfloat16, and unpacked if it is packed."""
         stem, _, leaf = name.rpartition(".")
         if leaf == "weight" and stem in self.packed:
             array = unpacked(self.take_packed(stem), self.packed[stem], self._float)
@@ -87,13 +89,8 @@ class SafetensorsSource:
         return self._take(name)
 
     def take_packed(self, path: str) -> dict[str, mx.array]:
-        """The packed weight of a module, evaluated: uint32 `weight`, `scales` and, where the mode has them, `biases`.
-
-        Raises:
-            KeyError: if the module's weight is not packed, or was taken before.
-            SourceError: if the file can no longer be read.
-        """
-        return {part: self._take(f"{path}.{part}") for part in _parts(self.packed[path])}
+        """See `PackedSource`."""
+        return {part: self._take(f"{path}.{part}") for part in self.packed[path].parts}
 
     def _take(self, name: str) -> mx.array:
         # A view into a larger tensor (a fused matrix that `sanitize` split) would keep all of it in memory.
@@ -101,7 +98,7 @@ class SafetensorsSource:
         try:
             mx.eval(array)
         except RuntimeError as exc:
-            raise SourceError(f"{self.path}: tensor {name} cannot be read ({first_line(exc)})") from None
+            raise SourceError(f"{self.path}: tensor {name} cannot be read ({reason_of(exc)})") from None
         return array
 
     def write_tokenizer(self, folder: Path) -> None:
@@ -124,7 +121,7 @@ class SafetensorsSource:
                 if file.suffix == ".json":
                     json.loads(content)
             except OSError as exc:
-                raise SourceError(f"{file}: cannot be read ({exc.strerror or exc})") from None
+                raise SourceError(f"{file}: cannot be read ({reason_of(exc)})") from None
             except (ValueError, RecursionError):
                 raise SourceError(f"{file}: is not valid JSON; copy or download it again") from None
             (folder / name).write_bytes(content)
@@ -149,7 +146,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         # mlx-lm's own reader: it decodes the floats that transformers tags, and takes eos ids from generation_config.
         config = load_config(path)
     except OSError as exc:
-        raise SourceError(f"{file}: cannot be read ({exc.strerror or exc})") from None
+        raise SourceError(f"{file}: cannot be read ({reason_of(exc)})") from None
     except (ValueError, RecursionError):
         raise SourceError(f"{file}: is not valid JSON; download it again") from None
     except (AttributeError, TypeError):  # generation_config.json or config.json holds a list or a bare value
@@ -180,24 +177,30 @@ def _refuse_unsupported(path: Path, config: dict[str, Any], trust_remote_code: b
         )
 
 
+def read_index(file: Path) -> dict[str, set[str]]:
+    """The weight files that an index names, each with the tensors that it places there.
+
+    Raises:
+        SourceError: if it is no such index, or names files elsewhere.
+    """
+    shards: dict[str, set[str]] = {}
+    try:
+        for tensor, name in json.loads(file.read_bytes())["weight_map"].items():
+            shards.setdefault(name, set()).add(tensor)
+        if shards and all(Path(name).name == name and name.endswith(".safetensors") for name in shards):
+            return shards
+    except OSError as exc:
+        raise SourceError(f"{file}: cannot be read ({reason_of(exc)})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise SourceError(f"{file}: is not an index of safetensors files; download it again")
+
+
 def _find_shards(path: Path) -> dict[str, set[str] | None]:
     """The weight files by name, each with the tensors that the index places there, or None without an index."""
-    shards: dict[str, set[str] | None] = {}
-    index = path / INDEX
-    if index.is_file():
-        try:
-            weight_map: Any = json.loads(index.read_bytes())["weight_map"]
-            for tensor, name in weight_map.items():
-                placed = shards.setdefault(name, set())
-                assert placed is not None
-                placed.add(tensor)
-            odd = not shards or any(Path(name).name != name or not name.endswith(".safetensors") for name in shards)
-        except OSError as exc:
-            raise SourceError(f"{index}: cannot be read ({exc.strerror or exc})") from None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            odd = True
-        if odd:
-            raise SourceError(f"{index}: is not an index of safetensors files; download it again")
+    shards: dict[str, set[str] | None]
+    if (path / INDEX).is_file():
+        shards = dict(read_index(path / INDEX))
         missing = sorted(name for name in shards if not (path / name).is_file())
     else:
         names = sorted(file.name for file in path.glob("*.safetensors") if not file.name.startswith("."))
@@ -248,25 +251,18 @@ def _load_lazily(
     """
     weights: dict[str, mx.array] = {}
     for shard in shards:
-        try:
-            loaded = mx.load(str(path / shard))
-        except (RuntimeError, ValueError) as exc:
-            raise SourceError(f"{path / shard}: cannot be loaded ({first_line(exc)}); download it again") from None
-        assert isinstance(loaded, dict)
-        weights.update(loaded)
+        weights |= load_lazily(path / shard, SourceError, "download it again")
     model = build_skeleton(path, config, len(weights))
-    sanitize: Callable[[dict[str, mx.array]], dict[str, mx.array]] | None = getattr(model, "sanitize", None)
-    if sanitize is not None:
-        try:
-            weights = sanitize(weights)
-        except Exception as exc:  # it indexes and reshapes what a complete model would have
-            raise SourceError(
-                f"{path}: mlx-lm cannot arrange the tensors of this {config['model_type']} model ({reason(exc)}); "
-                "one may be missing or of a wrong shape: download the model again"
-            ) from None
+    try:
+        weights = sanitized(model, weights)
+    except Exception as exc:  # it indexes and reshapes what a complete model would have
+        raise SourceError(
+            f"{path}: mlx-lm cannot arrange the tensors of this {config['model_type']} model ({typed_reason(exc)}); "
+            "one may be missing or of a wrong shape: download the model again"
+        ) from None
     expected = parameter_shapes(model)
     packed = _packed_modules(path, config, weights)
-    parts = {f"{stem}.{part}": stem for stem, packing in packed.items() for part in _parts(packing)}
+    parts = {f"{stem}.{part}": stem for stem, packing in packed.items() for part in packing.parts}
     shapes = {name: tuple(array.shape) for name, array in weights.items() if name not in parts}
     for stem, packing in packed.items():
         shapes[f"{stem}.weight"] = _unpacked_shape(path, stem, packing, weights)
@@ -281,25 +277,30 @@ def _load_lazily(
 
 
 def _packed_modules(path: Path, config: dict[str, Any], weights: dict[str, mx.array]) -> dict[str, Quantization]:
-    if not config.get("quantization"):
-        return {}
+    section: Any = config.get("quantization")
+    packed: dict[str, Quantization] = {}
     try:
-        return packed_modules(config, [name.removesuffix(".scales") for name in weights if name.endswith(".scales")])
+        for stem in (name.removesuffix(".scales") for name in weights if section and name.endswith(".scales")):
+            own = section.get(stem, section)
+            if not isinstance(own, dict) or own.get("global_scale"):
+                raise ValueError(f"quantization of {stem} is {own!r}")
+            packed[stem] = from_config(own)
     except (ValueError, KeyError, TypeError, AttributeError) as exc:
         raise SourceError(
-            f"{path / 'config.json'}: its section `quantization` cannot be used ({reason(exc)}); "
+            f"{path / 'config.json'}: its section `quantization` cannot be used ({typed_reason(exc)}); "
             "convert the unquantized model"
         ) from None
+    return packed
 
 
 def _unpacked_shape(path: Path, stem: str, packing: Quantization, weights: dict[str, mx.array]) -> tuple[int, ...]:
     """The shape of a packed weight as floats, if its tensors agree on one."""
-    missing = [f"{stem}.{part}" for part in _parts(packing) if f"{stem}.{part}" not in weights]
+    missing = [f"{stem}.{part}" for part in packing.parts if f"{stem}.{part}" not in weights]
     if missing:
         raise SourceError(
             f"{path}: lacks {listing(missing)}, which its quantization asks for; download the model again"
         )
-    weight, *others = (weights[f"{stem}.{part}"] for part in _parts(packing))
+    weight, *others = (weights[f"{stem}.{part}"] for part in packing.parts)
     shape = (*weight.shape[:-1], weight.shape[-1] * 32 // packing.bits)
     groups = (*shape[:-1], shape[-1] // packing.group_size)
     if weight.dtype != mx.uint32 or any(tuple(array.shape) != groups for array in others):
@@ -308,10 +309,6 @@ def _unpacked_shape(path: Path, stem: str, packing: Quantization, weights: dict[
             "says; the two may belong to different models"
         )
     return shape
-
-
-def _parts(packing: Quantization) -> tuple[str, ...]:
-    return ("weight", "scales", "biases") if packing.has_biases else ("weight", "scales")
 
 
 def _read_licence(path: Path) -> str | None:

@@ -1,25 +1,29 @@
-"""The tokenizer of a folder that has a SentencePiece model only (tokenizer.model), rebuilt as Hugging Face files.
+"""SentencePiece vocabularies, of a GGUF file or of a folder's tokenizer.model, as `tokenizers` tokenizers.
 
-transformers would build one by the class that the folder names, and its classes give other ids than the `sentencepiece`
-library: Llama's makes BPE of every model, and drops the space before a text that begins with one. Here the model file
-decides: its kind, normalization and pieces.
+They give the ids that the `sentencepiece` library gives, and find control tokens in a text besides, as chat templates
+need it. transformers would build one by the class that a folder names, and its classes give other ids: Llama's makes
+BPE of every model, and drops the space before a text that begins with one. Here the model file decides: its kind,
+normalization and pieces.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
-from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from ifprune_convert.wording import first_line
-from ifprune_mlx.errors import SourceError
+from ifprune_mlx.checkpoint.format import read_json_object
+from ifprune_mlx.errors import SourceError, reason_of
 
-from .gguf_sentencepiece import build_sentencepiece
+from .gguf_header import AGAIN
 
 _UNIGRAM, _BPE = 1, 2
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # kinds of pieces
+_LONGEST_PIECE = 256
 _SPACE = "\u2581"
 _ADVICE = "download the model's tokenizer.json beside it"
 _ROLES = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
@@ -45,7 +49,7 @@ def write_spm_tokenizer(source: Path, folder: Path) -> None:
     try:
         proto.ParseFromString(file.read_bytes())
     except OSError as exc:
-        raise SourceError(f"{file}: cannot be read ({exc.strerror or exc})") from None
+        raise SourceError(f"{file}: cannot be read ({reason_of(exc)})") from None
     except Exception:  # protobuf's DecodeError
         proto.Clear()
     if not proto.pieces:
@@ -62,7 +66,7 @@ def write_spm_tokenizer(source: Path, folder: Path) -> None:
     except SourceError:
         raise
     except Exception as exc:  # `tokenizers` raises Exception itself; settings can be of any shape
-        raise SourceError(f"{file}: cannot be made a tokenizer ({first_line(exc)}); {_ADVICE}") from None
+        raise SourceError(f"{file}: cannot be made a tokenizer ({reason_of(exc)}); {_ADVICE}") from None
     for key in _DROPPED:
         settings.pop(key, None)
     settings |= {f"{role}_token": token for role, token in special.items()}
@@ -154,12 +158,74 @@ def _add_ends(tokenizer: Tokenizer, ends: dict[str, str]) -> None:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
     try:
-        value: Any = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise SourceError(f"{file}: is not a JSON object; copy or download it again")
-    return value
+        return read_json_object(file, SourceError) if file.is_file() else {}
+    except SourceError:
+        raise SourceError(f"{file}: is not a JSON object; copy or download it again") from None
+
+
+def build_sentencepiece(
+    path: Path, pieces: list[str], scores: list[float], types: list[int], prefix: bool, unknown: str | None
+) -> Tokenizer:
+    """The tokenizer of a vocabulary.
+
+    Args:
+        path: the file, for error messages.
+        pieces: all different; the ids are their places.
+        scores: of each piece; of two that can be merged, that with the higher score is.
+        types: of each piece, as GGUF numbers them.
+        prefix: whether a space is put before every text, and behind every special token.
+        unknown: the piece that stands for a character that neither a piece nor byte pieces can spell.
+
+    Raises:
+        SourceError: if the lists contradict each other.
+    """
+    if len(scores) != len(pieces) or not all(map(math.isfinite, scores)):
+        raise SourceError(f"{path}: has {len(pieces)} tokens and {len(scores)} scores, or scores not finite; {AGAIN}")
+    of_bytes = {piece for piece, kind in zip(pieces, types, strict=True) if kind == _BYTE}
+    if of_bytes and of_bytes != {f"<0x{byte:02X}>" for byte in range(256)}:
+        raise SourceError(f"{path}: the vocabulary has {len(of_bytes)} byte tokens, but not one for each byte; {AGAIN}")
+    if not of_bytes and unknown is None:
+        raise SourceError(f"{path}: the vocabulary has neither byte tokens nor one for what is unknown; {AGAIN}")
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    model = models.BPE(
+        vocabulary,
+        _merges(vocabulary, scores, types),
+        unk_token=unknown,
+        fuse_unk=True,
+        byte_fallback=bool(of_bytes),
+    )
+    tokenizer = Tokenizer(model)
+    spaces = normalizers.Replace(" ", _SPACE)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces]) if prefix else spaces
+    # The forms by which mlx-lm knows that it can detokenize as fast as tokens come.
+    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
+    # User-defined pieces are matched after spaces are replaced, the longest first, as SentencePiece does; but with a
+    # prefix they would get one as well, and are matched in the text as it is, as llama.cpp does.
+    tokenizer.add_tokens(
+        [
+            AddedToken(piece, special=kind != _USER_DEFINED, normalized=kind == _USER_DEFINED and not prefix)
+            for piece, kind in zip(pieces, types, strict=True)
+            if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+        ]
+    )
+    return tokenizer
+
+
+def _merges(vocabulary: dict[str, int], scores: list[float], types: list[int]) -> list[tuple[str, str]]:
+    """Every way to make a normal piece of two, the best score first."""
+    # Longer ones are no pieces of a language, and would take forever.
+    normal = {
+        piece: number
+        for piece, number in vocabulary.items()
+        if types[number] == _NORMAL and len(piece) <= _LONGEST_PIECE
+    }
+    found = [
+        (-scores[number], normal[piece[:cut]], normal[piece[cut:]], piece, cut)
+        for piece, number in normal.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in normal and piece[cut:] in normal
+    ]
+    found.sort()
+    return [(piece[:cut], piece[cut:]) for *_, piece, cut in found]

@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from ifprune_convert.contenders import make_noise, make_plain
+from ifprune_convert.bench_models import make_noise, make_plain
 from ifprune_convert.synthetic import SHAPES, NoiseSource, Shape, shape_of
 from ifprune_mlx import IfpruneError
 from ifprune_mlx.bench.benchmark import BenchConfig, bench, bytes_per_token, interval

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from ifprune_convert.frequency import reorder
-from ifprune_convert.neurons import write_neurons
 from ifprune_convert.packing import quantization_of
 from ifprune_convert.pipeline import Options
+from ifprune_convert.weight_files import write_neurons
 from ifprune_mlx import CheckpointError
 from ifprune_mlx.checkpoint.format import Checkpoint, write_manifest
 from ifprune_mlx.checkpoint.neuron_layout import PAGE_BYTES, PARTS, RECORDS, record_stride, strips_of
