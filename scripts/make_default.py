@@ -16,6 +16,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ifprune_mlx.checkpoint.safetensors_io import load_arrays
 from ifprune_mlx.selection.predictor import Head
 
 HERE = Path(__file__).parent
@@ -24,8 +25,7 @@ TARGET = HERE.parent / "convert" / "ifprune_convert" / "data" / "smollm2-135m-in
 
 def halved(source: Path, target: Path) -> None:
     """Copy a safetensors file, as float16."""
-    arrays = mx.load(str(source))
-    assert isinstance(arrays, dict)
+    arrays = load_arrays(source)
     mx.save_safetensors(str(target), {name: array.astype(mx.float16) for name, array in arrays.items()})
 
 

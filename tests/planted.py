@@ -24,6 +24,7 @@ from ifprune_convert.pipeline import Options, convert
 from ifprune_convert.readers import open_source
 from ifprune_mlx import Instruction, Model, Selected, Selection, load
 from ifprune_mlx.chat_template import render_messages
+from ifprune_mlx.checkpoint.safetensors_io import load_arrays
 from ifprune_mlx.data.dataset import Record
 from ifprune_mlx.data.tokenize import Example, encode_all
 from ifprune_mlx.selection.predictor import SparsityPredictor, load_predictor
@@ -71,8 +72,7 @@ def plant(model: Model, selections: Mapping[str, Selection], domain: str, seed: 
 def write_sharp_checkpoint(folder: Path) -> Path:
     """A tiny checkpoint whose FFNs say what comes next: random, but with strong down projections and sharp logits."""
     source = write_source(folder.with_name(f"source-of-{folder.name}"), "llama-untied")
-    arrays = mx.load(str(source / "model.safetensors"))
-    assert isinstance(arrays, dict)
+    arrays = load_arrays(source / "model.safetensors")
     scales = {"down_proj": 8, "lm_head": 4}
     changed = {
         name: array * next((scale for part, scale in scales.items() if part in name), 1)
@@ -122,8 +122,7 @@ def make_experts(count: int) -> Experts:
 def write_experts_source(folder: Path, experts: Experts) -> Path:
     """A dense llama whose FFNs are made of these experts; embeddings, attention and all other weights are random."""
     source = write_source(folder, "llama-untied")
-    arrays = mx.load(str(source / "model.safetensors"))
-    assert isinstance(arrays, dict)
+    arrays = load_arrays(source / "model.safetensors")
     generator, count = np.random.default_rng(1), len(experts.characters)
     # The first dimensions of the residual stream say whose character it is, the others which one.
     rest = _D_MODEL - count

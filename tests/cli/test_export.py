@@ -13,6 +13,7 @@ import pytest
 from ifprune_convert.packing import quantization_of
 from ifprune_convert.pipeline import Options
 from ifprune_mlx import Selection
+from ifprune_mlx.checkpoint.safetensors_io import load_arrays
 from tests.cli.process import environment
 from tests.cli.test_generate import answer, succeed
 from tests.tiny import write_checkpoint
@@ -77,8 +78,7 @@ def test_a_prompt_selects_as_it_does_elsewhere(tiny_checkpoint: Path, tmp_path: 
     again = ("export", "--model", tiny_checkpoint, "--prompt", "x", "--mlx-path", tmp_path / "out", "--overwrite")
     value = answer(succeed(*again, "--selector", "static", "--density", "0.25", "--dtype", "bfloat16", "--json"))
     assert (value["selector"], value["k"]) == ("static", [32, 32])
-    arrays = mx.load(str(tmp_path / "out" / "model-00001-of-00001.safetensors"))
-    assert isinstance(arrays, dict)
+    arrays = load_arrays(tmp_path / "out" / "model-00001-of-00001.safetensors")
     assert {array.dtype for array in arrays.values()} == {mx.bfloat16}
 
 

@@ -29,6 +29,7 @@ def write_adapter(folder: Path) -> Path:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads anonymous RSS from /proc")
+@pytest.mark.slow
 def test_two_layers_of_the_papers_widths(tmp_path: Path) -> None:
     written = write_checkpoint(tmp_path / "source", layers=2, vocabulary=1024)
     assert written > 650_000_000

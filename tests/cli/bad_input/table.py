@@ -14,6 +14,7 @@ import numpy as np
 
 from ifprune_mlx import Checkpoint, Selection, TaskStore
 from ifprune_mlx.checkpoint.format import write_manifest
+from ifprune_mlx.checkpoint.safetensors_io import load_arrays
 from tests.cli.process import Argument
 from tests.hub_stub import HubStub
 from tests.tiny_gguf import CONFIG as GGUF_CONFIG
@@ -124,8 +125,7 @@ def edit_json(file: Path, change: Callable[[Any], object]) -> None:
 
 def edit_tensors(file: Path, change: Callable[[dict[str, mx.array]], object]) -> None:
     """Change a checkpoint's tensors; the manifest is made to agree."""
-    arrays = mx.load(str(file))
-    assert isinstance(arrays, dict)
+    arrays = load_arrays(file)
     mx.eval(arrays)
     change(arrays)
     mx.save_safetensors(str(file), arrays, {"format": "mlx"})

@@ -10,6 +10,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.convert import convert as mlx_lm_convert
 
+from ifprune_mlx.checkpoint.safetensors_io import load_arrays
 from tests.cli.bad_input.table import Bad, Check, Place, Table, cut, edit_json
 from tests.cli.process import full_disk
 from tests.family_configs import tiny_config
@@ -132,8 +133,7 @@ def source_config_that_is_not_json(at: Place) -> Bad:
 @case
 def weights_with_nan(at: Place) -> Bad:
     folder = at.dense()
-    arrays = mx.load(str(folder / "model.safetensors"))
-    assert isinstance(arrays, dict)
+    arrays = load_arrays(folder / "model.safetensors")
     arrays["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
     mx.save_safetensors(str(folder / "model.safetensors"), arrays, {"format": "mlx"})
     return Bad(at.convert(folder), (str(folder), "model.layers.1.mlp", "NaN", "again"))
@@ -177,8 +177,7 @@ def calibration_without_chats(at: Place) -> Bad:
 
 def prior(at: Place, change: Callable[[dict[str, mx.array]], object]) -> Path:
     """A copy of the sound checkpoint's prior, changed."""
-    arrays = mx.load(str(at.sound / "priors.safetensors"))
-    assert isinstance(arrays, dict)
+    arrays = load_arrays(at.sound / "priors.safetensors")
     mx.eval(arrays)
     change(arrays)
     mx.save_safetensors(str(at / "prior.safetensors"), arrays)
@@ -344,8 +343,7 @@ def quantizing_what_is_quantized(at: Place) -> Bad:
 def quantized_source(at: Place) -> Bad:
     """One whose groups lack their offsets."""
     folder, name = packed(at), "model.layers.1.mlp.up_proj.biases"
-    arrays = mx.load(str(folder / "model.safetensors"))
-    assert isinstance(arrays, dict)
+    arrays = load_arrays(folder / "model.safetensors")
     mx.eval(arrays)
     del arrays[name]
     (folder / "model.safetensors.index.json").unlink()

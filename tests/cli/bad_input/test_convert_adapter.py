@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from ifprune_mlx.checkpoint.safetensors_io import load_arrays
 from tests.cli.bad_input.table import Bad, Check, Place, Table, cut, edit_json
 from tests.convert.tiny_adapter import write_adapter
 from tests.convert.tiny_peft import write_peft
@@ -23,8 +24,7 @@ ADAPTER, ADAPTER_CONFIG = "adapters.safetensors", "adapter_config.json"
 def adapter(at: Place, change: Callable[[dict[str, mx.array]], object] = lambda tensors: None, **options: Any) -> Path:
     """An adapter of the sound dense folder, its tensors changed."""
     folder = write_adapter(at / "adapter", at.source, **options)
-    arrays = mx.load(str(folder / ADAPTER))
-    assert isinstance(arrays, dict)
+    arrays = load_arrays(folder / ADAPTER)
     mx.eval(arrays)
     change(arrays)
     mx.save_safetensors(str(folder / ADAPTER), arrays)

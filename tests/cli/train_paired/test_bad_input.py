@@ -7,6 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from ifprune_mlx.checkpoint.safetensors_io import load_arrays
 from tests.cli.process import run_here
 from tests.cli.train_paired.runs import command, metrics
 
@@ -95,8 +96,7 @@ def test_a_run_that_goes_wild_keeps_its_last_state(
     done = run_here(*command("sft", tiny_checkpoint, tmp_path / "out", data["sft"], *wild))
     assert done.returncode == 1
     assert "the gradient of arm static is not a number; lower the learning rate" in done.stderr
-    arrays = mx.load(str(tmp_path / "out" / "adapters" / "static" / "adapters.safetensors"))
-    assert isinstance(arrays, dict)
+    arrays = load_arrays(tmp_path / "out" / "adapters" / "static" / "adapters.safetensors")
     assert all(bool(mx.all(mx.isfinite(array))) for array in arrays.values())
 
 

@@ -20,6 +20,7 @@ from ifprune_mlx.checkpoint.format import Checkpoint, write_manifest
 from ifprune_mlx.checkpoint.neuron_layout import PAGE_BYTES, PARTS, RECORDS, record_stride, strips_of
 from ifprune_mlx.checkpoint.neuron_reader import RowReader, read_rows
 from ifprune_mlx.checkpoint.raw_array import raw
+from ifprune_mlx.checkpoint.safetensors_io import load_arrays
 from tests.tiny import write_checkpoint
 
 PACKINGS = [None, ("affine", 32, 4), ("affine", 64, 8), ("mxfp4", 32, 4), ("nvfp4", 16, 4)]
@@ -97,8 +98,7 @@ def test_ordered_tensors_are_read_as_well(tmp_path: Path) -> None:
     """Checkpoints that were ordered before there were records."""
     plain, made = ordered(tmp_path, ("affine", 32, 4))
     for index, order in enumerate(ORDERS):
-        arrays = mx.load(str(plain.neurons_file(index)))
-        assert isinstance(arrays, dict)
+        arrays = load_arrays(plain.neurons_file(index))
         bias = arrays.pop("down.bias")
         tensors = {name: mx.take(array, mx.array(order), axis=0) for name, array in arrays.items()}
         write_neurons(made.neurons_file(index), tensors | {"down.bias": bias, "order": mx.array(order)})
@@ -154,8 +154,7 @@ def test_records_that_are_not_as_described_are_refused(tmp_path: Path, name: str
     _, made = ordered(tmp_path, None)
     file = made.neurons_file(1)
     header = made.headers[file.name]
-    arrays = mx.load(str(file))
-    assert isinstance(arrays, dict)
+    arrays = load_arrays(file)
     mx.eval(arrays)  # before the file is written anew
     metadata = dict(header.metadata)
     change, words = DAMAGES[name]
@@ -179,8 +178,7 @@ def test_records_of_another_width_are_refused(tmp_path: Path) -> None:
 def test_tensors_that_cannot_be_rows_are_refused_when_opening(tmp_path: Path, name: str) -> None:
     plain = Checkpoint.open(write_checkpoint(tmp_path / "plain", "llama-bias", Options()))
     file = plain.neurons_file(0)
-    arrays = mx.load(str(file))
-    assert isinstance(arrays, dict)
+    arrays = load_arrays(file)
     mx.eval(arrays)
     arrays[name] = arrays.get(name, mx.zeros((128, 0))).astype(mx.int32)
     write_neurons(file, arrays)

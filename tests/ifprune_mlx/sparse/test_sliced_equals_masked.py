@@ -1,4 +1,4 @@
-"""A sliced model computes what the masked dense one does (DESIGN.md section 3, idea 5), float and quantized."""
+"""A sliced model computes what the masked dense one does (docs/architecture.md), float and quantized."""
 
 from __future__ import annotations
 
