@@ -140,11 +140,11 @@ def serve(
 
     from ifprune_mlx.serving.engine.engine import Engine
     from ifprune_mlx.serving.http.app import make_app
-    from ifprune_mlx.serving.http.fields import Wish
     from ifprune_mlx.serving.http.middleware import Limits
+    from ifprune_mlx.serving.http.schemas_requests import SelectionOptions
     from ifprune_mlx.serving.http.service import Defaults, Service
 
-    wish = Wish(
+    selection = SelectionOptions(
         task=task,
         selector=None if selector is None else selector.value,
         dense=dense,
@@ -159,8 +159,8 @@ def serve(
         engine,
         name=name,
         aliases=() if model is None else (model,),
-        defaults=Defaults(wish, sampling, max_tokens),
-        jobs=concurrency + queue,
+        defaults=Defaults(selection, sampling, max_tokens),
+        most_answers=concurrency + queue,
     )
     limits = Limits(
         api_key=key,
@@ -178,11 +178,12 @@ def serve(
             result_json({"url": url(listener), "model": name, "pid": os.getpid()})
 
     try:
-        service.choice(wish)  # a task that is not there is found now
+        if task is not None:
+            service.load_task(task)  # one that is not there is found now
         from ifprune_mlx.selection.selectors import make_selector
 
         if task is None and not dense:
-            make_selector(loaded, wish.selector)
+            make_selector(loaded, selection.selector)
         listen(make_app(service, limits, ui=ui), listener, ready)
     finally:
         engine.close()
@@ -207,7 +208,7 @@ def _check_installed() -> None:
     """Raise IfpruneError if the packages that serve are not there."""
     from ifprune_mlx import IfpruneError
 
-    missing = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
+    missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if find_spec(name) is None]
     if missing:
         raise IfpruneError(f"{' and '.join(missing)} missing; install with: pip install 'ifprune-mlx[server]'")
 

@@ -171,7 +171,7 @@ def test_both_ways_to_send_the_key(hasty: Served) -> None:
 def test_too_many_at_once_are_told_to_wait(hasty: Served) -> None:
     def busy(running: int, waiting: int) -> bool:
         text = hasty.get("/metrics", headers=KEY).text
-        return f"ifprune_jobs_running {running}\n" in text and f"ifprune_jobs_waiting {waiting}\n" in text
+        return f"ifprune_jobs_running {running}.0\n" in text and f"ifprune_jobs_waiting {waiting}.0\n" in text
 
     body = json.dumps({**HELLO, "max_tokens": 8000, "logit_bias": {"2": -100}}).encode()
     head = _HEAD.replace(b"completions", b"chat/completions") + b"Content-Length: %d\r\n\r\n" % len(body)
