@@ -40,17 +40,12 @@ class Anthropic:
     async def create(self, body: MessagesRequest, headers: Annotated[SelectionHeaders, Header()]) -> Response:
         """Answer a conversation, in Anthropic's form."""
         service, conversation = self._service, _conversation(body)
-        stops = tuple(body.stop_sequences or ())
-        requests = await service.requests(
-            body,
-            headers,
-            partial(service.renderer.conversation, conversation),
-            max_tokens=body.max_tokens,
-            stop=(*stops, *service.renderer.stops(conversation.tools)),
-        )
-        answer = AnswerSoFar(service.renderer.splitter(conversation.tools))
+        stops = body.stop_sequences or []
+        render = partial(service.renderer.conversation, conversation)
+        requests = await service.requests(body, headers, render, max_tokens=body.max_tokens, stop=stops)
+        splitter = service.renderer.splitter(conversation.tools)
         return StreamingAnswer(
-            service, requests, _MessageFormat(service, requests[0], [answer], stops), bool(body.stream)
+            service, requests, _MessageFormat(service, requests[0], stops), bool(body.stream), [splitter]
         )
 
     async def count(self, body: CountRequest) -> dict[str, int]:
@@ -66,84 +61,77 @@ class _MessageFormat:
 
     service: Service
     request: Request
-    answers: list[AnswerSoFar]
-    stops: tuple[str, ...]
-    blocks = 0  # those that have begun
-    open = False  # whether the last is text that goes on
+    stops: Sequence[str]
+    block = -1  # the last one that has begun
+    text_open = False  # whether it is text that goes on
 
     def start(self) -> Iterator[bytes]:
         """An empty message."""
-        empty: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None}
         usage = {"input_tokens": len(self.request.tokens), "output_tokens": 0}
-        yield _event("message_start", message={**self._head(), **empty, "usage": usage})
+        empty: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
+        yield _event("message_start", message={**self._head(), **empty})
 
-    def events(self, index: int, parts: Sequence[str | ToolCall], output: RequestOutput) -> Iterator[bytes]:
+    def events(self, answer: AnswerSoFar, parts: Sequence[str | ToolCall], output: RequestOutput) -> Iterator[bytes]:
         """Text and calls, as they become certain."""
-        for block in _blocks(parts):
-            if block["type"] == "text":
-                if not self.open:
-                    self.open = True
-                    self.blocks += 1
-                    start = {"type": "text", "text": ""}
-                    yield _event("content_block_start", index=self.blocks - 1, content_block=start)
-                delta = {"type": "text_delta", "text": block["text"]}
-                yield _event("content_block_delta", index=self.blocks - 1, delta=delta)
-                continue
-            yield from self._close_text()
-            self.blocks += 1
-            at = self.blocks - 1
-            yield _event("content_block_start", index=at, content_block={**block, "input": {}})
-            delta = {"type": "input_json_delta", "partial_json": json.dumps(block["input"], ensure_ascii=False)}
-            yield _event("content_block_delta", index=at, delta=delta)
-            yield _event("content_block_stop", index=at)
+        for content in _blocks(parts):
+            called = content["type"] == "tool_use"
+            if called:
+                yield from self._close_text()
+                text = json.dumps(content["input"], ensure_ascii=False)
+                delta = {"type": "input_json_delta", "partial_json": text}
+            else:
+                delta = {"type": "text_delta", "text": content["text"]}
+            if not self.text_open:
+                self.block += 1
+                empty: dict[str, Any] = {"input": {}} if called else {"text": ""}
+                yield _event("content_block_start", index=self.block, content_block={**content, **empty})
+            self.text_open = True
+            yield _event("content_block_delta", index=self.block, delta=delta)
+            if called:
+                yield from self._close_text()
 
-    def end(self) -> Iterator[bytes]:
+    def end(self, answers: Sequence[AnswerSoFar]) -> Iterator[bytes]:
         """Why it ends, the usage and the figures."""
         yield from self._close_text()
-        ending = self._ending(_blocks(self.answers[0].parts))
-        yield _event("message_delta", delta=ending, **self._figures())
+        reason, figures = self._ending(answers[0])
+        yield _event("message_delta", delta=reason, **figures)
         yield _event("message_stop")
 
     def error(self, error: RequestError) -> bytes:
         """A failure on the way; clients raise it."""
         return sse(to_json(error_body("/v1/messages", error)), "error")
 
-    def whole(self) -> Message:
+    def whole(self, answers: Sequence[AnswerSoFar]) -> Message:
         """The message object."""
-        blocks = _blocks(self.answers[0].parts)
-        return Message.model_validate({**self._head(), "content": blocks, **self._ending(blocks), **self._figures()})
+        reason, figures = self._ending(answers[0])
+        return Message.model_validate({**self._head(), "content": _blocks(answers[0].parts), **reason, **figures})
 
     def _head(self) -> dict[str, Any]:
         identity = f"msg_{uuid.uuid4().hex[:24]}"
         return {"id": identity, "type": "message", "role": "assistant", "model": self.service.name}
 
     def _close_text(self) -> Iterator[bytes]:
-        if self.open:
-            self.open = False
-            yield _event("content_block_stop", index=self.blocks - 1)
+        if self.text_open:
+            self.text_open = False
+            yield _event("content_block_stop", index=self.block)
 
-    def _ending(self, blocks: list[dict[str, Any]]) -> dict[str, Any]:
-        stats = self.answers[0].stats
-        assert stats is not None
+    def _ending(self, answer: AnswerSoFar) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Why an answer ends; its usage and figures."""
+        stats = answer.complete
         matched = stats.matched_stop if stats.matched_stop in self.stops else None
+        reason = "max_tokens" if stats.finish_reason == "length" else "end_turn"
         if matched is not None:
             reason = "stop_sequence"
-        elif stats.finish_reason == "length":
-            reason = "max_tokens"
-        else:
-            reason = "tool_use" if any(block["type"] == "tool_use" for block in blocks) else "end_turn"
-        return {"stop_reason": reason, "stop_sequence": matched}
-
-    def _figures(self) -> dict[str, Any]:
-        stats = self.answers[0].stats
-        assert stats is not None
+        elif reason == "end_turn" and any(block["type"] == "tool_use" for block in _blocks(answer.parts)):
+            reason = "tool_use"
         usage = {
             "input_tokens": stats.prompt_tokens - stats.cached_tokens,
             "cache_read_input_tokens": stats.cached_tokens,
             "cache_creation_input_tokens": 0,
             "output_tokens": stats.completion_tokens,
         }
-        return {"usage": usage, "ifprune": self.service.figures(stats)}
+        ending = {"stop_reason": reason, "stop_sequence": matched}
+        return ending, {"usage": usage, "ifprune": self.service.figures(stats)}
 
 
 def _event(name: str, **fields: Any) -> bytes:

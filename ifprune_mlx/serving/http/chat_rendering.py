@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ifprune_mlx.chat_template import Messages, check_prompt, encode_prompt, instruction_of
+from ifprune_mlx.chat_template import check_prompt, encode_prompt, instruction_of
 from ifprune_mlx.errors import PromptError
 from ifprune_mlx.model import Model
 from ifprune_mlx.serving.http.errors import RequestError
@@ -51,10 +52,11 @@ class Conversation:
 
 
 class Prompt(NamedTuple):
-    """What the model reads, and what the selector reads of it."""
+    """What the model reads, what the selector reads of it, and strings of the template that end its answer."""
 
     tokens: tuple[int, ...]
     instruction: str
+    stop: tuple[str, ...] = ()
 
 
 class ChatRenderer:
@@ -65,12 +67,11 @@ class ChatRenderer:
     """
 
     def __init__(self, model: Model, tokenizer: TokenizerWrapper) -> None:
-        self._model = model
-        self._tokenizer = tokenizer
+        self._model, self._tokenizer = model, tokenizer
         # No token stands for more text than the longest of the vocabulary.
         longest = max((len(token) for token in tokenizer.get_vocab()), default=1)
         limit = model.context_length
-        self._most_characters = None if limit is None else limit * longest
+        self._most_characters = math.inf if limit is None else limit * longest
 
     def prompts(self, prompts: Sequence[str | list[int]]) -> list[Prompt]:
         """Prompts that are taken as they are; the selector reads all of them.
@@ -95,54 +96,42 @@ class ChatRenderer:
             PromptError: if it is longer than the context, or the chat template refuses it.
             RequestError: if it has tools, and the chat template has none.
         """
-        messages, tools = conversation.messages, conversation.tools.offered
-        calls = [message["tool_calls"] for message in messages if "tool_calls" in message]
-        if not self._tokenizer.has_tool_calling and (
-            tools or calls or any(message["role"] == "tool" for message in messages)
-        ):
+        tokenizer, messages, tools = self._tokenizer, conversation.messages, conversation.tools
+        calls = [message for message in messages if message["role"] == "tool" or "tool_calls" in message]
+        if (tools.offered or calls) and not tokenizer.has_tool_calling:
             raise RequestError(
                 "this model's chat template has no tools; ask without them", "tools", code="tools_not_supported"
             )
-        shown = json.dumps([tools, calls], ensure_ascii=False) if tools or calls else ""
-        begun = conversation.prefill + self.begun(conversation.tools)
+        shown = json.dumps([tools.offered, calls], ensure_ascii=False) if tools.offered or calls else ""
+        begun = conversation.prefill + (beginning(tokenizer, tools.only) if tools.forced else "")
         self._check_length(len(begun) + len(shown) + sum(len(message["content"]) for message in messages))
-        tokens = self._render(messages, tools, begun)
+        if tokenizer.has_chat_template:
+            try:
+                text = tokenizer.apply_chat_template(
+                    messages, tools=tools.offered or None, tokenize=False, add_generation_prompt=True
+                )
+            except Exception as exc:  # jinja and the templates themselves raise what they like
+                reason = " ".join(str(exc).split())[:200]
+                raise PromptError(f"the chat template refuses these messages ({reason})") from None
+            tokens = tokenizer.encode(text + begun, add_special_tokens=False)
+        else:
+            tokens = tokenizer.encode("\n".join(message["content"] for message in messages) + "\n" + begun)
         check_prompt(self._model, tokens)
         users = [message for message in messages if message["role"] == "user"] or messages
-        return [Prompt(tuple(tokens), str(users[0 if policy == "first" else -1]["content"]))]
-
-    def begun(self, tools: Tools) -> str:
-        """What the prompt has of a call that is forced; empty where none is."""
-        return beginning(self._tokenizer, tools.only) if tools.forced else ""
+        instruction = users[0 if policy == "first" else -1]["content"]
+        end = tokenizer.tool_call_end if tools.offered and tools.single else None
+        return [Prompt(tuple(tokens), instruction, (end,) if end else ())]
 
     def splitter(self, tools: Tools) -> ToolSplitter | None:
         """What tells calls from text in an answer; None where no tool may be called."""
         if not tools.offered:
             return None
-        return ToolSplitter(self._tokenizer, tools.offered, self.begun(tools), tools.only)
-
-    def stops(self, tools: Tools) -> tuple[str, ...]:
-        """Strings that end an answer which may have one call only."""
-        end = self._tokenizer.tool_call_end if tools.offered else None
-        return (end,) if end and tools.single else ()
-
-    def _render(self, messages: Messages, tools: list[dict[str, Any]], begun: str) -> list[int]:
-        tokenizer = self._tokenizer
-        if not tokenizer.has_chat_template:
-            text = "\n".join(str(message["content"]) for message in messages) + "\n"
-            return list(tokenizer.encode(text + begun))
-        try:
-            text = tokenizer.apply_chat_template(
-                list(messages), tools=tools or None, tokenize=False, add_generation_prompt=True
-            )
-        except Exception as exc:  # jinja and the templates themselves raise what they like
-            reason = " ".join(str(exc).split())[:200]
-            raise PromptError(f"the chat template refuses these messages ({reason})") from None
-        return list(tokenizer.encode(text + begun, add_special_tokens=False))
+        begun = beginning(self._tokenizer, tools.only) if tools.forced else ""
+        return ToolSplitter(self._tokenizer, tools.offered, begun, tools.only)
 
     def _check_length(self, characters: int) -> None:
         """Refuse a prompt that is too long whatever its tokens are, before the work of finding them."""
-        if self._most_characters is not None and characters > self._most_characters:
+        if characters > self._most_characters:
             raise PromptError(
                 f"the prompt has {characters} characters, the model's context holds {self._model.context_length} "
                 "tokens; shorten it"

@@ -126,30 +126,27 @@ def _validation_error(exc: RequestValidationError) -> RequestError:
     kind, context, value = error["type"], error.get("ctx", {}), error["input"]
     where, *place = error["loc"]
     param = _path(place, exc.body, kind) if where == "body" else str(place[0])
+    if kind.startswith("union_tag"):  # the field that says which of several objects it is
+        param = f"{param}.{context['discriminator'][1:-1]}"
     code = None
-    if kind == "union_tag_not_found":
-        param, kind = f"{param}.{context['discriminator'][1:-1]}", "missing"
-    if kind == "missing" or (value is None and kind in _EXPECTED):
+    if kind in ("missing", "union_tag_not_found") or (value is None and kind in _EXPECTED):
         reason, code = "is required", "missing_required_parameter"
     elif kind in _EXPECTED:
         reason = f"must be {_EXPECTED[kind]}, not {json_type(value)}"
-    elif kind == "union_tag_invalid" and context["discriminator"] == "'type'":
-        param, code = f"{param}.type", "unsupported_content"
+    elif kind == "union_tag_invalid" and param.endswith("type"):
         reason = f"{context['tag'][:40]!r} is not supported here; this model reads text only"
-    elif kind == "union_tag_invalid":
-        param = f"{param}.{context['discriminator'][1:-1]}"
-        reason = f"must be one of {context['expected_tags']}"
-    elif kind == "literal_error":
-        reason = f"must be {'one of ' if ' or ' in context['expected'] else ''}{context['expected']}"
+        code = "unsupported_content"
+    elif kind in ("union_tag_invalid", "literal_error"):
+        values = context.get("expected_tags") or context["expected"]
+        reason = f"must be {'one of ' if ', ' in values or ' or ' in values else ''}{values}"
     elif kind in ("too_short", "string_too_short"):
         reason = "is empty"
-    elif kind == "too_long":
-        reason = f"holds {context['actual_length']} values; give at most {context['max_length']}"
-    elif kind == "string_too_long":
-        reason = f"must have at most {context['max_length']} characters"
+    elif kind in ("too_long", "string_too_long"):
+        unit = "values" if kind == "too_long" else "characters"
+        reason = f"has too many {unit}; give at most {context['max_length']}"
     else:
-        reason, code = error["msg"], kind if kind.startswith("unsupported_") else None
-    return field_error(param, f"{'' if where == 'body' else f'in the {where}, '}{reason}", code)
+        reason, code = error["msg"], kind if kind == "unsupported_parameter" else None
+    return field_error(param, reason if where == "body" else f"in the {where}, {reason}", code)
 
 
 def _path(place: list[Any], body: Any, kind: str) -> str:

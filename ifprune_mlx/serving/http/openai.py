@@ -35,6 +35,7 @@ from ifprune_mlx.serving.http.service import Service
 from ifprune_mlx.serving.http.streaming import AnswerSoFar, StreamingAnswer, sse
 from ifprune_mlx.serving.http.tools import ToolCall
 
+Choice = dict[str, Any]
 _UNLIKELY = -9999.0  # what OpenAI says of tokens that cannot be
 
 
@@ -46,21 +47,20 @@ class OpenAI:
 
     async def chat(self, body: ChatRequest, headers: Annotated[SelectionHeaders, Header()]) -> Response:
         """Answer a conversation."""
-        service = self._service
+        service, conversation = self._service, _conversation(body)
         if body.top_logprobs and not body.logprobs:
             raise field_error("top_logprobs", "needs logprobs to be true")
-        conversation = _conversation(body)
         requests = await service.requests(
             body,
             headers,
             partial(service.renderer.conversation, conversation),
-            n=_answer_count(service, body),
+            n=_answers_per_prompt(body, 1, service.most_answers),
             max_tokens=body.max_completion_tokens or body.max_tokens,
-            stop=(*_stop(body), *service.renderer.stops(conversation.tools)),
+            stop=body.stop_strings,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         )
-        answers = [AnswerSoFar(service.renderer.splitter(conversation.tools)) for _ in requests]
-        return StreamingAnswer(service, requests, _ChatFormat(service, body, requests, answers), bool(body.stream))
+        splitters = [service.renderer.splitter(conversation.tools) for _ in requests]
+        return StreamingAnswer(service, requests, _ChatFormat(service, body, requests), bool(body.stream), splitters)
 
     async def complete(self, body: TextRequest, headers: Annotated[SelectionHeaders, Header()]) -> Response:
         """Continue texts."""
@@ -72,13 +72,12 @@ class OpenAI:
             body,
             headers,
             lambda policy: service.renderer.prompts(prompts),
-            n=_answer_count(service, body, len(prompts)),
+            n=_answers_per_prompt(body, len(prompts), service.most_answers),
             max_tokens=body.max_tokens,
-            stop=_stop(body),
+            stop=body.stop_strings,
             logprobs=body.logprobs,
         )
-        answers = [AnswerSoFar() for _ in requests]
-        return StreamingAnswer(service, requests, _TextFormat(service, body, requests, answers), bool(body.stream))
+        return StreamingAnswer(service, requests, _TextFormat(service, body, requests), bool(body.stream))
 
     async def models(self) -> dict[str, Any]:
         """The model that is served, in the fields of both APIs at once."""
@@ -118,79 +117,88 @@ class _CompletionFormat(ABC):
     service: Service
     body: CompletionRequest
     requests: Sequence[Request]
-    answers: list[AnswerSoFar]
-    id_prefix: ClassVar[str]
-    kind: ClassVar[str]
+    whole_model: ClassVar[type[ChatCompletion | TextCompletion]]
     chunk_kind: ClassVar[str]
-    model: ClassVar[type[BaseModel]]
 
     def __post_init__(self) -> None:
-        self._logprobs = self.requests[0].logprobs is not None
-        self._include_usage = bool(self.body.stream_options and self.body.stream_options.include_usage)
-        self._head = {
-            "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
-            "object": self.chunk_kind if self.body.stream else self.kind,
+        kind = self.whole_model.model_fields["object"].default
+        self.head = {
+            "id": f"{'chatcmpl' if kind == 'chat.completion' else 'cmpl'}-{uuid.uuid4().hex}",
+            "object": self.chunk_kind if self.body.stream else kind,
             "created": int(time.time()),
             "model": self.service.name,
         }
+        self.logprobs = self.requests[0].logprobs is not None
+        self.include_usage = bool(self.body.stream_options and self.body.stream_options.include_usage)
 
-    def end(self) -> Iterator[bytes]:
+    @abstractmethod
+    def choices(self, answer: AnswerSoFar, parts: Sequence[str | ToolCall], output: RequestOutput) -> Iterator[Choice]:
+        """What the chunks of one more output say of an answer."""
+
+    @abstractmethod
+    def choice(self, answer: AnswerSoFar) -> Choice:
+        """What the completion object says of an answer."""
+
+    def start(self) -> Iterator[bytes]:
+        """Nothing goes before the text."""
+        return iter(())
+
+    def events(self, answer: AnswerSoFar, parts: Sequence[str | ToolCall], output: RequestOutput) -> Iterator[bytes]:
+        """The chunks of one more output; the last has the figures."""
+        for choice in self.choices(answer, parts, output):
+            yield self.chunk(answer.index, choice, output.stats if choice.get("finish_reason") else None)
+
+    def chunk(self, index: int, choice: Choice, stats: RequestStats | None = None) -> bytes:
+        """One event."""
+        usage = {"usage": None} if self.include_usage else {}
+        figures = {} if stats is None else {"ifprune": self.service.figures(stats)}
+        whole = {"index": index, "logprobs": None, "finish_reason": None, **choice}
+        return sse(to_json({**self.head, "choices": [whole], **usage, **figures}))
+
+    def end(self, answers: Sequence[AnswerSoFar]) -> Iterator[bytes]:
         """The usage, if it was asked for, and what ends every stream."""
-        if self._include_usage:
-            yield sse(to_json({**self._head, "choices": [], "usage": self._usage()}))
+        if self.include_usage:
+            yield sse(to_json({**self.head, "choices": [], "usage": self._usage(answers)}))
         yield sse(b"[DONE]")
 
     def error(self, error: RequestError) -> bytes:
         """A failure on the way; clients raise it."""
         return sse(to_json(error_body("", error)))
 
-    def whole(self) -> BaseModel:
+    def whole(self, answers: Sequence[AnswerSoFar]) -> BaseModel:
         """The completion object."""
-        choices = []
-        for index, answer in enumerate(self.answers):
-            figures = self._figures(answer.stats) if len(self.answers) > 1 else {}
-            choices.append({"index": index, **self._choice(answer), **figures})
-        return self.model.model_validate(
-            {**self._head, "choices": choices, "usage": self._usage(), **self._figures(self.answers[0].stats)}
-        )
+        figures = [{"ifprune": self.service.figures(answer.complete)} for answer in answers]
+        choices = [{"index": answer.index, **self.choice(answer)} for answer in answers]
+        if len(answers) > 1:
+            choices = [{**choice, **own} for choice, own in zip(choices, figures, strict=True)]
+        fields = {**self.head, "choices": choices, "usage": self._usage(answers), **figures[0]}
+        return self.whole_model.model_validate(fields)
 
-    @abstractmethod
-    def _choice(self, answer: AnswerSoFar) -> dict[str, Any]:
-        """One answer of the completion object."""
-
-    def _chunk(self, choice: dict[str, Any], stats: RequestStats | None = None) -> bytes:
-        usage = {"usage": None} if self._include_usage else {}
-        return sse(to_json({**self._head, "choices": [choice], **usage, **self._figures(stats)}))
-
-    def _figures(self, stats: RequestStats | None) -> dict[str, Any]:
-        return {} if stats is None else {"ifprune": self.service.figures(stats)}
-
-    def _usage(self) -> dict[str, Any]:
-        stats = [answer.stats for answer in self.answers if answer.stats is not None]
+    def _usage(self, answers: Sequence[AnswerSoFar]) -> dict[str, Any]:
         n = self.body.n or 1  # the answers to one prompt read it once
-        prompt = sum(len(request.tokens) for request in self.requests[::n])
-        completion = sum(each.completion_tokens for each in stats)
+        prompt = sum(answer.complete.prompt_tokens for answer in answers[::n])
+        completion = sum(answer.complete.completion_tokens for answer in answers)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": sum(each.cached_tokens for each in stats[::n])},
+            "prompt_tokens_details": {"cached_tokens": sum(answer.complete.cached_tokens for answer in answers[::n])},
         }
 
 
 class _ChatFormat(_CompletionFormat):
     """Chat completions."""
 
-    id_prefix, kind, chunk_kind, model = "chatcmpl", "chat.completion", "chat.completion.chunk", ChatCompletion
+    whole_model, chunk_kind = ChatCompletion, "chat.completion.chunk"
 
     def start(self) -> Iterator[bytes]:
         """Who speaks."""
         for index in range(len(self.requests)):
-            yield self._chunk(_delta(index, {"role": "assistant", "content": ""}))
+            yield self.chunk(index, {"delta": {"role": "assistant", "content": ""}})
 
-    def events(self, index: int, parts: Sequence[str | ToolCall], output: RequestOutput) -> Iterator[bytes]:
-        """Text and calls, and at the end why it ends."""
-        answer, tokens = self.answers[index], output.tokens
+    def choices(self, answer: AnswerSoFar, parts: Sequence[str | ToolCall], output: RequestOutput) -> Iterator[Choice]:
+        """Text and calls, and at the end why it ends; the tokens go with the first."""
+        tokens = output.tokens
         called = len(answer.calls) - sum(isinstance(part, ToolCall) for part in parts)
         for part in parts:
             if isinstance(part, str):
@@ -198,78 +206,58 @@ class _ChatFormat(_CompletionFormat):
             else:
                 delta = {"tool_calls": [{"index": called, **_call(part)}]}
                 called += 1
-            yield self._chunk(_delta(index, delta, None, self._content(tokens)))
+            yield {"delta": delta, "logprobs": self._content(tokens)}
             tokens = ()
-        if tokens and self._logprobs:
-            yield self._chunk(_delta(index, {}, None, self._content(tokens)))
+        if tokens and self.logprobs:
+            yield {"delta": {}, "logprobs": self._content(tokens)}
         if output.stats is not None:
-            yield self._chunk(_delta(index, {}, _finish_reason(answer)), output.stats)
+            yield {"delta": {}, "finish_reason": _finish_reason(answer)}
 
-    def _choice(self, answer: AnswerSoFar) -> dict[str, Any]:
+    def choice(self, answer: AnswerSoFar) -> Choice:
+        """Text and calls."""
         message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
         if answer.calls:
-            message["tool_calls"] = [_call(call) for call in answer.calls]
-            message["content"] = answer.text or None
-        return {
-            "message": message,
-            "logprobs": self._content(answer.tokens),
-            "finish_reason": _finish_reason(answer),
-        }
+            message |= {"content": answer.text or None, "tool_calls": [_call(call) for call in answer.calls]}
+        logprobs = self._content(answer.tokens)
+        return {"message": message, "logprobs": logprobs, "finish_reason": _finish_reason(answer)}
 
     def _content(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-        if not self._logprobs:
+        if not self.logprobs:
             return None
-        return {
-            "content": [
-                {
-                    **_logprob(token.text, token.logprob),
-                    "top_logprobs": [_logprob(text, logprob) for _, text, logprob in token.top],
-                }
-                for token in tokens
-            ],
-            "refusal": None,
-        }
+        content = []
+        for token in tokens:
+            top = [_logprob(text, logprob) for _, text, logprob in token.top]
+            content.append({**_logprob(token.text, token.logprob), "top_logprobs": top})
+        return {"content": content, "refusal": None}
 
 
 class _TextFormat(_CompletionFormat):
     """Completions."""
 
-    id_prefix, kind, chunk_kind, model = "cmpl", "text_completion", "text_completion", TextCompletion
+    whole_model, chunk_kind = TextCompletion, "text_completion"
 
-    def start(self) -> Iterator[bytes]:
-        """Nothing goes before the text."""
-        return iter(())
-
-    def events(self, index: int, parts: Sequence[str | ToolCall], output: RequestOutput) -> Iterator[bytes]:
+    def choices(self, answer: AnswerSoFar, parts: Sequence[str | ToolCall], output: RequestOutput) -> Iterator[Choice]:
         """Text, and at the end why it ends."""
-        answer = self.answers[index]
-        if output.text or (output.tokens and self._logprobs) or output.stats is not None:
-            choice = {
-                "index": index,
-                "text": output.text,
-                "logprobs": self._content(answer.tokens, len(answer.tokens) - len(output.tokens)),
-                "finish_reason": _finish_reason(answer),
-            }
-            yield self._chunk(choice, output.stats)
+        if output.text or (output.tokens and self.logprobs) or output.stats is not None:
+            logprobs = self._content(answer.tokens, len(answer.tokens) - len(output.tokens))
+            yield {"text": output.text, "logprobs": logprobs, "finish_reason": _finish_reason(answer)}
 
-    def _choice(self, answer: AnswerSoFar) -> dict[str, Any]:
-        return {
-            "text": answer.text,
-            "logprobs": self._content(answer.tokens, 0),
-            "finish_reason": _finish_reason(answer),
-        }
+    def choice(self, answer: AnswerSoFar) -> Choice:
+        """All of the text."""
+        logprobs = self._content(answer.tokens, 0)
+        return {"text": answer.text, "logprobs": logprobs, "finish_reason": _finish_reason(answer)}
 
     def _content(self, tokens: Sequence[TokenLogprob], begin: int) -> dict[str, Any] | None:
-        """The log-probabilities of the tokens from the `begin`-th of an answer on."""
-        if not self._logprobs:
+        """The log-probabilities of an answer's tokens from the `begin`-th on."""
+        if not self.logprobs:
             return None
-        ends = list(accumulate((len(token.text) for token in tokens), initial=0))
+        offsets = list(accumulate((len(token.text) for token in tokens), initial=0))[begin:-1]
         tokens = tokens[begin:]
         return {
             "tokens": [token.text for token in tokens],
             "token_logprobs": [max(token.logprob, _UNLIKELY) for token in tokens],
             "top_logprobs": [{text: max(value, _UNLIKELY) for _, text, value in token.top} for token in tokens],
-            "text_offset": ends[begin:-1],
+            "text_offset": offsets,
         }
 
 
@@ -279,12 +267,6 @@ def _finish_reason(answer: AnswerSoFar) -> str | None:
     return "tool_calls" if answer.calls and answer.stats.finish_reason == "stop" else answer.stats.finish_reason
 
 
-def _delta(
-    index: int, delta: dict[str, Any], finish_reason: str | None = None, logprobs: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-
-
 def _logprob(text: str, logprob: float) -> dict[str, Any]:
     # Half a character is shown as U+FFFD, which is not what its bytes are.
     whole = "\ufffd" not in text
@@ -292,27 +274,18 @@ def _logprob(text: str, logprob: float) -> dict[str, Any]:
 
 
 def _call(call: ToolCall) -> dict[str, Any]:
-    return {
-        "id": f"call_{uuid.uuid4().hex[:24]}",
-        "type": "function",
-        "function": {"name": call.name, "arguments": call.arguments},
-    }
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
 
 
-def _answer_count(service: Service, body: CompletionRequest, prompts: int = 1) -> int:
-    """How many answers each prompt gets."""
+def _answers_per_prompt(body: CompletionRequest, prompts: int, most: int) -> int:
+    """`n`, if there are not too many answers."""
+    n = body.n or 1
     if body.stream_options is not None and not body.stream:
         raise field_error("stream_options", "needs stream to be true")
-    n = body.n or 1
-    if n * prompts > service.most_answers:
-        raise field_error(
-            "n", f"that is {n * prompts} answers; this server gives at most {service.most_answers} at once"
-        )
+    if n * prompts > most:
+        raise field_error("n", f"that is {n * prompts} answers; this server gives at most {most} at once")
     return n
-
-
-def _stop(body: CompletionRequest) -> Sequence[str]:
-    return [body.stop] if isinstance(body.stop, str) else body.stop or ()
 
 
 def _conversation(body: ChatRequest) -> Conversation:

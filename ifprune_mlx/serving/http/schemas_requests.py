@@ -6,9 +6,8 @@ Lists stop at their first error, so that a body full of errors costs no memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue, SkipJsonSchema, WithJsonSchema
@@ -42,26 +41,20 @@ class Range:
         return {**typed, "exclusiveMinimum" if self.above else "minimum": self.low, "maximum": self.high}
 
 
-def _unsupported(advice: str) -> Callable[[Any], Any]:
-    """A validator that refuses a field which would have to be obeyed."""
+def _only(*allowed: Any, reason: str) -> AfterValidator:
+    """Takes these values alone; `reason` says what to do instead of others."""
 
     def check(value: Any) -> Any:
-        if value:
-            raise PydanticCustomError("unsupported_parameter", "is not supported; {advice}", {"advice": advice})
+        if value not in allowed:
+            raise PydanticCustomError("unsupported_parameter", "{reason}", {"reason": reason})
         return value
 
-    return check
+    return AfterValidator(check)
 
 
-def _only(known: str, reason: str) -> Callable[[str], str]:
-    """A validator that takes one value; `reason` says what to do instead of others."""
-
-    def check(value: str) -> str:
-        if value != known:
-            raise PydanticCustomError("unsupported", "{reason}", {"reason": reason})
-        return value
-
-    return check
+def _unsupported(advice: str) -> AfterValidator:
+    """Refuses a field that would have to be obeyed."""
+    return _only(None, False, "", [], {}, reason=f"is not supported; {advice}")
 
 
 class Schema(BaseModel):
@@ -70,12 +63,20 @@ class Schema(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True)
 
 
+Item = TypeVar("Item")
+Items = Annotated[list[Item], Field(fail_fast=True)]
 Density = Annotated[float, Range(0, 1, above=True)]
 Policy = Literal["first", "turn", "auto"]
 Name = Annotated[str, Field(min_length=1)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
-StopStrings = Annotated[list[StopString], Field(max_length=MAX_STOPS, fail_fast=True)]
+StopStrings = Annotated[Items[StopString], Field(max_length=MAX_STOPS)]
 TokenCount = Annotated[int, Range(1, MAX_TOKENS)]
+# Which keys there are depends on the vocabulary: `Service.requests` checks it.
+_BIAS = {"type": "number", "minimum": -100, "maximum": 100}
+LogitBias = Annotated[
+    dict[str, Any],
+    WithJsonSchema({"type": "object", "propertyNames": {"pattern": "^[0-9]+$"}, "additionalProperties": _BIAS}),
+]
 
 
 class SelectionOptions(Schema):
@@ -116,25 +117,10 @@ class GenerationRequest(Schema):
     presence_penalty: Annotated[float, Range(-2, 2)] | None = None
     frequency_penalty: Annotated[float, Range(-2, 2)] | None = None
     seed: Annotated[int, Range(-(2**63), 2**63 - 1)] | None = None
-    # Its keys depend on the vocabulary, which checks them; see `Service.requests`.
-    logit_bias: (
-        Annotated[
-            dict[str, Any],
-            WithJsonSchema(
-                {
-                    "type": "object",
-                    "propertyNames": {"pattern": "^[0-9]+$"},
-                    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
-                }
-            ),
-        ]
-        | None
-    ) = None
+    logit_bias: LogitBias | None = None
 
 
 class StreamOptions(Schema):
-    """What a stream has beside its chunks."""
-
     include_usage: bool | None = None
 
 
@@ -146,17 +132,18 @@ class CompletionRequest(GenerationRequest):
     max_tokens: TokenCount | None = None
     stream_options: StreamOptions | None = None
 
+    @property
+    def stop_strings(self) -> list[str]:
+        """All of them."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
 
 class TextPart(Schema):
-    """Text."""
-
     type: Literal["text"]
     text: str
 
 
 class RefusalPart(Schema):
-    """What an earlier answer refused with."""
-
     type: Literal["refusal"]
     refusal: str
 
@@ -166,29 +153,21 @@ class RefusalPart(Schema):
         return self.refusal
 
 
-ChatContent = (
-    str | Annotated[list[Annotated[TextPart | RefusalPart, Field(discriminator="type")]], Field(fail_fast=True)]
-)
+ChatContent = str | Items[Annotated[TextPart | RefusalPart, Field(discriminator="type")]]
 
 
 class CalledFunction(Schema):
-    """A function that an earlier answer called; its arguments are the JSON text of an object."""
-
     name: str
-    arguments: str | None = None
+    arguments: str | None = None  # the JSON text of an object
 
 
 class MadeCall(Schema):
-    """A call of an earlier answer."""
-
     id: str | None = None
     type: str | None = None
     function: CalledFunction
 
 
 class InputMessage(Schema):
-    """A message to the model."""
-
     role: Literal["system", "developer", "user"]
     content: ChatContent
 
@@ -198,12 +177,10 @@ class AssistantMessage(Schema):
 
     role: Literal["assistant"]
     content: ChatContent | None = None
-    tool_calls: Annotated[list[MadeCall], Field(fail_fast=True)] | None = None
+    tool_calls: Items[MadeCall] | None = None
 
 
 class ToolMessage(Schema):
-    """What a tool gave back."""
-
     role: Literal["tool"]
     content: ChatContent | None = None
     tool_call_id: str
@@ -222,48 +199,38 @@ class Function(Schema):
 
 
 class Tool(Schema):
-    """A tool that may be called."""
-
     type: Literal["function"]
     function: Function
 
 
-class FunctionName(Schema):
-    """Names a function."""
-
+class NamedFunction(Schema):
     name: str
 
 
 class ToolChoice(Schema):
-    """The tool that must be called."""
-
     type: Literal["function"]
-    function: FunctionName
+    function: NamedFunction
 
 
 class ResponseFormat(Schema):
-    """The form of the answer."""
-
     type: Annotated[
         str,
-        AfterValidator(_only("text", "only 'text' is supported; ask for JSON in words, or with a tool")),
+        _only("text", reason="only 'text' is supported; ask for JSON in words, or with a tool"),
         WithJsonSchema({"const": "text"}),
     ]
 
 
 class ChatRequest(CompletionRequest):
-    """A conversation to be answered."""
-
-    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+    messages: Annotated[Items[ChatMessage], Field(min_length=1)]
     max_completion_tokens: TokenCount | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Range(0, MAX_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
+    tools: Items[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    functions: SkipJsonSchema[Annotated[Any, AfterValidator(_unsupported("use tools"))]] = None
-    function_call: SkipJsonSchema[Annotated[Any, AfterValidator(_unsupported("use tool_choice"))]] = None
+    functions: SkipJsonSchema[Annotated[Any, _unsupported("use tools")]] = None
+    function_call: SkipJsonSchema[Annotated[Any, _unsupported("use tool_choice")]] = None
 
 
 _TOKEN_IDS = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
@@ -279,18 +246,16 @@ class TextRequest(CompletionRequest):
     ]
     logprobs: Annotated[int, Range(0, MAX_LOGPROBS)] | None = None
     best_of: TokenCount | None = None
-    suffix: SkipJsonSchema[Annotated[Any, AfterValidator(_unsupported("ask for it in the prompt"))]] = None
-    echo: SkipJsonSchema[Annotated[Any, AfterValidator(_unsupported("put the prompt before the text"))]] = None
+    suffix: SkipJsonSchema[Annotated[Any, _unsupported("ask for it in the prompt")]] = None
+    echo: SkipJsonSchema[Annotated[Any, _unsupported("put the prompt before the text")]] = None
 
 
 # Anthropic's.
 
-TextContent = str | Annotated[list[TextPart], Field(fail_fast=True)]
+TextContent = str | Items[TextPart]
 
 
 class ToolUse(Schema):
-    """A call of an earlier answer."""
-
     type: Literal["tool_use"]
     id: str
     name: str
@@ -298,16 +263,12 @@ class ToolUse(Schema):
 
 
 class ToolResult(Schema):
-    """What a tool gave back."""
-
     type: Literal["tool_result"]
     tool_use_id: str
     content: TextContent | None = None
 
 
 class Thinking(Schema):
-    """What an earlier answer thought; it is left out."""
-
     type: Literal["thinking", "redacted_thinking"]
 
 
@@ -316,57 +277,42 @@ _AssistantBlock = Annotated[TextPart | ToolUse | Thinking, Field(discriminator="
 
 
 class UserMessage(Schema):
-    """What the user says, and what tools gave back."""
-
     role: Literal["user"]
-    content: str | Annotated[list[_UserBlock], Field(fail_fast=True)]
+    content: str | Items[_UserBlock]
 
 
 class AssistantTurn(Schema):
     """An earlier answer; the last message of all is what the answer begins with."""
 
     role: Literal["assistant"]
-    content: str | Annotated[list[_AssistantBlock], Field(fail_fast=True)]
+    content: str | Items[_AssistantBlock]
 
 
 class ClientTool(Schema):
-    """A tool of the client's own."""
-
-    type: (
-        Annotated[
-            str,
-            AfterValidator(_only("custom", "only tools of your own are supported: type 'custom', with input_schema")),
-            WithJsonSchema({"const": "custom"}),
-        ]
-        | None
-    ) = None
+    type: Annotated[
+        str | None,
+        _only(None, "custom", reason="only tools of your own are supported: type 'custom', with input_schema"),
+        WithJsonSchema({"enum": ["custom", None]}),
+    ] = None
     name: Name
     description: str | None = None
     input_schema: dict[str, Any]
 
 
 class ToolSelection(Schema):
-    """Which tools may, or must, be called."""
-
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
     disable_parallel_tool_use: bool | None = None
 
 
 class CountRequest(Schema):
-    """A conversation whose tokens are to be counted."""
-
     model: str | None = None
-    messages: Annotated[
-        list[Annotated[UserMessage | AssistantTurn, Field(discriminator="role")]], Field(min_length=1, fail_fast=True)
-    ]
+    messages: Annotated[Items[Annotated[UserMessage | AssistantTurn, Field(discriminator="role")]], Field(min_length=1)]
     system: TextContent | None = None
-    tools: Annotated[list[ClientTool], Field(fail_fast=True)] | None = None
+    tools: Items[ClientTool] | None = None
     tool_choice: ToolSelection | None = None
 
 
 class MessagesRequest(CountRequest, GenerationRequest):
-    """A conversation to be answered."""
-
     max_tokens: TokenCount
     stop_sequences: StopStrings | None = None

@@ -9,11 +9,7 @@ from pydantic.json_schema import SkipJsonSchema
 
 
 class Figures(BaseModel):
-    """How an answer came about; seconds by `_s`.
-
-    Attributes:
-        selection: hash of the neurons; null if all were active.
-    """
+    """How an answer came about. `selection` is the hash of the neurons, null if all were active; `_s` are seconds."""
 
     selection: str | None
     selector: str
@@ -31,85 +27,99 @@ class Figures(BaseModel):
     batch: int
 
 
-class CachedTokens(BaseModel):
-    """Tokens of the prompt that had been read before."""
-
-    cached_tokens: int
-
-
 class Usage(BaseModel):
-    """Tokens, of all answers together."""
+    """Tokens, of all answers together; the details say how many of the prompt had been read before."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: CachedTokens
+    prompt_tokens_details: dict[Literal["cached_tokens"], int]
 
 
 class AnswerMessage(BaseModel):
-    """What the model says, and the tools that it calls."""
-
     role: Literal["assistant"]
     content: str | None
     refusal: None
     tool_calls: list[dict[str, Any]] = []
 
 
-class ChatChoice(BaseModel):
-    """One answer to a conversation; it has figures of its own if there are several."""
+class Choice(BaseModel):
+    """One answer; it has figures of its own if there are several."""
 
     index: int
-    message: AnswerMessage
     logprobs: dict[str, Any] | None
     finish_reason: Literal["stop", "length", "tool_calls"]
     ifprune: SkipJsonSchema[Figures | None] = None
 
 
-class TextChoice(BaseModel):
-    """One continuation; it has figures of its own if there are several."""
+class ChatChoice(Choice):
+    message: AnswerMessage
 
-    index: int
+
+class TextChoice(Choice):
     text: str
-    logprobs: dict[str, Any] | None
-    finish_reason: Literal["stop", "length"]
-    ifprune: SkipJsonSchema[Figures | None] = None
 
 
-class ChatCompletion(BaseModel):
-    """The answers to a conversation; `ifprune` is the first one's."""
+class Completion(BaseModel):
+    """All answers; `ifprune` is the first one's."""
 
     id: str
-    object: Literal["chat.completion"]
+    object: str
     created: int
     model: str
+    usage: Usage
+    ifprune: Figures
+
+
+class ChatCompletion(Completion):
+    object: Literal["chat.completion"] = "chat.completion"
     choices: list[ChatChoice]
-    usage: Usage
-    ifprune: Figures
 
 
-class TextCompletion(BaseModel):
-    """The continuations; `ifprune` is the first one's."""
+class TextCompletion(Completion):
+    object: Literal["text_completion"] = "text_completion"
+    choices: list[TextChoice]
+
+
+class AnswerBlock(BaseModel):
+    """Text, or a call with its id, name and input."""
+
+    type: Literal["text", "tool_use"]
+    text: str = ""
+    id: str = ""
+    name: str = ""
+    input: dict[str, Any] = {}
+
+
+class MessageUsage(BaseModel):
+    """Tokens; those of the prompt that had been read before are counted apart."""
+
+    input_tokens: int
+    cache_read_input_tokens: int
+    cache_creation_input_tokens: int
+    output_tokens: int
+
+
+class Message(BaseModel):
+    """Anthropic's form of an answer."""
 
     id: str
-    object: Literal["text_completion"]
-    created: int
+    type: Literal["message"]
+    role: Literal["assistant"]
     model: str
-    choices: list[TextChoice]
-    usage: Usage
+    content: list[AnswerBlock]
+    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
+    stop_sequence: str | None
+    usage: MessageUsage
     ifprune: Figures
 
 
-class ModelFigures(BaseModel):
-    """How large the model is, and how much of it answers by default."""
-
-    density: float
-    active_parameters: int
-    total_parameters: int
-    context_length: int | None
+class TokenTotal(BaseModel):
+    input_tokens: int
 
 
 class ModelCard(BaseModel):
-    """The served model, in the fields of both APIs."""
+    """The served model, with the fields of both APIs; `ifprune` says how large it is, and how much of it answers."""
 
     id: str
     object: Literal["model"]
@@ -118,12 +128,10 @@ class ModelCard(BaseModel):
     type: Literal["model"]
     display_name: str
     created_at: str
-    ifprune: ModelFigures
+    ifprune: dict[str, float | None]
 
 
 class ModelList(BaseModel):
-    """The models that are served: one."""
-
     object: Literal["list"]
     data: list[ModelCard]
     has_more: bool
@@ -142,19 +150,18 @@ class SavedTask(BaseModel):
 
 
 class SavedTasks(BaseModel):
-    """All of them."""
-
     tasks: list[SavedTask]
 
 
 class SelectionMasks(BaseModel):
-    """The neurons of a selection, for each FFN."""
+    """The neurons of a selection, for each FFN: how many there are, how many of them are kept, and which."""
 
     hash: str
     selector: str
     density: float
-    widths: Annotated[list[int], Field(description="Neurons of each FFN.")]
-    kept: Annotated[list[int], Field(description="Those of them that are kept.")]
+    active_parameters: int
+    widths: list[int]
+    kept: list[int]
     masks: Annotated[
         list[str],
         Field(description="Base64 of a bit for each neuron, the first in the highest bit of the first byte."),
@@ -162,15 +169,11 @@ class SelectionMasks(BaseModel):
 
 
 class Health(BaseModel):
-    """The server is there."""
-
     status: Literal["ok"]
     model: str
 
 
 class ErrorDetail(BaseModel):
-    """What is wrong."""
-
     message: str
     type: str
     param: str | None
@@ -183,51 +186,7 @@ class Error(BaseModel):
     error: ErrorDetail
 
 
-# Anthropic's.
-
-
-class TokenTotal(BaseModel):
-    """How many tokens a conversation has."""
-
-    input_tokens: int
-
-
-class MessageUsage(BaseModel):
-    """Tokens; those of the prompt that had been read before are counted apart."""
-
-    input_tokens: int
-    cache_read_input_tokens: int
-    cache_creation_input_tokens: int
-    output_tokens: int
-
-
-class AnswerBlock(BaseModel):
-    """Text, or a call with its id, name and input."""
-
-    type: Literal["text", "tool_use"]
-    text: str = ""
-    id: str = ""
-    name: str = ""
-    input: dict[str, Any] = {}
-
-
-class Message(BaseModel):
-    """An answer."""
-
-    id: str
-    type: Literal["message"]
-    role: Literal["assistant"]
-    model: str
-    content: list[AnswerBlock]
-    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
-    stop_sequence: str | None
-    usage: MessageUsage
-    ifprune: Figures
-
-
 class AnthropicErrorDetail(BaseModel):
-    """What is wrong."""
-
     type: str
     message: str
 

@@ -9,7 +9,7 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -87,7 +87,6 @@ class Service:
         self._names = {name, *aliases, *_ALIASES}
         self._tasks = TaskStore(model.checkpoint)
         self._used: OrderedDict[str, dict[str, Any]] = OrderedDict()
-        self._active: OrderedDict[str, int] = OrderedDict()
         # Long prompts take a while to encode, and must not hold up the streams of others. One thread, as a tokenizer
         # is not made for several.
         self._encoder = ThreadPoolExecutor(1, "ifprune-encode")
@@ -131,33 +130,36 @@ class Service:
             PromptError: if a prompt cannot be answered.
         """
         self.check_model(body.model)
-        options = self.selection_options(body.ifprune or SelectionOptions(), headers)
+        options = self._selection_options(body.ifprune or SelectionOptions(), headers)
+        selection = SelectionParams(
+            selector=options.selector,
+            selection=await self.in_thread(self.load_task, options.task) if options.task else None,
+            dense=bool(options.dense),
+            density=options.density,
+            active_parameters=options.active_parameters,
+            policy=options.policy or "first",
+        )
         given = {name: value for name in _SAMPLING if (value := getattr(body, name)) is not None}
-        if "seed" in given:
-            given["seed"] %= _SEEDS
         if given.get("top_k", 0) >= self.vocabulary:
             given["top_k"] = 0
         if "logit_bias" in given:
             given["logit_bias"] = self._logit_bias(given["logit_bias"])
-        sampling = replace(self.defaults.sampling, **given)
-        choice = await self.selection_params(options)
+        seeds = [(given["seed"] + index) % _SEEDS if "seed" in given else None for index in range(n)]
         return [
             Request(
-                tokens=tokens,
-                instruction=instruction,
-                choice=choice,
-                sampling=sampling
-                if sampling.seed is None
-                else replace(sampling, seed=(sampling.seed + index) % _SEEDS),
+                tokens=prompt.tokens,
+                instruction=prompt.instruction,
+                choice=selection,
+                sampling=replace(self.defaults.sampling, **{**given, "seed": seed}),
                 max_tokens=max_tokens or self.defaults.max_tokens,
-                stop=tuple(stop),
+                stop=(*stop, *prompt.stop),
                 logprobs=logprobs,
             )
-            for tokens, instruction in await self.in_thread(render, choice.policy)
-            for index in range(n)
+            for prompt in await self.in_thread(render, selection.policy)
+            for seed in seeds
         ]
 
-    def selection_options(self, given: SelectionOptions, headers: SelectionHeaders) -> SelectionOptions:
+    def _selection_options(self, given: SelectionOptions, headers: SelectionHeaders) -> SelectionOptions:
         """What a request asks for, completed by its headers, and by the server's defaults where they do not contradict
         it.
 
@@ -165,55 +167,27 @@ class Service:
             RequestError: on two options of which one would be ignored.
         """
         own = self.defaults.selection
-        options = given.model_copy(update={name: value for name, value in headers if getattr(given, name) is None})
+        options = {**headers.model_dump(), **given.model_dump(exclude_none=True)}
         for first, others in _EXCLUSIVE:
             for other in others:
-                if getattr(options, first) and getattr(options, other):
+                if options.get(first) and options.get(other):
                     raise field_error(f"ifprune.{other}", f"excludes ifprune.{first}; give one of them")
-        if options.task or options.dense:
-            return options
         if own.task or own.dense:
-            chooses = options.selector or options.density or options.active_parameters or options.policy
-            return options if chooses else own
-        left_out = ["selector", "policy"]
-        if options.density is None and options.active_parameters is None:
-            left_out += ["density", "active_parameters"]
-        return options.model_copy(
-            update={name: getattr(own, name) for name in left_out if getattr(options, name) is None}
-        )
-
-    async def selection_params(self, options: SelectionOptions) -> SelectionParams:
-        """The engine's form of options.
-
-        Raises:
-            RequestError: if there is no such task.
-        """
-        return SelectionParams(
-            selector=options.selector,
-            selection=None if not options.task else await self.in_thread(self.load_task, options.task),
-            dense=bool(options.dense),
-            density=options.density,
-            active_parameters=options.active_parameters,
-            policy=options.policy or "first",
-        )
+            return SelectionOptions(**options) if any(options.values()) else own
+        if not options.get("task") and not options.get("dense"):
+            budget = {"density", "active_parameters"}
+            left_out = own.model_dump(exclude=budget if any(options.get(name) for name in budget) else None)
+            options = {**left_out, **{name: value for name, value in options.items() if value is not None}}
+        return SelectionOptions(**options)
 
     def tasks(self) -> list[dict[str, Any]]:
         """Every task that can be used; reads their files, so call it in the thread."""
         found = []
         for task in self._tasks.tasks():
-            try:
+            with suppress(TaskError):
                 selection = self._tasks.load(task.name)
-            except TaskError:
-                continue
-            found.append(
-                {
-                    "name": task.name,
-                    "shipped": task.shipped,
-                    "selection": selection.hash,
-                    "selector": selection.selector,
-                    "density": selection.density,
-                }
-            )
+                figures = {name: getattr(selection, name) for name in ("selector", "density")}
+                found.append({"name": task.name, "shipped": task.shipped, "selection": selection.hash, **figures})
         return found
 
     def selection(self, key: str) -> dict[str, Any]:
@@ -234,7 +208,7 @@ class Service:
         Raises:
             IfpruneError, GenerationFailedError: of the first request that fails; the others end with it.
         """
-        news: asyncio.Queue[tuple[int, RequestOutput] | Exception | None] = asyncio.Queue()
+        news: asyncio.Queue[tuple[int, RequestOutput | Exception]] = asyncio.Queue()
 
         async def follow(index: int, request: Request) -> None:
             try:
@@ -242,23 +216,19 @@ class Service:
                     async for output in outputs:
                         news.put_nowait((index, output))
             except Exception as exc:
-                news.put_nowait(exc)
-            else:
-                news.put_nowait(None)
+                news.put_nowait((index, exc))
 
         tasks = [asyncio.ensure_future(follow(index, request)) for index, request in enumerate(requests)]
+        left = len(tasks)
         try:
-            left = len(tasks)
             while left:
-                item = await news.get()
-                if isinstance(item, Exception):
-                    raise item
-                if item is None:
+                index, output = await news.get()
+                if isinstance(output, Exception):
+                    raise output
+                if output.stats is not None:
                     left -= 1
-                    continue
-                if item[1].selection is not None:
-                    self._remember(item[1].selection)
-                yield item
+                    self._remember(output.selection)
+                yield index, output
         finally:
             for task in tasks:
                 task.cancel()
@@ -267,11 +237,9 @@ class Service:
     def figures(self, stats: RequestStats) -> dict[str, Any]:
         """What clients are told of how an answer came about: the `ifprune` object of a response."""
         total = self.model.total_parameters
-        own = {
-            "active_parameters": total if stats.selection is None else self._active.get(stats.selection),
-            "total_parameters": total,
-        }
-        return {name: own[name] if name in own else getattr(stats, name) for name in Figures.model_fields}
+        active = total if stats.selection is None else self._used.get(stats.selection, {}).get("active_parameters")
+        figures = {name: getattr(stats, name, None) for name in Figures.model_fields}
+        return {**figures, "active_parameters": active, "total_parameters": total}
 
     def load_task(self, name: str) -> Selection:
         """A saved selection; reads its file, so call it in the thread.
@@ -291,37 +259,32 @@ class Service:
             ) from None
 
     def _logit_bias(self, given: dict[str, Any]) -> dict[int, float]:
-        bias: dict[int, float] = {}
         for token, value in given.items():
             param = f"logit_bias.{token[:20]}"
             if not _TOKEN_ID.fullmatch(token) or int(token) >= self.vocabulary:
                 raise field_error(param, f"is no token id; they go from 0 to {self.vocabulary - 1}")
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if value is not None and type(value) not in (int, float):
                 raise field_error(param, f"must be a number, not {json_type(value)}")
-            if not -100 <= value <= 100:
+            if value is not None and not -100 <= value <= 100:
                 raise field_error(param, "must be from -100 to 100")
-            bias[int(token)] = float(value)
-        return bias
+        return {int(token): float(value) for token, value in given.items() if value is not None}
 
-    def _remember(self, selection: Selection) -> None:
-        key = selection.hash
-        if key in self._used:
-            self._used.move_to_end(key)
+    def _remember(self, selection: Selection | None) -> None:
+        if selection is None:
             return
-        self._used[key] = {
-            "hash": key,
-            "selector": selection.selector,
-            "density": selection.density,
-            "widths": list(selection.widths),
-            "kept": list(selection.keep),
-            "masks": [_mask(ids, width) for ids, width in zip(selection.ids, selection.widths, strict=True)],
-        }
-        self._active[key] = self.model.checkpoint.active_parameters(selection.keep)
+        if selection.hash not in self._used:
+            self._used[selection.hash] = {
+                "hash": selection.hash,
+                "selector": selection.selector,
+                "density": selection.density,
+                "active_parameters": self.model.checkpoint.active_parameters(selection.keep),
+                "widths": list(selection.widths),
+                "kept": list(selection.keep),
+                "masks": [_mask(ids, width) for ids, width in zip(selection.ids, selection.widths, strict=True)],
+            }
+        self._used.move_to_end(selection.hash)
         if len(self._used) > _KEPT_SELECTIONS:
-            oldest, _ = self._used.popitem(last=False)
-            del self._active[oldest]
+            self._used.popitem(last=False)
 
 
 def _mask(ids: Any, width: int) -> str:

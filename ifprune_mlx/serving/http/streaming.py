@@ -6,7 +6,7 @@ How an API says it is an `AnswerFormat`'s task.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -26,13 +26,15 @@ class AnswerSoFar:
     """What has been computed of one answer.
 
     Attributes:
+        index: its place among the answers to one request.
         splitter: tells calls from text; None where no tool may be called.
         parts: text and calls, in order.
         tokens: with log-probabilities, if the request asks for them.
         stats: once the answer is complete.
     """
 
-    splitter: ToolSplitter | None = None
+    index: int
+    splitter: ToolSplitter | None
     parts: list[str | ToolCall] = field(default_factory=list)
     tokens: list[TokenLogprob] = field(default_factory=list)
     stats: RequestStats | None = None
@@ -51,6 +53,12 @@ class AnswerSoFar:
         return parts
 
     @property
+    def complete(self) -> RequestStats:
+        """The figures of an answer that is complete."""
+        assert self.stats is not None
+        return self.stats
+
+    @property
     def text(self) -> str:
         """All of the text."""
         return "".join(part for part in self.parts if isinstance(part, str))
@@ -62,19 +70,17 @@ class AnswerSoFar:
 
 
 class AnswerFormat(Protocol):
-    """Answers to one request as an API says them."""
-
-    answers: list[AnswerSoFar]
+    """The answers to one request as an API says them."""
 
     def start(self) -> Iterator[bytes]:
         """The events before the first output."""
         ...
 
-    def events(self, index: int, parts: Sequence[str | ToolCall], output: RequestOutput) -> Iterator[bytes]:
-        """The events of one more output of the answer `index`, whose text and calls are `parts`."""
+    def events(self, answer: AnswerSoFar, parts: Sequence[str | ToolCall], output: RequestOutput) -> Iterator[bytes]:
+        """The events of one more output of an answer, which has the text and calls `parts`."""
         ...
 
-    def end(self) -> Iterator[bytes]:
+    def end(self, answers: Sequence[AnswerSoFar]) -> Iterator[bytes]:
         """The events after the last output."""
         ...
 
@@ -82,14 +88,14 @@ class AnswerFormat(Protocol):
         """The event of a failure on the way."""
         ...
 
-    def whole(self) -> BaseModel:
+    def whole(self, answers: Sequence[AnswerSoFar]) -> BaseModel:
         """All of the answers, for a client that did not ask for events."""
         ...
 
 
 @dataclass(eq=False)
 class StreamingAnswer(Response):
-    """The response that computes `requests` and sends their answers in a format.
+    """The response that computes `requests` and sends their answers in a format, as events if `stream` says so.
 
     What cannot be answered at all is raised before anything is sent.
     """
@@ -98,6 +104,7 @@ class StreamingAnswer(Response):
     requests: Sequence[Request]
     format: AnswerFormat
     stream: bool
+    splitters: Sequence[ToolSplitter | None] = ()
     background = None  # FastAPI asks every response for it
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -118,10 +125,14 @@ class StreamingAnswer(Response):
             await asyncio.gather(work, gone, return_exceptions=True)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answers, started = self.format.answers, False
+        splitters = self.splitters or [None] * len(self.requests)
+        answers = [AnswerSoFar(index, splitter) for index, splitter in enumerate(splitters)]
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+        started = False
 
-        async def send_event(event: bytes) -> None:
-            await send({"type": "http.response.body", "body": event, "more_body": True})
+        async def send_events(events: Iterable[bytes]) -> None:
+            for event in events:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
 
         try:
             async with aclosing(self.service.run(self.requests)) as outputs:
@@ -129,32 +140,24 @@ class StreamingAnswer(Response):
                     parts = answers[index].add(output)
                     if output.stats is not None:
                         scope["state"]["outcome"] = _summary(output.stats)
-                    if not self.stream:
-                        continue
-                    if not started:
-                        started = True
-                        headers = [
-                            (b"content-type", b"text/event-stream; charset=utf-8"),
-                            (b"cache-control", b"no-cache"),
-                        ]
-                        await send({"type": "http.response.start", "status": 200, "headers": headers})
-                        for event in self.format.start():
-                            await send_event(event)
-                    for event in self.format.events(index, parts, output):
-                        await send_event(event)
+                    if self.stream:
+                        if not started:
+                            started = True
+                            await send({"type": "http.response.start", "status": 200, "headers": headers})
+                            await send_events(self.format.start())
+                        await send_events(self.format.events(answers[index], parts, output))
             if not self.stream:
-                whole = self.format.whole().model_dump_json(exclude_unset=True)
+                whole = self.format.whole(answers).model_dump_json(exclude_unset=True)
                 await Response(whole, media_type="application/json")(scope, receive, send)
                 return
-            for event in self.format.end():
-                await send_event(event)
+            await send_events(self.format.end(answers))
         except Exception as exc:
             if not started:
                 raise
             error = to_request_error(exc)
             if error.status >= 500:
                 log_failure("an answer failed", exc)
-            await send_event(self.format.error(error))
+            await send_events([self.format.error(error)])
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
