@@ -13,7 +13,7 @@ from fastapi import Header
 from starlette.responses import Response
 
 from ifprune_mlx.serving.engine.request import Request, RequestOutput
-from ifprune_mlx.serving.http.chat_rendering import Conversation, Tools
+from ifprune_mlx.serving.http.chat_rendering import Conversation, Tools, choose_tools
 from ifprune_mlx.serving.http.errors import RequestError, error_body, field_error, to_json
 from ifprune_mlx.serving.http.schemas_requests import (
     AssistantTurn,
@@ -27,7 +27,7 @@ from ifprune_mlx.serving.http.schemas_requests import (
 )
 from ifprune_mlx.serving.http.schemas_responses import Message
 from ifprune_mlx.serving.http.service import Service
-from ifprune_mlx.serving.http.streaming import AnswerSoFar, StreamingAnswer, sse
+from ifprune_mlx.serving.http.streaming import AnswerFormat, AnswerSoFar, StreamingAnswer, sse
 from ifprune_mlx.serving.http.tools import ToolCall
 
 
@@ -56,7 +56,7 @@ class Anthropic:
 
 
 @dataclass
-class _MessageFormat:
+class _MessageFormat(AnswerFormat):
     """A message; as events, one content block after the other."""
 
     service: Service
@@ -66,13 +66,11 @@ class _MessageFormat:
     text_open = False  # whether it is text that goes on
 
     def start(self) -> Iterator[bytes]:
-        """An empty message."""
         usage = {"input_tokens": len(self.request.tokens), "output_tokens": 0}
         empty: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
         yield _event("message_start", message={**self._head(), **empty})
 
     def events(self, answer: AnswerSoFar, parts: Sequence[str | ToolCall], output: RequestOutput) -> Iterator[bytes]:
-        """Text and calls, as they become certain."""
         for content in _blocks(parts):
             called = content["type"] == "tool_use"
             if called:
@@ -91,18 +89,15 @@ class _MessageFormat:
                 yield from self._close_text()
 
     def end(self, answers: Sequence[AnswerSoFar]) -> Iterator[bytes]:
-        """Why it ends, the usage and the figures."""
         yield from self._close_text()
         reason, figures = self._ending(answers[0])
         yield _event("message_delta", delta=reason, **figures)
         yield _event("message_stop")
 
     def error(self, error: RequestError) -> bytes:
-        """A failure on the way; clients raise it."""
         return sse(to_json(error_body("/v1/messages", error)), "error")
 
     def whole(self, answers: Sequence[AnswerSoFar]) -> Message:
-        """The message object."""
         reason, figures = self._ending(answers[0])
         return Message.model_validate({**self._head(), "content": _blocks(answers[0].parts), **reason, **figures})
 
@@ -221,12 +216,5 @@ def _tools(body: CountRequest) -> Tools:
     choice = body.tool_choice
     if choice is None:
         return Tools(functions)
-    single = bool(choice.disable_parallel_tool_use)
-    if choice.type == "tool":
-        named = [function for function in functions if function["function"]["name"] == choice.name]
-        if not named:
-            raise field_error("tool_choice.name", "is required" if choice.name is None else "is none of the tools")
-        return Tools(named, forced=True, single=True)
-    if choice.type == "any" and not functions:
-        raise field_error("tool_choice.type", "needs tools to choose from")
-    return Tools([] if choice.type == "none" else functions, forced=choice.type == "any", single=single)
+    param, single = f"tool_choice.{'name' if choice.type == 'tool' else 'type'}", bool(choice.disable_parallel_tool_use)
+    return choose_tools(functions, choice.type, choice.name, single=single, param=param)

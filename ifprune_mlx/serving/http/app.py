@@ -69,7 +69,8 @@ def make_app(service: Service, limits: Limits, *, ui: bool = False) -> ASGIApp:
         for path, (name, media_type) in _PAGE_FILES.items():
             api.add_route(path, _file((_PAGE / name).read_bytes(), media_type))
     open_paths = frozenset({"/health", *(_PAGE_FILES if ui else ())})
-    app: ASGIApp = RequestMiddleware(api, limits, metrics, frozenset(api.openapi()["paths"]) | open_paths, open_paths)
+    paths = frozenset({*api.openapi()["paths"], "/openapi.json", *open_paths})
+    app: ASGIApp = RequestMiddleware(api, limits, metrics, paths, open_paths)
     if limits.origins:
         app = CORSMiddleware(
             app,

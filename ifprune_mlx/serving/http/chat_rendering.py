@@ -13,7 +13,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ifprune_mlx.chat_template import check_prompt, encode_prompt, instruction_of
 from ifprune_mlx.errors import PromptError
 from ifprune_mlx.model import Model
-from ifprune_mlx.serving.http.errors import RequestError
+from ifprune_mlx.serving.http.errors import RequestError, field_error
 from ifprune_mlx.serving.http.tools import ToolSplitter, beginning
 
 
@@ -35,6 +35,28 @@ class Tools:
     def only(self) -> str | None:
         """The name of the one tool that can be called, if there is just one."""
         return self.offered[0]["function"]["name"] if len(self.offered) == 1 else None
+
+
+def choose_tools(functions: list[dict[str, Any]], choice: Any, name: str | None, *, single: bool, param: str) -> Tools:
+    """Those that the prompt shows.
+
+    Args:
+        choice: `none`, `auto`, `any` or `required`; of `tool` and `function`, the one called `name` must be called.
+        single: whether one call ends the answer; it does anyway where it is known which.
+        param: the field that says so.
+
+    Raises:
+        RequestError: if a tool must be called that is not there.
+    """
+    if choice in ("tool", "function"):
+        functions = [function for function in functions if function["function"]["name"] == name]
+        if not functions:
+            raise field_error(param, "is required" if name is None else "is none of the tools")
+        return Tools(functions, forced=True, single=True)
+    forced = choice in ("any", "required")
+    if forced and not functions:
+        raise field_error(param, "needs tools to choose from")
+    return Tools([] if choice == "none" else functions, forced, single)
 
 
 @dataclass(frozen=True)
@@ -99,9 +121,8 @@ class ChatRenderer:
         tokenizer, messages, tools = self._tokenizer, conversation.messages, conversation.tools
         calls = [message for message in messages if message["role"] == "tool" or "tool_calls" in message]
         if (tools.offered or calls) and not tokenizer.has_tool_calling:
-            raise RequestError(
-                "this model's chat template has no tools; ask without them", "tools", code="tools_not_supported"
-            )
+            reason = "this model's chat template has no tools; ask without them"
+            raise RequestError(reason, "tools", code="tools_not_supported")
         shown = json.dumps([tools.offered, calls], ensure_ascii=False) if tools.offered or calls else ""
         begun = conversation.prefill + (beginning(tokenizer, tools.only) if tools.forced else "")
         self._check_length(len(begun) + len(shown) + sum(len(message["content"]) for message in messages))
@@ -132,7 +153,5 @@ class ChatRenderer:
     def _check_length(self, characters: int) -> None:
         """Refuse a prompt that is too long whatever its tokens are, before the work of finding them."""
         if characters > self._most_characters:
-            raise PromptError(
-                f"the prompt has {characters} characters, the model's context holds {self._model.context_length} "
-                "tokens; shorten it"
-            )
+            limit = f"the model's context holds {self._model.context_length} tokens"
+            raise PromptError(f"the prompt has {characters} characters, {limit}; shorten it")

@@ -99,7 +99,7 @@ class RequestMiddleware:
     ) -> None:
         self._app, self._limits, self._metrics = app, limits, metrics
         self._paths, self._open_paths = paths, open_paths
-        self._running = 0
+        self._running: set[int] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -113,14 +113,15 @@ class RequestMiddleware:
             elif not message.get("more_body", False):
                 complete = True
                 if not body.complete:
+                    self._running.discard(id(body))  # a client that goes on sending keeps nobody else out
                     await send({**message, "more_body": True})
                     await body.drain()
                     message = {"type": "http.response.body", "body": b""}
             await send(message)
 
-        self._running += 1
         try:
             self._check(scope)
+            self._running.add(id(body))
             await self._app(scope, body, send_message)
         except Exception as exc:
             error = to_request_error(exc)
@@ -131,7 +132,7 @@ class RequestMiddleware:
             elif not complete:
                 raise
         finally:
-            self._running -= 1
+            self._running.discard(id(body))
             seconds = time.monotonic() - start
             path = scope["path"] if scope["path"] in self._paths else "other"
             self._metrics.requests.labels(path, str(status)).inc()
@@ -148,42 +149,30 @@ class RequestMiddleware:
                 raise RequestError(f"the header {name} is there twice", code="duplicate_header")
         if limits.loopback and limits.api_key is None:
             # A web page of anyone may send requests to this machine, and give its own name this address (DNS
-            # rebinding): the names that its browser puts into these headers give it away.
+            # rebinding): the names that its browser puts into these headers give it away. Starlette's
+            # TrustedHostMiddleware answers in plain text, and its older releases cannot tell IPv6 hosts.
             if not self._is_own_host(f"//{headers.get('host', '')}"):
-                raise RequestError(
-                    "the Host header names another host; ask http://127.0.0.1, or start the server with an API key",
-                    status=403,
-                    code="wrong_host",
-                )
+                reason = "the Host header names another host; ask http://127.0.0.1, or start the server with an API key"
+                raise RequestError(reason, status=403, code="wrong_host")
             origin = headers.get("origin")
             if origin is not None and not ({"*", origin} & {*limits.origins} or self._is_own_host(origin)):
-                raise RequestError(
-                    "a web page of another origin asks; `ifprune serve --cors ORIGIN` lets it",
-                    status=403,
-                    code="wrong_origin",
-                )
+                reason = "a web page of another origin asks; `ifprune serve --cors ORIGIN` lets it"
+                raise RequestError(reason, status=403, code="wrong_origin")
         if scope["path"] in self._open_paths:
             return
         if limits.api_key is not None:
             scheme, _, bearer = headers.get("authorization", "").partition(" ")
             key = bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
             if not hmac.compare_digest(key.encode("latin-1"), limits.api_key.encode("utf-8")):
-                raise RequestError(
-                    "no API key, or a wrong one; send the server's as `Authorization: Bearer KEY`",
-                    status=401,
-                    code="invalid_api_key",
-                    headers={"WWW-Authenticate": "Bearer"},
-                )
+                reason = "no API key, or a wrong one; send the server's as `Authorization: Bearer KEY`"
+                asks = {"WWW-Authenticate": "Bearer"}
+                raise RequestError(reason, status=401, code="invalid_api_key", headers=asks)
         length = headers.get("content-length", "")
-        if length.isdecimal() and int(length) > limits.max_body:
+        if length.isdecimal() and int(length[:20]) > limits.max_body:
             raise _too_large(limits.max_body)
-        if self._running > limits.requests:
-            raise RequestError(
-                "too many requests at once; try again in a few seconds",
-                status=429,
-                code="too_many_requests",
-                headers={"Retry-After": RETRY_AFTER},
-            )
+        if len(self._running) >= limits.requests:
+            reason, later = "too many requests at once; try again in a few seconds", {"Retry-After": RETRY_AFTER}
+            raise RequestError(reason, status=429, code="too_many_requests", headers=later)
 
     def _is_own_host(self, url: str) -> bool:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from ifprune_mlx.serving.engine.request import Request, RequestOutput, RequestStats, TokenLogprob
-from ifprune_mlx.serving.http.chat_rendering import Conversation, Tools
+from ifprune_mlx.serving.http.chat_rendering import Conversation, choose_tools
 from ifprune_mlx.serving.http.errors import RequestError, error_body, field_error, to_json
 from ifprune_mlx.serving.http.schemas_requests import (
     AssistantMessage,
@@ -32,7 +32,7 @@ from ifprune_mlx.serving.http.schemas_requests import (
 )
 from ifprune_mlx.serving.http.schemas_responses import ChatCompletion, TextCompletion
 from ifprune_mlx.serving.http.service import Service
-from ifprune_mlx.serving.http.streaming import AnswerSoFar, StreamingAnswer, sse
+from ifprune_mlx.serving.http.streaming import AnswerFormat, AnswerSoFar, StreamingAnswer, sse
 from ifprune_mlx.serving.http.tools import ToolCall
 
 Choice = dict[str, Any]
@@ -111,7 +111,7 @@ class OpenAI:
 
 
 @dataclass
-class _CompletionFormat(ABC):
+class _CompletionFormat(AnswerFormat):
     """What both completion APIs say alike."""
 
     service: Service
@@ -139,34 +139,25 @@ class _CompletionFormat(ABC):
     def choice(self, answer: AnswerSoFar) -> Choice:
         """What the completion object says of an answer."""
 
-    def start(self) -> Iterator[bytes]:
-        """Nothing goes before the text."""
-        return iter(())
-
     def events(self, answer: AnswerSoFar, parts: Sequence[str | ToolCall], output: RequestOutput) -> Iterator[bytes]:
-        """The chunks of one more output; the last has the figures."""
         for choice in self.choices(answer, parts, output):
             yield self.chunk(answer.index, choice, output.stats if choice.get("finish_reason") else None)
 
     def chunk(self, index: int, choice: Choice, stats: RequestStats | None = None) -> bytes:
-        """One event."""
         usage = {"usage": None} if self.include_usage else {}
         figures = {} if stats is None else {"ifprune": self.service.figures(stats)}
         whole = {"index": index, "logprobs": None, "finish_reason": None, **choice}
         return sse(to_json({**self.head, "choices": [whole], **usage, **figures}))
 
     def end(self, answers: Sequence[AnswerSoFar]) -> Iterator[bytes]:
-        """The usage, if it was asked for, and what ends every stream."""
         if self.include_usage:
             yield sse(to_json({**self.head, "choices": [], "usage": self._usage(answers)}))
         yield sse(b"[DONE]")
 
     def error(self, error: RequestError) -> bytes:
-        """A failure on the way; clients raise it."""
         return sse(to_json(error_body("", error)))
 
     def whole(self, answers: Sequence[AnswerSoFar]) -> BaseModel:
-        """The completion object."""
         figures = [{"ifprune": self.service.figures(answer.complete)} for answer in answers]
         choices = [{"index": answer.index, **self.choice(answer)} for answer in answers]
         if len(answers) > 1:
@@ -192,12 +183,10 @@ class _ChatFormat(_CompletionFormat):
     whole_model, chunk_kind = ChatCompletion, "chat.completion.chunk"
 
     def start(self) -> Iterator[bytes]:
-        """Who speaks."""
         for index in range(len(self.requests)):
             yield self.chunk(index, {"delta": {"role": "assistant", "content": ""}})
 
     def choices(self, answer: AnswerSoFar, parts: Sequence[str | ToolCall], output: RequestOutput) -> Iterator[Choice]:
-        """Text and calls, and at the end why it ends; the tokens go with the first."""
         tokens = output.tokens
         called = len(answer.calls) - sum(isinstance(part, ToolCall) for part in parts)
         for part in parts:
@@ -214,7 +203,6 @@ class _ChatFormat(_CompletionFormat):
             yield {"delta": {}, "finish_reason": _finish_reason(answer)}
 
     def choice(self, answer: AnswerSoFar) -> Choice:
-        """Text and calls."""
         message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
         if answer.calls:
             message |= {"content": answer.text or None, "tool_calls": [_call(call) for call in answer.calls]}
@@ -237,13 +225,11 @@ class _TextFormat(_CompletionFormat):
     whole_model, chunk_kind = TextCompletion, "text_completion"
 
     def choices(self, answer: AnswerSoFar, parts: Sequence[str | ToolCall], output: RequestOutput) -> Iterator[Choice]:
-        """Text, and at the end why it ends."""
         if output.text or (output.tokens and self.logprobs) or output.stats is not None:
             logprobs = self._content(answer.tokens, len(answer.tokens) - len(output.tokens))
             yield {"text": output.text, "logprobs": logprobs, "finish_reason": _finish_reason(answer)}
 
     def choice(self, answer: AnswerSoFar) -> Choice:
-        """All of the text."""
         logprobs = self._content(answer.tokens, 0)
         return {"text": answer.text, "logprobs": logprobs, "finish_reason": _finish_reason(answer)}
 
@@ -310,7 +296,12 @@ def _conversation(body: ChatRequest) -> Conversation:
             if given.tool_call_id in names:
                 message["name"] = names[given.tool_call_id]
         messages.append(message)
-    return Conversation(messages, _tools(body) if body.tools or body.tool_choice else Tools())
+    functions = [tool.model_dump(exclude_unset=True) for tool in body.tools or []]
+    choice, single = body.tool_choice, body.parallel_tool_calls is False
+    if isinstance(choice, ToolChoice):
+        name, param = choice.function.name, "tool_choice.function.name"
+        return Conversation(messages, choose_tools(functions, "function", name, single=single, param=param))
+    return Conversation(messages, choose_tools(functions, choice, None, single=single, param="tool_choice"))
 
 
 def _earlier_call(call: MadeCall, param: str) -> dict[str, Any]:
@@ -321,20 +312,6 @@ def _earlier_call(call: MadeCall, param: str) -> dict[str, Any]:
     if not isinstance(arguments, dict):
         raise field_error(f"{param}.function.arguments", "must be the JSON text of an object")
     return {"type": "function", "id": call.id or "", "function": {"name": call.function.name, "arguments": arguments}}
-
-
-def _tools(body: ChatRequest) -> Tools:
-    functions = [tool.model_dump(exclude_unset=True) for tool in body.tools or []]
-    choice = body.tool_choice
-    single = body.parallel_tool_calls is False
-    if isinstance(choice, ToolChoice):
-        named = [function for function in functions if function["function"]["name"] == choice.function.name]
-        if not named:
-            raise field_error("tool_choice.function.name", "is none of the tools")
-        return Tools(named, forced=True, single=True)
-    if choice == "required" and not functions:
-        raise field_error("tool_choice", "needs tools to choose from")
-    return Tools([] if choice == "none" else functions, forced=choice == "required", single=single)
 
 
 def _prompts(prompt: Any, vocabulary: int) -> list[str | list[int]]:

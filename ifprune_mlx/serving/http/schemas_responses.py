@@ -128,7 +128,7 @@ class ModelCard(BaseModel):
     type: Literal["model"]
     display_name: str
     created_at: str
-    ifprune: dict[str, float | None]
+    ifprune: dict[str, Any]
 
 
 class ModelList(BaseModel):

@@ -102,12 +102,8 @@ class Service:
     def check_model(self, name: str | None) -> None:
         """Raise RequestError unless this is the model that is served; None means it."""
         if name is not None and name not in self._names:
-            raise RequestError(
-                f"the model {name[:100]!r} is not served here; ask for {self.name!r} or 'default'",
-                "model",
-                status=404,
-                code="model_not_found",
-            )
+            reason = f"the model {name[:100]!r} is not served here; ask for {self.name!r} or 'default'"
+            raise RequestError(reason, "model", status=404, code="model_not_found")
 
     async def requests(
         self,
@@ -197,9 +193,8 @@ class Service:
             RequestError: if it was not.
         """
         if key not in self._used:
-            raise RequestError(
-                "no such selection among those used of late", "hash", status=404, code="selection_not_found"
-            )
+            reason = "no such selection among those used of late"
+            raise RequestError(reason, "hash", status=404, code="selection_not_found")
         return self._used[key]
 
     async def run(self, requests: Sequence[Request]) -> AsyncGenerator[tuple[int, RequestOutput], None]:
@@ -254,9 +249,8 @@ class Service:
         try:
             return self._tasks.load(name)
         except TaskError:  # which names files of this machine
-            raise RequestError(
-                f"the task {name!r} is damaged; `ifprune tasks` on the server's machine says how", "ifprune.task"
-            ) from None
+            reason = f"the task {name!r} is damaged; `ifprune tasks` on the server's machine says how"
+            raise RequestError(reason, "ifprune.task") from None
 
     def _logit_bias(self, given: dict[str, Any]) -> dict[int, float]:
         for token, value in given.items():

@@ -6,10 +6,10 @@ How an API says it is an `AnswerFormat`'s task.
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from pydantic import BaseModel
 from starlette.responses import Response
@@ -69,28 +69,28 @@ class AnswerSoFar:
         return [part for part in self.parts if isinstance(part, ToolCall)]
 
 
-class AnswerFormat(Protocol):
+class AnswerFormat(ABC):
     """The answers to one request as an API says them."""
 
     def start(self) -> Iterator[bytes]:
         """The events before the first output."""
-        ...
+        return iter(())
 
+    @abstractmethod
     def events(self, answer: AnswerSoFar, parts: Sequence[str | ToolCall], output: RequestOutput) -> Iterator[bytes]:
         """The events of one more output of an answer, which has the text and calls `parts`."""
-        ...
 
+    @abstractmethod
     def end(self, answers: Sequence[AnswerSoFar]) -> Iterator[bytes]:
         """The events after the last output."""
-        ...
 
+    @abstractmethod
     def error(self, error: RequestError) -> bytes:
-        """The event of a failure on the way."""
-        ...
+        """The event of a failure on the way; clients raise it."""
 
+    @abstractmethod
     def whole(self, answers: Sequence[AnswerSoFar]) -> BaseModel:
         """All of the answers, for a client that did not ask for events."""
-        ...
 
 
 @dataclass(eq=False)
