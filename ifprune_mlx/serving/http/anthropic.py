@@ -7,9 +7,8 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import Header
 from starlette.responses import Response
 
 from ifprune_mlx.serving.engine.request import Request, RequestOutput
@@ -18,8 +17,8 @@ from ifprune_mlx.serving.http.errors import RequestError, error_body, field_erro
 from ifprune_mlx.serving.http.schemas_requests import (
     AssistantTurn,
     CountRequest,
+    HeaderOptions,
     MessagesRequest,
-    SelectionHeaders,
     TextPart,
     Thinking,
     ToolResult,
@@ -37,7 +36,7 @@ class Anthropic:
     def __init__(self, service: Service) -> None:
         self._service = service
 
-    async def create(self, body: MessagesRequest, headers: Annotated[SelectionHeaders, Header()]) -> Response:
+    async def create(self, body: MessagesRequest, headers: HeaderOptions) -> Response:
         """Answer a conversation, in Anthropic's form."""
         service, conversation = self._service, _conversation(body)
         stops = body.stop_sequences or []

@@ -50,7 +50,7 @@ _REFUSALS: dict[int | str, str] = {
     404: "There is no such model, path or selection.",
     408: "The body took too long.",
     413: "The body is too large.",
-    429: "Too many requests wait; Retry-After says when to come back.",
+    429: "Too many requests wait.",
     "4XX": "Refused.",
     "5XX": "The server failed, or ends.",
 }
@@ -210,6 +210,7 @@ def _described(
     responses: dict[int | str, Any] = {
         status: {"model": error, "description": description} for status, description in _REFUSALS.items()
     }
+    responses[429]["headers"] = {"Retry-After": {"schema": {"type": "string"}}}
     if also is not None:
         responses[200] = {"content": {also: {"schema": {"type": "string"}}}}
     return {"response_model": answer, "responses": responses}

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
 from itertools import accumulate
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
-from fastapi import Header
 from pydantic import BaseModel
 from starlette.responses import Response
 
@@ -24,8 +23,8 @@ from ifprune_mlx.serving.http.schemas_requests import (
     AssistantMessage,
     ChatRequest,
     CompletionRequest,
+    HeaderOptions,
     MadeCall,
-    SelectionHeaders,
     TextRequest,
     ToolChoice,
     ToolMessage,
@@ -45,7 +44,7 @@ class OpenAI:
     def __init__(self, service: Service) -> None:
         self._service = service
 
-    async def chat(self, body: ChatRequest, headers: Annotated[SelectionHeaders, Header()]) -> Response:
+    async def chat(self, body: ChatRequest, headers: HeaderOptions) -> Response:
         """Answer a conversation."""
         service, conversation = self._service, _conversation(body)
         if body.top_logprobs and not body.logprobs:
@@ -62,7 +61,7 @@ class OpenAI:
         splitters = [service.renderer.splitter(conversation.tools) for _ in requests]
         return StreamingAnswer(service, requests, _ChatFormat(service, body, requests), bool(body.stream), splitters)
 
-    async def complete(self, body: TextRequest, headers: Annotated[SelectionHeaders, Header()]) -> Response:
+    async def complete(self, body: TextRequest, headers: HeaderOptions) -> Response:
         """Continue texts."""
         service = self._service
         if body.best_of not in (None, body.n or 1):

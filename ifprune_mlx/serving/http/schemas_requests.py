@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
+from fastapi import Depends, Header
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue, SkipJsonSchema, WithJsonSchema
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
@@ -95,12 +96,16 @@ class SelectionOptions(Schema):
     policy: Policy | None = None
 
 
-class SelectionHeaders(BaseModel):
-    """The same in headers; the body's `ifprune` object goes first."""
+async def selection_headers(
+    task: Annotated[str | None, Header(alias="x-ifprune-task")] = None,
+    density: Annotated[Density | None, Header(alias="x-ifprune-density")] = None,
+    policy: Annotated[Policy | None, Header(alias="x-ifprune-policy")] = None,
+) -> SelectionOptions:
+    """What headers say; the body's `ifprune` object goes first."""
+    return SelectionOptions(task=task, density=density, policy=policy)
 
-    task: Annotated[str | None, Field(alias="x-ifprune-task")] = None
-    density: Annotated[Density | None, Field(alias="x-ifprune-density")] = None
-    policy: Annotated[Policy | None, Field(alias="x-ifprune-policy")] = None
+
+HeaderOptions = Annotated[SelectionOptions, Depends(selection_headers)]
 
 
 class GenerationRequest(Schema):

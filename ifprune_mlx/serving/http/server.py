@@ -147,7 +147,11 @@ class _Connection(H11Protocol):
         body = to_json(error_body("", error))
         head = b"HTTP/1.1 %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
         self.transport.write(head % (status, len(body)) + body)
-        self.transport.write_eof()
+        self.flow.resume_reading()
+        try:
+            self.transport.write_eof()
+        except OSError:  # the client has gone
+            self.transport.abort()
 
     def _look(self) -> None:
         """Hang up on a client that keeps the server waiting."""

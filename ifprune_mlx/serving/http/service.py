@@ -24,7 +24,7 @@ from ifprune_mlx.serving.engine.engine import Engine
 from ifprune_mlx.serving.engine.request import Request, RequestOutput, RequestStats, SamplingParams, SelectionParams
 from ifprune_mlx.serving.http.chat_rendering import ChatRenderer, Prompt
 from ifprune_mlx.serving.http.errors import RequestError, field_error, json_type
-from ifprune_mlx.serving.http.schemas_requests import GenerationRequest, SelectionHeaders, SelectionOptions
+from ifprune_mlx.serving.http.schemas_requests import GenerationRequest, SelectionOptions
 from ifprune_mlx.serving.http.schemas_responses import Figures
 
 Result = TypeVar("Result")
@@ -108,7 +108,7 @@ class Service:
     async def requests(
         self,
         body: GenerationRequest,
-        headers: SelectionHeaders,
+        headers: SelectionOptions,
         render: Callable[[str], list[Prompt]],
         *,
         n: int = 1,
@@ -155,7 +155,7 @@ class Service:
             for seed in seeds
         ]
 
-    def _selection_options(self, given: SelectionOptions, headers: SelectionHeaders) -> SelectionOptions:
+    def _selection_options(self, given: SelectionOptions, headers: SelectionOptions) -> SelectionOptions:
         """What a request asks for, completed by its headers, and by the server's defaults where they do not contradict
         it.
 

@@ -34,6 +34,18 @@ def test_every_path_of_it_is_there_and_no_other() -> None:
     made = api(with_key=False)
     found = {route.path_format for route in made.routes if isinstance(route, APIRoute)}
     assert found == set(made.openapi()["paths"])
+    assert found == {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/v1/models",
+        "/v1/models/{model}",
+        "/v1/ifprune/tasks",
+        "/v1/ifprune/selections/{hash}",
+        "/metrics",
+        "/health",
+    }
 
 
 @pytest.mark.parametrize("with_key", [False, True])
