@@ -54,6 +54,12 @@ _REFUSALS: dict[int | str, str] = {
     "4XX": "Refused.",
     "5XX": "The server failed, or ends.",
 }
+_EVENT = {
+    "description": "One event of a stream.",
+    "type": "object",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["data"],
+}
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -125,7 +131,7 @@ def make_api(service: Service, metrics: Metrics, *, with_key: bool) -> FastAPI:
 
     # The key itself is checked by `RequestMiddleware`, before a body is read.
     key: Any = {"dependencies": [Depends(HTTPBearer(scheme_name="key", auto_error=False))] if with_key else []}
-    events: Any = {"also": "text/event-stream"}
+    events: Any = {"also": {"text/event-stream": {"schema": _EVENT}}}
     anthropics: Any = {"error": answers.AnthropicError}
     api.router.route_class = _JSONRoute
     api.post("/v1/chat/completions", **key, **_described(answers.ChatCompletion, **events))(openai.chat)
@@ -136,7 +142,12 @@ def make_api(service: Service, metrics: Metrics, *, with_key: bool) -> FastAPI:
     api.get("/v1/models/{model:path}", **key, **_described(answers.ModelCard))(openai.model)
     api.get("/v1/ifprune/tasks", **key, **_described(answers.SavedTasks))(tasks)
     api.get("/v1/ifprune/selections/{hash}", **key, **_described(answers.SelectionMasks))(selection)
-    api.get("/metrics", response_class=Response, **key, **_described(None, also="text/plain"))(figures)
+    api.get(
+        "/metrics",
+        response_class=Response,
+        **key,
+        **_described(None, also={"text/plain": {"schema": {"type": "string"}}}),
+    )(figures)
     api.get("/health", **_described(answers.Health))(health)
     api.head("/health", include_in_schema=False)(health)
     return api
@@ -204,15 +215,15 @@ class _JSONRoute(APIRoute):
 
 
 def _described(
-    answer: type[BaseModel] | None, *, error: type[BaseModel] = answers.Error, also: str | None = None
+    answer: type[BaseModel] | None, *, error: type[BaseModel] = answers.Error, also: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """What the OpenAPI document says of a path's answers; `also` is another media type of theirs."""
+    """What the OpenAPI document says of a path's answers; `also` is their content in another media type."""
     responses: dict[int | str, Any] = {
         status: {"model": error, "description": description} for status, description in _REFUSALS.items()
     }
     responses[429]["headers"] = {"Retry-After": {"schema": {"type": "string"}}}
     if also is not None:
-        responses[200] = {"content": {also: {"schema": {"type": "string"}}}}
+        responses[200] = {"content": also}
     return {"response_model": answer, "responses": responses}
 
 
