@@ -152,12 +152,12 @@ class Load:
         messages = [{"role": "user", "content": TOPICS[topic].format(number if self._distinct else 3)}]
         if not self._distinct:
             messages += [{"role": "assistant", "content": "Done."}, {"role": "user", "content": f"And for {number}?"}]
-        wish = {"task": self._tasks[topic]} if kind == "task" else {"density": self._density}
+        selection = {"task": self._tasks[topic]} if kind == "task" else {"density": self._density}
         body = {
             "messages": messages,
             "max_tokens": self._max_tokens,
             "temperature": choose.choice((0, 1)),
-            "ifprune": wish,
+            "ifprune": selection,
         }
         if kind in ("chat", "task"):
             response = client.post("/v1/chat/completions", json=body)

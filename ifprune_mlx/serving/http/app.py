@@ -1,32 +1,38 @@
-"""The web application of `ifprune serve`: every path, inside its limits."""
+"""The web application of `ifprune serve`: every path, how its body is read, and the OpenAPI document."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import math
+import re
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
-from starlette.applications import Starlette
+from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
-from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
-from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from ifprune_mlx import __version__
 from ifprune_mlx.errors import IfpruneError
+from ifprune_mlx.serving.http import schemas_responses as answers
 from ifprune_mlx.serving.http.anthropic import Anthropic
-from ifprune_mlx.serving.http.error_responses import JsonResponse, error_response, refusal
-from ifprune_mlx.serving.http.fields import RequestError
-from ifprune_mlx.serving.http.metrics import MEDIA_TYPE, Watch
-from ifprune_mlx.serving.http.middleware import Guard, Limits
+from ifprune_mlx.serving.http.errors import RequestError, error_response, json_type, to_request_error
+from ifprune_mlx.serving.http.metrics import MEDIA_TYPE, Metrics
+from ifprune_mlx.serving.http.middleware import Limits, RequestMiddleware
 from ifprune_mlx.serving.http.openai import OpenAI
-from ifprune_mlx.serving.http.openapi import document
 from ifprune_mlx.serving.http.service import Service
 
 _PAGE = Path(__file__).parent / "page"
 # The page's own files, each by its path; nothing else of the folder is given out.
-PAGE_FILES = {
+_PAGE_FILES = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
@@ -39,6 +45,22 @@ _PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
+_REFUSALS: dict[int | str, str] = {
+    400: "The request cannot be answered; the message says why.",
+    404: "There is no such model, path or selection.",
+    408: "The body took too long.",
+    413: "The body is too large.",
+    429: "Too many requests wait.",
+    "4XX": "Refused.",
+    "5XX": "The server failed, or ends.",
+}
+_EVENT = {
+    "description": "One event of a stream.",
+    "type": "object",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["data"],
+}
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def make_app(service: Service, limits: Limits, *, ui: bool = False) -> ASGIApp:
@@ -47,53 +69,14 @@ def make_app(service: Service, limits: Limits, *, ui: bool = False) -> ASGIApp:
     Args:
         ui: whether it has the chat page, at `/`.
     """
-    openai, anthropic = OpenAI(service), Anthropic(service)
-    described = document(service.name, limits.api_key is not None)
-
-    async def health(request: HTTPRequest) -> Response:
-        return JsonResponse({"status": "ok", "model": service.name})
-
-    async def metrics(request: HTTPRequest) -> Response:
-        return Response(watch.text(service.engine.counters()), media_type=MEDIA_TYPE)
-
-    async def openapi(request: HTTPRequest) -> Response:
-        return JsonResponse(described)
-
-    async def tasks(request: HTTPRequest) -> Response:
-        return JsonResponse({"tasks": await service.aside(service.tasks)})
-
-    async def selection(request: HTTPRequest) -> Response:
-        return JsonResponse(service.selection(request.path_params["hash"]))
-
-    routes = [
-        Route("/v1/chat/completions", openai.chat, methods=["POST"]),
-        Route("/v1/completions", openai.complete, methods=["POST"]),
-        Route("/v1/models", openai.models, methods=["GET"]),
-        Route("/v1/models/{model:path}", openai.model, methods=["GET"]),
-        Route("/v1/messages", anthropic.create, methods=["POST"]),
-        Route("/v1/messages/count_tokens", anthropic.count, methods=["POST"]),
-        Route("/v1/ifprune/tasks", tasks, methods=["GET"]),
-        Route("/v1/ifprune/selections/{hash}", selection, methods=["GET"]),
-        Route("/health", health, methods=["GET"]),
-        Route("/metrics", metrics, methods=["GET"]),
-        Route("/openapi.json", openapi, methods=["GET"]),
-    ]
+    metrics = Metrics(service.engine)
+    api = make_api(service, metrics, with_key=limits.api_key is not None)
     if ui:
-        for path, (name, media_type) in PAGE_FILES.items():
-            routes.append(Route(path, _file((_PAGE / name).read_bytes(), media_type), methods=["GET"]))
-        limits = Limits(**{**vars(limits), "open_paths": limits.open_paths | PAGE_FILES.keys()})
-    routed = Starlette(
-        routes=routes,
-        # What `Exception` is for, Starlette raises again when it is answered: `Watch` writes the log.
-        exception_handlers={
-            HTTPException: _not_found,
-            IfpruneError: _refused,
-            ClientDisconnect: _gone,
-            Exception: _refused,
-        },
-    )
-    routed.router.redirect_slashes = False
-    app: ASGIApp = Guard(routed, limits)
+        for path, (name, media_type) in _PAGE_FILES.items():
+            api.add_route(path, _file((_PAGE / name).read_bytes(), media_type))
+    open_paths = frozenset({"/health", *(_PAGE_FILES if ui else ())})
+    paths = frozenset({*api.openapi()["paths"], "/openapi.json", *open_paths})
+    app: ASGIApp = RequestMiddleware(api, limits, metrics, paths, open_paths)
     if limits.origins:
         app = CORSMiddleware(
             app,
@@ -102,30 +85,176 @@ def make_app(service: Service, limits: Limits, *, ui: bool = False) -> ASGIApp:
             allow_headers=["*"],
             expose_headers=["Retry-After"],
         )
-    watch = Watch(app, frozenset(route.path for route in routes))
-    return watch
+    return app
 
 
-def _file(content: bytes, media_type: str) -> Callable[[HTTPRequest], Response]:
-    def give(request: HTTPRequest) -> Response:
-        return Response(content, media_type=media_type, headers=_PAGE_HEADERS)
+def make_api(service: Service, metrics: Metrics, *, with_key: bool) -> FastAPI:
+    """Every path but the page's, without the limits.
 
-    return give
+    Args:
+        with_key: whether the OpenAPI document says that a key is needed.
+    """
+    api = FastAPI(
+        title="ifprune serve",
+        version=__version__,
+        description=f"Serves {service.name}. Every request is computed on the neurons that it selects. Fields that are "
+        "not named here are ignored.",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        exception_handlers={
+            HTTPException: _not_found,
+            RequestValidationError: _refused,
+            IfpruneError: _refused,
+            ClientDisconnect: _refused,
+            # Starlette raises again what this answers, and `RequestMiddleware` writes the log.
+            Exception: _refused,
+        },
+    )
+    openai, anthropic = OpenAI(service), Anthropic(service)
+
+    async def health() -> dict[str, Any]:
+        """Whether the server is there; needs no key."""
+        return {"status": "ok", "model": service.name}
+
+    async def figures() -> Response:
+        """Figures for Prometheus."""
+        return Response(metrics.text(), media_type=MEDIA_TYPE)
+
+    async def tasks() -> dict[str, Any]:
+        """Saved selections that requests may name."""
+        return {"tasks": await service.in_thread(service.tasks)}
+
+    async def selection(hash: str) -> dict[str, Any]:
+        """The neurons of a selection that was used of late."""
+        return service.selection(hash)
+
+    # The key itself is checked by `RequestMiddleware`, before a body is read.
+    key: Any = {"dependencies": [Depends(HTTPBearer(scheme_name="key", auto_error=False))] if with_key else []}
+    events: Any = {"also": {"text/event-stream": {"schema": _EVENT}}}
+    anthropics: Any = {"error": answers.AnthropicError}
+    api.router.route_class = _JSONRoute
+    api.post("/v1/chat/completions", **key, **_described(answers.ChatCompletion, **events))(openai.chat)
+    api.post("/v1/completions", **key, **_described(answers.TextCompletion, **events))(openai.complete)
+    api.post("/v1/messages", **key, **_described(answers.Message, **events, **anthropics))(anthropic.create)
+    api.post("/v1/messages/count_tokens", **key, **_described(answers.TokenTotal, **anthropics))(anthropic.count)
+    api.get("/v1/models", **key, **_described(answers.ModelList))(openai.models)
+    api.get("/v1/models/{model:path}", **key, **_described(answers.ModelCard))(openai.model)
+    api.get("/v1/ifprune/tasks", **key, **_described(answers.SavedTasks))(tasks)
+    api.get("/v1/ifprune/selections/{hash}", **key, **_described(answers.SelectionMasks))(selection)
+    api.get(
+        "/metrics",
+        response_class=Response,
+        **key,
+        **_described(None, also={"text/plain": {"schema": {"type": "string"}}}),
+    )(figures)
+    api.get("/health", **_described(answers.Health))(health)
+    api.head("/health", include_in_schema=False)(health)
+    return api
 
 
-async def _refused(request: HTTPRequest, exc: Exception) -> Response:
-    return error_response(request.url.path, refusal(exc))
+def _file(content: bytes, media_type: str) -> Callable[[Request], Response]:
+    return lambda request: Response(content, media_type=media_type, headers=_PAGE_HEADERS)
 
 
-async def _not_found(request: HTTPRequest, exc: Exception) -> Response:
+def decode_json(body: bytes) -> dict[str, Any]:
+    """The JSON object that a body holds; 2.0 becomes 2, as JSON has one kind of number.
+
+    Raises:
+        RequestError: if it is not one, is nested too deeply, has a key twice, or numbers or text that JSON cannot hold.
+    """
+    try:
+        value = json.loads(
+            body.decode("utf-8"), parse_constant=_constant, parse_float=_number, object_pairs_hook=_object
+        )
+        if _SURROGATE.search(body):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise RequestError("the body is nested too deeply", code="invalid_json") from None
+    except UnicodeEncodeError:
+        raise RequestError("the body has half a surrogate pair in a string", code="invalid_json") from None
+    except UnicodeDecodeError as exc:
+        raise RequestError(f"the body is not UTF-8 text (byte {exc.start})", code="invalid_json") from None
+    except ValueError as exc:
+        raise RequestError(f"the body is not JSON ({exc})", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise RequestError(f"the body must be a JSON object, not {json_type(value)}", code="invalid_json")
+    return value
+
+
+class _JSONRequest(Request):
+    """A request whose body has been decoded."""
+
+    decoded: dict[str, Any]
+
+    async def body(self) -> bytes:
+        """Not empty, which is all that FastAPI wants to know of it."""
+        return b"{}"
+
+    async def json(self) -> Any:
+        """What the body holds."""
+        return self.decoded
+
+
+class _JSONRoute(APIRoute):
+    """A route that decodes bodies strictly, whatever media type they are sent as."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+        if self.body_field is None:
+            return handle
+
+        async def decode_and_handle(request: Request) -> Response:
+            headers = [header for header in request.scope["headers"] if header[0] != b"content-type"]
+            scope = {**request.scope, "headers": [*headers, (b"content-type", b"application/json")]}
+            decoded = _JSONRequest(scope, request.receive)
+            decoded.decoded = decode_json(await request.body())
+            return await handle(decoded)
+
+        return decode_and_handle
+
+
+def _described(
+    answer: type[BaseModel] | None, *, error: type[BaseModel] = answers.Error, also: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """What the OpenAPI document says of a path's answers; `also` is their content in another media type."""
+    responses: dict[int | str, Any] = {
+        status: {"model": error, "description": description} for status, description in _REFUSALS.items()
+    }
+    responses[429]["headers"] = {"Retry-After": {"schema": {"type": "string"}}}
+    if also is not None:
+        responses[200] = {"content": also}
+    return {"response_model": answer, "responses": responses}
+
+
+async def _refused(request: Request, exc: Exception) -> Response:
+    if isinstance(exc, ClientDisconnect):  # while it sent its body; nobody reads this
+        exc = RequestError("the body is incomplete", code="incomplete_body")
+    return error_response(request.url.path, to_request_error(exc))
+
+
+async def _not_found(request: Request, exc: Exception) -> Response:
     """What Starlette itself refuses: an unknown path, or a method that a path has not."""
     assert isinstance(exc, HTTPException)
-    path, headers = request.url.path, exc.headers
     reason = {404: "no such path", 405: f"{request.method} is not for this path"}.get(exc.status_code, exc.detail)
     code = {404: "path_not_found", 405: "method_not_allowed"}.get(exc.status_code)
-    return error_response(path, RequestError(reason, status=exc.status_code, code=code, headers=headers))
+    error = RequestError(reason, status=exc.status_code, code=code, headers=exc.headers)
+    return error_response(request.url.path, error)
 
 
-async def _gone(request: HTTPRequest, exc: Exception) -> Response:
-    """The client went away while it sent its body; nobody reads this."""
-    return error_response(request.url.path, RequestError("the body is incomplete", code="incomplete_body"))
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("an object has a key twice")
+    return value
+
+
+def _constant(text: str) -> float:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError("a number is too large")
+    return int(value) if value.is_integer() and abs(value) < 2**53 else value

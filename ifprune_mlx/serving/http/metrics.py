@@ -1,97 +1,66 @@
-"""Counts requests, writes a log line for each, and tells Prometheus of them and of the engine's work."""
+"""Figures for Prometheus: of requests, and of the engine's work."""
 
 from __future__ import annotations
 
-import logging
-import time
-from collections import Counter
+from collections.abc import Iterator
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from prometheus_client import CollectorRegistry, Counter
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import generate_latest
+from prometheus_client.registry import Collector
 
-from ifprune_mlx.serving.engine.request import EngineStats
-from ifprune_mlx.serving.http.error_responses import error_response, log_failure, refusal
+from ifprune_mlx.serving.engine.engine import Engine
 
-log = logging.getLogger("ifprune.serve")
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-_GONE = 499  # nothing was answered, as the client went away
-
-# Name, type and help of what the engine counts.
-_ENGINE = (
-    ("jobs", "requests", "counter", "Answers that ended: given, failed or cancelled."),
-    ("jobs_failed", "failed", "counter", "Answers that failed."),
-    ("jobs_cancelled", "cancelled", "counter", "Answers that were given up, as their client went away."),
-    ("jobs_running", "running", "gauge", "Answers being computed now."),
-    ("jobs_waiting", "waiting", "gauge", "Answers that wait now."),
-    ("switches", "switches", "counter", "How often another selection was made active."),
-    ("prompt_tokens", "prompt_tokens", "counter", "Tokens of prompts."),
-    ("cached_prompt_tokens", "cached_tokens", "counter", "Tokens of prompts that had been read already."),
-    ("completion_tokens", "completion_tokens", "counter", "Tokens of answers."),
-    ("select_seconds", "select_s", "counter", "Time spent finding selections."),
-    ("switch_seconds", "switch_s", "counter", "Time spent moving neurons."),
-    ("prefill_seconds", "prefill_s", "counter", "Time spent reading prompts, summed over answers."),
-    ("decode_seconds", "decode_s", "counter", "Time spent on the tokens after the first, summed over answers."),
-    ("prompt_cache_bytes", "prompt_cache_bytes", "gauge", "Memory of the prompts that were read before."),
-    ("mlx_active_bytes", "active_bytes", "gauge", "Memory of MLX's arrays, the model's included."),
-    ("mlx_cache_bytes", "spare_bytes", "gauge", "Memory that MLX keeps for its next arrays."),
+# Metric, field of `EngineStats` and help.
+_COUNTERS = (
+    ("jobs", "requests", "Answers that ended: given, failed or cancelled."),
+    ("jobs_failed", "failed", "Answers that failed."),
+    ("jobs_cancelled", "cancelled", "Answers that were given up, as their client went away."),
+    ("switches", "switches", "How often another selection was made active."),
+    ("prompt_tokens", "prompt_tokens", "Tokens of prompts."),
+    ("cached_prompt_tokens", "cached_tokens", "Tokens of prompts that had been read already."),
+    ("completion_tokens", "completion_tokens", "Tokens of answers."),
+    ("select_seconds", "select_s", "Time spent finding selections."),
+    ("switch_seconds", "switch_s", "Time spent moving neurons."),
+    ("prefill_seconds", "prefill_s", "Time spent reading prompts, summed over answers."),
+    ("decode_seconds", "decode_s", "Time spent on the tokens after the first, summed over answers."),
+)
+_GAUGES = (
+    ("jobs_running", "running", "Answers being computed now."),
+    ("jobs_waiting", "waiting", "Answers that wait now."),
+    ("prompt_cache_bytes", "prompt_cache_bytes", "Memory of the prompts that were read before."),
+    ("mlx_active_bytes", "active_bytes", "Memory of MLX's arrays, the model's included."),
+    ("mlx_cache_bytes", "spare_bytes", "Memory that MLX keeps for its next arrays."),
 )
 
 
-class Watch:
-    """Sees every request and its answer; an ASGI application around another, which must not raise."""
+class _EngineCollector(Collector):
+    """Reads what an engine counts whenever it is asked."""
 
-    def __init__(self, app: ASGIApp, paths: frozenset[str]) -> None:
-        self._app, self._paths = app, paths
-        self._answered: Counter[tuple[str, int]] = Counter()
-        self._seconds: Counter[str] = Counter()
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Hand a request on; what was raised and not answered becomes an answer here."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        status, ended, start = _GONE, False, time.monotonic()
+    def collect(self) -> Iterator[Metric]:
+        """Every figure, as it is now."""
+        stats = self._engine.counters()
+        for name, field, meaning in _COUNTERS:
+            yield CounterMetricFamily(f"ifprune_{name}", meaning, getattr(stats, field))
+        for name, field, meaning in _GAUGES:
+            yield GaugeMetricFamily(f"ifprune_{name}", meaning, getattr(stats, field))
 
-        async def sent(message: Message) -> None:
-            nonlocal status, ended
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            else:
-                ended = not message.get("more_body", False)
-            await send(message)
 
-        try:
-            await self._app(scope, receive, sent)
-        except Exception as exc:
-            error = refusal(exc)
-            if error.status >= 500:
-                log_failure(f"{scope['path'].encode('unicode_escape').decode()} failed", exc)
-            if status == _GONE:
-                await error_response(scope["path"], error)(scope, receive, sent)
-            elif not ended:
-                raise
-        finally:
-            seconds = time.monotonic() - start
-            path = scope["path"] if scope["path"] in self._paths else "other"
-            self._answered[path, status] += 1
-            self._seconds[path] += seconds  # type: ignore[assignment]
-            note = scope.get("state", {}).get("note")
-            where = scope.get("raw_path", b"").decode("ascii", "replace")[:100]
-            log.info("%s %s %d %.2f s%s", scope["method"], where, status, seconds, f", {note}" if note else "")
+class Metrics:
+    """The figures of one server."""
 
-    def text(self, counters: EngineStats) -> str:
-        """All figures, in Prometheus' text format."""
-        lines = []
-        for name, field, kind, meaning in _ENGINE:
-            full = f"ifprune_{name}_total" if kind == "counter" else f"ifprune_{name}"
-            lines += [f"# HELP {full} {meaning}", f"# TYPE {full} {kind}", f"{full} {getattr(counters, field)}"]
-        lines += ["# HELP ifprune_http_requests_total Requests answered.", "# TYPE ifprune_http_requests_total counter"]
-        for (path, status), count in sorted(self._answered.items()):
-            lines.append(f'ifprune_http_requests_total{{path="{path}",status="{status}"}} {count}')
-        lines += [
-            "# HELP ifprune_http_seconds_total Time spent on requests.",
-            "# TYPE ifprune_http_seconds_total counter",
-        ]
-        lines += [
-            f'ifprune_http_seconds_total{{path="{path}"}} {value}' for path, value in sorted(self._seconds.items())
-        ]
-        return "\n".join(lines) + "\n"
+    def __init__(self, engine: Engine) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_EngineCollector(engine))
+        self.requests = Counter(
+            "ifprune_http_requests", "Requests answered.", ["path", "status"], registry=self._registry
+        )
+        self.seconds = Counter("ifprune_http_seconds", "Time spent on requests.", ["path"], registry=self._registry)
+
+    def text(self) -> bytes:
+        """All of them, in Prometheus' text format."""
+        return generate_latest(self._registry)

@@ -1,20 +1,32 @@
-"""Who may ask, and how much: hosts, origins, the API key, bodies that are too large or too slow, too many at once."""
+"""Who may ask, and how much: hosts, origins, the API key, bodies that are too large or too slow, too many at once.
+Every request is counted and has its line in the log."""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import Mapping
+import time
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ifprune_mlx.serving.http.error_responses import RETRY_AFTER, error_response
-from ifprune_mlx.serving.http.fields import RequestError
+from ifprune_mlx.serving.http.errors import (
+    RETRY_AFTER,
+    RequestError,
+    error_response,
+    log,
+    log_failure,
+    to_request_error,
+)
+from ifprune_mlx.serving.http.metrics import Metrics
 
 BODY_SECONDS = 30.0  # until a body must be there
+# How long the rest of a refused body is read and thrown away, and how long it may pause meanwhile.
+LINGER_SECONDS, LINGER_SILENCE = 10.0, 2.0
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+_CLIENT_GONE = 499  # the status for the log where nothing was answered, as the client went away
 
 
 @dataclass(frozen=True)
@@ -26,7 +38,6 @@ class Limits:
         loopback: whether the server can be reached from its own machine only.
         host: what it was bound to; a name that requests may ask for.
         origins: of web pages that may ask; `*` for all.
-        open_paths: paths that need no key.
         max_body: bytes of a request's body.
         requests: the most that are in work at once, waiting ones included.
     """
@@ -35,78 +46,135 @@ class Limits:
     loopback: bool = True
     host: str = "127.0.0.1"
     origins: tuple[str, ...] = ()
-    open_paths: frozenset[str] = frozenset({"/health"})
     max_body: int = 10_000_000
     requests: int = 256
 
 
-class Guard:
-    """Lets through only what `limits` allow; an ASGI application around another."""
+@dataclass
+class _Body:
+    """Receives a request's body, up to a size and a time; what is received after it is that the client has gone."""
 
-    def __init__(self, app: ASGIApp, limits: Limits) -> None:
-        self._app, self._limits = app, limits
-        self._under_way = 0
+    receive: Receive
+    max_bytes: int
+    deadline: float
+    size: int = 0
+    complete: bool = False
+
+    async def __call__(self) -> Message:
+        if self.complete:
+            return await self.receive()
+        try:
+            message = await asyncio.wait_for(self.receive(), max(self.deadline - time.monotonic(), 0.01))
+        except asyncio.TimeoutError:
+            reason = f"the body took longer than {BODY_SECONDS:g} s"
+            raise RequestError(reason, status=408, code="body_timeout") from None
+        self.size += len(message.get("body", b""))
+        self.complete = not message.get("more_body", False)
+        if self.size > self.max_bytes:
+            raise _too_large(self.max_bytes)
+        return message
+
+    async def drain(self) -> None:
+        """Throw away the rest, for a while. A socket that is closed while it holds bytes that nobody has read resets
+        the connection, and the reset may take from the client the answer that it has not read yet."""
+        end = time.monotonic() + LINGER_SECONDS
+        while not self.complete and time.monotonic() < end:
+            try:
+                message = await asyncio.wait_for(self.receive(), LINGER_SILENCE)
+            except asyncio.TimeoutError:
+                return
+            self.complete = not message.get("more_body", False)
+
+
+class RequestMiddleware:
+    """Hands on the requests that `limits` allow, and answers for all that is raised; an ASGI application.
+
+    Args:
+        paths: those that are counted by name.
+        open_paths: those that need no key.
+    """
+
+    def __init__(
+        self, app: ASGIApp, limits: Limits, metrics: Metrics, paths: frozenset[str], open_paths: frozenset[str]
+    ) -> None:
+        self._app, self._limits, self._metrics = app, limits, metrics
+        self._paths, self._open_paths = paths, open_paths
+        self._running: set[int] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse a request, or hand it on with a limit on its body."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        path = scope["path"]
-        try:
-            headers = _headers(scope)
-            self._check(path, headers)
-            if self._under_way >= self._limits.requests and path not in self._limits.open_paths:
-                raise RequestError(
-                    "too many requests at once; try again in a few seconds",
-                    status=429,
-                    code="too_many_requests",
-                    headers={"Retry-After": RETRY_AFTER},
-                )
-        except RequestError as exc:
-            await error_response(path, exc)(scope, receive, send)
-            return
-        self._under_way += 1
-        try:
-            await self._app(scope, _Body(receive, headers, self._limits), send)
-        finally:
-            self._under_way -= 1
+        """Answer one request."""
+        start, status, complete = time.monotonic(), _CLIENT_GONE, False
+        body = _Body(receive, self._limits.max_body, start + BODY_SECONDS)
 
-    def _check(self, path: str, headers: Mapping[str, str]) -> None:
-        limits = self._limits
+        async def send_message(message: Message) -> None:
+            nonlocal status, complete
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            elif not message.get("more_body", False):
+                complete = True
+                if not body.complete:
+                    self._running.discard(id(body))  # a client that goes on sending keeps nobody else out
+                    await send({**message, "more_body": True})
+                    await body.drain()
+                    message = {"type": "http.response.body", "body": b""}
+            await send(message)
+
+        try:
+            self._check(scope)
+            self._running.add(id(body))
+            await self._app(scope, body, send_message)
+        except Exception as exc:
+            error = to_request_error(exc)
+            if error.status >= 500:
+                log_failure(f"{scope['path'].encode('unicode_escape').decode()} failed", exc)
+            if status == _CLIENT_GONE:
+                await error_response(scope["path"], error)(scope, receive, send_message)
+            elif not complete:
+                raise
+        finally:
+            self._running.discard(id(body))
+            seconds = time.monotonic() - start
+            path = scope["path"] if scope["path"] in self._paths else "other"
+            self._metrics.requests.labels(path, str(status)).inc()
+            self._metrics.seconds.labels(path).inc(seconds)
+            outcome = scope["state"].get("outcome")
+            where = scope["raw_path"].decode("ascii", "replace")[:100]
+            log.info("%s %s %d %.2f s%s", scope["method"], where, status, seconds, f", {outcome}" if outcome else "")
+
+    def _check(self, scope: Scope) -> None:
+        """Raise RequestError for a request that is refused whatever it asks for."""
+        limits, headers = self._limits, Headers(scope=scope)
+        for name in ("origin", "authorization", "x-api-key"):
+            if len(headers.getlist(name)) > 1:
+                raise RequestError(f"the header {name} is there twice", code="duplicate_header")
         if limits.loopback and limits.api_key is None:
             # A web page of anyone may send requests to this machine, and give its own name this address (DNS
-            # rebinding): the names that its browser puts into these headers give it away.
-            if not self._own(f"//{headers.get('host', '')}"):
-                raise RequestError(
-                    "the Host header names another host; ask http://127.0.0.1, or start the server with an API key",
-                    status=403,
-                    code="wrong_host",
-                )
+            # rebinding): the names that its browser puts into these headers give it away. Starlette's
+            # TrustedHostMiddleware answers in plain text, and its older releases cannot tell IPv6 hosts.
+            if not self._is_own_host(f"//{headers.get('host', '')}"):
+                reason = "the Host header names another host; ask http://127.0.0.1, or start the server with an API key"
+                raise RequestError(reason, status=403, code="wrong_host")
             origin = headers.get("origin")
-            if (
-                origin is not None
-                and "*" not in limits.origins
-                and origin not in limits.origins
-                and not self._own(origin)
-            ):
-                raise RequestError(
-                    "a web page of another origin asks; `ifprune serve --cors ORIGIN` lets it",
-                    status=403,
-                    code="wrong_origin",
-                )
-        if limits.api_key is not None and path not in limits.open_paths:
+            if origin is not None and not ({"*", origin} & {*limits.origins} or self._is_own_host(origin)):
+                reason = "a web page of another origin asks; `ifprune serve --cors ORIGIN` lets it"
+                raise RequestError(reason, status=403, code="wrong_origin")
+        if scope["path"] in self._open_paths:
+            return
+        if limits.api_key is not None:
             scheme, _, bearer = headers.get("authorization", "").partition(" ")
-            given = bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-            if not hmac.compare_digest(given.encode("utf-8"), limits.api_key.encode("utf-8")):
-                raise RequestError(
-                    "no API key, or a wrong one; send the server's as `Authorization: Bearer KEY`",
-                    status=401,
-                    code="invalid_api_key",
-                    headers={"WWW-Authenticate": "Bearer"},
-                )
+            key = bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+            if not hmac.compare_digest(key.encode("latin-1"), limits.api_key.encode("utf-8")):
+                reason = "no API key, or a wrong one; send the server's as `Authorization: Bearer KEY`"
+                asks = {"WWW-Authenticate": "Bearer"}
+                raise RequestError(reason, status=401, code="invalid_api_key", headers=asks)
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length[:20]) > limits.max_body:
+            raise _too_large(limits.max_body)
+        if len(self._running) >= limits.requests:
+            reason, later = "too many requests at once; try again in a few seconds", {"Retry-After": RETRY_AFTER}
+            raise RequestError(reason, status=429, code="too_many_requests", headers=later)
 
-    def _own(self, url: str) -> bool:
+    def _is_own_host(self, url: str) -> bool:
         try:
             host = urlsplit(url).hostname
         except ValueError:
@@ -114,53 +182,5 @@ class Guard:
         return host in _LOOPBACK or host == self._limits.host.lower()
 
 
-class _Body:
-    """Receives a request's body, up to a size and a time."""
-
-    def __init__(self, receive: Receive, headers: Mapping[str, str], limits: Limits) -> None:
-        self._receive, self._limits = receive, limits
-        length = headers.get("content-length", "")
-        self._announced = int(length) if length.isascii() and length.isdigit() else 0
-        self._bytes = 0
-        self._deadline: float | None = None
-        self._read = False
-
-    async def __call__(self) -> Message:
-        """The next part of the body; afterwards, that the client has gone."""
-        if self._read:
-            return await self._receive()
-        now = asyncio.get_running_loop().time()
-        self._deadline = now + BODY_SECONDS if self._deadline is None else self._deadline
-        self._check(self._announced)
-        try:
-            message = await asyncio.wait_for(self._receive(), max(self._deadline - now, 0.01))
-        except asyncio.TimeoutError:
-            raise RequestError(
-                f"the body took longer than {BODY_SECONDS:g} s", status=408, code="body_timeout"
-            ) from None
-        if message["type"] == "http.request":
-            self._bytes += len(message.get("body", b""))
-            self._check(self._bytes)
-            self._read = not message.get("more_body", False)
-        return message
-
-    def _check(self, size: int) -> None:
-        if size > self._limits.max_body:
-            raise RequestError(
-                f"the body is larger than {self._limits.max_body} bytes", status=413, code="body_too_large"
-            )
-
-
-def _headers(scope: Scope) -> dict[str, str]:
-    """The headers by lower-case name; keys may be any UTF-8.
-
-    Raises:
-        RequestError: if one that decides who asks is there twice, so that none of them is to be believed.
-    """
-    found: dict[str, str] = {}
-    for name, value in scope["headers"]:
-        key = name.decode("latin-1")
-        if key in found and key in ("host", "origin", "authorization", "x-api-key"):
-            raise RequestError(f"the header {key} is there twice", code="duplicate_header")
-        found[key] = value.decode("utf-8", "replace")
-    return found
+def _too_large(max_bytes: int) -> RequestError:
+    return RequestError(f"the body is larger than {max_bytes} bytes", status=413, code="body_too_large")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import re
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,12 +22,23 @@ from ifprune_mlx.selection.presets import TaskStore
 from ifprune_mlx.selection.selection import Selection
 from ifprune_mlx.serving.engine.engine import Engine
 from ifprune_mlx.serving.engine.request import Request, RequestOutput, RequestStats, SamplingParams, SelectionParams
-from ifprune_mlx.serving.http.chat_rendering import ChatRenderer
-from ifprune_mlx.serving.http.fields import RequestError, Wish
+from ifprune_mlx.serving.http.chat_rendering import ChatRenderer, Prompt
+from ifprune_mlx.serving.http.errors import RequestError, field_error, json_type
+from ifprune_mlx.serving.http.schemas_requests import GenerationRequest, SelectionOptions
+from ifprune_mlx.serving.http.schemas_responses import Figures
 
 Result = TypeVar("Result")
 _KEPT_SELECTIONS = 64
-ALIASES = ("default", "default_model")
+_ALIASES = ("default", "default_model")
+_SEEDS = 2**32
+_TOKEN_ID = re.compile("[0-9]{1,9}")
+_SAMPLING = tuple(each.name for each in fields(SamplingParams))
+# Of two options one would be ignored.
+_EXCLUSIVE = (
+    ("task", ("dense", "selector", "density", "active_parameters", "policy")),
+    ("dense", ("selector", "density", "active_parameters", "policy")),
+    ("density", ("active_parameters",)),
+)
 
 
 @dataclass(frozen=True)
@@ -34,11 +46,10 @@ class Defaults:
     """What holds for a request that does not say.
 
     Attributes:
-        wish: which neurons.
         max_tokens: above 0.
     """
 
-    wish: Wish = field(default_factory=Wish)
+    selection: SelectionOptions = field(default_factory=SelectionOptions)
     sampling: SamplingParams = field(default_factory=SamplingParams)
     max_tokens: int = 512
 
@@ -51,7 +62,7 @@ class Service:
         engine: of that model. It is not closed here.
         name: what clients call the model.
         aliases: other names that they may use.
-        jobs: the most answers of one request.
+        most_answers: of one request.
     """
 
     def __init__(
@@ -63,92 +74,116 @@ class Service:
         name: str,
         aliases: Sequence[str] = (),
         defaults: Defaults | None = None,
-        jobs: int = 64,
+        most_answers: int = 64,
     ) -> None:
         self.model = model
-        self.tokenizer = tokenizer
         self.engine = engine
         self.name = name
         self.defaults = defaults or Defaults()
-        self.jobs = jobs
+        self.most_answers = most_answers
         self.started = int(time.time())
         self.renderer = ChatRenderer(model, tokenizer)
         self.vocabulary = int(model.config.get("vocab_size") or model.config["text_config"]["vocab_size"])
-        self._names = {name, *aliases, *ALIASES}
+        self._names = {name, *aliases, *_ALIASES}
         self._tasks = TaskStore(model.checkpoint)
         self._used: OrderedDict[str, dict[str, Any]] = OrderedDict()
-        self._active: OrderedDict[str, int] = OrderedDict()
         # Long prompts take a while to encode, and must not hold up the streams of others. One thread, as a tokenizer
         # is not made for several.
-        self._aside = ThreadPoolExecutor(1, "ifprune-encode")
+        self._encoder = ThreadPoolExecutor(1, "ifprune-encode")
 
     def close(self) -> None:
         """Give the encoding thread back."""
-        self._aside.shutdown(cancel_futures=True)
+        self._encoder.shutdown(cancel_futures=True)
 
-    async def aside(self, work: Callable[[], Result]) -> Result:
+    async def in_thread(self, work: Callable[..., Result], *given: Any) -> Result:
         """Do something that takes a while, in the thread for it."""
-        return await asyncio.get_running_loop().run_in_executor(self._aside, work)
+        return await asyncio.get_running_loop().run_in_executor(self._encoder, work, *given)
 
     def check_model(self, name: str | None) -> None:
         """Raise RequestError unless this is the model that is served; None means it."""
         if name is not None and name not in self._names:
-            raise RequestError(
-                f"the model {name[:100]!r} is not served here; ask for {self.name!r} or 'default'",
-                "model",
-                status=404,
-                code="model_not_found",
-            )
+            reason = f"the model {name[:100]!r} is not served here; ask for {self.name!r} or 'default'"
+            raise RequestError(reason, "model", status=404, code="model_not_found")
 
-    def wish(self, asked: Wish) -> Wish:
-        """What a request asks for, completed by the server's defaults where they do not contradict it."""
-        own = self.defaults.wish
-        if asked.task is not None or asked.dense:
-            return asked
-        chooses = asked.selector or asked.density or asked.active_parameters
-        if own.task is not None or own.dense:
-            return asked if chooses or asked.policy else own
-        budget = asked.density is not None or asked.active_parameters is not None
-        return replace(
-            asked,
-            selector=asked.selector or own.selector,
-            density=asked.density if budget else own.density,
-            active_parameters=asked.active_parameters if budget else own.active_parameters,
-            policy=asked.policy or own.policy,
-        )
+    async def requests(
+        self,
+        body: GenerationRequest,
+        headers: SelectionOptions,
+        render: Callable[[str], list[Prompt]],
+        *,
+        n: int = 1,
+        max_tokens: int | None,
+        stop: Sequence[str],
+        logprobs: int | None = None,
+    ) -> list[Request]:
+        """What the engine is to answer: `n` requests for each prompt, which differ in their seeds.
 
-    def choice(self, wish: Wish) -> SelectionParams:
-        """What chooses the neurons; reads the file of a task, so call it aside.
+        Args:
+            render: takes the policy and gives the prompts; called in the encoding thread.
 
         Raises:
-            RequestError: if there is no such task.
+            RequestError: if the body contradicts itself, or names what is not there.
+            PromptError: if a prompt cannot be answered.
         """
-        return SelectionParams(
-            selector=wish.selector,
-            selection=None if wish.task is None else self._task(wish.task),
-            dense=wish.dense,
-            density=wish.density,
-            active_parameters=wish.active_parameters,
-            policy=wish.policy or "first",
+        self.check_model(body.model)
+        options = self._selection_options(body.ifprune or SelectionOptions(), headers)
+        selection = SelectionParams(
+            selector=options.selector,
+            selection=await self.in_thread(self.load_task, options.task) if options.task else None,
+            dense=bool(options.dense),
+            density=options.density,
+            active_parameters=options.active_parameters,
+            policy=options.policy or "first",
         )
+        given = {name: value for name in _SAMPLING if (value := getattr(body, name)) is not None}
+        if given.get("top_k", 0) >= self.vocabulary:
+            given["top_k"] = 0
+        if "logit_bias" in given:
+            given["logit_bias"] = self._logit_bias(given["logit_bias"])
+        seeds = [(given["seed"] + index) % _SEEDS if "seed" in given else None for index in range(n)]
+        return [
+            Request(
+                tokens=prompt.tokens,
+                instruction=prompt.instruction,
+                choice=selection,
+                sampling=replace(self.defaults.sampling, **{**given, "seed": seed}),
+                max_tokens=max_tokens or self.defaults.max_tokens,
+                stop=(*stop, *prompt.stop),
+                logprobs=logprobs,
+            )
+            for prompt in await self.in_thread(render, selection.policy)
+            for seed in seeds
+        ]
+
+    def _selection_options(self, given: SelectionOptions, headers: SelectionOptions) -> SelectionOptions:
+        """What a request asks for, completed by its headers, and by the server's defaults where they do not contradict
+        it.
+
+        Raises:
+            RequestError: on two options of which one would be ignored.
+        """
+        own = self.defaults.selection
+        options = {**headers.model_dump(), **given.model_dump(exclude_none=True)}
+        for first, others in _EXCLUSIVE:
+            for other in others:
+                if options.get(first) and options.get(other):
+                    raise field_error(f"ifprune.{other}", f"excludes ifprune.{first}; give one of them")
+        if own.task or own.dense:
+            return SelectionOptions(**options) if any(options.values()) else own
+        if not options.get("task") and not options.get("dense"):
+            budget = {"density", "active_parameters"}
+            left_out = own.model_dump(exclude=budget if any(options.get(name) for name in budget) else None)
+            options = {**left_out, **{name: value for name, value in options.items() if value is not None}}
+        return SelectionOptions(**options)
 
     def tasks(self) -> list[dict[str, Any]]:
-        """Every task that can be used; reads their files, so call it aside."""
+        """Every task that can be used; reads their files, so call it in the thread."""
         found = []
         for task in self._tasks.tasks():
-            try:
+            with suppress(TaskError):
                 selection = self._tasks.load(task.name)
-            except TaskError:
-                continue
-            found.append(
-                {
-                    "name": task.name,
-                    "shipped": task.shipped,
-                    "selection": selection.hash,
-                    "selector": selection.selector,
-                    "density": selection.density,
-                }
-            )
+                figures = {name: getattr(selection, name) for name in ("selector", "density")}
+                found.append({"name": task.name, "shipped": task.shipped, "selection": selection.hash, **figures})
         return found
 
     def selection(self, key: str) -> dict[str, Any]:
@@ -158,50 +193,55 @@ class Service:
             RequestError: if it was not.
         """
         if key not in self._used:
-            raise RequestError(
-                "no such selection among those used of late", "hash", status=404, code="selection_not_found"
-            )
+            reason = "no such selection among those used of late"
+            raise RequestError(reason, "hash", status=404, code="selection_not_found")
         return self._used[key]
 
-    async def run(self, jobs: Sequence[Request]) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-        """Answer jobs side by side; pieces come as they are computed, each with the place of its job.
+    async def run(self, requests: Sequence[Request]) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+        """Answer requests side by side; outputs come as they are computed, each with the place of its request.
 
         Raises:
-            IfpruneError, GenerationFailedError: of the first job that fails; the others end with it.
+            IfpruneError, GenerationFailedError: of the first request that fails; the others end with it.
         """
-        pieces = self._one(jobs[0]) if len(jobs) == 1 else _merged(self.engine, jobs)
-        async with aclosing(pieces):
-            async for index, piece in pieces:
-                if piece.selection is not None:
-                    self._remember(piece.selection)
-                yield index, piece
+        news: asyncio.Queue[tuple[int, RequestOutput | Exception]] = asyncio.Queue()
+
+        async def follow(index: int, request: Request) -> None:
+            try:
+                async with aclosing(self.engine.stream(request)) as outputs:
+                    async for output in outputs:
+                        news.put_nowait((index, output))
+            except Exception as exc:
+                news.put_nowait((index, exc))
+
+        tasks = [asyncio.ensure_future(follow(index, request)) for index, request in enumerate(requests)]
+        left = len(tasks)
+        try:
+            while left:
+                index, output = await news.get()
+                if isinstance(output, Exception):
+                    raise output
+                if output.stats is not None:
+                    left -= 1
+                    self._remember(output.selection)
+                yield index, output
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     def figures(self, stats: RequestStats) -> dict[str, Any]:
         """What clients are told of how an answer came about: the `ifprune` object of a response."""
         total = self.model.total_parameters
-        return {
-            "selection": stats.selection,
-            "selector": stats.selector,
-            "density": stats.density,
-            "overlap": stats.overlap,
-            "active_parameters": total if stats.selection is None else self._active.get(stats.selection),
-            "total_parameters": total,
-            "queue_s": stats.queue_s,
-            "select_s": stats.select_s,
-            "switch_s": stats.switch_s,
-            "prefill_s": stats.prefill_s,
-            "decode_s": stats.decode_s,
-            "tokens_per_s": stats.tokens_per_s,
-            "cached_tokens": stats.cached_tokens,
-            "batch": stats.batch,
-        }
+        active = total if stats.selection is None else self._used.get(stats.selection, {}).get("active_parameters")
+        figures = {name: getattr(stats, name, None) for name in Figures.model_fields}
+        return {**figures, "active_parameters": active, "total_parameters": total}
 
-    async def _one(self, job: Request) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-        async with aclosing(self.engine.stream(job)) as stream:
-            async for piece in stream:
-                yield 0, piece
+    def load_task(self, name: str) -> Selection:
+        """A saved selection; reads its file, so call it in the thread.
 
-    def _task(self, name: str) -> Selection:
+        Raises:
+            RequestError: if there is no such task, or it is damaged.
+        """
         known = [task.name for task in self._tasks.tasks()]
         if name not in known:
             there = f"there are {', '.join(known)}" if known else "there are none"
@@ -209,57 +249,36 @@ class Service:
         try:
             return self._tasks.load(name)
         except TaskError:  # which names files of this machine
-            raise RequestError(
-                f"the task {name!r} is damaged; `ifprune tasks` on the server's machine says how", "ifprune.task"
-            ) from None
+            reason = f"the task {name!r} is damaged; `ifprune tasks` on the server's machine says how"
+            raise RequestError(reason, "ifprune.task") from None
 
-    def _remember(self, selection: Selection) -> None:
-        key = selection.hash
-        if key in self._used:
-            self._used.move_to_end(key)
+    def _logit_bias(self, given: dict[str, Any]) -> dict[int, float]:
+        for token, value in given.items():
+            param = f"logit_bias.{token[:20]}"
+            if not _TOKEN_ID.fullmatch(token) or int(token) >= self.vocabulary:
+                raise field_error(param, f"is no token id; they go from 0 to {self.vocabulary - 1}")
+            if value is not None and type(value) not in (int, float):
+                raise field_error(param, f"must be a number, not {json_type(value)}")
+            if value is not None and not -100 <= value <= 100:
+                raise field_error(param, "must be from -100 to 100")
+        return {int(token): float(value) for token, value in given.items() if value is not None}
+
+    def _remember(self, selection: Selection | None) -> None:
+        if selection is None:
             return
-        self._used[key] = {
-            "hash": key,
-            "selector": selection.selector,
-            "density": selection.density,
-            "widths": list(selection.widths),
-            "kept": list(selection.keep),
-            "masks": [_mask(ids, width) for ids, width in zip(selection.ids, selection.widths, strict=True)],
-        }
-        self._active[key] = self.model.checkpoint.active_parameters(selection.keep)
+        if selection.hash not in self._used:
+            self._used[selection.hash] = {
+                "hash": selection.hash,
+                "selector": selection.selector,
+                "density": selection.density,
+                "active_parameters": self.model.checkpoint.active_parameters(selection.keep),
+                "widths": list(selection.widths),
+                "kept": list(selection.keep),
+                "masks": [_mask(ids, width) for ids, width in zip(selection.ids, selection.widths, strict=True)],
+            }
+        self._used.move_to_end(selection.hash)
         if len(self._used) > _KEPT_SELECTIONS:
-            oldest, _ = self._used.popitem(last=False)
-            del self._active[oldest]
-
-
-async def _merged(engine: Engine, jobs: Sequence[Request]) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-    news: asyncio.Queue[tuple[int, RequestOutput] | Exception | None] = asyncio.Queue()
-
-    async def follow(index: int, job: Request) -> None:
-        try:
-            async with aclosing(engine.stream(job)) as stream:
-                async for piece in stream:
-                    news.put_nowait((index, piece))
-        except Exception as exc:
-            news.put_nowait(exc)
-        else:
-            news.put_nowait(None)
-
-    tasks = [asyncio.ensure_future(follow(index, job)) for index, job in enumerate(jobs)]
-    try:
-        left = len(tasks)
-        while left:
-            said = await news.get()
-            if isinstance(said, Exception):
-                raise said
-            if said is None:
-                left -= 1
-            else:
-                yield said
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+            self._used.popitem(last=False)
 
 
 def _mask(ids: Any, width: int) -> str:

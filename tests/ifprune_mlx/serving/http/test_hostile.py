@@ -132,6 +132,17 @@ def test_a_client_that_asks_to_close_hears_why_its_body_is_refused(hasty: Served
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"]
 
 
+@pytest.mark.parametrize("length", [10, 99_999_999], ids=["401", "413"])
+def test_refused_clients_that_go_on_keep_nobody_out(hasty: Served, length: int) -> None:
+    head = _HEAD.replace(b"s3cret", b"wrong") if length == 10 else _HEAD
+    with ExitStack() as stack:
+        for _ in range(80):  # more than are let in at once
+            connection = stack.enter_context(socket.create_connection(hasty.address, timeout=60))
+            connection.sendall(head + b"Content-Length: %d\r\n\r\n" % length)
+            assert connection.recv(12) == (b"HTTP/1.1 401" if length == 10 else b"HTTP/1.1 413")
+        assert hasty.post("/v1/chat/completions", {**HELLO, "max_tokens": 1}, headers=KEY).status_code == 200
+
+
 def test_a_client_that_hangs_up_early_leaves_no_trace(hasty: Served) -> None:
     for sent in (
         b"",
@@ -171,7 +182,7 @@ def test_both_ways_to_send_the_key(hasty: Served) -> None:
 def test_too_many_at_once_are_told_to_wait(hasty: Served) -> None:
     def busy(running: int, waiting: int) -> bool:
         text = hasty.get("/metrics", headers=KEY).text
-        return f"ifprune_jobs_running {running}\n" in text and f"ifprune_jobs_waiting {waiting}\n" in text
+        return f"ifprune_jobs_running {running}.0\n" in text and f"ifprune_jobs_waiting {waiting}.0\n" in text
 
     body = json.dumps({**HELLO, "max_tokens": 8000, "logit_bias": {"2": -100}}).encode()
     head = _HEAD.replace(b"completions", b"chat/completions") + b"Content-Length: %d\r\n\r\n" % len(body)

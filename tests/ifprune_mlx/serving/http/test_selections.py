@@ -54,8 +54,8 @@ def test_the_policy_says_which_message_selects(served: Served) -> None:
         messages = [
             {"role": "user" if index % 2 == 0 else "assistant", "content": text} for index, text in enumerate(texts)
         ]
-        wish = {"selector": "random", "policy": policy}
-        body = {"messages": messages, "max_tokens": 2, "ifprune": wish}
+        options = {"selector": "random", "policy": policy}
+        body = {"messages": messages, "max_tokens": 2, "ifprune": options}
         return str(served.post("/v1/chat/completions", body).json()["ifprune"]["selection"])
 
     assert chosen("first", "one", "ok", "two") == chosen("first", "one")
@@ -77,8 +77,8 @@ def test_a_selection_used_of_late_can_be_looked_at(served: Served) -> None:
 
 def test_no_selection_is_missed_however_short_the_answers(served: Served) -> None:
     def chosen(number: int) -> str:
-        wish = {"selector": "random", "density": 0.25}
-        return str(figures(served, f"short answer {number}", max_tokens=1, ifprune=wish)["selection"])
+        options = {"selector": "random", "density": 0.25}
+        return str(figures(served, f"short answer {number}", max_tokens=1, ifprune=options)["selection"])
 
     with ThreadPoolExecutor(8) as pool:
         keys = set(pool.map(chosen, range(32)))

@@ -25,14 +25,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_stalled_reader_holds_up_nobody_and_is_let_go_of(checkpoint: Path, tmp_path: Path) -> None:
     # Each event is some kilobytes, so that what the system buffers is full soon.
     static = {"ifprune": {"selector": "static"}}
-    wish = static | {
+    options = static | {
         "max_tokens": 32000,
         "stream": True,
         "logit_bias": {"2": -100},
         "logprobs": True,
         "top_logprobs": 20,
     }
-    body = json.dumps({"messages": [{"role": "user", "content": "Hello"}], **wish}).encode()
+    body = json.dumps({"messages": [{"role": "user", "content": "Hello"}], **options}).encode()
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
     with serving(checkpoint, tmp_path, prelude=_HASTE) as server, ExitStack() as stack:
         for _ in range(_READERS):

@@ -1,0 +1,323 @@
+"""Requests of both APIs: pydantic checks them by these models, and the OpenAPI document is generated from them.
+
+Types are strict (true is no number, "1" neither), null counts as left out, and fields that are not named are ignored.
+Lists stop at their first error, so that a body full of errors costs no memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+from fastapi import Depends, Header
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue, SkipJsonSchema, WithJsonSchema
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+MAX_STOPS, MAX_STOP_LENGTH, MAX_TOKENS, MAX_LOGPROBS = 16, 1000, 2**31, 20
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`, or above `low`; the error names both bounds."""
+
+    low: float
+    high: float
+    above: bool = False
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        make: Any = core_schema.int_schema if source is int else core_schema.float_schema
+        numbers = make(le=self.high, **{"gt" if self.above else "ge": self.low})
+        message = "must be above {low} and at most {high}" if self.above else "must be from {low} to {high}"
+        bounded = core_schema.custom_error_schema(
+            numbers,
+            custom_error_type="out_of_range",
+            custom_error_message=message,
+            custom_error_context={"low": self.low, "high": self.high},
+        )
+        return core_schema.chain_schema([handler(source), bounded])
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        typed = handler(schema["steps"][0])
+        return {**typed, "exclusiveMinimum" if self.above else "minimum": self.low, "maximum": self.high}
+
+
+def _only(*allowed: Any, reason: str) -> AfterValidator:
+    """Takes these values alone; `reason` says what to do instead of others."""
+
+    def check(value: Any) -> Any:
+        if value not in allowed:
+            raise PydanticCustomError("unsupported_parameter", "{reason}", {"reason": reason})
+        return value
+
+    return AfterValidator(check)
+
+
+def _unsupported(advice: str) -> AfterValidator:
+    """Refuses a field that would have to be obeyed."""
+    return _only(None, False, "", [], {}, reason=f"is not supported; {advice}")
+
+
+class Schema(BaseModel):
+    """An object of a request."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+
+Item = TypeVar("Item")
+Items = Annotated[list[Item], Field(fail_fast=True)]
+Density = Annotated[float, Range(0, 1, above=True)]
+Policy = Literal["first", "turn", "auto"]
+Name = Annotated[str, Field(min_length=1)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+StopStrings = Annotated[Items[StopString], Field(max_length=MAX_STOPS)]
+TokenCount = Annotated[int, Range(1, MAX_TOKENS)]
+# Which keys there are depends on the vocabulary: `Service.requests` checks it.
+_BIAS = {"type": "number", "minimum": -100, "maximum": 100}
+LogitBias = Annotated[
+    dict[str, Any],
+    WithJsonSchema({"type": "object", "propertyNames": {"pattern": "^[0-9]+$"}, "additionalProperties": _BIAS}),
+]
+
+
+class SelectionOptions(Schema):
+    """Which neurons a request is computed on; null where it does not say.
+
+    Attributes:
+        task: the name of a saved selection.
+        policy: which message selects, and when a conversation selects anew; see `SelectionParams`.
+    """
+
+    task: str | None = None
+    selector: Literal["learned", "activation", "static", "random"] | None = None
+    dense: bool | None = None
+    density: Density | None = None
+    active_parameters: Annotated[int, Range(1, 2**53)] | None = None
+    policy: Policy | None = None
+
+
+async def selection_headers(
+    task: Annotated[str | None, Header(alias="x-ifprune-task")] = None,
+    density: Annotated[Density | None, Header(alias="x-ifprune-density")] = None,
+    policy: Annotated[Policy | None, Header(alias="x-ifprune-policy")] = None,
+) -> SelectionOptions:
+    """What headers say; the body's `ifprune` object goes first."""
+    return SelectionOptions(task=task, density=density, policy=policy)
+
+
+HeaderOptions = Annotated[SelectionOptions, Depends(selection_headers)]
+
+
+class GenerationRequest(Schema):
+    """What requests for an answer have in all APIs."""
+
+    model: str | None = None
+    ifprune: SelectionOptions | None = None
+    stream: bool | None = None
+    temperature: Annotated[float, Range(0, 2)] | None = None
+    top_p: Annotated[float, Range(0, 1, above=True)] | None = None
+    top_k: Annotated[int, Range(0, 2**31)] | None = None
+    min_p: Annotated[float, Range(0, 1)] | None = None
+    repetition_penalty: Annotated[float, Range(0, 10, above=True)] | None = None
+    presence_penalty: Annotated[float, Range(-2, 2)] | None = None
+    frequency_penalty: Annotated[float, Range(-2, 2)] | None = None
+    seed: Annotated[int, Range(-(2**63), 2**63 - 1)] | None = None
+    logit_bias: LogitBias | None = None
+
+
+class StreamOptions(Schema):
+    include_usage: bool | None = None
+
+
+class CompletionRequest(GenerationRequest):
+    """What both of OpenAI's completion APIs take."""
+
+    n: TokenCount | None = None
+    stop: StopString | StopStrings | None = None
+    max_tokens: TokenCount | None = None
+    stream_options: StreamOptions | None = None
+
+    @property
+    def stop_strings(self) -> list[str]:
+        """All of them."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+
+class TextPart(Schema):
+    type: Literal["text"]
+    text: str
+
+
+class RefusalPart(Schema):
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        """The refusal."""
+        return self.refusal
+
+
+ChatContent = str | Items[Annotated[TextPart | RefusalPart, Field(discriminator="type")]]
+
+
+class CalledFunction(Schema):
+    name: str
+    arguments: str | None = None  # the JSON text of an object
+
+
+class MadeCall(Schema):
+    id: str | None = None
+    type: str | None = None
+    function: CalledFunction
+
+
+class InputMessage(Schema):
+    role: Literal["system", "developer", "user"]
+    content: ChatContent
+
+
+class AssistantMessage(Schema):
+    """An earlier answer: text, calls or both."""
+
+    role: Literal["assistant"]
+    content: ChatContent | None = None
+    tool_calls: Items[MadeCall] | None = None
+
+
+class ToolMessage(Schema):
+    role: Literal["tool"]
+    content: ChatContent | None = None
+    tool_call_id: str
+
+
+ChatMessage = Annotated[InputMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+
+
+class Function(Schema):
+    """A function that may be called; the chat template gets all that is said of it."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(Schema):
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Schema):
+    name: str
+
+
+class ToolChoice(Schema):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class ResponseFormat(Schema):
+    type: Annotated[
+        str,
+        _only("text", reason="only 'text' is supported; ask for JSON in words, or with a tool"),
+        WithJsonSchema({"const": "text"}),
+    ]
+
+
+class ChatRequest(CompletionRequest):
+    messages: Annotated[Items[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: TokenCount | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Range(0, MAX_LOGPROBS)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: Items[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    functions: SkipJsonSchema[Annotated[Any, _unsupported("use tools")]] = None
+    function_call: SkipJsonSchema[Annotated[Any, _unsupported("use tool_choice")]] = None
+
+
+_TOKEN_IDS = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
+_PROMPTS = [{"type": "string"}, {"type": "array", "minItems": 1, "items": {"type": "string"}}, _TOKEN_IDS]
+
+
+class TextRequest(CompletionRequest):
+    """Texts to be continued: one, several, or their token ids."""
+
+    # Which ids there are depends on the vocabulary: `openai` checks them.
+    prompt: Annotated[
+        Any, WithJsonSchema({"anyOf": [*_PROMPTS, {"type": "array", "minItems": 1, "items": _TOKEN_IDS}]})
+    ]
+    logprobs: Annotated[int, Range(0, MAX_LOGPROBS)] | None = None
+    best_of: TokenCount | None = None
+    suffix: SkipJsonSchema[Annotated[Any, _unsupported("ask for it in the prompt")]] = None
+    echo: SkipJsonSchema[Annotated[Any, _unsupported("put the prompt before the text")]] = None
+
+
+# Anthropic's.
+
+TextContent = str | Items[TextPart]
+
+
+class ToolUse(Schema):
+    type: Literal["tool_use"]
+    id: str
+    name: str
+    input: dict[str, Any]
+
+
+class ToolResult(Schema):
+    type: Literal["tool_result"]
+    tool_use_id: str
+    content: TextContent | None = None
+
+
+class Thinking(Schema):
+    type: Literal["thinking", "redacted_thinking"]
+
+
+_UserBlock = Annotated[TextPart | ToolResult, Field(discriminator="type")]
+_AssistantBlock = Annotated[TextPart | ToolUse | Thinking, Field(discriminator="type")]
+
+
+class UserMessage(Schema):
+    role: Literal["user"]
+    content: str | Items[_UserBlock]
+
+
+class AssistantTurn(Schema):
+    """An earlier answer; the last message of all is what the answer begins with."""
+
+    role: Literal["assistant"]
+    content: str | Items[_AssistantBlock]
+
+
+class ClientTool(Schema):
+    type: Annotated[
+        str | None,
+        _only(None, "custom", reason="only tools of your own are supported: type 'custom', with input_schema"),
+        WithJsonSchema({"enum": ["custom", None]}),
+    ] = None
+    name: Name
+    description: str | None = None
+    input_schema: dict[str, Any]
+
+
+class ToolSelection(Schema):
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class CountRequest(Schema):
+    model: str | None = None
+    messages: Annotated[Items[Annotated[UserMessage | AssistantTurn, Field(discriminator="role")]], Field(min_length=1)]
+    system: TextContent | None = None
+    tools: Items[ClientTool] | None = None
+    tool_choice: ToolSelection | None = None
+
+
+class MessagesRequest(CountRequest, GenerationRequest):
+    max_tokens: TokenCount
+    stop_sequences: StopStrings | None = None
