@@ -104,6 +104,7 @@ class RequestMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         start, status, complete = time.monotonic(), _CLIENT_GONE, False
+        scope.setdefault("state", {})  # optional in ASGI; what an answer was is left there for the log
         body = _Body(receive, self._limits.max_body, start + BODY_SECONDS)
 
         async def send_message(message: Message) -> None:
