@@ -42,9 +42,8 @@ class LogLevel(str, Enum):
     ERROR = "ERROR"
 
 
-HostOption = Annotated[
-    str, typer.Option("--host", help="Address to listen on; one that others can reach needs an API key.")
-]
+_HOST = "Address to listen on; one that others can reach needs an API key."
+HostOption = Annotated[str, typer.Option("--host", help=_HOST)]
 PortOption = Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 takes a free one.")]
 KeyOption = Annotated[
     Optional[str],
@@ -104,24 +103,9 @@ def serve(
 ) -> None:
     """Serve a model over HTTP, as OpenAI's and Anthropic's clients ask; every request selects its own neurons."""
     _check_installed()
-    fixed = {"--dense": dense, "--task": task}
-    budgets = {"--density": density, "--active-params": active_params}
-    check_exclusive({**fixed, "--selector": selector}, {**fixed, **budgets})
-    budget = options.Budget(density, active_params, memory).arguments()
-    cache_bytes, body_bytes = _bytes(prompt_cache_size, "--prompt-cache-size"), _bytes(max_body, "--max-body")
-
+    from ifprune_mlx.serving.engine.engine import Engine
     from ifprune_mlx.serving.engine.request import SamplingParams
     from ifprune_mlx.serving.engine.sampling import check_sampling
-
-    sampling = SamplingParams(temperature=temp, top_p=top_p, min_p=min_p, top_k=top_k)
-    check_sampling(sampling, None)
-    listener, key = _bind(host, port, api_key)
-    loaded, tokenizer = load_model(model, dtype, trust_remote_code, residency=residency, memory=budget.pop("memory"))
-    options.Selecting(select_window, selection_cache).apply(loaded)
-    loaded.keep(**budget)  # a budget that cannot be is found now
-    _log(log_level)
-
-    from ifprune_mlx.serving.engine.engine import Engine
     from ifprune_mlx.serving.http.app import make_app
     from ifprune_mlx.serving.http.middleware import Limits
     from ifprune_mlx.serving.http.schemas_requests import SelectionOptions
@@ -129,12 +113,23 @@ def serve(
     from ifprune_mlx.serving.http.server import serve as listen
     from ifprune_mlx.serving.http.service import Defaults
 
+    fixed = {"--dense": dense, "--task": task}
+    budgets = {"--density": density, "--active-params": active_params}
+    check_exclusive({**fixed, "--selector": selector}, {**fixed, **budgets})
+    budget = options.Budget(density, active_params, memory).arguments()
+    cache_bytes, body_bytes = _bytes(prompt_cache_size, "--prompt-cache-size"), _bytes(max_body, "--max-body")
+    sampling = SamplingParams(temperature=temp, top_p=top_p, min_p=min_p, top_k=top_k)
+    check_sampling(sampling, None)
+    listener, key = _bind(host, port, api_key)
+    loaded, tokenizer = load_model(model, dtype, trust_remote_code, residency=residency, memory=budget.pop("memory"))
+    options.Selecting(select_window, selection_cache).apply(loaded)
+    loaded.keep(**budget)  # a budget that cannot be is found now
+    _log(log_level)
     selection = {"task": task, "selector": selector and selector.value, "dense": dense, **budget}
     defaults = Defaults(SelectionOptions.model_validate(selection), sampling, max_tokens)
-    answers = concurrency + queue
     engine = Engine(loaded, tokenizer, concurrency=concurrency, queue=queue, prompt_cache_bytes=cache_bytes)
-    with closing(engine), closing(_service(model, loaded, tokenizer, engine, defaults, answers)) as service:
-        limits = Limits(key, is_loopback(listener), host, tuple(cors or ()), body_bytes, requests=answers + 64)
+    with closing(engine), closing(_service(model, loaded, tokenizer, engine, defaults, concurrency + queue)) as service:
+        limits = Limits(key, is_loopback(listener), host, tuple(cors or ()), body_bytes, concurrency + queue + 64)
         listen(make_app(service, limits, ui=ui), listener, lambda: _announce(service.name, url(listener), json))
 
 
