@@ -9,19 +9,21 @@ from typing import Annotated, Optional
 import typer
 
 from .console import note, parameters, progress, result_json
-from .generate import as_messages, check_exclusive, read_prompt
+from .generate import as_messages, read_prompt
 from .loading import check_selection, load_model, open_checkpoint
 from .options import (
     ActiveParamsOption,
     Budget,
     DensityOption,
     DtypeOption,
+    JsonOption,
     ModelOption,
     SeedOption,
     SelectionOption,
     SelectorOption,
     SystemPromptOption,
     TrustOption,
+    check_exclusive,
 )
 
 # Options under a heading of `--help`.
@@ -39,7 +41,6 @@ RequantizeOption = Annotated[
     ),
 ]
 OverwriteOption = Annotated[bool, _output("--overwrite", help="Replace an earlier export.")]
-JsonOption = Annotated[bool, _output("--json", help="Print one JSON object.")]
 
 
 def export(
@@ -60,7 +61,7 @@ def export(
 ) -> None:
     """Write the neurons of one selection as a plain model, which mlx-lm runs without ifprune."""
     ways = ({"--prompt": prompt}, {"--system-prompt": system_prompt}, {"--selector": selector})
-    amounts = {"--density": density, "--active-params": active_params}
+    amounts, budget = {"--density": density, "--active-params": active_params}, Budget(density, active_params)
     check_exclusive(*({"--selection": selection, **way} for way in (*ways, amounts)))
     text = None if prompt is None else read_prompt(prompt)
     import mlx.core as mx
@@ -74,12 +75,11 @@ def export(
         checkpoint = open_checkpoint(model)
         check_selection(checkpoint, chosen, selection)
     elif text is not None:
-        budget = Budget(density, active_params, None).arguments()
         loaded, tokenizer = load_model(model, dtype, trust_remote_code)
         messages = as_messages(text, system_prompt)
-        chosen = select_for(loaded, tokenizer, text, messages, selector and selector.value, seed, **budget)
-        loaded.close()  # before anything is written
+        chosen = select_for(loaded, tokenizer, text, messages, selector and selector.value, seed, **budget.arguments())
         checkpoint = loaded.checkpoint
+        loaded.close()  # before anything is written
     else:
         raise IfpruneError("nothing says which neurons to keep; give --selection FILE or --prompt TEXT")
     with progress("export", "bytes") as update:

@@ -19,7 +19,6 @@ from .options import (
     SelectionOptions,
     SystemPromptOption,
 )
-from .options import check_exclusive as check_exclusive  # noqa: PLC0414 (export and serve import it from here)
 
 if TYPE_CHECKING:
     from ifprune_mlx import Stats
