@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -93,6 +94,7 @@ def test_a_saved_chat_goes_on(files: Path, learned: tuple[Model, Any]) -> None:
     assert answer == EXPECTED["chat"]["second_answer"]
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="mlx-lm 0.31 does not read the prompt caches of 0.32")
 def test_a_prompt_cache_goes_on_and_knows_what_computed_it(files: Path, learned: tuple[Model, Any]) -> None:
     model, tokenizer = learned
     history = History.load(files / "prompt.safetensors", model)

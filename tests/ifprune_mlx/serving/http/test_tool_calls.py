@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -64,7 +65,8 @@ def test_other_dialects() -> None:
         "a ",
         ToolCall("f", '{"x": "1"}'),
     ]
-    assert split('[TOOL_CALLS][{"name": "f", "arguments": {"x": 1}}]', 5, mistral) == [F]
+    if sys.version_info >= (3, 11):  # mlx-lm 0.31, the last for Python 3.10, reads one call of Mistral's, and no list
+        assert split('[TOOL_CALLS][{"name": "f", "arguments": {"x": 1}}]', 5, mistral) == [F]
 
 
 def test_a_forced_call_goes_on_from_its_beginning() -> None:
