@@ -33,37 +33,25 @@ OUR_DENSE, SLICED, ON_SSD = "dense", "sliced", "sliced ssd"
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """What to measure.
-
-    Attributes:
-        checkpoint: the IFP checkpoint.
-        dense, static: plain mlx-lm models of the same weights: all neurons, and as many as `keep`; None leaves the row
-            out.
-        ssd: measure residency `ssd` as well.
-        keep: per FFN, *k*.
-        dtype: float type to cast to; None keeps the checkpoint's.
-        prompt_tokens, generation_tokens, trials: of each round, and how many rounds count.
-        work: folder for selection files.
-    """
+    """The settings of `bench`."""
 
     checkpoint: Checkpoint
-    dense: Path | None
-    static: Path | None
-    ssd: bool
-    keep: tuple[int, ...]
-    dtype: str | None
-    prompt_tokens: int
-    generation_tokens: int
-    trials: int
-    work: Path
+    dense: Path | None  # plain mlx-lm model with all neurons; None leaves the row out
+    static: Path | None  # plain mlx-lm model with `keep` neurons; None leaves the row out
+    ssd: bool  # measure residency `ssd` as well
+    keep: tuple[int, ...]  # *k* per FFN
+    dtype: str | None  # float type to cast to; None keeps the checkpoint's
+    prompt_tokens: int  # per round
+    generation_tokens: int  # per round
+    trials: int  # rounds that count, after one to warm up
+    work: Path  # folder for selection files
 
 
 def bench(config: BenchConfig, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
     """Time every row in turn.
 
     Returns:
-        What `ifprune bench --json` writes, with intervals and spreads beside; ratios that were
-        not measured are None.
+        The JSON of `ifprune bench --json`; ratios that were not measured are None.
 
     Raises:
         IfpruneError: if a model cannot be loaded or its process dies.
@@ -99,7 +87,7 @@ def bench(config: BenchConfig, progress: Callable[[int, int], None] | None = Non
                 done += 1
                 if progress is not None:
                     progress(done, (config.trials + 1) * len(names))
-            # The best of all rounds: whatever else the machine does takes from it.
+            # The best of all rounds, since other load only lowers it.
             bandwidth = max(bandwidth, float(workers[SLICED]("bandwidth")))
             if round_:  # the first one warms up
                 rounds.append(result)
@@ -108,7 +96,7 @@ def bench(config: BenchConfig, progress: Callable[[int, int], None] | None = Non
 
 
 def _check_memory(config: BenchConfig) -> None:
-    """Raise BudgetError unless all rows together fit into memory: swapping would be all that is measured."""
+    """Raise BudgetError unless all rows together fit into memory; otherwise the timings would measure swapping."""
     checkpoint = config.checkpoint
     everything = [spec.d_ffn for spec in checkpoint.layout.ffns]
     whole = resident_bytes(checkpoint, RAM, everything)
@@ -167,7 +155,7 @@ class _Selections:
         return letters.tobytes().decode(), self._generator.integers(0, vocabulary, size=length).tolist()
 
     def near(self) -> Path:
-        """File of one that shares NEAR of each FFN's neurons with the last one drawn."""
+        """Write a selection that shares NEAR of each FFN's neurons with the last one; return its file."""
         ids = []
         for live, width in zip(self._ids, self._widths, strict=True):
             out = min(round((1 - NEAR) * len(live)), width - len(live))
@@ -177,7 +165,7 @@ class _Selections:
         return self._save(ids)
 
     def far(self) -> Path:
-        """File of an arbitrary one."""
+        """Write a random selection; return its file."""
         pairs = zip(self._widths, self._config.keep, strict=True)
         return self._save([np.sort(self._generator.permutation(width)[:k]).astype(np.int32) for width, k in pairs])
 
@@ -190,9 +178,7 @@ class _Selections:
 
 
 def bytes_per_token(checkpoint: Checkpoint, keep: Sequence[int]) -> int:
-    """Bytes of weights that a token reads, as they are typed on disk.
-
-    That is all that are active but an embedding table that is looked up and not multiplied by."""
+    """Bytes of active weights that a token reads, as typed on disk, without an embedding that is only looked up."""
     total = resident_bytes(checkpoint, RAM, keep) - checkpoint.predictor_bytes
     for index, (spec, k) in enumerate(zip(checkpoint.layout.ffns, keep, strict=True)):
         total -= (spec.d_ffn - k) * checkpoint.neuron_bytes(index)

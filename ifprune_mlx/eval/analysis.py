@@ -1,11 +1,9 @@
-"""An atlas of what a selector does: which prompts share neurons, which neurons are whose, what quality costs, and where
-an answer's time goes; as numbers, and as charts.
+"""An atlas of a selector, as numbers and as charts.
 
-overlap  for every two prompts the share of kept neurons that they have in common (the paper's Figure 4)
-shared   per layer, neurons that all domains select, that some do, that single prompts do, that none does
-quality  loss against active parameters, from what `ifprune evaluate --json` wrote
+overlap  the share of kept neurons that every two prompts have in common (the paper's Figure 4)
+shared   each layer's neurons that all domains, some domains, single prompts, or no prompts select
+quality  loss against active parameters, from the JSON of `ifprune evaluate`
 time     select, switch, prefill and decode of real answers
-
 """
 
 from __future__ import annotations
@@ -47,38 +45,27 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BANDS = ("all domains", "some domains", "single prompts", "nobody")
-"""Whose a neuron is: a domain's if half of its prompts or more select it, single prompts' if only fewer do."""
+"""Who selects a neuron. A domain does if at least half of its prompts do; `single prompts` means that only fewer do."""
 
 PARTS = ("select", "switch", "prefill", "decode")
 
 _HALF = 0.5
 _BINS = 96
-# One loss, whatever the density.
-_LEVELS = ("dense", "healed-dense")
+_LEVELS = ("dense", "healed-dense")  # their loss does not depend on the density
 _WARM_UP = 4
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What a selector selects for the prompts of some domains.
-
-    Attributes:
-        selector: its name.
-        density: kept neurons / all neurons.
-        prompts: what tells the prompts apart, by domain, in the order of the matrix.
-        matrix: float64 `[prompts, prompts]`, mean over FFNs of the share of neurons that two selections have in common.
-        bands: by name of `BANDS`, per FFN the share of its neurons; together 1.
-        overlap: the matrix's means over domains.
-        differences: by domain, overlap with the own domain's other prompts minus overlap with those of other domains,
-            with its interval; empty if there is one domain only.
-    """
+    """A selector's selections for the prompts of some domains."""
 
     selector: str
-    density: float
-    prompts: dict[str, tuple[str, ...]]
-    matrix: Values
-    bands: dict[str, list[float]]
-    overlap: Overlap
+    density: float  # kept neurons / all neurons
+    prompts: dict[str, tuple[str, ...]]  # prompt keys by domain, in the order of the matrix
+    matrix: Values  # float64 `[prompts, prompts]`, share of neurons in common, mean over FFNs
+    bands: dict[str, list[float]]  # by name from `BANDS`, the share of each FFN's neurons; sums to 1
+    overlap: Overlap  # the matrix's means over domains
+    # By domain, overlap with its own other prompts minus overlap with other domains' prompts; empty for one domain.
     differences: list[Difference]
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,25 +84,21 @@ class Survey:
 
 @dataclass(frozen=True)
 class Quality:
-    """Losses at one density or more.
+    """Losses at one density or more."""
 
-    Attributes:
-        total_parameters: of the dense model.
-        curve: active parameters, ascending, each with the losses by domain and by selector, in nats per answer token.
-    """
-
-    total_parameters: int
+    total_parameters: int  # of the dense model
+    # Active parameters, ascending, each with losses by domain and selector, in nats per answer token.
     curve: tuple[tuple[int, dict[str, dict[str, float]]], ...]
 
     @classmethod
     def of(cls, value: Any, where: str) -> Quality:
-        """From the JSON object of `ifprune evaluate --densities ... --json`.
+        """Parse the JSON object of `ifprune evaluate --densities ... --json`.
 
         Args:
-            where: it comes from, for messages.
+            where: the source, for messages.
 
         Raises:
-            DataError: if it is anything else, or holds nothing that depends on the density.
+            DataError: if it is anything else, or no loss depends on the density.
         """
         if isinstance(value, dict) and "rows" in value and "curve" not in value:
             raise DataError(f"{where}: holds one density, without its parameters; write it with `evaluate --densities`")
@@ -133,19 +116,18 @@ class Quality:
 
     @classmethod
     def read(cls, path: Path) -> Quality:
-        """From a file that `ifprune evaluate --densities ... --json` wrote.
+        """Read a file of `ifprune evaluate --densities ... --json`.
 
         Raises:
-            DataError: naming the file, if it cannot be read or holds anything else.
+            DataError: if it cannot be read or holds anything else.
         """
         try:
             value: Any = json.loads(path.read_text(encoding="utf-8"))
         except OSError as exc:
             raise DataError(f"{path}: cannot be read ({reason_of(exc)}); give another file") from None
         except (ValueError, RecursionError):
-            raise DataError(
-                f"{path}: not JSON; give a file of `ifprune evaluate --densities LIST --json FILE`"
-            ) from None
+            hint = "give a file of `ifprune evaluate --densities LIST --json FILE`"
+            raise DataError(f"{path}: not JSON; {hint}") from None
         return cls.of(value, str(path))
 
     def to_dict(self) -> dict[str, Any]:
@@ -156,7 +138,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class Timing:
-    """Where one answer's time went, in seconds as `ifprune_mlx.Stats` has them."""
+    """The times of one answer, in seconds, as in `ifprune_mlx.Stats`."""
 
     domain: str
     prompt: str
@@ -179,12 +161,12 @@ def survey(
     """Select for every prompt. All selections stay in memory until the end, 4 bytes per kept neuron.
 
     Args:
-        data: examples by domain, at least one a domain.
-        keep: per FFN, *k*.
-        progress: called with (prompts, prompts in all).
+        data: examples by domain, at least one each.
+        keep: *k* per FFN.
+        progress: called with (prompts done, all prompts).
 
     Raises:
-        PredictorError, SelectionError: as the selectors raise them.
+        PredictorError, SelectionError: from the selectors.
     """
     total, done = sum(len(examples) for examples in data.values()), 0
     chosen: dict[str, list[Selection]] = {domain: [] for domain in data}
@@ -231,23 +213,22 @@ def time_answers(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[Timing]:
-    """Answer prompts of all domains in turn and take the time.
+    """Time the answers to prompts of all domains in turn.
 
-    The last of them is answered in short beforehand, untimed, since what runs for the first time takes longer. Each
-    switch thus begins at another prompt's selection, as in use, unless there is one prompt only. Every prompt is new to
-    the selector: nothing is taken from the model's cache of selections.
+    A short answer to the last prompt comes first, untimed, to warm up. So each switch begins at another prompt's
+    selection, as in use, unless there is only one prompt. The model's selection cache is not used.
 
     Args:
         data: examples by domain.
-        selector: its name; None takes the checkpoint's default.
-        density: to select with; None takes the checkpoint's.
-        count: of prompts, at least 1; fewer if there are fewer.
-        max_tokens: the most to generate for each.
+        selector: name; None takes the checkpoint's default.
+        density: None takes the checkpoint's default.
+        count: most prompts, at least 1.
+        max_tokens: limit of each answer.
         seed: of the random selector.
-        progress: called with (answers, answers in all).
+        progress: called with (answers done, all answers).
 
     Raises:
-        PromptError, SelectionError, PredictorError: as `stream_generate` raises them.
+        PromptError, SelectionError, PredictorError: from `stream_generate`.
     """
     turns = zip_longest(*([(domain, example) for example in examples] for domain, examples in data.items()))
     examples = [pair for turn in turns for pair in turn if pair is not None][:count]
@@ -279,15 +260,14 @@ def time_answers(
 
 
 def overlap_chart(found: Survey) -> Figure:
-    """The overlap of every two prompts, and the means over domains."""
+    """Draw the overlap of every two prompts, and the means over domains."""
     names = list(found.prompts)
     means = np.full((len(names), len(names)), np.nan)
     for row, column in np.ndindex(means.shape):
         layers = found.overlap.domains[names[row]][names[column]]
         means[row, column] = np.nan if layers is None else layers.mean()
-    prompts = Matrix(
-        "every two prompts", found.matrix, tuple((name, len(keys)) for name, keys in found.prompts.items())
-    )
+    counts = tuple((name, len(keys)) for name, keys in found.prompts.items())
+    prompts = Matrix("every two prompts", found.matrix, counts)
     domains = Matrix("mean over pairs of different prompts", means, tuple((name, 1) for name in names))
     chance = found.overlap.chance
     return matrix_chart(
@@ -301,7 +281,7 @@ def overlap_chart(found: Survey) -> Figure:
 
 
 def shared_chart(found: Survey) -> Figure:
-    """Whose the neurons of every layer are."""
+    """Draw who selects each layer's neurons."""
     return band_chart(
         f"Who selects a layer's neurons: {found.selector}, density {found.density:.2f}",
         "layer (a domain selects a neuron if at least half of its prompts do)",
@@ -311,10 +291,10 @@ def shared_chart(found: Survey) -> Figure:
 
 
 def quality_chart(name: str, quality: Quality) -> Figure:
-    """Losses against active parameters: one panel over all domains, where there are several, and one per domain.
+    """Draw losses against active parameters: a panel per domain, after one over all domains if there are several.
 
     Args:
-        name: the model's.
+        name: of the model.
     """
     first = quality.curve[0][1]
     every = [(active, _with_mean(losses)) for active, losses in quality.curve]
@@ -333,10 +313,10 @@ def quality_chart(name: str, quality: Quality) -> Figure:
 
 
 def time_chart(timings: Sequence[Timing], where: str) -> Figure:
-    """Select, switch, prefill and decode of every answer, one bar each.
+    """Draw a bar of select, switch, prefill and decode for every answer.
 
     Args:
-        where: the time was taken: selector and machine.
+        where: selector and machine, for the title.
     """
     seen: dict[str, int] = {}
     bars = {}
@@ -348,12 +328,12 @@ def time_chart(timings: Sequence[Timing], where: str) -> Figure:
 
 
 def machine() -> str:
-    """What MLX runs on here, such as `Darwin arm64, gpu`."""
+    """System, processor and MLX's device, such as `Darwin arm64, gpu`."""
     return f"{platform.system()} {platform.machine()}, {mx.default_device().type.name}"
 
 
 def selection_chart(title: str, selection: Selection) -> Figure:
-    """Where in each layer the kept neurons lie."""
+    """Draw where in each layer the kept neurons lie."""
     bins = min(_BINS, *selection.widths)
     shares = np.zeros((len(selection.widths), bins))
     for row, ids, width in zip(shares, selection.ids, selection.widths, strict=True):
@@ -364,10 +344,10 @@ def selection_chart(title: str, selection: Selection) -> Figure:
 
 
 def selections_chart(title: str, selections: Mapping[str, Selection]) -> Figure:
-    """The overlap of every two selections, which may differ in density.
+    """Draw the overlap of every two selections of one model, which may differ in density.
 
     Args:
-        selections: by name, of one model, at least two.
+        selections: by name, at least two.
     """
     flat = list(selections.values())
     values = np.array([[one.overlap(other) for other in flat] for one in flat])
@@ -378,7 +358,7 @@ def selections_chart(title: str, selections: Mapping[str, Selection]) -> Figure:
 
 
 def _own_minus_others(matrix: Values, names: Sequence[str], domains: npt.NDArray[np.int64]) -> list[Difference]:
-    """Per domain, mean overlap of its prompts with one another minus that with the others', paired by prompt."""
+    """Per domain, its prompts' mean overlap with one another minus that with other domains', paired by prompt."""
     pairs: dict[str, dict[str, list[float]]] = {}
     for index, name in enumerate(names):
         own = np.flatnonzero(domains == index)
@@ -390,7 +370,7 @@ def _own_minus_others(matrix: Values, names: Sequence[str], domains: npt.NDArray
 
 
 def _losses(rows: Any) -> dict[str, dict[str, float]]:
-    """By domain and selector, from evaluate's rows; raises ValueError and the like for anything else."""
+    """Losses by domain and selector, from evaluate's rows; `Quality.of` catches the errors for anything else."""
     result: dict[str, dict[str, float]] = {}
     for row in rows:
         selector, domain, loss = row["selector"], row["domain"], float(row["nll"])
@@ -401,6 +381,6 @@ def _losses(rows: Any) -> dict[str, dict[str, float]]:
 
 
 def _with_mean(losses: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """With the mean over domains as one more."""
+    """Add the mean over domains as a domain."""
     names = next(iter(losses.values()))
     return losses | {POOLED: {name: float(np.mean([row[name] for row in losses.values()])) for name in names}}

@@ -1,13 +1,12 @@
-"""Tasks of lm-evaluation-harness under selections: each context selects, as a question of `eval.multiple_choice` or
-`eval.exact_match` does. Needs the package lm-eval.
+"""Runs tasks of lm-evaluation-harness under selections. Needs the package lm-eval.
 
-The context, which the harness builds with the task's few-shot examples in it, is the instruction: it goes through the
-chat template as the user's message, if there is one, and selects once, whatever the harness asks about it. A task
-that puts its options into the context (Winogrande) therefore selects for each of them.
+The instruction is the context that the harness builds, with its few-shot examples. It goes through the chat template
+as the user's message, if there is a template, and selects once for all requests about it. A task that puts its options
+into the context (Winogrande) therefore selects for each option.
 
-The likelihood of a whole text (`loglikelihood_rolling`) has no instruction. There the text's beginning, up to 128
-tokens, selects for what follows. The beginning itself is scored under the static selection, or densely in the row
-`dense`, since what selects must not be what is scored; so all other rows agree on texts that are no longer than that.
+`loglikelihood_rolling` scores a whole text, without an instruction. There the text's first 128 tokens select for the
+rest. They are scored under the static selection (densely in the row `dense`), since a text must not select for itself.
+So all rows but `dense` agree on texts of at most 128 tokens.
 """
 
 from __future__ import annotations
@@ -42,23 +41,16 @@ from ifprune_mlx.prompt_cache import History
 from ifprune_mlx.selection.selectors import Instruction, Selected, make_selector
 
 _BEGINNING = 128
-# Where neither the task nor the model says: what the harness takes itself.
-_NEW_TOKENS, _CONTEXT = 256, 2048
-# A metric of the whole set is computed again at most so often, each time without a part of the questions.
-_PARTS = 200
+_NEW_TOKENS, _CONTEXT = 256, 2048  # the harness's own defaults
+_PARTS = 200  # most jackknife samples
 
 
 @dataclass(frozen=True)
 class HarnessTask:
-    """A task of the harness, or a group of tasks.
+    """A task of the harness, or a group of tasks."""
 
-    Attributes:
-        name: as it was given.
-        tasks: by name, the single tasks that it consists of. Of several there is a figure of all of them, too.
-    """
-
-    name: str
-    tasks: dict[str, Any]
+    name: str  # as given by the user
+    tasks: dict[str, Any]  # lm-eval's task objects by name
 
     @property
     def texts(self) -> list[str]:
@@ -67,21 +59,19 @@ class HarnessTask:
 
 
 def load_tasks(names: Sequence[str], folders: Sequence[Path] = ()) -> list[HarnessTask]:
-    """Find tasks by name, and load their data sets, from the network where they are not in the cache.
+    """Find tasks by name and load their data sets, from the network if they are not cached.
 
     Args:
-        names: of tasks, groups or tags, or paths of YAML files.
-        folders: of one's own tasks, YAML files; what is in them takes precedence. They may name Python functions
-            beside them, which run.
+        names: tasks, groups, tags, or paths of YAML files.
+        folders: hold the user's own YAML tasks, which take precedence. Python functions that these name will run.
 
     Raises:
-        DataError: if there is no such task, its data cannot be had, or it needs what is not done here: pictures, or
-            running what the model wrote.
+        DataError: if a task is unknown, cannot be loaded, needs pictures, or runs code that the model writes.
     """
     for folder in folders:
         if not folder.is_dir():
             raise DataError(f"--lm-eval-tasks {folder}: no such folder; give one that holds YAML files of tasks")
-    # Its warnings are about models of its own.
+    # Its warnings are about lm-eval's own models.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     result: list[HarnessTask] = []
     for name in dict.fromkeys(names):
@@ -91,7 +81,7 @@ def load_tasks(names: Sequence[str], folders: Sequence[Path] = ()) -> list[Harne
                 next(iter(task.eval_docs))
         except DataError:
             raise
-        except Exception as exc:  # data sets, YAML files and their functions raise what they like
+        except Exception as exc:  # data sets, YAML files and their functions may raise anything
             raise DataError(f"--lm-eval {name}: cannot be loaded ({reason_of(exc)})") from None
         for single, task in tasks.items():
             if getattr(task, "UNSAFE_CODE", False):
@@ -105,7 +95,7 @@ def load_tasks(names: Sequence[str], folders: Sequence[Path] = ()) -> list[Harne
 
 
 def _found(name: str, folders: tuple[Path, ...]) -> dict[str, Any]:
-    """The single tasks of a name, with their data."""
+    """The single tasks behind a name, with their data."""
     own = _manager(folders, defaults=False) if folders else None
     if own is not None and name in own.all_tasks:
         with suppress(Exception):  # a group may name tasks of lm-eval's own; other errors come again
@@ -118,7 +108,7 @@ def _found(name: str, folders: tuple[Path, ...]) -> dict[str, Any]:
 
 @lru_cache(maxsize=2)
 def _manager(folders: tuple[Path, ...], *, defaults: bool) -> TaskManager:
-    """An index of tasks; that of lm-eval's own thousands takes seconds to make."""
+    """An index of tasks. Indexing lm-eval's own thousands takes seconds."""
     return TaskManager(include_path=list(folders) or None, include_defaults=defaults)
 
 
@@ -134,25 +124,24 @@ def score_harness(
     progress: Progress | None = None,
     report: Callable[[str], object] = lambda line: None,
 ) -> list[TaskRow]:
-    """Measure a task under every row's selections. Leaves the model with whatever selection came last.
+    """Measure a task under every row's selections. The last selection stays active.
 
     Args:
-        rows: of `ifprune_mlx.eval.tasks.TASK_ROWS`, in the order wanted.
-        keep: per FFN, *k*.
-        limit: only the first questions of every single task, as with lm-eval's own `--limit`.
-        seed: of the random selector, and of who is whose other question; few-shot examples are lm-eval's choice.
-        progress: called with (requests answered, requests to be answered).
-        report: is told what was cut or left out.
+        rows: from `ifprune_mlx.eval.tasks.TASK_ROWS`.
+        keep: *k* per FFN.
+        limit: use only the first questions of every single task, like lm-eval's `--limit`.
+        seed: of the random selector and the pairing with other questions; lm-eval picks few-shot examples itself.
+        progress: called with (requests answered, all requests).
+        report: receives a line for everything that was cut or left out.
 
     Returns:
-        Every metric of every row, under the harness's name (`acc`, `exact_match,strict-match`). Of a group first the
-        figures of all its questions, for those metrics that all its tasks have and that are means. A metric that is no
-        mean over questions (perplexity, F1) has each question's jackknife value in place of its own, so that their
-        mean is the harness's figure and their spread its uncertainty.
+        Every metric of every row, under the harness's name (`acc`, `exact_match,strict-match`). A group's pooled
+        metrics come first: means that all its tasks have. For a metric that is no mean over questions (perplexity,
+        F1), each question has its jackknife value: their mean is the harness's figure, their spread its uncertainty.
 
     Raises:
         DataError: if a task fails, or has no two questions for `mismatched`.
-        CheckpointError, PredictorError: as the selectors raise them.
+        CheckpointError, PredictorError: from the selectors.
     """
     lm = HarnessLM(model, tokenizer, harness_task.name, rows, keep, seed=seed, progress=progress, report=report)
     measured: dict[str, list[TaskRow]] = {name: [] for name in harness_task.tasks}
@@ -164,8 +153,7 @@ def score_harness(
                 model=lm,
                 tasks=list(harness_task.tasks.values()),
                 limit=limit,
-                # An empty index: the tasks are loaded, and to list lm-eval's own takes longer than many a task.
-                task_manager=_manager((), defaults=False),
+                task_manager=_manager((), defaults=False),  # the tasks are loaded, and the full index is slow
                 bootstrap_iters=0,
                 apply_chat_template=lm.chats,
                 fewshot_as_multiturn=False,
@@ -173,7 +161,7 @@ def score_harness(
             )
         except IfpruneError:
             raise
-        except Exception as exc:  # tasks' own functions raise what they like
+        except Exception as exc:  # a task's own functions may raise anything
             raise DataError(f"--lm-eval {harness_task.name}: the task failed ({reason_of(exc)})") from None
         means: dict[str, list[tuple[float, ...]]] = {}
         for name, task in harness_task.tasks.items():
@@ -193,10 +181,10 @@ def score_harness(
 
 
 class HarnessLM(LM):
-    """A model of ours as lm-eval asks it.
+    """A `Model` behind lm-eval's interface.
 
     Attributes:
-        row: of `ifprune_mlx.eval.tasks.TASK_ROWS`: whose selections answer the next requests.
+        row: from `ifprune_mlx.eval.tasks.TASK_ROWS`; its selections answer the next requests.
         chats: whether contexts go through a chat template.
     """
 
@@ -226,11 +214,11 @@ class HarnessLM(LM):
 
     @property
     def tokenizer_name(self) -> str:
-        """For lm-eval's caches, which are not used."""
+        """lm-eval needs it for its caches, which are not used."""
         return str(self._model.checkpoint.id)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Text of messages, whose user's message is remembered: it is what selects."""
+        """The text of a chat. Remembers its user message, which selects."""
         rendered: str = self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -242,7 +230,7 @@ class HarnessLM(LM):
         return rendered
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Log likelihood of continuations in nats, and whether greedy decoding would give them."""
+        """Log likelihood of each continuation in nats, and whether greedy decoding gives it."""
         by_context: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             by_context.setdefault(request.args[0], []).append(index)
@@ -256,7 +244,7 @@ class HarnessLM(LM):
         for index, (places, selected) in enumerate(zip(by_context.values(), self._selected(instructions), strict=True)):
             history = read_prompt(self._model, instructions[index], selected)
             for place, (tokens, start) in zip(places, encoded[index], strict=True):
-                # A copy, since not every kind of cache can be cut back to the prompt.
+                # Not every kind of cache can be trimmed back to the prompt.
                 result[place] = _likelihood(self._model, copy.deepcopy(history), tokens, start)
                 if not math.isfinite(result[place][0]):
                     raise IfpruneError(
@@ -267,7 +255,7 @@ class HarnessLM(LM):
         return result
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """Log likelihood of whole texts in nats, see above; windows of the model's context, one after the other."""
+        """Log likelihood of whole texts in nats (see above), in successive windows of the model's context."""
         prefix = self._prefix()
         texts = [self._encode(request.args[0], special=False) for request in requests]
         instructions = []
@@ -294,7 +282,7 @@ class HarnessLM(LM):
         return result
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Answers, greedy unless the task samples, cut before the first of its stop strings."""
+        """Answers, cut before the first stop string; greedy unless the task samples."""
         prompts, limits = [], []
         for request in requests:
             limits.append(int(request.args[1].get("max_gen_toks", _NEW_TOKENS)))
@@ -318,24 +306,24 @@ class HarnessLM(LM):
         return result
 
     def _selected(self, instructions: list[Instruction]) -> Iterator[Selected | None]:
-        """What the row selects for each, made active as the iterator reaches it; None is dense."""
+        """The row's selection for each instruction, active while the iterator is at it; None is dense."""
         key = tuple(instructions)
         if key not in self._selections:
-            given = (self._task, instructions, self._rows, self._keep, self._seed)
-            self._selections[key] = RowSelections(self._model, *given)
+            selections = RowSelections(self._model, self._task, instructions, self._rows, self._keep, self._seed)
+            self._selections[key] = selections
         for index in range(len(instructions)):
             yield self._selections[key].switch(self.row, index)
             mx.clear_cache()
 
     def _options(self, context: str, continuations: Sequence[str]) -> list[tuple[list[int], int]]:
-        """Per continuation: token ids of context and continuation, and where the continuation begins."""
+        """Token ids of the context with each continuation, and the index at which scoring begins."""
         special = not self.chats and bool(context)
         before = self._encode(context, special=special) or [self._prefix()]
         result = []
         for continuation in continuations:
             whole = self._encode(context + continuation, special=special)
             whole = whole if context else [*before, *whole]
-            # A token may span the border: what is scored begins with it. At least one is read, and one scored.
+            # Scoring begins with a token that spans the border. At least one token is read, and one scored.
             start = agreeing(before, whole)
             if len(whole) < 2:
                 whole, start = [self._prefix(), *whole], start + 1
@@ -350,7 +338,7 @@ class HarnessLM(LM):
         return [(whole[surplus:], start - surplus) for whole, start in result]
 
     def _cut(self, tokens: list[int], room: int) -> list[int]:
-        """The last tokens, as many as there is room for."""
+        """The last `room` tokens."""
         if len(tokens) > room and self._task not in self._told:
             self._told.add(self._task)
             self._report(f"task {self._task!r}: prompts longer than the model's context lose their beginnings")
@@ -360,7 +348,7 @@ class HarnessLM(LM):
         return list(self.tokenizer.encode(text, add_special_tokens=special)) if text else []
 
     def _prefix(self) -> int:
-        """What stands before a text that nothing stands before."""
+        """The token before a text without a context."""
         first = self.tokenizer.bos_token_id
         return int(self.tokenizer.eos_token_id if first is None else first)
 
@@ -369,10 +357,10 @@ class HarnessLM(LM):
 
 
 def _likelihood(model: Model, history: History | None, tokens: Sequence[int], start: int) -> tuple[float, bool]:
-    """Log likelihood of the tokens from `start` on, nats, and whether each is the likeliest.
+    """Log likelihood of the tokens from `start` on in nats, and whether each is the likeliest.
 
     Args:
-        history: has read at most all before the one before `start`; it is used up.
+        history: has read at most `start - 1` tokens; it is consumed.
     """
     total, greedy = 0.0, True
     wanted = np.arange(len(tokens)) >= start
@@ -383,7 +371,7 @@ def _likelihood(model: Model, history: History | None, tokens: Sequence[int], st
 
 
 def _metrics(samples: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    """What every question contributes, by metric; the harness's filters, if it has any, are part of the name."""
+    """Each question's values by metric; a filter of the harness is part of the metric's name."""
     result: dict[str, list[Any]] = {}
     for sample in samples:
         for metric in sample["metrics"]:
@@ -393,7 +381,7 @@ def _metrics(samples: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
 
 
 def _per_question(values: Sequence[Any], aggregate: Callable[[Sequence[Any]], Any]) -> tuple[tuple[float, ...], bool]:
-    """A value for every question, whose mean is the aggregate, and whether it is the question's own.
+    """One value per question, with the aggregate as their mean, and whether these are the questions' own values.
 
     Raises:
         TypeError, ValueError: if the aggregate is no number.
@@ -406,7 +394,7 @@ def _per_question(values: Sequence[Any], aggregate: Callable[[Sequence[Any]], An
     count = len(values)
     if count == 1:
         return (whole,), False
-    # The jackknife: what a question moves is told by the figure without it (Efron 1982). In parts, where they are many.
+    # The jackknife (Efron 1982): leave out one question, or one part of many questions, at a time.
     parts = np.array_split(np.arange(count), min(count, _PARTS))
     without = [float(aggregate([values[i] for i in range(count) if not part[0] <= i <= part[-1]])) for part in parts]
     moved = np.repeat(np.mean(without) - np.array(without), [len(part) for part in parts])

@@ -1,20 +1,19 @@
 """Measures selectors by the loss of given answers, each beside its controls at the same density.
 
-The loss is the negative log likelihood of the answer's tokens, teacher-forced, in nats per token. All tokens of a row
-are computed under its selection, those of the prompt too, but for `activation`, which keeps its dense prefill.
+The loss is the negative log likelihood of the answer's tokens, teacher-forced, in nats per token. A row's selection
+runs on the prompt and the answer. Only `activation` keeps its dense prefill.
 
 dense              all neurons
-learned            what the predictor selects for the prompt
-static             what the prior selects
-static-own         the same from a prior measured on the answers to the *other* prompts of the domain, in ten folds
-activation         what the prompt's activations and the prior select; the prompt stays dense, as when generating
-activation-sliced  the same selection, the prompt computed under it: what `mismatched` compares with
+learned            the predictor's selection for the prompt
+static             the prior's selection
+static-own         as static, by a prior measured on the answers to the domain's *other* prompts, in ten folds
+activation         selected by the prompt's activations and the prior; the prompt stays dense, as when generating
+activation-sliced  the same selection, which the prompt runs under as well
 random             arbitrary neurons
-matched            the selection that the next two take from elsewhere: `learned` or `activation-sliced`, as a rule
-mismatched         what the matched selector makes of another prompt of the same domain
-cross-domain       ... of a prompt of another domain
-oracle             what the activations of the answer itself and the prior select: no selector can know it, a bound
-
+matched            the prompt's own selection, by `learned` or `activation-sliced` unless another selector is given
+mismatched         the matched selector's selection for another prompt of the same domain
+cross-domain       the matched selector's selection for a prompt of another domain
+oracle             selected by the answer's own activations and the prior; a bound that no selector can reach
 """
 
 from __future__ import annotations
@@ -62,30 +61,23 @@ ROWS = (
     "cross-domain",
     "oracle",
 )
-# The selectors that read the instruction, by the rows that they select for.
+# Row name -> selector that reads the instruction.
 _SELECTORS = {"learned": "learned", "activation": "activation", "activation-sliced": "activation"}
 _OF_MATCHED = ("matched", "mismatched", "cross-domain")
-# Logits of so many positions are in memory at once.
-_CHUNK = 256
+_CHUNK = 256  # positions whose logits are in memory at once
 _FOLDS = 10
-# The mix that the activation selector uses, so that the two differ in whose activations they see only.
-_ORACLE_SHARE = 0.5
+_ORACLE_SHARE = 0.5  # as in the activation selector, so that the two differ only in the activations they see
 NOT_FINITE = "the weights are damaged or float16 overflows, try --dtype float32 or bfloat16"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One selector on one domain.
-
-    Attributes:
-        per_prompt: mean loss of every prompt's answer tokens, in the order of the data.
-        tokens: answer tokens of every prompt.
-    """
+    """One selector on one domain; prompts are in the order of the data."""
 
     selector: str
     domain: str
-    per_prompt: tuple[float, ...]
-    tokens: tuple[int, ...]
+    per_prompt: tuple[float, ...]  # mean loss of each prompt's answer tokens
+    tokens: tuple[int, ...]  # answer tokens of each prompt
 
     @property
     def nll(self) -> float:
@@ -112,25 +104,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `compare` measured.
+    """The result of `compare`."""
 
-    Attributes:
-        density: kept neurons / all neurons of every row but `dense`.
-        matched: name of the selector that `mismatched` and `cross-domain` are about; None if neither was measured.
-        rows: in the order in which they were named, domain by domain.
-        overlap: by name of every selector that reads the instruction.
-        keys: by domain, what tells its prompts apart, in the order of `Row.per_prompt`.
-        seed: of the random selector, of who is whose other prompt, and of the bootstrap.
-        tasks: what else was measured at this density, by `eval.multiple_choice` and `eval.exact_match`.
-    """
-
-    density: float
-    matched: str | None
-    rows: tuple[Row, ...]
-    overlap: dict[str, Overlap]
-    keys: dict[str, tuple[str, ...]]
-    seed: int = 0
-    tasks: tuple[TaskRow, ...] = ()
+    density: float  # kept neurons / all neurons of every row but `dense`
+    matched: str | None  # selector behind `mismatched` and `cross-domain`; None if neither was measured
+    rows: tuple[Row, ...]  # in the order of the names, each by domain
+    overlap: dict[str, Overlap]  # of the selectors that read the instruction, by name
+    keys: dict[str, tuple[str, ...]]  # prompt keys by domain, in the order of `Row.per_prompt`
+    seed: int = 0  # of the random selector, the pairing with other prompts, and the bootstrap
+    tasks: tuple[TaskRow, ...] = ()  # tasks measured at this density
 
     @property
     def selectors(self) -> list[str]:
@@ -138,13 +120,13 @@ class Evaluation:
         return list(dict.fromkeys(row.selector for row in self.rows))
 
     def nll(self, selector: str, domain: str = POOLED) -> float:
-        """A row's loss, mean over prompts; of `all`, the mean over domains."""
+        """A row's loss, mean over prompts; for `all`, the mean over domains."""
         rows = [row for row in self.rows if row.selector == selector and domain in (row.domain, POOLED)]
         return float(np.mean([row.nll for row in rows]))
 
     @cached_property
     def differences(self) -> list[Difference]:
-        """Between all selectors, with intervals; see `paired_differences`."""
+        """Differences between all selectors, with intervals; see `paired_differences`."""
         per_prompt: dict[str, dict[str, Sequence[float]]] = {domain: {} for domain in self.keys}
         for row in self.rows:
             per_prompt[row.domain][row.selector] = row.per_prompt
@@ -152,11 +134,11 @@ class Evaluation:
 
     @cached_property
     def summaries(self) -> list[Summary]:
-        """The tasks' rows with their intervals."""
+        """The task rows with their intervals."""
         return summarize(self.tasks, seed=self.seed % 2**63)
 
     def difference(self, a: str, b: str, domain: str = POOLED) -> Difference | None:
-        """`a` minus `b`; of `all`, over all domains (of one domain, that one). None if it has no interval."""
+        """`a` minus `b`; `all` is the only domain where there is just one. None if it has no interval."""
         if domain == POOLED and len(self.keys) == 1:
             domain = next(iter(self.keys))
         for found in self.differences:
@@ -167,24 +149,23 @@ class Evaluation:
         return None
 
     def with_rows(self, other: Evaluation, names: Mapping[str, str]) -> Evaluation:
-        """These rows and those of another model on the same prompts, such as a healed one, under new names.
+        """Add rows of another model on the same prompts, such as a healed one.
 
         Args:
-            names: of the other's rows, by what they are to be called.
+            names: the other's row name by new name.
 
         Raises:
             IfpruneError: if the two did not see the same prompts.
         """
-        if self.keys != other.keys or any(
-            {row.domain: row.tokens for row in self.rows}[row.domain] != row.tokens for row in other.rows
-        ):
+        tokens = {row.domain: row.tokens for row in self.rows}
+        if self.keys != other.keys or any(tokens[row.domain] != row.tokens for row in other.rows):
             raise IfpruneError("the two evaluations did not measure the same answers; give the same data to both")
         added = [replace(row, selector=new) for new, old in names.items() for row in other.rows if row.selector == old]
         tasks = [replace(row, selector=new) for new, old in names.items() for row in other.tasks if row.selector == old]
         return replace(self, rows=(*self.rows, *added), tasks=(*self.tasks, *tasks))
 
     def to_dict(self) -> dict[str, Any]:
-        """What `ifprune evaluate --json` writes."""
+        """The JSON of `ifprune evaluate --json`."""
         return {
             "density": self.density,
             "matched": self.matched,
@@ -198,7 +179,7 @@ class Evaluation:
 
 
 def available_rows(model: Model, domains: int) -> list[str]:
-    """The rows that can be measured with this checkpoint and so many domains, without `matched`, an alias."""
+    """Rows that this checkpoint and this number of domains allow, without the alias `matched`."""
     left_out = {"matched"}
     if not model.checkpoint.has_predictor:
         left_out.add("learned")
@@ -217,22 +198,22 @@ def compare(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Measure rows on every example. Leaves the model with whatever selection came last.
+    """Measure rows on every example. The last selection stays active.
 
-    The selections of all prompts stay in memory until the end, 4 bytes per kept neuron; logits do not.
+    The selections of all prompts stay in memory until the end, 4 bytes per kept neuron.
 
     Args:
         data: examples by domain.
-        names: of `ROWS`, in the order wanted.
-        keep: per FFN, *k*.
-        matched: what `matched`, `mismatched` and `cross-domain` are about; None takes the predictor, or `activation`
-            where the checkpoint has none.
+        names: from `ROWS`.
+        keep: *k* per FFN.
+        matched: selector of `matched`, `mismatched` and `cross-domain`; None takes the predictor, or `activation` if
+            the checkpoint has none.
         progress: called with (tokens read, tokens to read), over all rows.
 
     Raises:
-        DataError: for a domain that is empty, repeats a prompt, or has too few for a row.
-        IfpruneError: for an unknown name, and where a loss is not a number.
-        PredictorError, SelectionError: as the selectors raise them.
+        DataError: if a domain is empty, repeats a prompt, or has too few prompts for a row.
+        IfpruneError: if a name is unknown, or a loss is not a number.
+        PredictorError, SelectionError: from the selectors.
     """
     return _Comparison(model, data, list(dict.fromkeys(names)), tuple(keep), matched, seed, progress).run()
 
@@ -245,22 +226,22 @@ def answer_logits(
     history: History | None = None,
     recorder: ImportanceRecorder | None = None,
 ) -> Iterator[tuple[mx.array, mx.array]]:
-    """Logits of the positions that predict answer tokens, under the model's active selection, part by part.
+    """Logits that predict answer tokens, under the model's active selection, in chunks.
 
     Args:
         tokens: int32 `[n]`.
-        mask: bool `[n]`, True for the tokens of the answer; not the first.
-        history: has read the first tokens already, at most up to the one before the first wanted; it is used up.
-        recorder: sees the positions that predict a wanted token and no others.
+        mask: bool `[n]`, True for answer tokens; False for the first token.
+        history: has read a part of the tokens before the first prediction; it is consumed.
+        recorder: records only the positions that predict an answer token.
 
     Yields:
-        Logits float32 `[m, vocabulary]`, and the tokens that came, int32 `[m]`.
+        Logits float32 `[m, vocabulary]`, and the tokens that they predict, int32 `[m]`.
     """
     history = history or History.empty(model)
     start, wanted = len(history.tokens), np.append(mask[1:], False)
     first = int(np.flatnonzero(wanted)[0])
     assert start <= first
-    # Chunks end where the answer begins: before it no logits are computed, since MLX computes only what is evaluated.
+    # A chunk ends where the answer begins. MLX is lazy, so no logits are computed before it.
     borders = [*range(start, first, _CHUNK), *range(first, len(tokens) - 1, _CHUNK), len(tokens) - 1]
     for begin, end in pairwise(borders):
         if recorder is not None:
@@ -284,10 +265,7 @@ def token_nll(logits: mx.array, tokens: mx.array) -> mx.array:
 def answer_nll(
     model: Model, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.bool_], **options: Any
 ) -> npt.NDArray[np.float32]:
-    """Loss of answer tokens under the model's active selection, nats, float32 `[mask.sum()]`.
-
-    Takes what `answer_logits` takes.
-    """
+    """Loss of answer tokens in nats, float32 `[mask.sum()]`; arguments as for `answer_logits`."""
     return np.concatenate([np.array(token_nll(*part)) for part in answer_logits(model, tokens, mask, **options)])
 
 
@@ -302,7 +280,7 @@ def prompt_tokens(example: Example) -> tuple[int, ...]:
 
 
 def derangement(count: int, generator: np.random.Generator) -> npt.NDArray[np.int64]:
-    """A random cyclic order: `[count]`, for each its successor, which is never itself (with two or more)."""
+    """The successors `[count]` in a random cyclic order; with two or more, none is its own."""
     order = generator.permutation(count)
     partner = np.empty(count, np.int64)
     partner[order] = np.roll(order, -1)
@@ -310,7 +288,7 @@ def derangement(count: int, generator: np.random.Generator) -> npt.NDArray[np.in
 
 
 class _Comparison:
-    """Two passes over the data: what must be known of all prompts first, then the rows that need it."""
+    """Two passes over the data: the first selects for all prompts, the second measures the rows that need that."""
 
     def __init__(
         self,
@@ -340,7 +318,7 @@ class _Comparison:
             name: {domain: [] for domain in data} for name in self._selectors
         }
         self._losses: dict[tuple[str, str], list[float]] = defaultdict(list)
-        # For `static-own`, per domain: sums over answer tokens of squared importance, per FFN and fold, and the tokens.
+        # For `static-own`, by domain: squared importance summed over answer tokens, per FFN and fold; token counts.
         widths = [spec.d_ffn for spec in model.checkpoint.layout.ffns]
         self._sums = {domain: [np.zeros((_FOLDS, width)) for width in widths] for domain in data}
         self._weights = {domain: np.zeros(_FOLDS) for domain in data}
@@ -367,22 +345,14 @@ class _Comparison:
                 self._measure(name, domain, index)
             mx.clear_cache()
         tokens = {domain: tuple(int(e.mask.sum()) for e in examples) for domain, examples in data.items()}
-        rows = [
-            Row(name, domain, tuple(self._losses[name, domain]), tokens[domain])
-            for name in self._names
-            for domain in data
-        ]
-        return Evaluation(
-            density_of(self._model, self._keep),
-            self._matched,
-            tuple(rows),
-            {name: mean_overlaps(chosen) for name, chosen in self._chosen.items()},
-            {domain: tuple(example.key for example in examples) for domain, examples in data.items()},
-            self._seed,
-        )
+        pairs = [(name, domain) for name in self._names for domain in data]
+        rows = tuple(Row(*pair, tuple(self._losses[pair]), tokens[pair[1]]) for pair in pairs)
+        overlap = {name: mean_overlaps(chosen) for name, chosen in self._chosen.items()}
+        keys = {domain: tuple(example.key for example in examples) for domain, examples in data.items()}
+        return Evaluation(density_of(self._model, self._keep), self._matched, rows, overlap, keys, self._seed)
 
     def _select(self, domain: str, index: int, example: Example) -> None:
-        """What every selector makes of the prompt, and the row `activation`, which goes on from its dense prefill."""
+        """Run every selector on the prompt. Measure `activation` at once, since it goes on from its dense prefill."""
         instruction = Instruction(example.instruction, prompt_tokens(example))
         for name, selector in self._selectors.items():
             selected = selector.select(instruction, self._keep)
@@ -393,7 +363,7 @@ class _Comparison:
             del selected
 
     def _measure_dense(self, domain: str, index: int, example: Example) -> None:
-        """The row `dense`, and what is made of the answer's own activations: `oracle`, and part of `static-own`."""
+        """Measure `dense` and, from the answer's own activations, `oracle` and one part of `static-own`."""
         model = self._model
         model.switch(None)
         with recorded(model.down_leaves) as recorder:
@@ -409,7 +379,7 @@ class _Comparison:
             self._measure("oracle", domain, index)
 
     def _selection(self, name: str, domain: str, index: int, example: Example) -> Selection:
-        """What a row of the second pass selects."""
+        """The selection of a row in the second pass."""
         if name in self._fixed:
             return self._fixed[name].select(Instruction(example.instruction, ()), self._keep).selection
         if name == "static-own":
@@ -424,7 +394,7 @@ class _Comparison:
         return self._chosen[self._matched][domain][index]
 
     def _own_prior(self, domain: str, fold: int) -> Selection:
-        """The best neurons by importance over the answers of a domain but for those of one fold."""
+        """The most important neurons for the domain's answers outside one fold."""
         if (domain, fold) not in self._own:
             weight = np.delete(self._weights[domain], fold).sum()
             scores = [np.sqrt(np.delete(sums, fold, axis=0).sum(axis=0) / weight) for sums in self._sums[domain]]
@@ -440,7 +410,7 @@ class _Comparison:
         history: History | None = None,
         recorder: ImportanceRecorder | None = None,
     ) -> None:
-        """Keep the mean loss of an answer under the active selection."""
+        """Add the mean loss of an answer under the active selection."""
         example = self._data[domain][index]
         losses = answer_nll(self._model, example.tokens, example.mask, history=history, recorder=recorder)
         loss = float(losses.mean(dtype=np.float64))
@@ -482,7 +452,7 @@ def _generator(seed: int, *words: str) -> np.random.Generator:
 
 
 def _partners_elsewhere(data: Mapping[str, Sequence[Example]], seed: int) -> dict[str, list[tuple[str, int]]]:
-    """For every example a (domain, index) of another domain: the other domains in turn, their prompts shuffled."""
+    """A (domain, index) of another domain for every example: the other domains in turn, their prompts shuffled."""
     partners: dict[str, list[tuple[str, int]]] = {}
     for domain, examples in data.items():
         others = [name for name in data if name != domain]
@@ -491,7 +461,7 @@ def _partners_elsewhere(data: Mapping[str, Sequence[Example]], seed: int) -> dic
         for index, example in enumerate(examples):
             name = others[index % len(others)]
             turn = np.roll(orders[name], -(index // len(others)))
-            # The same prompt may be in two domains; it is no other prompt then.
+            # The same prompt may be in two domains.
             different = (place for place in turn if data[name][place].key != example.key)
             partners[domain].append((name, int(next(different, turn[0]))))
     return partners

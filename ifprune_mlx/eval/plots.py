@@ -1,7 +1,7 @@
 """Every chart of the project: lines, bars, bands and heat maps, drawn by matplotlib as PNG or SVG.
 
-No display is needed. The same numbers give the same bytes (with the same matplotlib): no dates, no random ids, no
-settings of the user's. matplotlib comes with `ifprune-mlx[plots]` and is imported when something is drawn.
+No display is needed. The same numbers give the same bytes with the same matplotlib: files hold no dates and no random
+ids, and the user's settings are ignored. matplotlib comes with `ifprune-mlx[plots]` and is imported for drawing.
 """
 
 from __future__ import annotations
@@ -27,23 +27,19 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".svg")
 
-# Okabe and Ito's colours, which the colour-blind tell apart; their yellow is too pale for a line. Dashes and markers
-# change with every round of them.
+# Okabe and Ito's colours, which the colour-blind tell apart, without the yellow, too pale for a line. When they are
+# used up, they repeat with other dashes, markers and hatches.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222")
 _DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
 _MARKERS = ("o", "s", "^")
 _HATCHES = ("", "///", "...")
 _LEVEL_DASH = (0, (8, 2, 2, 2))
-# Even in lightness from end to end, for the colour-blind too.
-_COLOUR_MAP = "viridis"
-# Inches; an SVG's are 72 points, so that it is as wide as a README's column.
-_WIDTH = 9.0
+_COLOUR_MAP = "viridis"  # even in lightness, for the colour-blind too
+_WIDTH = 9.0  # inches; as wide as a README's column in an SVG, where an inch is 72 points
 _COLUMNS = 2
 _DPI = 160
-# From this ratio of the highest to the lowest value on, y is logarithmic: one bad line must not press all others flat.
-_LOG_RATIO = 3.0
-# Matrices of up to so many rows show their numbers.
-_MOST_NUMBERS = 12
+_LOG_RATIO = 3.0  # y is logarithmic from this highest / lowest value on, so that one bad line does not flatten others
+_MOST_NUMBERS = 12  # most rows of a matrix that shows its numbers
 _MOST_NAMES = 40
 _STYLE: Any = {
     "axes.axisbelow": True,
@@ -70,16 +66,11 @@ _STYLE: Any = {
 
 @dataclass(frozen=True)
 class Series:
-    """One line.
-
-    Attributes:
-        points: (x, y), in the order in which they are joined.
-        level: a value that does not depend on x; its one point is drawn as a line across the panel.
-    """
+    """One line."""
 
     name: str
-    points: tuple[tuple[float, float], ...]
-    level: bool = False
+    points: tuple[tuple[float, float], ...]  # (x, y), joined in this order
+    level: bool = False  # does not depend on x: its single point is drawn as a line across the panel
 
 
 @dataclass(frozen=True)
@@ -92,24 +83,15 @@ class Panel:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A square of numbers, each of which is about two things of one list.
-
-    Attributes:
-        values: float64 `[n, n]`; NaN for what is not known.
-        groups: names of the rows, and columns, from the first on, each with how many of them it covers; n in all.
-    """
+    """A square heat map, with one list of items for rows and columns."""
 
     title: str
-    values: Values
-    groups: tuple[tuple[str, int], ...]
+    values: Values  # float64 `[n, n]`; NaN is unknown
+    groups: tuple[tuple[str, int], ...]  # (name, number of rows) of consecutive rows, n in all
 
 
 def check_plot(path: Path, option: str) -> None:
-    """Raise IfpruneError unless a chart can be drawn into a file of this name; called before measuring.
-
-    Args:
-        option: which the name was given with.
-    """
+    """Raise IfpruneError unless a chart can be written to `path`, the value of `option`. Call it before measuring."""
     _check_suffix(path, f"{option} {path}")
     if not path.parent.is_dir():
         raise IfpruneError(f"{option} {path}: no such folder; make it first")
@@ -117,7 +99,7 @@ def check_plot(path: Path, option: str) -> None:
 
 
 def check_library() -> None:
-    """Raise IfpruneError, saying what to install, unless matplotlib is there."""
+    """Raise IfpruneError with an install hint unless matplotlib is there."""
     try:
         import matplotlib as _  # noqa: F401
     except ImportError:
@@ -125,18 +107,18 @@ def check_library() -> None:
 
 
 def write_figure(figure: Figure, path: Path) -> None:
-    """Write a figure beside `path`, as PNG or SVG by its suffix, and rename it there.
+    """Write a figure atomically, as PNG or SVG by its suffix.
 
     Raises:
         IfpruneError: for another suffix, and if it cannot be written.
     """
     _check_suffix(path, str(path))
-    # What would differ from one day, or machine, to the next.
-    nothing = {".svg": {"Date": None, "Creator": None}, ".png": {"Software": None}}[path.suffix]
+    # These would differ between days or machines.
+    removed = {".svg": {"Date": None, "Creator": None}, ".png": {"Software": None}}[path.suffix]
     with _style(), warnings.catch_warnings():
-        # A sign that no font here has is a box in a PNG; in an SVG the reader's own fonts are used.
+        # A glyph that no font has becomes a box in a PNG. An SVG uses the reader's own fonts.
         warnings.filterwarnings("ignore", message="Glyph")
-        options: dict[str, Any] = {"format": path.suffix[1:], "dpi": _DPI, "metadata": nothing}
+        options: dict[str, Any] = {"format": path.suffix[1:], "dpi": _DPI, "metadata": removed}
         write_atomic(path, lambda file: figure.savefig(file, **options), IfpruneError)
 
 
@@ -146,12 +128,12 @@ def _check_suffix(path: Path, where: str) -> None:
 
 
 def line_chart(title: str, x_label: str, y_label: str, panels: Sequence[Panel]) -> Figure:
-    """One or more panels side by side, with one legend on the right.
+    """Draw panels side by side, with one legend on the right.
 
-    The y axis of a panel is logarithmic, and says so, if its values are above 0 and far apart.
+    A panel's y axis is logarithmic, and labelled so, if its values are positive and far apart.
 
     Args:
-        panels: at least one; each has at least one series that is no level.
+        panels: at least one, each with at least one series that is no level.
     """
     names = list(dict.fromkeys(series.name for panel in panels for series in panel.series))
     columns = min(len(panels), _COLUMNS)
@@ -171,13 +153,12 @@ def line_chart(title: str, x_label: str, y_label: str, panels: Sequence[Panel]) 
 def bar_chart(
     title: str, value_label: str, bars: Mapping[str, Mapping[str, float]], *, stacked: bool = False
 ) -> Figure:
-    """Bars from left to right, one group below the other, each with its number; a legend if they have names.
+    """Draw groups of horizontal bars with their numbers, and a legend if there are several names.
 
     Args:
-        value_label: what the numbers are, with their unit.
-        bars: by group, by name, numbers of at least 0; a name has the same colour in all groups, and may be missing in
-            some.
-        stacked: a group's numbers are parts of a whole, drawn one after the other, with the sum at the end.
+        value_label: the quantity and its unit.
+        bars: numbers of at least 0, by group and name; a group may lack a name.
+        stacked: draw a group's numbers as parts of one bar, with their sum at its end.
     """
     names = list(dict.fromkeys(name for group in bars.values() for name in group))
     thickness = 0.8 if stacked else 0.8 / len(names)
@@ -210,10 +191,10 @@ def bar_chart(
 
 
 def band_chart(title: str, x_label: str, y_label: str, bands: Mapping[str, Sequence[float]]) -> Figure:
-    """Parts of a whole over a row of places 0, 1, 2, ...: bands upon each other, the first at the bottom.
+    """Draw bands stacked over x = 0, 1, 2, ..., the first at the bottom.
 
     Args:
-        bands: by name, one number of at least 0 a place; all of one length.
+        bands: by name, one number of at least 0 for each x; all of one length.
     """
     names = list(bands)
     with _drawing(title, 3.9) as figure:
@@ -232,7 +213,6 @@ def band_chart(title: str, x_label: str, y_label: str, bands: Mapping[str, Seque
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
-        # From top to bottom, as the bands lie.
         figure.legend(handles[::-1], names[::-1], loc="outside right upper")
     return figure
 
@@ -240,12 +220,12 @@ def band_chart(title: str, x_label: str, y_label: str, bands: Mapping[str, Seque
 def matrix_chart(
     title: str, label: str, value_label: str, matrices: Sequence[Matrix], low: float, high: float
 ) -> Figure:
-    """Square heat maps side by side with one scale of colours; small ones show their numbers, too.
+    """Draw square heat maps side by side with one colour scale; small ones show their numbers.
 
     Args:
-        label: what rows and columns are.
+        label: of rows and columns.
         matrices: at least one.
-        low, high: ends of the scale; what lies beyond them has the colour of the end.
+        low, high: ends of the scale; values beyond them get the end's colour.
     """
     size = _WIDTH / (len(matrices) + 0.4) if len(matrices) > 1 else 6.4
     with _drawing(title, size + 0.6) as figure:
@@ -267,7 +247,7 @@ def matrix_chart(
 
 
 def strip_chart(title: str, x_label: str, y_label: str, value_label: str, strips: Values) -> Figure:
-    """One strip of colours a row, the first row on top, from 0 to 100 % of the row's length.
+    """Draw a strip of colours for each row, the first on top, from 0 to 100 % of the row's length.
 
     Args:
         strips: float64 `[rows, bins]`, from 0 to 1.
@@ -288,7 +268,7 @@ def strip_chart(title: str, x_label: str, y_label: str, value_label: str, strips
 
 @contextmanager
 def _style() -> Iterator[None]:
-    """The project's look, whatever the user's matplotlibrc says. Axes read it when made, text and SVG when written."""
+    """The project's style in place of the user's matplotlibrc. Axes read it when made, text and SVG when written."""
     check_library()
     import matplotlib as mpl
 
@@ -300,7 +280,7 @@ def _style() -> Iterator[None]:
 
 @contextmanager
 def _drawing(title: str, height: float) -> Iterator[Figure]:
-    """A figure of this height, in inches, to draw on in the project's look."""
+    """A figure of this height, in inches, to draw on in the project's style."""
     with _style():
         from matplotlib.figure import Figure
 
@@ -310,7 +290,7 @@ def _drawing(title: str, height: float) -> Iterator[Figure]:
 
 
 def _lines(axes: Axes, panel: Panel, names: Sequence[str], x_label: str, y_label: str) -> dict[str, Any]:
-    """Draw a panel; its lines by name."""
+    """Draw a panel; return its lines by name."""
     handles: dict[str, Any] = {}
     for series in panel.series:
         look: dict[str, Any] = {"color": _colour(names, series.name), "linewidth": 1.8}
@@ -348,14 +328,13 @@ def _heat(axes: Axes, values: Values, low: float, high: float, aspect: Literal["
 
 
 def _name_groups(axes: Axes, groups: Sequence[tuple[str, int]]) -> None:
-    """A name at the middle of each group, on both axes, and lines between groups."""
+    """Write each group's name at its middle on both axes, and draw lines between groups."""
     ends = np.cumsum([count for _, count in groups])
     middles = [end - (count + 1) / 2 for end, (_, count) in zip(ends, groups, strict=True)]
     names = [name for name, _ in groups]
-    every = math.ceil(len(names) / _MOST_NAMES)  # more names than that would lie upon each other
-    turned: dict[str, Any] = (
-        {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 8 else {}
-    )
+    every = math.ceil(len(names) / _MOST_NAMES)  # more names would overlap
+    long = max(map(len, names)) > 8
+    turned: dict[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if long else {}
     axes.set_xticks(middles[::every], names[::every], **turned)
     axes.set_yticks(middles[::every], names[::every])
     axes.tick_params(length=0)
@@ -381,7 +360,7 @@ def _colour(names: Sequence[str], name: str) -> str:
 
 
 def _filled(names: Sequence[str], name: str) -> dict[str, Any]:
-    """The look of an area."""
+    """Keyword arguments for an area."""
     hatch = _HATCHES[names.index(name) // len(_COLOURS) % len(_HATCHES)]
     return {"color": _colour(names, name), "hatch": hatch, "edgecolor": "white", "linewidth": 0.5}
 

@@ -2,8 +2,8 @@
 
 Each arm has its own adapter (or weights) over one base model, and its own way to choose neurons:
 
-learned   the predictor chooses for each sequence, from its instruction; the head may learn along
-static    the prior's best, the same for every sequence: healed static, the control that counts
+learned   the predictor chooses for each sequence, by its instruction; its head may be trained too
+static    the prior's best for every sequence: healed static, the main control
 none      all neurons: healed dense
 """
 
@@ -37,20 +37,12 @@ _Choice = tuple["list[mx.array] | None", "list[mx.array] | None"]
 
 @dataclass
 class Arm:
-    """One arm.
+    """One arm."""
 
-    Attributes:
-        name: of `train.config.ARMS`.
-        parameters: adapter weights, or the model's own where those are trained; for `learned` also the head's, under
-            `head.`.
-        optimizers: of the adapter and of the head.
-        gradients: accumulated since the last step, by parameter name.
-    """
-
-    name: str
-    parameters: Parameters
-    optimizers: tuple[optimizers.Optimizer, optimizers.Optimizer]
-    gradients: Parameters = field(default_factory=dict)
+    name: str  # from `train.config.ARMS`
+    parameters: Parameters  # adapter or model weights; for `learned` also the head's, under `head.`
+    optimizers: tuple[optimizers.Optimizer, optimizers.Optimizer]  # of the adapter and of the head
+    gradients: Parameters = field(default_factory=dict)  # accumulated since the last step
 
     @property
     def adapter(self) -> Parameters:
@@ -68,7 +60,7 @@ class Arm:
         mx.eval(self.gradients)
 
     def step(self, clip: float) -> float:
-        """Apply what was accumulated, clipped to a global norm per optimizer.
+        """Apply the accumulated gradients, clipped to a global norm per optimizer.
 
         Returns:
             The adapter gradient's norm before clipping.
@@ -131,15 +123,10 @@ def head_with(head: Head, parameters: Parameters) -> Head:
 
 @dataclass(frozen=True)
 class TeacherOutput:
-    """The dense base model's predictions for sequences.
+    """The dense base model's predictions of the target tokens, one sequence after the other."""
 
-    Attributes:
-        probabilities: float32 `[a, vocabulary]`, for the tokens to be predicted of one sequence after the other.
-        entropy: of each distribution, float32 `[a]`, nats.
-    """
-
-    probabilities: mx.array
-    entropy: mx.array
+    probabilities: mx.array  # float32 `[a, vocabulary]`
+    entropy: mx.array  # of each distribution, float32 `[a]`, nats
 
 
 @dataclass(frozen=True)
@@ -153,9 +140,8 @@ class SequenceLoss:
 class TrainStep:
     """Computes the losses and gradients of sequences under the arms.
 
-    A sequence by itself runs on the rows of its own neurons, at the cost of a small model. Several together run on all
-    neurons, with masks for those that are not chosen: more work in fewer, larger steps, meant for a GPU. The results
-    are the same up to rounding.
+    A single sequence runs on its own neurons, at the cost of a small model. Several together run on all neurons, with
+    masks: more work in fewer, larger steps, meant for a GPU. The results are the same up to rounding.
 
     Args:
         trainable: the model.
