@@ -45,15 +45,18 @@ def make_noise(
 
 
 def make_plain(folder: Path, checkpoint: Checkpoint, keep: tuple[int, ...], report: Report) -> Plain:
-    """Write the plain models `folder/dense` and `folder/static`; which neurons they have is no matter of speed."""
-    widths = tuple(spec.d_ffn for spec in checkpoint.layout.ffns)
-    for name, counts in (("dense", widths), ("static", keep)):
+    """Write the plain models `folder/dense` and `folder/static`; the choice of neurons does not affect speed."""
+    for name, counts in (("dense", checkpoint.widths), ("static", keep)):
         ids = tuple(np.arange(count, dtype=np.int32) for count in counts)
         # Packed as mlx-lm packs it: a model of that size would be.
         packing = checkpoint.layout.down
         packed = packing is not None and all(count % packing.group_size == 0 for count in counts)
         export_selection(
-            checkpoint, Selection(ids, widths, "static"), folder / name, requantize_down=packed, report=report
+            checkpoint,
+            Selection(ids, checkpoint.widths, "static"),
+            folder / name,
+            requantize_down=packed,
+            report=report,
         )
         mx.clear_cache()
     return Plain(folder / "dense", folder / "static")
@@ -61,8 +64,7 @@ def make_plain(folder: Path, checkpoint: Checkpoint, keep: tuple[int, ...], repo
 
 def check_room(folder: Path, checkpoint: Checkpoint, keep: tuple[int, ...]) -> None:
     """Raise IfpruneError if `folder` has no room for the plain models."""
-    widths = [spec.d_ffn for spec in checkpoint.layout.ffns]
-    needed = resident_bytes(checkpoint, RAM, widths) + resident_bytes(checkpoint, SSD, keep)
+    needed = resident_bytes(checkpoint, RAM, checkpoint.widths) + resident_bytes(checkpoint, SSD, keep)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise IfpruneError(

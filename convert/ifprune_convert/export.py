@@ -1,8 +1,8 @@
 """Writes one selection of an IFP checkpoint as a plain mlx-lm model, which needs no ifprune: the converter's inverse.
 
-One FFN at a time, into a hidden folder beside the output that is renamed once stock mlx-lm accepts what is in it. What
-is packed keeps its bytes, but for down: mlx-lm's down is `[d_model, d_ffn]`, its groups run across neurons, and so it
-is stored as floats, or quantized anew on request.
+Works on one FFN at a time, in a hidden folder beside the output that is renamed once stock mlx-lm accepts it. Packed
+weights keep their bytes, except down: mlx-lm's down is `[d_model, d_ffn]` with groups across neurons, so it is stored
+as floats, or quantized again on request.
 """
 
 from __future__ import annotations
@@ -42,29 +42,20 @@ Report = Callable[[int, int], None]
 """Called with (bytes of the checkpoint read, bytes to read)."""
 
 _FLOATS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
-# Of the shards: says what they hold, and tells an export, which may be overwritten, from other folders.
+# Metadata of the shards; it marks a folder as an export, which may be overwritten.
 _MARK = "ifprune_selection"
 _COPIED = {".json", ".jinja", ".model", ".txt"}
 
 
 @dataclass(frozen=True)
 class Export:
-    """What came out.
-
-    Attributes:
-        path: the folder.
-        selection: what it holds of the checkpoint.
-        bytes: of all its files.
-        parameters: of the plain model, however they are packed.
-        quantization: of its packed layers, in mlx-lm's words; None if there are none.
-        seconds: wall time.
-    """
+    """An exported plain model."""
 
     path: Path
-    selection: Selection
-    bytes: int
+    selection: Selection  # its neurons
+    bytes: int  # of all its files
     parameters: int
-    quantization: dict[str, Any] | None
+    quantization: dict[str, Any] | None  # as in mlx-lm's configs; None for floats
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,8 +88,8 @@ def export_selection(
 
     Args:
         dtype: float type to cast to, as loading does; None keeps the checkpoint's.
-        requantize_down: of a quantized checkpoint, pack the down projections too, in groups across neurons. They were
-            packed before, so this rounds them a second time.
+        requantize_down: pack the down projections of a quantized checkpoint too, in groups across neurons. This rounds
+            them a second time.
         overwrite: replace an earlier export.
 
     Raises:
@@ -141,8 +132,7 @@ def select_for(
     seed: int = 0,
     **budget: Any,
 ) -> Selection:
-    """What an instruction selects, which comes in `messages`; the other arguments are those of `make_selector` and
-    `Model.keep`."""
+    """The selection for an instruction in `messages`; other arguments as in `make_selector` and `Model.keep`."""
     tokens = render_messages(tokenizer, messages)
     check_prompt(model, tokens)
     chooser = make_selector(model, selector, seed=seed)
@@ -186,16 +176,16 @@ def _down_packing(checkpoint: Checkpoint, selection: Selection) -> Quantization:
 def _plain_config(checkpoint: Checkpoint, selection: Selection, packing: Quantization | None) -> dict[str, Any]:
     """The checkpoint's config without its section, for FFNs of the selection's widths.
 
-    How a config says a width is mlx-lm's affair: a candidate serves if mlx-lm's model of it has all the wanted shapes.
+    Families name their widths differently, so candidates are tried: mlx-lm's model must have all the wanted shapes.
 
     Raises:
-        SelectionError: if none serves.
+        SelectionError: if no candidate fits.
     """
     config = {name: value for name, value in checkpoint.config.items() if name != SECTION}
     specs = checkpoint.layout.ffns
     if "quantization" in config:
         section = config["quantization"] = dict(config["quantization"])
-        # Only what differs from the section's own words needs any; older releases of mlx-lm leave the mode out.
+        # Only layers that differ from the section need an entry; older releases of mlx-lm leave the mode out.
         common = {"mode": "affine"} | section
         for spec in specs:
             for leaf in spec.leaves:
@@ -223,9 +213,9 @@ def _plain_config(checkpoint: Checkpoint, selection: Selection, packing: Quantiz
 
 
 def _narrower(config: dict[str, Any], specs: Sequence[FFNSpec], keep: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Copies of a config that may say the widths of a selection: one number that was a width is another, or all are.
+    """Copies of a config with a width replaced by *k*: one number at a time, then all of them.
 
-    Some families say the width twice as large, and the language model of some has a config of its own inside.
+    Some families store twice the width, and some nest the language model's config.
     """
     pairs = sorted({(spec.d_ffn, k) for spec, k in zip(specs, keep, strict=True)})
     together = copy.deepcopy(config)

@@ -1,7 +1,6 @@
-"""Puts the neurons of a checkpoint into the order of how often they are selected, and all
-rows of a neuron into one record.
+"""Sorts a checkpoint's neurons by how often they are selected, and puts all rows of a neuron into one record.
 
-What a switch reads from the disk then lies together.
+The rows that a switch reads from the disk then lie together.
 """
 
 from __future__ import annotations
@@ -75,7 +74,7 @@ def _orders(checkpoint: Checkpoint, examples: Sequence[Record], progress: Callab
     model, tokenizer = load(checkpoint.path, residency=SSD if checkpoint.has_predictor else None)
     try:
         selector, keep = make_selector(model), model.keep()
-        counts = [np.zeros(spec.d_ffn) for spec in checkpoint.layout.ffns]
+        counts = [np.zeros(width) for width in checkpoint.widths]
         for done, example in enumerate(examples, 1):
             message = next(message for message in example.messages if message["role"] == "user")
             tokens = render_messages(tokenizer, [dict(message)])

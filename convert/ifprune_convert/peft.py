@@ -1,8 +1,7 @@
-"""Reads adapter folders of PEFT (`peft_type` LORA): what their tensors do to mlx-lm's model.
+"""Reads adapter folders of PEFT (`peft_type` LORA) as updates of mlx-lm's model.
 
-Names in them are those of PyTorch's modules. Where mlx-lm's class has other names, its own `sanitize` tells them: it is
-given empty tensors of PyTorch's names, and what it renames is renamed here. What it drops, splits or computes cannot be
-fused.
+The tensors have PyTorch's names. mlx-lm's `sanitize` translates them: it gets placeholder tensors under PyTorch's
+names, and its renames are applied here. Tensors that it drops, splits or computes cannot be fused.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from .weight_files import load_lazily
 _CONFIG, _TENSORS, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."
 _MERGE = "merge it into its model with PEFT, and convert the result"
-# What a tensor is, by how its name ends; the first that fits. `base_layer` is the adapted module's own.
+# The kind of a tensor by the end of its name; the first match counts. `base_layer` is the adapted module's own.
 _ENDINGS = {
     ".lora_A.weight": "a",
     ".lora_B.weight": "b",
@@ -52,7 +51,7 @@ _ENDINGS = {
     ".weight": "weight",
     ".bias": "bias",
 }
-# Settings that say how the adapter was trained or where from, or that the tensors show as well.
+# Settings about training or origin, or that the tensors show as well.
 _HARMLESS = {
     "peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
     "target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern", "bias",
@@ -64,7 +63,7 @@ _READ = {
     "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "use_dora", "lora_bias", "init_lora_weights",
     "fan_in_fan_out",
 }  # fmt: skip
-# Others (pissa, olora, corda, loftq, lora_ga) change the model's own weights when training begins.
+# Other values (pissa, olora, corda, loftq, lora_ga) change the model's own weights when training begins.
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
@@ -76,15 +75,12 @@ def is_peft(folder: Path, config: Mapping[str, Any]) -> bool:
 def read_updates(
     folder: Path, config: Mapping[str, Any], skeleton: nn.Module, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Update]:
-    """What the adapter does to each tensor of the model, checked as a whole; keeps no tensor in memory.
+    """The adapter's updates by mlx-lm's parameter name, checked as a whole; keeps no tensor in memory.
 
     Args:
         config: its adapter_config.json.
         skeleton: mlx-lm's model, its parameters never evaluated.
         shapes: the shape of every tensor of the model, by mlx-lm's parameter name.
-
-    Returns:
-        By mlx-lm's parameter name.
 
     Raises:
         SourceError: naming the file, if something is missing or damaged, belongs to another model, or cannot be fused.
@@ -127,7 +123,7 @@ def read_updates(
 
 @dataclass(frozen=True)
 class _Settings:
-    """What of adapter_config.json matters when fusing."""
+    """The settings in adapter_config.json that matter for fusing."""
 
     file: Path
     rank: int
@@ -143,7 +139,7 @@ class _Settings:
         return int(self._by_pattern(self.rank_pattern, stem, self.rank))
 
     def scale_of(self, stem: str) -> float:
-        """What `lora_B @ lora_A` is multiplied by there."""
+        """The factor of `lora_B @ lora_A` in that module."""
         rank, alpha = self.rank_of(stem), float(self._by_pattern(self.alpha_pattern, stem, self.alpha))
         return alpha / (math.sqrt(rank) if self.by_root else rank)
 
@@ -160,7 +156,7 @@ def _read_settings(folder: Path, config: Mapping[str, Any]) -> _Settings:
         raise SourceError(
             f"{folder}: is a PEFT adapter of type {config.get('peft_type')!r}, and only LORA is read here; {_MERGE}"
         )
-    # A setting not known here may change what the tensors mean; where it is empty or off, it does not.
+    # An unknown setting may change the meaning of the tensors, unless it is empty or off.
     if unknown := sorted(key for key, value in config.items() if value and key not in _HARMLESS | _READ):
         raise SourceError(f"{file}: sets {listing(unknown)}, which cannot be fused here; {_MERGE}")
     start = config.get("init_lora_weights", True)
@@ -187,7 +183,7 @@ def _read_settings(folder: Path, config: Mapping[str, Any]) -> _Settings:
 
 
 def _by_module(file: Path, infos: Mapping[str, TensorInfo]) -> dict[str, dict[str, str]]:
-    """For every module, by its name in PyTorch: what the file has for it, and under which name."""
+    """For every module, by its name in PyTorch: the kinds of its tensors and their names in the file."""
     modules: dict[str, dict[str, str]] = {}
     for name in infos:
         ending = next((ending for ending in _ENDINGS if name.endswith(ending)), None)
@@ -202,12 +198,12 @@ def _by_module(file: Path, infos: Mapping[str, TensorInfo]) -> dict[str, dict[st
 def _check_parts(
     file: Path, stem: str, parts: Mapping[str, str], infos: Mapping[str, TensorInfo], settings: _Settings
 ) -> None:
-    """Whether a module's tensors are complete, as the config announces, and of the shapes that fit one another."""
+    """Raise SourceError unless a module's tensors are those that the config announces, with shapes that fit."""
     found, pair = set(parts), {"a", "b"}
     if found & {"embedding_a", "embedding_b"}:
         pair = {"embedding_a", "embedding_b"}
         if settings.dora:
-            # PEFT's magnitudes are those of columns there, over the whole vocabulary.
+            # PEFT's magnitudes belong to columns there, over the whole vocabulary.
             raise SourceError(f"{file}: changes the embedding {stem} by DoRA, which cannot be fused here; {_MERGE}")
     elif not found & {"a", "b", "offset", "magnitude"}:
         return
@@ -248,7 +244,7 @@ def _changed(stem: str, parts: Mapping[str, str], infos: Mapping[str, TensorInfo
 
 
 def _mlx_names(skeleton: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """mlx-lm's names for tensors of a PyTorch model, '' where it has none that holds just the same numbers."""
+    """mlx-lm's names for tensors of a PyTorch model, '' where no tensor holds the same numbers."""
     # Some families' `sanitize` changes the model as well.
     sanitize = getattr(copy.deepcopy(skeleton), "sanitize", None)
     if sanitize is None:
@@ -256,7 +252,7 @@ def _mlx_names(skeleton: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> di
     probes = {name: mx.broadcast_to(mx.array(1.0), shape) for name, shape in shapes.items()}
     try:
         renamed = sanitize(dict(probes))
-    except Exception:  # it wants a whole model, and what it would make of these tensors cannot be told
+    except Exception:  # it needs a whole model
         return dict.fromkeys(shapes, "")
     by_array = {id(array): name for name, array in renamed.items()}
     # Some multiply weights in place. One tensor of each kind is looked at, since all of a large model would take long.
@@ -298,10 +294,10 @@ def _check_tied(
     skeleton: nn.Module,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> list[str]:
-    """Those of the dropped names that are an output layer's, tied to an embedding and changed just like it.
+    """The dropped names of output layers that are tied to an embedding and changed in the same way.
 
     Raises:
-        SourceError: if a tied embedding is changed, and the output layer not, or otherwise.
+        SourceError: if a tied embedding is changed and its output layer is not changed in the same way.
     """
     embeddings = {f"{name}.weight" for name, module in skeleton.named_modules() if isinstance(module, nn.Embedding)}
     outside = [name for name in shapes if not any(part.isdigit() for part in name.split("."))]

@@ -1,7 +1,7 @@
 """Converts a dense checkpoint into an IFP checkpoint, one FFN at a time, atomically.
 
 Everything is written to a hidden folder beside the output and renamed at the end, after the result has been opened as a
-user would open it. Peak memory is that of the largest single tensor or FFN, not of the model.
+user would open it. Peak memory is the size of the largest tensor or FFN, not of the model.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class Options:
     """How to convert.
 
     Attributes:
-        quantization: for FFN rows and, as mlx-lm does it, for every other layer that can be; None keeps what the source
-            has: floats or, of a quantized mlx-lm model, the packed bytes, but for down projections.
+        quantization: for FFN rows and, as mlx-lm does it, for every other layer that can be; None keeps the source's
+            floats, or the packed bytes of a quantized mlx-lm model (all but the down projections).
         float_down: keep the down projections of a quantized model as floats instead of packing them anew at 8 bits.
         dtype: float type to cast to; None keeps the source's, but quantized GGUF tensors become float16.
         density: the checkpoint's default density.
@@ -84,7 +84,7 @@ class Options:
             None keeps the source's order.
         overwrite: replace an existing output folder.
         revision: branch, tag or commit of a source on the hub; None is its main branch.
-        trust_remote_code: changes only the words with which a source that needs its own Python code is refused.
+        trust_remote_code: changes only the message that refuses a source with its own Python code.
         upload_repo: new or empty repository of the hub, `OWNER/NAME`, to upload the checkpoint to.
     """
 
@@ -114,16 +114,11 @@ class Options:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What came out.
-
-    Attributes:
-        seconds: of converting, without what was downloaded or uploaded.
-        page: where the checkpoint was uploaded to.
-    """
+    """The result of a conversion."""
 
     checkpoint: Checkpoint
-    seconds: float
-    page: str | None = None
+    seconds: float  # without download and upload
+    page: str | None = None  # the uploaded checkpoint's page
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
@@ -182,7 +177,7 @@ def convert(
     prior, method = _ready_prior(options.prior, widths)
     adapter = None if options.adapter is None else open_adapter(options.adapter, skeleton, source.shapes)
     with new_folder(out, overwrite=options.overwrite, error=SourceError) as folder:
-        # Quick, and can fail: before the long work.
+        # These are quick and can fail, so they come before the long work.
         _write_config(folder, source, options, specs, packing)
         _write_tokenizer(folder, source)
         if write_predictor is not None:
@@ -194,7 +189,7 @@ def convert(
         down_norms = [down for _, down in norms]
         _write_priors(folder, prior or [product for product, _ in norms], down_norms, method)
         finish = partial(write_manifest, folder, source=_origin(source, options), licence=source.licence)
-        # What needs a checkpoint that opens gets one before its files are final, and hashed.
+        # These steps need a checkpoint that opens, so it gets a manifest before its files are final and hashed.
         if calibration is not None:
             finish(hashed=False)
             model = load_checkpoint(Checkpoint.open(folder))
@@ -218,7 +213,7 @@ def _examples(given: list[Record] | Path | None) -> list[Record] | None:
 
 
 def _ready_prior(prior: list[Scores] | Path | None, widths: list[int]) -> tuple[list[Scores] | None, str]:
-    """The prior that was given, if one was, and where the checkpoint's comes from; calibration changes both later."""
+    """The given prior, or None, and the method to record; calibration changes both later."""
     if isinstance(prior, Path):
         return read_prior(prior, widths)
     if prior is not None and [len(values) for values in prior] != widths:
@@ -227,7 +222,7 @@ def _ready_prior(prior: list[Scores] | Path | None, widths: list[int]) -> tuple[
 
 
 def _advise(source: Source, options: Options, note: Note) -> None:
-    """Say what another conversion of the source would do better."""
+    """Suggest better options for this source."""
     if options.calibration is None and options.prior is None and options.predictor is None:
         note(
             "without --calibrate, which neurons matter is guessed from the weights, and for some families (Gemma 3) "
@@ -241,7 +236,7 @@ def _advise(source: Source, options: Options, note: Note) -> None:
 
 
 def _origin(source: Source, options: Options) -> str:
-    """What a manifest says of where a checkpoint comes from."""
+    """The source as the manifest names it."""
     origin = source.path.name
     if (repository := hub_name(source.path)) is not None:
         origin = repository if source.path.is_dir() else f"{repository} {origin}"
@@ -263,7 +258,7 @@ class _Writer:
     done: int = 0
 
     def __post_init__(self) -> None:
-        # Some of a model's own arrays, such as the bias of a router, are to keep their type.
+        # Some arrays, such as the bias of a router, must keep their type.
         self.may_cast: Callable[[str], bool] = getattr(self.skeleton, "cast_predicate", lambda _: True)
         self.remaining = dict(self.source.shapes)
         self.total = sum(math.prod(shape) for shape in self.remaining.values())
@@ -365,14 +360,14 @@ class _Writer:
 
 
 def _apart(spec: FFNSpec, arrays: list[mx.array]) -> tuple[mx.array, mx.array]:
-    """Gate's and up's rows, of two leaves or of a common one."""
+    """The rows of gate and up, from two leaves or from one fused leaf."""
     if spec.fused is not None:
         return split_fused(arrays[0], spec.fused)
     return arrays[0], arrays[1]
 
 
 def check_output(out: Path, overwrite: bool) -> None:
-    """Raise SourceError if `out` must not be replaced: what a conversion did not make never is."""
+    """Raise SourceError if `out` must not be replaced: only the output of a conversion may be."""
     check_free(out, overwrite, SourceError)
     if not out.exists():
         return

@@ -1,7 +1,4 @@
-"""From what a user can afford to *k* per FFN and to what stays in memory.
-
-Arithmetic on a checkpoint's shapes, and on the memory that this machine has.
-"""
+"""Turns a user's budget into *k* per FFN, and computes which weights stay in memory."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 
 
 def keep_multiple(d_ffn: int) -> int:
-    """What *k* is a multiple of: 64, 32 for FFNs narrower than 4096, 8 for the tiny ones of tests."""
+    """*k* is a multiple of this: 64, 32 for FFNs narrower than 4096, 8 for the tiny ones of tests."""
     if d_ffn >= 4096:
         return 64
     return 32 if d_ffn >= 512 else 8
@@ -57,7 +54,7 @@ def parse_quantity(text: str, what: str) -> int:
 
 
 def physical_memory() -> int:
-    """Bytes of memory that this machine has."""
+    """This machine's memory in bytes."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -65,9 +62,8 @@ def resident_bytes(checkpoint: Checkpoint, residency: str, keep: Sequence[int], 
     """Bytes of weights that stay in memory, the predictor's included.
 
     Args:
-        residency: `ram` keeps every neuron; `ssd` keeps `keep[l]` of each FFN, but all of those FFNs that the predictor
-            reads with.
-        float_bytes: of each float of the model once it is cast; None for those on disk.
+        residency: `ram` keeps every neuron; `ssd` keeps `keep[l]` of each FFN, and all of the predictor's FFNs.
+        float_bytes: size of each of the model's floats once it is cast; None keeps the size on disk.
     """
     total = checkpoint.loaded_bytes(float_bytes) + checkpoint.predictor_bytes
     if residency == RAM:
@@ -84,10 +80,9 @@ def choose_residency(
     """The given residency; else `ram`, or `ssd` where a memory budget leaves no room for every neuron.
 
     Raises:
-        BudgetError: if the weights that would stay in memory are more than this machine has: it would swap without end.
+        BudgetError: if the resident weights are larger than this machine's memory: it would swap without end.
     """
-    everything = [spec.d_ffn for spec in checkpoint.layout.ffns]
-    whole, have = resident_bytes(checkpoint, RAM, everything, float_bytes), physical_memory()
+    whole, have = resident_bytes(checkpoint, RAM, checkpoint.widths, float_bytes), physical_memory()
     residency = _residency(residency, memory, whole)
     keep = resolve_keep(checkpoint, memory=memory, residency=residency, float_bytes=float_bytes)
     part = resident_bytes(checkpoint, SSD, keep, float_bytes)
@@ -106,12 +101,12 @@ def choose_residency(
 def check_files(
     name: str, sizes: Mapping[str, int], residency: str | None, memory: int | None, *, ordered: bool = False
 ) -> None:
-    """Raise BudgetError if files to be downloaded hold more weights than this machine has memory for.
+    """Raise BudgetError if the weights in files that are not downloaded yet do not fit into this machine's memory.
 
     Args:
         sizes: bytes of every file of a checkpoint, by its path.
-        residency, memory: how it is to be loaded, as `choose_residency` takes them.
-        ordered: the checkpoint's neurons are in an order of their own, so that padding may be part of their files.
+        residency, memory: as in `choose_residency`.
+        ordered: the checkpoint's neurons are reordered, so their files may contain padding.
     """
     weights = {file: size for file, size in sizes.items() if file.endswith(".safetensors")}
     if ordered:
@@ -120,7 +115,7 @@ def check_files(
     streamed = sum(size for file, size in weights.items() if file.startswith("neurons-"))
     residency = _residency(residency, memory, needed)
     if residency == SSD:
-        needed -= streamed  # and what is active of them; what that is only its files say
+        needed -= streamed  # a lower bound: the files do not say how many of these are active
     if needed > have:
         advice = "" if residency == SSD or needed - streamed > have else "; try --residency ssd"
         raise BudgetError(
@@ -136,7 +131,7 @@ def _residency(given: str | None, memory: int | None, whole: int) -> str:
 
 
 def spare_slots(checkpoint: Checkpoint, memory: int | None, keep: Sequence[int], float_bytes: int | None = None) -> int:
-    """How many inactive neurons of every FFN a memory budget has room for in `ssd` residency."""
+    """How many inactive neurons of every FFN fit into a memory budget in `ssd` residency."""
     streamed = range(checkpoint.predictor_layers, len(checkpoint.layout.ffns))
     if memory is None or not streamed:
         return 0
@@ -157,9 +152,9 @@ def resolve_keep(
 
     Args:
         density: kept / all neurons of each layer.
-        active_parameters: the most parameters that may take part in a token; the largest density below it is taken.
-        memory: bytes that the weights may take. In `ram` residency all neurons stay in memory whatever the density, so
-            this is a check and picks no density. In `ssd` residency it lowers the checkpoint's own density if need be.
+        active_parameters: the most parameters that one token may use; the largest density that fits is taken.
+        memory: bytes that the weights may take. In `ram` residency all neurons stay in memory at any density, so this
+            is only checked. In `ssd` residency it lowers the checkpoint's own density if need be.
         residency, float_bytes: see `resident_bytes`.
 
     Raises:
@@ -167,13 +162,12 @@ def resolve_keep(
     """
     if density is not None and active_parameters is not None:
         raise BudgetError("give a density or a number of active parameters, not both")
-    ffns = checkpoint.layout.ffns
-    everything = tuple(spec.d_ffn for spec in ffns)
+    widths = checkpoint.widths
 
     def resident(keep: Sequence[int]) -> int:
         return resident_bytes(checkpoint, residency, keep, float_bytes)
 
-    if memory is not None and residency == RAM and memory < (size := resident(everything)):
+    if memory is not None and residency == RAM and memory < (size := resident(widths)):
         raise BudgetError(
             f"memory budget {memory / 1e9:.3g} GB: this checkpoint keeps {size / 1e9:.3g} GB of weights in memory at "
             "any density; raise the budget, load it with --residency ssd, or convert the model with -q"
@@ -184,11 +178,11 @@ def resolve_keep(
     if density is not None or active_parameters is not None:
         raise BudgetError(
             f"memory budget {memory / 1e9:.3g} GB: {size / 1e9:.3g} GB of weights stay in memory at density "
-            f"{sum(keep) / sum(everything):.3g}; lower the density, or raise the budget"
+            f"{sum(keep) / sum(widths):.3g}; lower the density, or raise the budget"
         )
-    streamed = range(checkpoint.predictor_layers, len(ffns))
+    streamed = range(checkpoint.predictor_layers, len(widths))
     fixed = resident([0 if index in streamed else k for index, k in enumerate(keep)])
-    neurons = sum(ffns[index].d_ffn * checkpoint.neuron_bytes(index, float_bytes) for index in streamed)
+    neurons = sum(widths[index] * checkpoint.neuron_bytes(index, float_bytes) for index in streamed)
     keep = _share(checkpoint, memory - fixed, neurons)
     if min(keep) < 1:
         raise BudgetError(
@@ -199,13 +193,12 @@ def resolve_keep(
 
 
 def _keep(checkpoint: Checkpoint, density: float | None, active_parameters: int | None) -> tuple[int, ...]:
-    ffns = checkpoint.layout.ffns
     if active_parameters is None:
         wanted = checkpoint.layout.density if density is None else density
-        return tuple(keep_count(wanted, spec.d_ffn) for spec in ffns)
+        return tuple(keep_count(wanted, width) for width in checkpoint.widths)
     if active_parameters >= checkpoint.parameters:
-        return tuple(spec.d_ffn for spec in ffns)
-    neurons = sum(spec.d_ffn * spec.neuron_parameters for spec in ffns)
+        return checkpoint.widths
+    neurons = sum(spec.d_ffn * spec.neuron_parameters for spec in checkpoint.layout.ffns)
     fixed = checkpoint.parameters - neurons  # a down bias belongs to no neuron and stays
     keep = _share(checkpoint, active_parameters - fixed, neurons)
     if min(keep) < 1:
@@ -219,10 +212,10 @@ def _keep(checkpoint: Checkpoint, density: float | None, active_parameters: int 
 
 def _share(checkpoint: Checkpoint, part: int, whole: int) -> tuple[int, ...]:
     """`part / whole` of each FFN's neurons, rounded down to a multiple of `keep_multiple`; below 1 for too few."""
-    widths = [spec.d_ffn for spec in checkpoint.layout.ffns]
-    return tuple(part * width // max(whole, 1) // keep_multiple(width) * keep_multiple(width) for width in widths)
+    multiples = ((width, keep_multiple(width)) for width in checkpoint.widths)
+    return tuple(part * width // max(whole, 1) // multiple * multiple for width, multiple in multiples)
 
 
 def _least(checkpoint: Checkpoint) -> tuple[int, ...]:
     """The smallest *k* of each FFN."""
-    return tuple(min(keep_multiple(spec.d_ffn), spec.d_ffn) for spec in checkpoint.layout.ffns)
+    return tuple(min(keep_multiple(width), width) for width in checkpoint.widths)

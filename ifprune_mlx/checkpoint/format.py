@@ -51,7 +51,7 @@ class Quantization:
             raise ValueError(f"quantization {self.to_dict()} is unknown")
 
     def to_dict(self) -> dict[str, Any]:
-        """As it stands in `config.json`, in mlx-lm's words."""
+        """As `config.json` has it, with mlx-lm's keys."""
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
 
     @property
@@ -67,23 +67,15 @@ class Quantization:
 
 @dataclass(frozen=True)
 class Layout:
-    """The `ifpruning` section of `config.json`.
+    """The `ifpruning` section of `config.json`."""
 
-    Attributes:
-        ffns: the sliced FFNs, in layer order.
-        density: what selections keep unless the user says otherwise.
-        selector: the default selector's name.
-        gate_up, down: quantization of the two kinds of rows, or None for float rows.
-        order: how neurons lie in their files: None as in the source, or `frequency`, those selected most often first;
-            a tensor `order`, int32 `[d_ffn]`, then names the neuron in each row. Everything else keeps the source's
-            numbering.
-    """
-
-    ffns: tuple[FFNSpec, ...]
-    density: float
-    selector: str
-    gate_up: Quantization | None = None
+    ffns: tuple[FFNSpec, ...]  # the sliced FFNs, in layer order
+    density: float  # the default density of selections
+    selector: str  # the default selector's name
+    gate_up: Quantization | None = None  # None for float rows, here and below
     down: Quantization | None = None
+    # Order of the neurons in their files: None is the source's; `frequency` puts those selected most often first, and a
+    # tensor `order`, int32 `[d_ffn]`, names the neuron in each row. Everything else keeps the source's numbering.
     order: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -159,31 +151,23 @@ def _exact_keys(
 
 
 def neurons_file(index: int, count: int) -> str:
-    """Name of the file that holds the neurons of FFN `index` of `count`."""
+    """The name of the file with the neurons of FFN `index`, one of `count`."""
     return f"neurons-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened IFP checkpoint: every file is there, has the manifest's size and a sound header.
+    """An opened IFP checkpoint: every file is there, has the manifest's size and a sound header."""
 
-    Attributes:
-        path: its folder.
-        config: `config.json` as it stands, mlx-lm's keys included.
-        layout: the parsed `ifpruning` section.
-        manifest: `manifest.json` as it stands.
-        headers: the header of every top-level safetensors file, by file name.
-    """
-
-    path: Path
-    config: dict[str, Any]
-    layout: Layout
+    path: Path  # its folder
+    config: dict[str, Any]  # all of `config.json`
+    layout: Layout  # the parsed `ifpruning` section
     manifest: dict[str, Any]
-    headers: dict[str, SafetensorsHeader]
+    headers: dict[str, SafetensorsHeader]  # of every top-level safetensors file, by file name
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
-        """Open a checkpoint folder and check everything that can be checked without reading weights.
+        """Open a checkpoint folder and check all that can be checked without reading weights.
 
         Raises:
             CheckpointError: naming the file and what to do.
@@ -229,8 +213,13 @@ class Checkpoint:
 
     @property
     def priors_file(self) -> Path:
-        """Importance of every neuron (`prior.N`) and norm of its down row (`down_norm.N`), float32 `[d_ffn]` each."""
+        """The file with each neuron's importance (`prior.N`) and down row norm (`down_norm.N`), float32 `[d_ffn]`."""
         return self.path / "priors.safetensors"
+
+    @cached_property
+    def widths(self) -> tuple[int, ...]:
+        """`d_ffn` of every FFN."""
+        return tuple(spec.d_ffn for spec in self.layout.ffns)
 
     def neurons_file(self, index: int) -> Path:
         """The file with the neurons of FFN `index`."""
@@ -248,7 +237,7 @@ class Checkpoint:
 
     @cached_property
     def parameters(self) -> int:
-        """Parameters of the whole dense model, however they are packed."""
+        """Parameters of the whole dense model; packing does not change their number."""
         return self.ffn_parameters + self._other_parameters
 
     @cached_property
@@ -267,15 +256,14 @@ class Checkpoint:
 
     def check(self, selection: Selection) -> None:
         """Raise SelectionError unless `selection` fits this model's FFNs."""
-        widths = tuple(spec.d_ffn for spec in self.layout.ffns)
-        if selection.widths != widths:
+        if selection.widths != self.widths:
             raise SelectionError(
                 f"the selection has {len(selection.widths)} FFNs of widths {sorted(set(selection.widths))}, "
-                f"the model has {len(widths)} of {sorted(set(widths))}; it was made for another model"
+                f"the model has {len(self.widths)} of {sorted(set(self.widths))}; it was made for another model"
             )
 
     def active_parameters(self, keep: tuple[int, ...] | None) -> int:
-        """Parameters that take part in a token, for *k* per FFN (None: all)."""
+        """Parameters that one token uses, for *k* neurons per FFN (None: all)."""
         if keep is None:
             return self.parameters
         ffns = self.layout.ffns
@@ -289,39 +277,39 @@ class Checkpoint:
 
     @cached_property
     def weight_bytes(self) -> int:
-        """Bytes of all weights in the types that they have on disk, which is what `ram` residency keeps in memory."""
+        """Bytes of all weights in their types on disk; `ram` residency keeps them all in memory."""
         return self.loaded_bytes()
 
     def neuron_bytes(self, index: int, float_bytes: int | None = None) -> int:
-        """Bytes of one neuron of FFN `index`, all its rows together.
+        """Bytes of all rows of one neuron of FFN `index`.
 
         Args:
-            float_bytes: of each float once it is cast; None for those on disk.
+            float_bytes: size of each float once it is cast; None keeps the size on disk.
         """
         parts = (part for strip in self.strips(index) for part in strip.parts)
         return sum(_bytes_in_memory(part.dtype, part.shape, float_bytes) for part in parts)
 
     def ffn_bytes(self, index: int, float_bytes: int | None = None) -> int:
-        """Bytes of FFN `index`, all neurons, once it is loaded; `float_bytes` as in `neuron_bytes`."""
+        """Bytes of all of FFN `index` in memory; `float_bytes` as in `neuron_bytes`."""
         bias = self.headers[self.neurons_file(index).name].tensors.get("down.bias")
-        rows = self.layout.ffns[index].d_ffn * self.neuron_bytes(index, float_bytes)
+        rows = self.widths[index] * self.neuron_bytes(index, float_bytes)
         return rows if bias is None else rows + _bytes_in_memory(bias.dtype, bias.shape, float_bytes)
 
     def loaded_bytes(self, float_bytes: int | None = None) -> int:
-        """Bytes of all weights once they are loaded, without the predictor's; `float_bytes` as in `neuron_bytes`."""
+        """Bytes of all weights but the predictor's in memory; `float_bytes` as in `neuron_bytes`."""
         infos = (info for header in self._model_headers() for info in header.tensors.values())
         others = sum(_bytes_in_memory(info.dtype, info.shape, float_bytes) for info in infos)
         return others + sum(self.ffn_bytes(index, float_bytes) for index in range(len(self.layout.ffns)))
 
     @cached_property
     def predictor_bytes(self) -> int:
-        """Bytes of the predictor's files, the weights of a backbone of its own among them; 0 if there is none."""
-        files = {name: entry["size"] for name, entry in self.manifest["files"].items() if name.endswith(".safetensors")}
-        return sum(size for name, size in files.items() if name.startswith("predictor/"))
+        """Bytes of the predictor's safetensors files, its own backbone's included; 0 without a predictor."""
+        files = self.manifest["files"].items()
+        return sum(e["size"] for name, e in files if name.startswith("predictor/") and name.endswith(".safetensors"))
 
     @cached_property
     def predictor_layers(self) -> int:
-        """How many of the model's own first layers are the predictor's backbone; 0 if it has its own, or none."""
+        """How many of the model's first layers the predictor uses; 0 if it has its own backbone, or there is none."""
         if not self.has_predictor:
             return 0
         header = read_safetensors_header(self.path / "predictor" / "head.safetensors", CheckpointError)
@@ -332,14 +320,14 @@ class Checkpoint:
 
     @property
     def prior_method(self) -> str:
-        """Where the prior comes from: `weights`, or `calibrated` on chats."""
+        """The prior's origin: `weights`, or `calibrated` on chats."""
         return self.headers[self.priors_file.name].metadata.get("method", "weights")
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> list[str]:
-        """Names of the files whose sha256 is not the manifest's; reads every byte.
+        """Read every byte and name the files whose sha256 differs from the manifest's.
 
         Args:
-            progress: called with (files checked, files).
+            progress: called with (files checked, all files).
         """
         files = self.manifest["files"]
         damaged = []
@@ -356,15 +344,14 @@ class Checkpoint:
     def _check_shapes(self) -> None:
         for index, spec in enumerate(self.layout.ffns):
             self._check_neurons(index, neuron_shapes(spec, self.layout))
-        widths = [spec.d_ffn for spec in self.layout.ffns]
-        priors = {f"{kind}.{i}": (width,) for kind in ("prior", "down_norm") for i, width in enumerate(widths)}
+        priors = {f"{kind}.{i}": (width,) for kind in ("prior", "down_norm") for i, width in enumerate(self.widths)}
         found = {name: info.shape for name, info in self._header(self.priors_file).tensors.items()}
         _check_tensors(self.priors_file, found, priors)
         if not self._model_headers():
             raise CheckpointError(f"{self.path}: no model-*.safetensors in the manifest; convert the source again")
 
     def _check_neurons(self, index: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        file, d_ffn = self.neurons_file(index), self.layout.ffns[index].d_ffn
+        file, d_ffn = self.neurons_file(index), self.widths[index]
         found = {name: (info.shape, info.dtype) for name, info in self._header(file).tensors.items()}
         if found.pop(RECORDS, None) is not None:
             (records,) = self.strips(index)
@@ -397,7 +384,6 @@ def _check_tensors(file: Path, found: Mapping[str, tuple[int, ...]], shapes: Map
 
 
 def _bytes_in_memory(dtype: str, shape: tuple[int, ...], float_bytes: int | None) -> int:
-    """Bytes of an array once it is loaded."""
     return math.prod(shape) * ((dtype in FLOATS and float_bytes) or DTYPE_BYTES[dtype])
 
 
@@ -439,13 +425,13 @@ def read_json_object(file: Path, error: type[IfpruneError] = CheckpointError) ->
 
 
 def refuse_custom_code(config: Mapping[str, Any], where: Path, error: type[IfpruneError]) -> None:
-    """Raise `error` for a config that names a Python file to run: some releases of mlx-lm would run it unasked."""
+    """Raise `error` if a config names a Python file: some releases of mlx-lm would run it."""
     if config.get("model_file") is not None:
         raise error(f"{where}: wants to run code that comes with it ({config['model_file']!r}); this is not supported")
 
 
 def _checked_manifest(path: Path, manifest: dict[str, Any]) -> list[str]:
-    """The manifest's file names, each of them present with the size that it states."""
+    """The manifest's file names, after a check that each file is there and has the stated size."""
     files = manifest.get("files")
     if not isinstance(files, dict) or not files:
         raise CheckpointError(f"{path / MANIFEST}: lists no files; convert the source again")
@@ -469,7 +455,7 @@ def write_manifest(folder: Path, *, source: str, licence: str | None, hashed: bo
     """Write `manifest.json`: size and sha256 of every file in `folder`, versions, source and licence.
 
     Args:
-        hashed: False leaves every sha256 empty and reads no file: for a folder that is opened before it is complete.
+        hashed: False leaves every sha256 empty, for a folder that is opened before it is complete.
     """
     files = {
         str(file.relative_to(folder)): {"size": file.stat().st_size, "sha256": sha256_file(file) if hashed else ""}

@@ -1,8 +1,8 @@
-"""Finds a model: a folder on disk, or a repository on the Hugging Face hub, which comes into the hub's own cache.
+"""Finds a model: a folder on disk, or a repository of the Hugging Face hub, downloaded into the hub's own cache.
 
-A repository is listed first, so that one of the wrong kind, or too large for the disk, costs no download. Files come
-one after the other and not by `snapshot_download`: its threads make Ctrl-C wait for the files that they fetch, it lists
-the repository once more, and it notes a branch's commit before the files are there (docs/log.md).
+A repository is listed first, so one of the wrong kind, or too large for the disk, costs no download. Files come one
+after the other and not by `snapshot_download`: its threads delay Ctrl-C, it lists the repository again, and it records
+a branch's commit before the files are there (docs/log.md).
 """
 
 from __future__ import annotations
@@ -22,35 +22,27 @@ from ifprune_mlx.checkpoint.format import MANIFEST, SECTION, Checkpoint, read_js
 from ifprune_mlx.errors import BudgetError, CheckpointError, IfpruneError
 
 Progress = Callable[[int, int], None]
-"""Called with (bytes there, bytes in all) of what is downloaded."""
+"""Called with (bytes downloaded, bytes in all)."""
 
-# Our own patterns: mlx-lm's would leave out `neurons-*.safetensors` and the predictor's folder.
+# mlx-lm's patterns leave out `neurons-*.safetensors` and the predictor's folder.
 _PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*")
 PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 
 
 @dataclass(frozen=True)
 class Repository:
-    """What the hub says of a repository at one commit.
+    """The hub's listing of a repository at one commit."""
 
-    Attributes:
-        name: its id, `owner/name`.
-        revision: the branch, tag or commit that was given.
-        commit: that revision's commit.
-        files: every file's size in bytes, by its path.
-        parameters: how many weights the hub counted, or None if it did not.
-    """
-
-    name: str
-    revision: str
-    commit: str
-    files: dict[str, int]
-    parameters: int | None
+    name: str  # `owner/name`
+    revision: str  # the given branch, tag or commit
+    commit: str  # that revision's commit
+    files: dict[str, int]  # every file's size in bytes, by its path
+    parameters: int | None  # the number of weights, if the hub counted them
 
 
 @dataclass(frozen=True)
 class Room:
-    """Bytes that are about to be written to a folder, which need not exist yet; `what` names them in messages."""
+    """Bytes to be written to a folder, which need not exist yet; messages call them `what`."""
 
     what: str
     folder: Path
@@ -58,12 +50,12 @@ class Room:
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether a text has the form of a hub id, `owner/name`; a path with a dot in front, such as `./a/b`, has not."""
+    """Whether a text looks like a hub id, `owner/name`; `./a/b` does not."""
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text, re.ASCII) is not None
 
 
 def hub_name(path: Path) -> str | None:
-    """`owner/name@commit` of what lies in the hub's cache; None for other paths."""
+    """`owner/name@commit` for a path in the hub's cache; None for other paths."""
     match = re.search(r"/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]+)(/|$)", path.as_posix())
     return f"{match[1]}/{match[2]}@{match[3]}" if match else None
 
@@ -79,19 +71,19 @@ def resolve(
 ) -> Path:
     """The local folder of an IFP checkpoint; a hub id (`owner/name`) that is no local path is downloaded first.
 
-    Where the hub cannot be reached, a checkpoint that was downloaded before is taken from its cache.
+    If the hub cannot be reached, an earlier download is taken from its cache.
 
     Args:
         path_or_repo: folder, or hub id.
         revision: branch, tag or commit of a repository; None is its main branch.
-        progress: shows the download; without it the hub's own progress bars do.
-        loads: it is to be loaded, so check first that it fits into memory.
-        residency, memory: how it is to be loaded, as `ifprune_mlx.load` takes them.
+        progress: shows the download; None shows the hub's own progress bars.
+        loads: the checkpoint will be loaded, so check first that it fits into memory.
+        residency, memory: as in `ifprune_mlx.load`.
 
     Raises:
-        BudgetError: if what would stay in memory is more than this machine has; nothing is downloaded then.
+        BudgetError: if the resident weights are larger than this machine's memory; nothing is downloaded then.
         CheckpointError: if it is neither, the repository is no IFP checkpoint, the disk is too small, the hub cannot be
-            reached, or what came is damaged.
+            reached, or a downloaded file is damaged.
     """
     path = Path(path_or_repo).expanduser()
     name = str(path_or_repo)
@@ -131,7 +123,7 @@ def resolve(
 
 
 def _is_ordered(repository: Repository) -> bool:
-    """Whether a checkpoint's neurons are in an order of their own; its config, a few kilobytes, is fetched for that."""
+    """Whether a checkpoint's neurons are reordered; downloads its config, a few kilobytes."""
     if "config.json" not in repository.files:
         return False
     folder = download(
@@ -142,10 +134,10 @@ def _is_ordered(repository: Repository) -> bool:
 
 
 def list_repository(name: str, revision: str | None, error: type[IfpruneError]) -> Repository:
-    """Ask the hub what a repository holds; downloads nothing.
+    """List a repository; downloads nothing.
 
     Raises:
-        IfpruneError: (of the given subclass) if it does not exist, cannot be seen, or the hub cannot be reached.
+        IfpruneError: (of the given subclass) if it does not exist, is not visible, or the hub cannot be reached.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.constants import DEFAULT_REVISION
@@ -162,12 +154,12 @@ def list_repository(name: str, revision: str | None, error: type[IfpruneError]) 
             {sibling.rfilename: sibling.size or 0 for sibling in siblings},
             next((int(number) for number in counted if number), None),
         )
-    except Exception as exc:  # the client's HTTP library, and with it its errors, depend on the client's version
+    except Exception as exc:  # the error classes depend on the client's version
         raise error(f"{name}: {_reason(exc, name, revision)}") from None
 
 
 def cached_folder(name: str, file: str, revision: str | None = None) -> Path | None:
-    """The folder of a repository's revision in the hub's cache, if `file` is there; asks nobody."""
+    """The folder of a repository's revision in the hub's cache, if `file` is there; needs no network."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
@@ -186,22 +178,21 @@ def download(
     room: Iterable[Room] = (),
     more_follow: bool = False,
 ) -> Path:
-    """Download files of a repository into the hub's cache, those that are not there yet.
+    """Download those files of a repository that are not in the hub's cache yet.
 
     Args:
-        repository: as it was listed.
-        names: the files, by their paths; pickles are refused.
+        names: the files' paths; pickles are refused.
         error: the class of errors.
-        progress: shows the download; without it the hub's own progress bars do.
-        room: what else will be written afterwards; it is checked with the download that the disks have room for both.
-        more_follow: these files alone are of no use, so the cache is not yet told which commit the revision is at.
+        progress: shows the download; None shows the hub's own progress bars.
+        room: other bytes that will be written later; the disks must have room for them too.
+        more_follow: more files will follow, so do not yet record the revision's commit in the cache.
 
     Returns:
         The folder with the files, which are links into the cache.
 
     Raises:
         IfpruneError: (of the given subclass) if the disk is too small, access is not granted, or the download fails;
-            files that came whole stay in the cache.
+            complete files stay in the cache.
     """
     from huggingface_hub import constants
 
@@ -213,7 +204,7 @@ def download(
     size = sum(repository.files[name] for name in missing)
     cache = Path(constants.HF_HUB_CACHE)
     if _shortage([Room("to download", cache, size), *room]):
-        # Unchanged files of an older commit need no room.
+        # Files that an older commit has too need no room.
         missing = [name for name in missing if _fetch(repository, name, error, dry_run=True).will_download]
         size = sum(repository.files[name] for name in missing)
         if short := _shortage([Room("to download", cache, size), *room]):
@@ -228,14 +219,14 @@ def download(
     folder = cached_folder(repository.name, names[0], repository.commit)
     assert folder is not None
     if not more_follow and cached_folder(repository.name, names[0], repository.revision) != folder:
-        # Last, since what is found by the name of a branch or tag is to be complete.
-        with suppress(IfpruneError):  # only a later call without the hub is the poorer
+        # Last, so that a lookup by branch or tag finds complete downloads only.
+        with suppress(IfpruneError):  # only later calls without the hub need this
             _fetch(repository, names[0], error, revision=repository.revision)
     return folder
 
 
 def _fetch(repository: Repository, name: str, error: type[IfpruneError], **options: Any) -> Any:
-    """What `hf_hub_download` gives for one file of the commit; what it raises, in one line."""
+    """Call `hf_hub_download` for one file of the commit, and turn its errors into one line."""
     from huggingface_hub import hf_hub_download
 
     try:
@@ -246,7 +237,7 @@ def _fetch(repository: Repository, name: str, error: type[IfpruneError], **optio
 
 
 def _counter(progress: Progress, before: int, size: int, total: int) -> Any:
-    """What the client takes for the progress bar of one file: it draws nothing and reports bytes to `progress`."""
+    """A progress bar class for the hub's client that draws nothing and reports one file's bytes to `progress`."""
     from huggingface_hub.utils.tqdm import tqdm
 
     base: Any = tqdm  # untyped
@@ -261,7 +252,7 @@ def _counter(progress: Progress, before: int, size: int, total: int) -> Any:
             progress(before + min(max(self._there, 0), size), total)
 
         def update_transfer(self, n: float | None = 1) -> None:
-            """The client counts what comes and what is written apart, on one bar if it has this method."""
+            """If a bar has this method, the client does not count transferred bytes on a second bar."""
 
         def set_transfer_postfix_str(self, text: str = "", refresh: bool = False) -> None:
             """As above."""
@@ -270,7 +261,7 @@ def _counter(progress: Progress, before: int, size: int, total: int) -> Any:
 
 
 def _shortage(room: Iterable[Room]) -> str | None:
-    """What is wrong, if the disks lack room; folders on one disk count together."""
+    """A message if a disk lacks room, else None; folders on one disk count together."""
     disks: dict[int, list[tuple[Room, Path]]] = {}
     for one in room:
         folder = one.folder.expanduser().absolute()
@@ -296,7 +287,7 @@ def _size(count: int) -> str:
 
 
 def _reason(exc: Exception, name: str, revision: str) -> str:
-    """Why the hub gave nothing, and what to do, in one line."""
+    """One line that says why the hub failed, and what to do."""
     from huggingface_hub import constants, errors
 
     page = f"{constants.ENDPOINT}/{name}"
@@ -319,11 +310,11 @@ def _reason(exc: Exception, name: str, revision: str) -> str:
 
 
 def hub_failure(exc: BaseException, known: Mapping[type[Exception], str], *, disk: str, offline: str) -> str:
-    """Why a call of the hub's client failed, and what to do, in one line.
+    """One line that says why a call of the hub's client failed, and what to do.
 
     Args:
-        known: what to say of some errors; the first that fits, since some are special cases of others.
-        disk, offline: advice where the disk is at fault, or the connection.
+        known: texts for some errors; the first match is used, since some classes are subclasses of others.
+        disk, offline: advice for errors of the disk, and of the connection.
     """
     from huggingface_hub import errors
 

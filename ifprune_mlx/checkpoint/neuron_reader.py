@@ -1,4 +1,4 @@
-"""Reads neuron rows from an IFP checkpoint into memory: all of an FFN's, or those that a switch misses."""
+"""Reads neuron rows from an IFP checkpoint: all rows of an FFN, or those that a switch needs."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ Rows = dict[str, mx.array]
 
 _FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 _DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32, "U8": mx.uint8}
-# Of what is wanted, how much more is read to make fewer ranges of it; a range more costs a disk access.
+# Extra bytes, as a share of the wanted ones, that may be read to merge ranges; every range costs a disk access.
 _WASTE = 0.15
-# No gap above this is read over: about what an SSD reads in the time that an access takes.
+# Larger gaps are not read: an SSD reads about this much in the time of one access.
 _GAP_BYTES = 1 << 16
 _READERS = 8
 _F_RDAHEAD = 45  # of macOS's fcntl; Python names it from 3.13 on
@@ -50,9 +50,7 @@ def read_rows(checkpoint: Checkpoint, index: int, dtype: mx.Dtype | None = None)
         CheckpointError: if the file cannot be read.
     """
     file = checkpoint.neurons_file(index)
-    back = None
-    if checkpoint.layout.order is not None:
-        back = mx.array(read_positions(checkpoint, index))
+    back = None if checkpoint.layout.order is None else mx.array(read_positions(checkpoint, index))
     try:
         arrays = load_arrays(file)
         down_bias = arrays.pop("down.bias", None)
@@ -74,12 +72,12 @@ def read_rows(checkpoint: Checkpoint, index: int, dtype: mx.Dtype | None = None)
 
 
 def read_positions(checkpoint: Checkpoint, index: int) -> npt.NDArray[np.int32]:
-    """Where each neuron of FFN `index` lies in its file, int32 `[d_ffn]`.
+    """The row of each neuron of FFN `index` in its file, int32 `[d_ffn]`.
 
     Raises:
         CheckpointError: if the file's order names a neuron twice.
     """
-    file, d_ffn = checkpoint.neurons_file(index), checkpoint.layout.ffns[index].d_ffn
+    file, d_ffn = checkpoint.neurons_file(index), checkpoint.widths[index]
     if checkpoint.layout.order is None:
         return np.arange(d_ffn, dtype=np.int32)
     order = _read_tensor(file, checkpoint.headers[file.name].tensors["order"], np.int32)
@@ -95,8 +93,8 @@ class RowReader:
     """Reads some neurons of one FFN, in few ranges of its file.
 
     Attributes:
-        down_bias: bias of the down projection `[d_model]`, read at once; None if it has none.
-        position: where in the file each neuron lies, int32 `[d_ffn]`.
+        down_bias: bias of the down projection `[d_model]`, or None.
+        position: the row of each neuron in the file, int32 `[d_ffn]`.
 
     Raises:
         CheckpointError: if the file cannot be read.
@@ -107,7 +105,7 @@ class RowReader:
     def __init__(self, checkpoint: Checkpoint, index: int, dtype: mx.Dtype | None = None) -> None:
         self._file = checkpoint.neurons_file(index)
         self._dtype = dtype
-        # Open for good: a checkpoint that is replaced meanwhile has other neurons at the same places.
+        # The file stays open: if the checkpoint is replaced, the new file has other neurons at the same places.
         self._descriptor = _open(self._file)
         tensors = checkpoint.headers[self._file.name].tensors
         self._strips = checkpoint.strips(index)
@@ -119,7 +117,7 @@ class RowReader:
             mx.eval(self.down_bias)
 
     def empty(self, slots: int) -> Rows:
-        """Arrays for that many neurons, as `read_rows` names and types them, computed."""
+        """Evaluated arrays for `slots` neurons, with the names and types of `read_rows`."""
         rows: Rows = {}
         for part in (part for strip in self._strips for part in strip.parts):
             dtype = self._memory_dtype(part)
@@ -131,7 +129,7 @@ class RowReader:
         return rows
 
     def read(self, neurons: Ids) -> dict[str, Raw]:
-        """The rows of these neurons by array name, as `ifprune_mlx.sparse.inplace.raw` shows them.
+        """The rows of these neurons by array name, in the form of `ifprune_mlx.checkpoint.raw_array.raw`.
 
         Args:
             neurons: int32 `[n]`, in the source's numbering, each once.
@@ -167,7 +165,7 @@ class RowReader:
         self.close()
 
     def _announce(self, places: npt.NDArray[np.int32]) -> None:
-        """Tell the system of all ranges at once, where it takes such advice, so that the disk has many in work."""
+        """Announce all ranges to the system at once, if it has such a call, so that the disk reads them in parallel."""
         if not hasattr(os, "posix_fadvise"):
             return
         for strip in self._strips:
@@ -177,7 +175,7 @@ class RowReader:
                 os.posix_fadvise(self._descriptor, strip.start + offset, count, os.POSIX_FADV_WILLNEED)
 
     def _ranges(self, strip: Strip, places: npt.NDArray[np.int32]) -> npt.NDArray[np.uint8]:
-        """What the strip holds at sorted places, bytes `[n, stride]`."""
+        """The strip's bytes at sorted places, `[n, stride]`."""
         starts, stops = merged_ranges(places, strip)
         rows = np.empty((len(places), strip.stride), np.uint8)
         spans = np.stack([starts, stops, places[starts], places[stops - 1] + 1], axis=1).tolist()
@@ -191,7 +189,7 @@ class RowReader:
                     rows[start:stop] = block[places[start:stop] - first]
 
         if len(spans) > 1:
-            # The file system and the disk work on several requests at once.
+            # The disk serves several requests at once.
             with ThreadPoolExecutor(_READERS) as pool:
                 list(pool.map(read, range(_READERS)))
         elif spans:
@@ -210,7 +208,7 @@ class RowReader:
         return self._dtype if self._dtype is not None and dtype in _FLOATS else dtype
 
     def _as_memory(self, block: npt.NDArray[np.uint8], at: npt.NDArray[np.intp], part: Part) -> Raw:
-        """One part of what a strip holds, `[n, *part.shape]`; row *i* of `block` is number `at[i]` of them."""
+        """One part of a strip's bytes, `[n, *part.shape]`; row *i* of `block` becomes row `at[i]`."""
         dtype = _DTYPES[part.dtype]
         cut = np.empty((len(block), part.nbytes), np.uint8)
         cut[at] = block[:, part.offset : part.offset + part.nbytes]
@@ -223,11 +221,13 @@ class RowReader:
 
 
 def merged_ranges(places: npt.NDArray[np.int32], strip: Strip) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-    """Sorted places as few ranges: the smallest gaps are read over, as long as little is read for nothing.
+    """Merge sorted places into few ranges: the smallest gaps are read too, within the limit on extra bytes.
 
     Returns:
-        Where in `places` each range starts, and where it stops.
+        The start and the stop of each range, as indices into `places`.
     """
+    if not len(places):
+        return np.empty(0, np.intp), np.empty(0, np.intp)
     gaps = np.diff(places).astype(np.int64) - 1
     by_size = np.argsort(gaps, kind="stable")
     waste = min(_WASTE, max(MOST_PADDING * strip.nbytes / strip.stride - 1, 0.0))
@@ -236,9 +236,6 @@ def merged_ranges(places: npt.NDArray[np.int32], strip: Strip) -> tuple[npt.NDAr
     closed = np.zeros(len(gaps), dtype=bool)
     closed[by_size[wasted & small]] = True
     borders = np.flatnonzero(~closed) + 1
-    none = np.empty(0, np.intp)
-    if not len(places):
-        return none, none
     return np.concatenate([[0], borders]).astype(np.intp), np.concatenate([borders, [len(places)]]).astype(np.intp)
 
 
@@ -248,10 +245,11 @@ def _memory_names(name: str) -> tuple[str, ...]:
 
 
 def _rows_of(whole: mx.array, part: Part, back: mx.array | None) -> Iterator[tuple[str, mx.array]]:
-    """The arrays of one part, one at a time: of all records `[d_ffn, stride]`, or of a tensor, which is its only part.
+    """The arrays of one part, one at a time.
 
     Args:
-        back: where each neuron lies, int32 `[d_ffn]`; None where they lie in order.
+        whole: all records `[d_ffn, stride]`, or a tensor, which is its only part.
+        back: the row of each neuron, int32 `[d_ffn]`; None for rows in the source's order.
     """
     names = _memory_names(part.name)
     tensor = whole.dtype == _DTYPES[part.dtype] and whole.shape[1:] == part.shape
@@ -273,7 +271,7 @@ def _open(file: Path) -> int:
     descriptor = -1
     try:
         descriptor = os.open(file, os.O_RDONLY)
-        # No read-ahead beyond the ranges.
+        # Turn off read-ahead beyond the ranges.
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         elif sys.platform == "darwin":
@@ -294,7 +292,7 @@ def _read_tensor(file: Path, info: TensorInfo, dtype: npt.DTypeLike) -> Raw:
 
 
 def unreadable(file: Path, exc: BaseException) -> CheckpointError:
-    """What to raise for a file of a checkpoint that was whole when it was opened."""
+    """The error for a file that has become unreadable since the checkpoint was opened."""
     return CheckpointError(f"{file}: cannot be read ({reason_of(exc)}); copy or convert the checkpoint again")
 
 

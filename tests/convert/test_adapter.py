@@ -60,7 +60,7 @@ def check(source: Path, adapter: Path, out: Path) -> None:
     expected = load_with_adapter(str(source), adapter_path=str(adapter))[0](TOKENS)
     base = load_model(source)[0](TOKENS)
     assert difference(expected, base) > 0.1
-    assert difference(logits(converted(source, adapter, out)), expected) < 1e-5
+    assert difference(logits(converted(source, adapter, out)), expected) < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])
@@ -132,7 +132,7 @@ def test_a_row_of_zeros_stays_one(tmp_path: Path) -> None:
     mx.save_safetensors(str(source / "model.safetensors"), weights, {"format": "mlx"})
     adapter = write_adapter(tmp_path / "adapter", source, "dora", noise=0)
     fused = converted(source, adapter, tmp_path / "out")
-    assert difference(logits(fused), load_model(source)[0](TOKENS)) < 1e-5
+    assert difference(logits(fused), load_model(source)[0](TOKENS)) < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
@@ -193,7 +193,7 @@ def test_a_gguf_source(tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", source)
     expected = load_with_adapter(str(source), adapter_path=str(adapter))[0](TOKENS % config["vocab_size"])
     model, _ = load(converted(file, adapter, tmp_path / "out", dtype=mx.float32).path)
-    assert difference(model(TOKENS % config["vocab_size"]), expected) < 1e-5
+    assert difference(model(TOKENS % config["vocab_size"]), expected) < 1e-4
     model.close()
 
 
