@@ -1,7 +1,7 @@
 """Select, switch, prefill, decode: one answer, with its timings.
 
-Sampling, caches and the decoding loop are mlx-lm's; this module decides which selection computes what, and never
-mixes KV entries of two selections unless it is told to.
+Sampling, caches and the decoding loop are mlx-lm's. This module decides which selection computes what. It mixes KV
+entries of two selections only on request.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ REPREFILL, KEEP = "reprefill", "keep"
 
 @dataclass(frozen=True)
 class Stats:
-    """What one answer took. Seconds, bytes, plain numbers.
+    """The cost of one answer. Times are in seconds, memory is in bytes.
 
     Attributes:
-        selector: what chose the neurons; `dense` if all were active.
+        selector: the selector's name; `dense` if all neurons were active.
         selection: the selection's hash; None if dense.
-        overlap: share of the selection that was active before it; None at the first.
-        reused_tokens: prompt tokens whose KV entries were there already.
+        overlap: share of the selection that was active before; None for the first selection.
+        reused_tokens: prompt tokens whose KV entries existed already.
         select_s: finding the selection (for `activation` this includes a dense prefill of the prompt).
         switch_s: moving neurons.
         prefill_s: reading the rest of the prompt, up to the first token.
@@ -69,18 +69,17 @@ class GenerationResponse(LMResponse):
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One answer to be computed; what `Session` and `stream_generate` both boil down to.
+    """One answer to compute, for `Session` and `stream_generate`.
 
     Attributes:
-        tokens: everything that the model must have read before it answers.
-        instruction: what the selector reads.
-        selector: chooses the selection; None goes on with `selection`.
-        selection: used where there is no selector, None being the dense model; beside a selector, what `switch_below`
-            compares with.
+        tokens: all tokens that the model reads before it answers.
+        instruction: the text for the selector.
+        selector: chooses the selection; None uses `selection`.
+        selection: without a selector, the one to use (None: dense); with one, the live one, for `switch_below`.
         keep: *k* per FFN for the selector.
-        on_switch: `reprefill` recomputes history that another selection computed, `keep` goes on from it.
-        switch_below: keep `selection` unless the new one agrees with it by less than this (`Selection.agreement`); None
-            always switches.
+        on_switch: `reprefill` recomputes history that another selection computed, `keep` continues from it.
+        switch_below: keep `selection` unless the new one's agreement with it (`Selection.agreement`) is below this;
+            None always switches.
     """
 
     tokens: list[int]
@@ -93,11 +92,11 @@ class GenerationRequest:
 
 
 class _Cancelled(Exception):
-    """The caller's `cancel` said so; never leaves this module."""
+    """The caller's `cancel` returned True; never leaves this module."""
 
 
 def generate(model: Model, tokenizer: TokenizerWrapper, prompt: Prompt, *, verbose: bool = False, **kwargs: Any) -> str:
-    """The whole answer as text, as `mlx_lm.generate` gives it. Takes what `stream_generate` takes."""
+    """The whole answer as text. Takes the arguments of `stream_generate`; `verbose` prints the text as it comes."""
     text = ""
     for response in stream_generate(model, tokenizer, prompt, **kwargs):
         if verbose:
@@ -132,19 +131,19 @@ def stream_generate(
     """Select neurons for the prompt, switch to them, and stream the answer.
 
     Args:
-        prompt: a string or token ids, taken as they are (as in mlx-lm), or chat messages, put into the chat template.
+        prompt: a string or token ids, used unchanged (as in mlx-lm), or chat messages for the chat template.
         max_tokens: the most tokens to generate; -1 for no limit.
         selector: a name or an object; None takes the checkpoint's default.
         selection: use this selection, no selector.
         dense: use all neurons, no selector.
         density, active_parameters, memory: the budget; see `ifprune_mlx.checkpoint.budget.resolve_keep`.
-        instruction: what the selector reads; by default the first user message, or the prompt.
-        prompt_cache: goes on after what this history holds (and updates it); `prompt` is then only what is new.
-        on_switch: what to do with history that another selection computed: `reprefill` it, or `keep` it.
+        instruction: the text for the selector; by default the first user message, or the prompt.
+        prompt_cache: continue after this history, and update it; `prompt` is then only the new part.
+        on_switch: `reprefill` or `keep` the history that another selection computed.
         seed: for the random selector.
-        cancel: called between tokens and prefill chunks; True ends the answer with what is there.
+        cancel: called between tokens and prefill chunks; True ends the answer early.
         progress: called with (prompt tokens read, prompt tokens).
-        max_kv_size: as in mlx-lm, for models without caches of their own.
+        max_kv_size: as in mlx-lm, for models that do not make their own caches.
         kwargs: `sampler`, `logits_processors`, `kv_bits`, `kv_group_size`, `quantized_kv_start`,
             `prefill_step_size`, ..., as in `mlx_lm.stream_generate`.
 
@@ -153,7 +152,8 @@ def stream_generate(
 
     Raises:
         PromptError: if the prompt is empty or longer than the context.
-        BudgetError, SelectionError, PredictorError: as the parts raise them.
+        BudgetError: if the budget cannot be met.
+        SelectionError, PredictorError: if no selection can be made, or it does not fit the model.
         ModelBusyError: while another answer of the model is under way.
     """
     tokens = encode_prompt(tokenizer, prompt)
@@ -188,7 +188,7 @@ def answer(
     progress: Progress | None = None,
     **options: Any,
 ) -> Generator[GenerationResponse, None, None]:
-    """Compute one request and bring `history` up to date with it. See `stream_generate` for arguments and errors."""
+    """Compute one request and update `history`. See `stream_generate` for arguments and errors."""
     check_prompt(model, request.tokens)
     if max_tokens == 0 or max_tokens < -1:
         raise PromptError(f"max tokens is {max_tokens}; give a number above 0, or -1 for no limit")
@@ -203,12 +203,12 @@ def answer(
     except (IfpruneError, GeneratorExit):
         raise
     except BaseException:
-        history.clear(model)  # a model call may have died between two layers, whose caches are then out of step
+        history.clear(model)  # the model may have stopped between two layers, so their caches may not match
         raise
 
 
 class _Run:
-    """One answer under way: what was selected, what has been read, and how long it took."""
+    """One answer under way, with its counts and times."""
 
     def __init__(
         self,
@@ -225,7 +225,7 @@ class _Run:
         self.select_s = self.switch_s = self.prefill_s = self.decode_s = 0.0
 
     def select_and_switch(self) -> None:
-        """Find the selection, make it active, and cut the history back to what may be gone on from."""
+        """Find the selection, make it active, and cut the history back to the part that may be reused."""
         live, start = self.model.selection, time.perf_counter()
         try:
             selection = self._select()
@@ -239,12 +239,12 @@ class _Run:
             self.overlap = selection.overlap(live)
         usable = {DENSE if selection is None else selection.hash}
         if selection is not None and selection.selector == "activation":
-            usable.add(DENSE)  # the dense prefill that found it
+            usable.add(DENSE)  # the selector's own prefill
         self._rewind(usable if self.request.on_switch == REPREFILL else None)
         self.reused = len(self.history.tokens)
 
     def _select(self) -> Selection | None:
-        """The selection to compute the answer with; a selector's own dense prefill goes into the history."""
+        """The selection for the answer. A selector's own dense prefill becomes the history."""
         request, history = self.request, self.history
         if request.selector is None:
             return request.selection
@@ -256,21 +256,18 @@ class _Run:
         instruction = Instruction(request.instruction, tuple(request.tokens), base, self._report)
         selected = request.selector.select(instruction, request.keep)
         if selected.history is not None:
-            history.kv, history.tokens, history.spans = (
-                selected.history.kv,
-                selected.history.tokens,
-                selected.history.spans,
-            )
+            read = selected.history
+            history.kv, history.tokens, history.spans = read.kv, read.tokens, read.spans
         live, threshold = request.selection, request.switch_below
         if live is not None and threshold is not None and selected.selection.agreement(live) >= threshold:
             return live
         return selected.selection
 
     def _rewind(self, usable: set[str] | None) -> None:
-        """Cut the history back to what of the prompt may be gone on from; at least one token is left to read.
+        """Cut the history back to the part of the prompt that may be reused; at least one token is left to read.
 
         Args:
-            usable: what may have computed it, selections' hashes or `dense`; None for anything.
+            usable: keep only what these computed (selections' hashes or `dense`); None keeps everything.
         """
         tokens = self.request.tokens
         count = min(self.history.common_prefix(tokens), len(tokens) - 1)
@@ -292,7 +289,7 @@ class _Run:
         def on_prefill(done: int, total: int) -> None:
             # Entries for `done` tokens are complete in every layer when mlx-lm calls this.
             self.history.append(tokens[len(self.history.tokens) : self.reused + done], computed_by)
-            # At the end mlx-lm has read the first answer token too: cancelling waits until `history` has that one.
+            # At the end mlx-lm has already read the first answer token: do not cancel before `history` holds it.
             self._report(done, total, may_cancel=done < total)
 
         start = first = time.perf_counter()
@@ -321,7 +318,7 @@ class _Run:
                 if stop is not None:
                     return
         except IfpruneError:
-            self.history.clear(self.model)  # neurons could not be read: the layers' caches are out of step
+            self.history.clear(self.model)  # neurons could not be read: the layers' caches do not match
             raise
         finally:
             stream.close()

@@ -1,7 +1,7 @@
 """Loads an IFP checkpoint as an mlx-lm model whose FFNs can be switched between selections and dense.
 
-The module is mlx-lm's own class with its projection leaves replaced.
-One operation at a time has a model, in whatever thread (`ifprune_mlx.model_lock`); a second one raises.
+The module is mlx-lm's own class with its projection leaves replaced. One operation at a time may use a model
+(`ifprune_mlx.model_lock`); a second one raises.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from ifprune_mlx.checkpoint.neuron_reader import RowReader, read_rows
 from ifprune_mlx.checkpoint.safetensors_io import load_arrays
 from ifprune_mlx.errors import BudgetError, CheckpointError, reason_of
 from ifprune_mlx.model_lock import ModelLock, begin_worker
+from ifprune_mlx.selection.cache import SelectionCache
 from ifprune_mlx.selection.predictor import SparsityPredictor, load_predictor
 from ifprune_mlx.selection.selection import Scores, Selection
 from ifprune_mlx.sparse.ffn import SlicedProjection, replace_leaves
 from ifprune_mlx.sparse.slots import FFNSlots
 
-# Freed buffers that MLX may keep: a 64th of the memory. Its own limit is the machine's, which is no limit on a Mac that
-# does other things as well.
+# MLX may keep a 64th of the memory in freed buffers. Its own limit is the whole memory, too much on a Mac that is used.
 _CACHE_SHARE, _LEAST_CACHE = 64, 1 << 27
 _NOT_DENSE = (
     "no selection is active: with residency ssd, where not all neurons are in memory, give --selector learned or "
@@ -60,13 +60,13 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Switch:
-    """What making a selection active took.
+    """The cost of making a selection active.
 
     Attributes:
         seconds: wall time; in `ssd` residency reading goes on after it, while the first layers compute.
-        neurons: neurons that became active and were not.
-        missing: those of them that have to be read from the checkpoint.
-        bytes: bytes of weights written: what entered, and what made room for it where that stays in memory.
+        neurons: neurons that became active.
+        missing: how many of them have to be read from the checkpoint.
+        bytes: bytes of weights written, for neurons that enter and for those that move aside in memory.
         overlap: share of the new selection that was active before; None if the model was dense.
     """
 
@@ -80,24 +80,25 @@ class Switch:
 class Model:
     """A loaded IFP checkpoint.
 
-    It is callable like an mlx-lm model and has its `layers` and caches, so mlx-lm's own functions take it, or
-    `model.module`, as they take theirs.
+    It is callable like an mlx-lm model and has `layers` and `make_cache`, so mlx-lm's functions accept it, or
+    `model.module`.
 
-    Any thread may use it, one at a time: everything that `load` and an answer leave behind is computed, as MLX asks of
-    arrays that change threads. From its first token to its last an answer has the model to itself; `switch`, `close`, a
-    call of the model and another answer then raise ModelBusyError, in the same thread as well, and do no harm.
-    `Session.astream` waits for its turn instead. MLX's random numbers are seeded per thread (`mx.random.seed`).
+    Any thread may use it, one at a time. `load` and an answer leave only computed arrays behind, since MLX arrays may
+    not change threads before. An answer holds the model from its first token to its last: until then `switch`, `close`,
+    a call of the model and another answer raise ModelBusyError, in the same thread too, and change nothing.
+    `Session.astream` waits instead. MLX's random numbers are seeded per thread (`mx.random.seed`).
 
     Attributes:
-        checkpoint: what it was loaded from.
+        checkpoint: the checkpoint it was loaded from.
         module: the mlx-lm model, with sliced leaves.
-        tokenizer: the checkpoint's, if it was loaded with it.
+        tokenizer: the checkpoint's tokenizer, if `load` made the model.
         selection: the active selection; None while the model is dense.
+        selection_cache: selections made before; a new selector of this model uses it. At first in memory only.
         slots: the neurons of every FFN in memory.
-        down_leaves: the down projection of every FFN, whose observer sees its hidden activations.
+        down_leaves: the down projection of every FFN; its observer sees the FFN's hidden activations.
         lock: lets one operation at a time use the model; the module checks it before every call.
         residency: `ram`, or `ssd`: only active neurons are in memory, and the model cannot be dense.
-        memory: bytes that its weights may take, if that was limited when it was loaded.
+        memory: bytes that the weights may take; None if that was not limited.
     """
 
     def __init__(
@@ -112,47 +113,48 @@ class Model:
         float_bytes: int | None,
     ) -> None:
         self.checkpoint = checkpoint
+        self.module = module
+        self.slots = slots
+        self.down_leaves = down
+        self.lock = lock
         self.residency = residency
         self.memory = memory
+        self.tokenizer: TokenizerWrapper | None = None
+        self.selection: Selection | None = None
+        self.selection_cache = SelectionCache()
         self._float_bytes = float_bytes
         self._reading: ThreadPoolExecutor | None = None
         _limit.opened(self)
-        self.tokenizer: TokenizerWrapper | None = None
-        self.module = module
-        self.selection: Selection | None = None
-        self.down_leaves = down
-        self.slots = slots
-        self.lock = lock
 
     def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
-        """As the mlx-lm model: tokens int `[B, L]` (and `cache=`) -> logits `[B, L, vocabulary]`."""
+        """Call the mlx-lm model: tokens int `[B, L]` (and `cache=`) -> logits `[B, L, vocabulary]`."""
         logits: mx.array = self.module(*args, **kwargs)
         return logits
 
     @property
     def layers(self) -> Any:
-        """The decoder layers, as mlx-lm's caches want them."""
+        """The decoder layers; mlx-lm's cache functions use them."""
         return self.module.layers
 
     def make_cache(self) -> list[Any]:
-        """An empty cache as the family wants it; mlx-lm's `make_prompt_cache` asks for it."""
+        """An empty cache of the family's kind; mlx-lm's `make_prompt_cache` calls this."""
         cache: list[Any] = make_prompt_cache(self.module)
         return cache
 
     @property
     def config(self) -> dict[str, Any]:
-        """`config.json` as it stands."""
+        """The contents of `config.json`."""
         return self.checkpoint.config
 
     @property
     def dtype(self) -> mx.Dtype:
-        """Float type of what is not quantized."""
+        """Float type of the arrays that are not quantized."""
         arrays: dict[str, mx.array] = dict(tree_flatten(self.layers[0].parameters()))
         return next(array.dtype for array in arrays.values() if mx.issubdtype(array.dtype, mx.floating))
 
     @property
     def context_length(self) -> int | None:
-        """The most tokens that the model was made for, if its config says so."""
+        """The model's maximum number of tokens, if its config has one."""
         text = self.config.get("text_config", {})
         length = self.config.get("max_position_embeddings", text.get("max_position_embeddings"))
         return int(length) if length else None
@@ -192,7 +194,7 @@ class Model:
     def keep(
         self, density: float | None = None, active_parameters: int | None = None, memory: int | None = None
     ) -> tuple[int, ...]:
-        """*k* per FFN under a budget, by default the one it was loaded with; see `checkpoint.budget.resolve_keep`."""
+        """*k* per FFN under a budget, by default the model's own; see `checkpoint.budget.resolve_keep`."""
         return resolve_keep(
             self.checkpoint,
             density=density,
@@ -209,12 +211,12 @@ class Model:
     def switch(self, selection: Selection | None) -> Switch:
         """Make a selection active, or all neurons (None). Moves only the neurons that differ.
 
-        Outputs of the model that are still to be computed must be (`mx.eval`) before, or they see the new weights. In
-        `ssd` residency None leaves no neuron active, and the model has to be given a selection before it is called.
+        Compute the model's outputs (`mx.eval`) before, or they see the new weights. In `ssd` residency None leaves no
+        neuron active, and the model needs a selection before it is called.
 
         Raises:
             SelectionError: if the selection belongs to a model of another shape.
-            BudgetError: in `ssd` residency, if it takes more than the model's memory budget.
+            BudgetError: in `ssd` residency, if the selection needs more than the model's memory budget.
             ModelBusyError: if an answer is under way.
         """
         start = time.perf_counter()
@@ -228,19 +230,19 @@ class Model:
             overlap = selection.overlap(self.selection) if self.selection else None
             _synchronize()
             spare = self._spare_slots(selection) if self.residency == SSD else 0
-            # Until all layers are done no selection is active: an exception between two must not leave a mixture.
+            # No selection is active until all layers are done: an exception must not leave a mixture.
             self.selection = None
             for slots in self.slots:
                 slots.k = 0
             neurons = missing = written = 0
-            # Layer by layer, so that a scatter that has to copy holds one copy of one layer's array at most.
+            # Layer by layer, so that a scatter that copies holds at most one copy of one layer's array.
             for slots, ids in zip(self.slots, selection.ids, strict=True):
                 plan = slots.plan(ids, spare)
                 neurons += len(plan.leaving)
                 missing += len(plan.missing)
                 written += plan.rows_written * slots.row_bytes
                 if len(plan.missing):
-                    # In layer order, while the layers before compute: see `FFNSlots.wait`.
+                    # Rows are read in layer order, while earlier layers compute: see `FFNSlots.wait`.
                     slots.pending = self._reader().submit(slots.apply, plan)
                 else:
                     slots.apply(plan)
@@ -250,11 +252,7 @@ class Model:
             return Switch(time.perf_counter() - start, neurons, missing, written, overlap)
 
     def _spare_slots(self, selection: Selection) -> int:
-        """Slots of every FFN that the memory budget leaves for inactive neurons, in `ssd` residency.
-
-        Raises:
-            BudgetError: if the selection alone takes more.
-        """
+        """Slots per FFN that the memory budget leaves for inactive neurons. Raises BudgetError if it is exceeded."""
         if self.memory is not None:
             size = resident_bytes(self.checkpoint, SSD, selection.keep, self._float_bytes)
             if size > self.memory:
@@ -265,9 +263,9 @@ class Model:
         return spare_slots(self.checkpoint, self.memory, selection.keep, self._float_bytes)
 
     def first_layers_in_order(self, layers: int) -> None:
-        """Leave no selection active, and that many first FFNs dense in the source's order of neurons.
+        """Leave no selection active, and make that many first FFNs dense, in the source's order of neurons.
 
-        In that order what they compute does not depend on earlier selections, not even in its last digits.
+        In that order their output does not depend on earlier selections, not even in its last digits.
 
         Raises:
             ModelBusyError: if an answer is under way.
@@ -284,9 +282,9 @@ class Model:
         return self._reading
 
     def close(self) -> None:
-        """Give the weights and MLX's cache back; the model cannot be used afterwards.
+        """Free the weights and MLX's cache; the model cannot be used afterwards.
 
-        The last of several open models also gives back the cache limit that MLX had before the first.
+        Closing the last open model restores the cache limit that MLX had before the first.
 
         Raises:
             ModelBusyError: if an answer is under way.
@@ -322,17 +320,17 @@ def load(
     """Load an IFP checkpoint and its tokenizer, as `mlx_lm.load` does a plain one. The model starts dense.
 
     Args:
-        path_or_repo: folder, hub id, or a checkpoint that was opened.
+        path_or_repo: folder, hub id, or an opened checkpoint.
         dtype: float type to cast the weights to; None keeps the checkpoint's.
-        residency: `ram` keeps every neuron in memory, `ssd` only the active ones; None takes `ssd` only where `memory`
-            asks for it.
-        memory: bytes that the weights may take. In `ssd` residency what is left keeps the neurons selected most often.
+        residency: `ram` keeps every neuron in memory, `ssd` only the active ones; None takes `ssd` only if `memory`
+            requires it.
+        memory: bytes that the weights may take. In `ssd` residency the rest holds the neurons selected most often.
         trust_remote_code: let the tokenizer run code that comes with the checkpoint.
         progress: called with (FFNs loaded, FFNs).
 
     Raises:
         CheckpointError: if the checkpoint is damaged or not one, naming the file and what to do.
-        BudgetError: if its weights are more than the machine's memory, or than `memory`.
+        BudgetError: if the weights exceed the machine's memory, or `memory`.
     """
     checkpoint = (
         path_or_repo
@@ -377,13 +375,13 @@ def load_checkpoint(
             return array.astype(dtype) if array.dtype in floats and may_cast(name) else array
 
         module.update(tree_map_with_path(cast, module.parameters()))
-    # All of it, not only its parameters: rope tables are none, and another thread could not compute them later.
+    # The whole module: rope tables are not parameters, and another thread could not compute them later.
     mx.eval(module)
     return Model(checkpoint, module, slots, leaves, lock, residency, memory, None if dtype is None else dtype.size)
 
 
 def limit_cache() -> tuple[int, int]:
-    """Let MLX keep no more than a share of this machine's memory in freed buffers; returns the limit before and now."""
+    """Limit the freed buffers that MLX keeps to a share of the memory; returns the limit in bytes before and now."""
     limit = max(physical_memory() // _CACHE_SHARE, _LEAST_CACHE)
     before = mx.set_cache_limit(limit)
     if before < limit:
@@ -392,18 +390,18 @@ def limit_cache() -> tuple[int, int]:
 
 
 class _Limit:
-    """MLX's cache limit, one for all models of a process: lowered while any is open, in whatever order they close."""
+    """MLX's cache limit, which all models of a process share: it is lowered while any of them is open."""
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._open: weakref.WeakSet[Model] = weakref.WeakSet()  # one that is dropped unclosed holds nothing up
+        self._open: weakref.WeakSet[Model] = weakref.WeakSet()  # a model that is dropped unclosed leaves it
         self._before: int | None = None
         self._lowered = 0
 
     def opened(self, model: Model) -> None:
         with self._lock:
             before, now = limit_cache()
-            # After models that were dropped unclosed, a limit that is not theirs is the user's.
+            # If all models were dropped unclosed, a limit other than ours is the user's.
             if self._before is None or (not self._open and before != self._lowered):
                 self._before = before
             self._lowered = now
@@ -421,7 +419,7 @@ _limit = _Limit()
 
 
 def _synchronize() -> None:
-    """Wait for what is under way on the streams that mlx-lm computes answers on."""
+    """Wait for the streams on which mlx-lm computes answers."""
     mx.synchronize()
     mx.synchronize(generation_stream)
 
@@ -438,7 +436,7 @@ def _load_module(
             """The family's own class; its projections are replaced before any weight is loaded."""
 
             def __init__(self, args: Any) -> None:
-                nn.Module.__init__(self)  # which recurrent_gemma's class leaves out
+                nn.Module.__init__(self)  # recurrent_gemma's class does not call it
                 super().__init__(args)
                 for spec, ffn_slots in zip(layout.ffns, slots, strict=True):
                     leaves.append(replace_leaves(self, spec, ffn_slots, layout.gate_up, layout.down))
@@ -451,9 +449,9 @@ def _load_module(
                 return super().__call__(*args, **kwargs)
 
             def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-                """The weights as they are: a checkpoint holds them as the family's own `sanitize` left them."""
-                # It is called for what it does to the model itself, such as dropping a tied output layer; that it may
-                # miss the weights of FFNs, which are elsewhere, does not matter.
+                """The weights unchanged: the family's own `sanitize` ran when the checkpoint was converted."""
+                # It still runs for its effect on the model, such as dropping a tied output layer. It may fail over the
+                # weights of FFNs, which are not here; that does not matter.
                 with suppress(Exception):
                     super().sanitize({name: mx.zeros(array.shape, array.dtype) for name, array in weights.items()})
                 return weights
@@ -463,7 +461,7 @@ def _load_module(
     try:
         module, _ = load_model(checkpoint.path, get_model_classes=classes)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, OSError) as exc:
-        if "alloc" in str(exc).lower():  # out of memory, and no fault of the files
+        if "alloc" in str(exc).lower():  # out of memory is no fault of the files
             raise
         raise CheckpointError(
             f"{checkpoint.path}: mlx-lm cannot build the model ({reason_of(exc)}); its files do not belong together, "
@@ -479,7 +477,7 @@ def _load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool) -> Tokenize
             {"trust_remote_code": trust_remote_code},
             eos_token_ids=checkpoint.config.get("eos_token_id"),
         )
-    except Exception as exc:  # transformers raises whatever its parsers do
+    except Exception as exc:  # transformers' parsers raise many types
         raise CheckpointError(
             f"{checkpoint.path}: the tokenizer cannot be loaded ({reason_of(exc)}); convert the source again"
         ) from None

@@ -1,8 +1,7 @@
-"""The lock of one model: one operation at a time, from whichever thread or task it comes.
+"""The lock of one model: one operation at a time, from any thread or task.
 
-MLX has one set of streams per thread: an array that has been computed may be used in any thread, one that is still to
-be computed only in the thread that described it. So an operation stays in one thread from its first step to its last,
-and leaves only computed arrays behind.
+MLX has one set of streams per thread. A computed array may be used in any thread, a lazy one only in the thread that
+made it. So an operation stays in one thread, and leaves only computed arrays behind.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class ModelBusyError(IfpruneError):
 
 
 class _Streams:
-    """MLX's streams of one thread; MLX asks for a `clear_streams` in each thread before it ends."""
+    """MLX's streams of one thread; MLX requires a `clear_streams` in each thread before it ends."""
 
     def __del__(self) -> None:
         mx.clear_streams()
@@ -37,14 +36,14 @@ _thread = threading.local()
 
 
 def begin_worker() -> None:
-    """What a thread that uses MLX begins with; an initializer for executors."""
-    _thread.streams = _Streams()  # goes when the thread does, in it, whether by `close` or at the end of the program
+    """Initializer for executors whose threads use MLX."""
+    _thread.streams = _Streams()  # deleted in this thread when it ends, by `close` or at the end of the program
 
 
 class Operation(Iterator[Step], Generic[Step]):
     """The steps of one operation, for the thread that begins it: mlx-lm holds that thread's stream between them.
 
-    It has the model from its first step to its last, or until it is closed or dropped. Reading or closing it from
+    It holds the model from its first step to its last, or until it is closed or dropped. Reading or closing it in
     another thread raises ModelBusyError and changes nothing.
     """
 
@@ -58,7 +57,7 @@ class Operation(Iterator[Step], Generic[Step]):
             if self._holder is None and self._lock.running != threading.get_ident():
                 self._holder = self._lock.take()
             self._thread = threading.get_ident()
-        if self._holder is None:  # a part of the operation whose step this is, or over
+        if self._holder is None:  # it runs within a step of another operation, or it has ended
             return next(self._steps)
         self._lock.running = self._thread
         try:
@@ -100,11 +99,11 @@ class Operation(Iterator[Step], Generic[Step]):
 class ModelLock:
     """The lock of one model. An operation holds it from its first step to its last, between the steps as well.
 
-    Its methods may be called from any thread; what comes at the wrong time raises and changes nothing. Operations of
-    `in_worker` wait for each other instead, first come, first served.
+    Its methods may be called from any thread. A call at the wrong time raises and changes nothing; operations of
+    `in_worker` and `in_turn` wait in line instead.
 
     Attributes:
-        running: the thread in a step of the operation that has the model; None between two steps.
+        running: the thread that runs a step of the current operation; None between two steps.
     """
 
     def __init__(self) -> None:
@@ -115,7 +114,7 @@ class ModelLock:
         self._executor: ThreadPoolExecutor | None = None
 
     def check(self) -> None:
-        """Raise ModelBusyError if an operation is under way, unless this call comes from within its step."""
+        """Raise ModelBusyError if an operation is under way, unless one of its steps makes this call."""
         if self._holder is not None and self.running != threading.get_ident():
             raise ModelBusyError(
                 "the model is busy with an answer; read that to its end or close it first, or ask with "
@@ -124,7 +123,7 @@ class ModelLock:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Have the model for one call: as part of the operation whose step this is, or as one of its own.
+        """Hold the model for one call: as part of the current step, or as an operation of its own.
 
         Raises:
             ModelBusyError: if another operation is under way.
@@ -141,7 +140,7 @@ class ModelLock:
             self.release(holder)
 
     def during(self, steps: Generator[Step, None, None]) -> Operation[Step]:
-        """The same steps as one operation, which begins with the first of them and ends with the last or a `close`.
+        """Make the steps one operation, from the first step to the last one or to `close`.
 
         Raises:
             ModelBusyError: at the first step, if another operation is under way.
@@ -151,14 +150,11 @@ class ModelLock:
     async def in_worker(
         self, steps: Generator[Step, None, None], stop: Callable[[], None]
     ) -> AsyncGenerator[Step, None]:
-        """The same steps as one operation in the model's worker thread, one at each `await`; waits for its turn.
+        """Run the steps as one operation in the model's worker thread, one at each `await`, after waiting in line.
 
         Args:
-            steps: yields no None.
-            stop: called when the reader has gone, perhaps while a step is under way; makes that step end soon.
-
-        Raises:
-            Exception: what a step raises.
+            steps: must not yield None. Its exceptions are raised here.
+            stop: called when the reader has gone, perhaps during a step; makes that step end soon.
         """
         operation = Operation(self, steps, await self._turn())
         worker = self._worker()
@@ -167,17 +163,17 @@ class ModelLock:
                 yield step
         finally:
             stop()
-            # Runs after the step under way, and to its end also if the task is cancelled once more.
+            # Runs after the current step, and completes even if the task is cancelled again.
             await asyncio.shield(asyncio.wrap_future(worker.submit(operation.close)))
 
     def in_turn(self, work: Callable[[], None], after: Callable[[], None]) -> Future[object]:
-        """Call `work` in the model's worker thread when its turn comes; the model is its own until it returns.
+        """Wait in line, then call `work` in the model's worker thread; it holds the model until it returns.
 
         Args:
-            after: called, in the same thread, when the model has been given on.
+            after: called in the same thread, after the model has been released.
 
         Returns:
-            Its place in line. A `cancel` that succeeds calls both off.
+            The place in line. If its `cancel` succeeds, neither is called.
         """
         place = self._place()
 
@@ -205,7 +201,7 @@ class ModelLock:
             executor.shutdown()
 
     def take(self) -> object:
-        """Have the model until `release` is called with what this returns.
+        """Hold the model until `release` is called with the holder that this returns.
 
         Raises:
             ModelBusyError: if another operation is under way.
@@ -216,7 +212,7 @@ class ModelLock:
             return holder
 
     def release(self, holder: object) -> None:
-        """Give the model to the first in line; nothing if `holder` does not have it."""
+        """Pass the model to the first in line; does nothing if `holder` does not hold it."""
         given: Future[object] | None = None
         with self._lock:
             if self._holder is not holder:
@@ -231,7 +227,7 @@ class ModelLock:
             given.set_result(following)
 
     def _place(self) -> Future[object]:
-        """A place in line, whose result is the holder to be; done already if nobody has the model."""
+        """A place in line; its result is the new holder, at once if the model is free."""
         place: Future[object] = Future()
         with self._lock:
             if self._holder is not None:
@@ -249,7 +245,7 @@ class ModelLock:
         try:
             return await asyncio.wrap_future(place)
         except asyncio.CancelledError:
-            if not place.cancel():  # the turn came at the same moment: give it to the next one
+            if not place.cancel():  # the model came at the same moment: pass it on
                 place.add_done_callback(lambda given: self.release(given.result()))
             raise
 

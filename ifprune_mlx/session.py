@@ -1,7 +1,7 @@
-"""A conversation: turns, when to select anew, and what happens to the history then.
+"""A conversation: its messages, its selection, and its history.
 
-Policies: `first` (the paper: the first human message decides, and the selection stays), `turn` (every message selects),
-`auto` (every message selects, but a selection that agrees enough with the live one changes nothing), `task` (fixed).
+Policies: `first` (the paper: the first human message selects, and the selection stays), `turn` (every message selects),
+`auto` (every message selects, but the model switches only if the two selections agree too little), `task` (fixed).
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from ifprune_mlx.selection.selectors import Selector, make_selector
 
 POLICIES = ("first", "turn", "auto", "task")
 _FILE_FORMAT = 1
-# From here on an answer loses next to nothing on another message's selection (docs/performance.md).
+# At this agreement an answer loses almost nothing on another message's selection (docs/performance.md).
 SWITCH_BELOW = 0.75
 
 
 class Session:
     """One chat with one model.
 
-    Several sessions may share a model, and any thread may use them, one answer at a time: see `Model`. While an answer
-    of this one is under way, only `cancel`, `save` and its attributes may be used; what would change it raises
+    Several sessions may share a model, and any thread may use them, one answer at a time: see `Model`. During an answer
+    of this session only `cancel`, `save`, and reading its attributes are allowed; methods that would change it raise
     ModelBusyError.
 
     Args:
@@ -47,18 +47,18 @@ class Session:
         selection: a fixed selection; required for policy `task`, and implies it.
         dense: begin with all neurons active.
         density, active_parameters, memory: the budget; see `ifprune_mlx.checkpoint.budget.resolve_keep`.
-        on_switch: after a switch, `reprefill` recomputes the history (exact), `keep` goes on from it (fast).
-        switch_below: the agreement (`Selection.agreement`) under which policy `auto` switches.
-        system_prompt: put before the first message.
+        on_switch: after a switch, `reprefill` recomputes the history (exact), `keep` continues from it (fast).
+        switch_below: policy `auto` switches if the agreement (`Selection.agreement`) is below this.
+        system_prompt: comes before the first message.
         max_kv_size: as in mlx-lm.
         options: passed to mlx-lm's generation: `sampler`, `logits_processors`, `kv_bits`, `prefill_step_size`, ...
 
     Attributes:
         messages: the conversation so far, without the system prompt.
-        selection: what it has selected, or was given; None before the first answer.
-        keep: *k* per FFN that the next selection will have.
-        history: tokens read, their KV cache and its provenance.
-        stats: of the last answer.
+        selection: the current or fixed selection; None before the first answer.
+        keep: *k* per FFN of the next selection.
+        history: the tokens read, with their KV cache and its provenance.
+        stats: the last answer's.
 
     Raises:
         IfpruneError: on an unknown policy or selector, or a budget that cannot be met.
@@ -113,8 +113,8 @@ class Session:
     ) -> Operation[GenerationResponse]:
         """Answer one user message, token by token, in the thread that reads it; `close` ends the answer early.
 
-        The message and the answer join `messages` when the answer ends, is cancelled, or its consumer stops; a message
-        that is cancelled before the first token, or cannot be answered (an error), leaves the conversation as it was.
+        The message and the answer join `messages` when the answer ends, is cancelled, or its reader stops. If it is
+        cancelled before the first token, or an error is raised, the conversation stays as it was.
 
         Raises:
             PromptError: if the message is empty or the conversation no longer fits the context.
@@ -125,38 +125,37 @@ class Session:
     def astream(
         self, text: str, *, max_tokens: int = 256, progress: Progress | None = None
     ) -> AsyncGenerator[GenerationResponse, None]:
-        """As `stream`, for asyncio: the answer is computed in the model's worker thread, the event loop stays free.
+        """Like `stream`, for asyncio: the model's worker thread computes the answer, and the event loop stays free.
 
-        A token is computed when it is asked for, and MLX has the next one under way by then, never more. Answers of one
-        model wait for each other, first come, first served, across sessions and event loops, but not for a `stream`.
-        Cancelling the task, or `aclose`, ends the answer after the token in work and gives the model on; after leaving
-        the loop early call `aclose` (or use `contextlib.aclosing`), else the model is busy until the event loop does.
+        Each token is computed when the reader awaits it; MLX works at most one token ahead. Answers of one model wait
+        for each other in order, across sessions and event loops, but not for a `stream`. Cancelling the task, or
+        `aclose`, ends the answer after the current token and frees the model. If you leave the loop early, call
+        `aclose` (or use `contextlib.aclosing`), or the model stays busy until the event loop closes the generator.
 
         Args:
-            progress: called in the worker thread. So are the session's sampler and logits processors, whose random
-                numbers MLX seeds per thread.
+            progress: called in the worker thread, like the session's sampler and logits processors. MLX seeds random
+                numbers per thread.
 
         Raises:
-            PromptError: as `stream`.
+            PromptError: see `stream`.
         """
         stop = threading.Event()
         return self.model.lock.in_worker(self._answer(text, max_tokens, progress, stop), stop.set)
 
     def ask(self, text: str, **kwargs: Any) -> str:
-        """The whole answer to one message; takes what `stream` takes."""
+        """The whole answer to one message; takes the arguments of `stream`."""
         return "".join(response.text for response in self.stream(text, **kwargs))
 
     def cancel(self) -> None:
-        """End the answer under way after the token in work; what was said stays in the conversation.
+        """End the current answer after the current token; its text so far stays in the conversation.
 
-        May be called from any thread. An `astream` that waits for its turn is ended by cancelling its task.
+        May be called from any thread. To end an `astream` that still waits for the model, cancel its task.
         """
-        stop = self._stop
-        if stop is not None:
+        if (stop := self._stop) is not None:
             stop.set()
 
     def reset(self) -> None:
-        """Forget the conversation; the next message selects anew."""
+        """Forget the conversation; the next message selects again."""
         self._check_idle()
         self.messages = []
         self.history = History.empty(self.model, self._max_kv_size)
@@ -166,7 +165,7 @@ class Session:
             self.selection = None
 
     def reselect(self, instruction: str | None = None) -> None:
-        """Select anew at the next message: by it, or by the given instruction."""
+        """Select again at the next message, by that message or by the given instruction."""
         self._check_idle()
         if self.policy == "task":
             raise IfpruneError(
@@ -176,7 +175,7 @@ class Session:
         self._instruction = instruction
 
     def use(self, selection: Selection) -> None:
-        """Go on with a given selection (policy `first`: it stays; otherwise until the next message selects)."""
+        """Use this selection: with policy `first` for good, otherwise until the next message selects."""
         self._check_idle()
         self.model.check(selection)
         self.selection = selection
@@ -185,7 +184,7 @@ class Session:
     def set_budget(
         self, density: float | None = None, active_parameters: int | None = None, memory: int | None = None
     ) -> None:
-        """Change the budget; the next message chooses anew, by the instruction that chose before."""
+        """Change the budget. The next message selects again; with policy `first`, by the same instruction as before."""
         self._check_idle()
         if self.policy == "task":
             raise IfpruneError("the selection is fixed in this conversation, and its density with it")
@@ -195,7 +194,7 @@ class Session:
             self._instruction = None
 
     def save(self, path: str | Path) -> None:
-        """Write the conversation as JSON: messages, settings and the selection. The KV cache is computed again on load.
+        """Write messages, settings and the selection as JSON. After `load` the KV cache is computed again.
 
         Raises:
             ChatFileError: if the file cannot be written.
@@ -216,10 +215,10 @@ class Session:
         write_atomic(Path(path), lambda file: file.write_text(text, encoding="utf-8"), ChatFileError)
 
     def load(self, path: str | Path) -> None:
-        """Go on with a saved conversation; this one is forgotten. A file that cannot be read changes nothing.
+        """Replace this conversation by a saved one. If the file cannot be read, nothing changes.
 
         Raises:
-            ChatFileError: if it is missing, damaged, or belongs to another checkpoint.
+            ChatFileError: if the file is missing, damaged, or belongs to another checkpoint.
         """
         self._check_idle()
         path = Path(path)
@@ -262,7 +261,7 @@ class Session:
     def _answer(
         self, text: str, max_tokens: int, progress: Progress | None, stop: threading.Event
     ) -> Generator[GenerationResponse, None, None]:
-        """What `stream` says, as one operation of `ModelLock`; `stop` ends it early."""
+        """The steps of `stream`, for one operation of `ModelLock`; `stop` ends them early."""
         if not text.strip():
             raise PromptError("the message is empty; write something to answer")
         user = {"role": "user", "content": text}
@@ -283,7 +282,7 @@ class Session:
             )
             for response in responses:
                 said += response.text
-                # Cancelled before the first token, the model may still have what an earlier conversation made active.
+                # If it is cancelled before the first token, the model may still have another session's selection.
                 answered = response.generation_tokens > 0
                 if response.stats is not None:
                     self.stats = response.stats
@@ -307,12 +306,12 @@ class Session:
     def _request(self, text: str, messages: list[dict[str, str]]) -> GenerationRequest:
         tokens = render_messages(self.tokenizer, messages)
         selecting = not self.dense and (self.selection is None or self.policy in ("turn", "auto"))
-        # Without a selection but with an instruction, a budget change or `reselect` said what to select by.
-        instruction = text if self.selection is not None or self._instruction is None else self._instruction
+        kept = text if self._instruction is None else self._instruction
         if not selecting:
             selection = None if self.dense else self.selection
-            kept = self._instruction if self._instruction is not None else text
             return GenerationRequest(tokens, kept, None, selection, self.keep, self.on_switch)
+        # There is an instruction but no selection after `reselect` and after a budget change.
+        instruction = kept if self.selection is None else text
         threshold = self.switch_below if self.policy == "auto" else None
         return GenerationRequest(
             tokens, instruction, self._selector, self.selection, self.keep, self.on_switch, threshold
@@ -320,7 +319,7 @@ class Session:
 
 
 def _pack(selection: Selection) -> dict[str, Any]:
-    """A selection as JSON: per FFN a bit mask in base64."""
+    """A selection for JSON: per FFN a bit mask in base64."""
     masks = []
     for ids, width in zip(selection.ids, selection.widths, strict=True):
         mask = np.zeros(width, dtype=bool)

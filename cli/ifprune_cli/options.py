@@ -227,7 +227,6 @@ class Selecting:
         """
         from ifprune_mlx.errors import IfpruneError
         from ifprune_mlx.selection.cache import SelectionCache
-        from ifprune_mlx.selection.selectors import use_selection_cache
 
         if self.select_window is not None:
             if model.predictor is None:
@@ -237,7 +236,7 @@ class Selecting:
                 )
             model.predictor.window = self.select_window
         if self.selection_cache is not None:
-            use_selection_cache(model, SelectionCache(self.selection_cache))
+            model.selection_cache = SelectionCache(self.selection_cache)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from ifprune_mlx.generation import stream_generate
 from ifprune_mlx.model import Model, Progress
 from ifprune_mlx.selection.cache import SelectionCache
 from ifprune_mlx.selection.selection import Selection
-from ifprune_mlx.selection.selectors import Instruction, Selector, make_selector, selection_cache, use_selection_cache
+from ifprune_mlx.selection.selectors import Instruction, Selector, make_selector
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -233,12 +233,11 @@ def time_answers(
     turns = zip_longest(*([(domain, example) for example in examples] for domain, examples in data.items()))
     examples = [pair for turn in turns for pair in turn if pair is not None][:count]
     result: list[Timing] = []
-    usual = selection_cache(model)
-    use_selection_cache(model, SelectionCache(entries=0))
+    usual, model.selection_cache = model.selection_cache, SelectionCache(entries=0)
     try:
         uncached = make_selector(model, selector, seed=seed)
     finally:
-        use_selection_cache(model, usual)
+        model.selection_cache = usual
     for number, (domain, example) in enumerate([examples[-1], *examples]):
         *_, last = stream_generate(
             model,

@@ -2,11 +2,11 @@
 
     instruction -> chat template -> backbone -> pooled hidden state [d] -> head1 [r, d] -> head2 [neurons, r] -> scores
 
-A predictor folder is an mlx-lm model folder (the backbone and its tokenizer) with `head.safetensors` beside; or that
-file alone, if the backbone is the first layers of the model itself.
+A predictor folder is an mlx-lm model folder (the backbone and its tokenizer) that also holds `head.safetensors`; or it
+holds only that file, if the backbone is the first layers of the model itself.
 
-Of a long instruction only a window is read: the paper's backbone has 302M parameters, and reading a prompt of 1,000
-tokens whole costs a tenth of what a sliced model of 3B needs to prefill it.
+A long instruction is cut to a window: the paper's backbone has 302M parameters, and reading 1,000 tokens with it costs
+a tenth of their prefill by a sliced model of 3B.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from ifprune_mlx.errors import PredictorError, reason_of
 from ifprune_mlx.selection.selection import Scores
 
 SELECT_WINDOW = 256
-"""The most tokens that a predictor reads, its chat template's own included, unless it is told otherwise."""
-# Heads with a quantized second layer are of format 2; others stay readable for releases that know only format 1.
+"""Default for the most tokens that a predictor reads, including those of its chat template."""
+# Format 2 is for heads with a quantized second layer; releases that know only format 1 can read all others.
 _FLOAT_FORMAT, _PACKED_FORMAT = 1, 2
 _TENSORS = {
     "head1.weight": "first",
@@ -67,9 +67,9 @@ class Head:
         widths: `d_ffn` of every FFN.
         pooling: `last` token's hidden state (the paper's), `mean` over tokens, or `both` (last, then mean).
         activation: between the layers; the authors' released code has none.
-        layers: the backbone is that many first layers of the model itself, run dense; None for a backbone of its own.
+        layers: the backbone is this many first layers of the model itself, run dense; None for a separate backbone.
         quantization: how `second` is packed along r, as uint32 `[neurons, r * bits / 32]`; None for floats.
-        second_scales, second_offsets: of its groups, `[neurons, r / group_size]`; None for floats. (`mx.quantize` calls
+        second_scales, second_offsets: `[neurons, r / group_size]`, one per group; None for floats. (`mx.quantize` calls
             the offsets biases.)
     """
 
@@ -115,12 +115,12 @@ class Head:
             raise PredictorError(f"the scales and biases of a quantized head2 must both be {list(shape)}")
 
     def quantized(self, bits: int) -> Head:
-        """The head with its second layer packed with so many bits, or fewer if it is already.
+        """The head with its second layer packed to `bits` (4 or 8), unchanged if it has no more already.
 
-        It is nearly all of a head, and read as a whole for every selection.
+        That layer is nearly the whole head, and every selection reads all of it.
 
         Raises:
-            PredictorError: if r is no multiple of a group, or there is no such number of bits.
+            PredictorError: for other bits, or if r is no multiple of a group.
         """
         if self.quantization is not None and self.quantization.bits <= bits:
             return self
@@ -136,7 +136,7 @@ class Head:
         return replace(head, second=second, quantization=packing, second_scales=scales, second_offsets=offsets)
 
     def unpacked(self) -> Head:
-        """The head with its second layer as floats, which is what training needs."""
+        """The head with its second layer as floats, for training."""
         if self.quantization is None:
             return self
         assert self.second_scales is not None
@@ -162,7 +162,7 @@ class Head:
         """The last token's hidden state and their mean `[n, 2 d]` -> scores of all neurons, float32 `[n, neurons]`."""
         width = features.shape[1] // 2
         pooled = {"last": features[:, :width], "mean": features[:, width:], "both": features}[self.pooling]
-        # This way round one instruction takes a matrix-vector product, which OpenBLAS computes faster.
+        # In this order a single instruction takes a matrix-vector product, which OpenBLAS computes faster.
         inner = (self.first.astype(mx.float32) @ pooled.T).T
         if self.first_bias is not None:
             inner = inner + self.first_bias
@@ -175,12 +175,12 @@ class Head:
             assert self.second_scales is not None
             packing = self.quantization.to_dict()
             return mx.quantized_matmul(inner, self.second, self.second_scales, self.second_offsets, **packing)
-        # In pieces: of a 9B model, the whole of `second` in float32 is 0.7 GB.
+        # In pieces: the whole `second` of a 9B model takes 0.7 GB in float32.
         rows = (self.second[start : start + _ROWS] for start in range(0, self.second.shape[0], _ROWS))
         return mx.concatenate([piece.astype(mx.float32) @ inner.T for piece in rows]).T
 
     def save(self, path: Path) -> None:
-        """Write `head.safetensors`, its settings as metadata."""
+        """Write the tensors as safetensors, with the settings as metadata."""
         named = {name: getattr(self, attribute) for name, attribute in _TENSORS.items()}
         tensors = {name: array for name, array in named.items() if array is not None}
         settings: dict[str, Any] = {
@@ -197,11 +197,7 @@ class Head:
 
     @classmethod
     def load(cls, path: Path) -> Head:
-        """Read what `save` wrote.
-
-        Raises:
-            PredictorError: naming the file.
-        """
+        """Read a file of `save`. Raises PredictorError, naming the file."""
         header = read_safetensors_header(path, PredictorError)
         try:
             settings = json.loads(header.metadata[PREDICTOR_SETTINGS])
@@ -237,7 +233,7 @@ class SparsityPredictor:
     """Backbone, tokenizer and head.
 
     Attributes:
-        window: the most tokens that it reads of an instruction; see `instruction_tokens`. It may be set at any time.
+        window: the most tokens that it reads of an instruction; see `instruction_tokens`. May be changed at any time.
     """
 
     def __init__(
@@ -253,6 +249,7 @@ class SparsityPredictor:
         self.tokenizer = tokenizer
         self.head = head
         self.window = window
+        self._last: tuple[str, int, list[int]] | None = None
         self._context_length = context_length
         self._where = "" if folder is None else f"{folder}: "
         width = hidden_states(backbone, mx.array([[0]]), head.layers).shape[-1]
@@ -264,10 +261,7 @@ class SparsityPredictor:
 
     @classmethod
     def load(cls, folder: str | Path, *, select_window: int = SELECT_WINDOW) -> SparsityPredictor:
-        """Load the folder of a predictor with a backbone of its own.
-
-        Args:
-            select_window: its `window`.
+        """Load a predictor folder that holds its backbone; `select_window` becomes `window`.
 
         Raises:
             PredictorError: naming the file, if something is missing or does not fit.
@@ -290,13 +284,17 @@ class SparsityPredictor:
 
     def tokens(self, text: str) -> list[int]:
         """The instruction as the backbone reads it; see `instruction_tokens`."""
-        return instruction_tokens(self.tokenizer, text, self._context_length, self.window)
+        # A selection cache needs the tokens for its key, and `scores` needs them again on a miss: keep the last ones.
+        last, window = self._last, self.window
+        if last is None or last[:2] != (text, window):
+            tokens = instruction_tokens(self.tokenizer, text, self._context_length, window)
+            self._last = last = (text, window, tokens)
+        return last[2]
 
     def scores(self, text: str) -> list[Scores]:
-        """Score every neuron for an instruction: one forward pass with no output layer and no KV cache, read back once.
+        """Scores of all neurons for an instruction, per FFN float32 `[d_ffn]`, in the source's neuron order.
 
-        Returns:
-            Per FFN, float32 `[d_ffn]`, in the source's neuron order.
+        It takes one forward pass, without an output layer or a KV cache.
 
         Raises:
             PredictorError: if the instruction has no tokens or a score is not a number.
@@ -307,8 +305,7 @@ class SparsityPredictor:
             raise PredictorError(
                 f"{self._where}the predictor's scores contain NaN or infinity; its weights are damaged, convert again"
             )
-        bounds = np.cumsum(self.head.widths)[:-1]
-        return list(np.split(flat, bounds))
+        return list(np.split(flat, np.cumsum(self.head.widths)[:-1]))
 
 
 def load_predictor(
@@ -317,8 +314,8 @@ def load_predictor(
     """Load a predictor folder of either kind.
 
     Args:
-        model, tokenizer, context_length: of the model it selects for, whose first layers may be its backbone; it must
-            be dense whenever these score.
+        model, tokenizer, context_length: belong to the model it selects for. If that model's first layers are the
+            backbone, they must be dense whenever the predictor scores.
         widths: `d_ffn` of that model's FFNs.
 
     Raises:
@@ -333,10 +330,10 @@ def load_predictor(
 
 
 def load_backbone(folder: Path) -> tuple[nn.Module, TokenizerWrapper, int | None]:
-    """Load a backbone of its own: an mlx-lm model folder, of which an output layer is left unread.
+    """Load a backbone from an mlx-lm model folder, without its output layer.
 
     Returns:
-        The inner model, its tokenizer, and the most tokens that it was made for, if its config says so.
+        The inner model, its tokenizer, and its context length in tokens, if its config has one.
 
     Raises:
         PredictorError: naming the folder or the file, if something is missing or damaged.
@@ -354,7 +351,7 @@ def load_backbone(folder: Path) -> tuple[nn.Module, TokenizerWrapper, int | None
         tokenizer = load_tokenizer(folder, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id"))
     except PredictorError as exc:
         raise PredictorError(f"{folder}: {exc}") from None
-    except Exception as exc:  # mlx-lm and transformers raise whatever their parsers do
+    except Exception as exc:  # the parsers of mlx-lm and transformers raise many types
         raise PredictorError(
             f"{folder}: the backbone cannot be loaded ({reason_of(exc)}); download or export its folder again"
         ) from None
@@ -367,14 +364,14 @@ def instruction_tokens(
 ) -> list[int]:
     """An instruction as a backbone reads it, at inference and in training: in its chat template, if it has one.
 
-    Of an instruction that is too long, the middle is left out: what the template puts around it stays whole, and the
-    rest of the tokens are evenly its head and its tail.
+    If it is too long, its middle is cut out. The template's tokens stay, and the beginning and the end of the
+    instruction share the room evenly.
 
     Args:
-        context_length, window: the most tokens, the template's own included; the smaller counts.
+        context_length, window: limits in tokens, including the template's own; the smaller counts.
 
     Raises:
-        PredictorError: if it has no tokens, or the template leaves no room for any.
+        PredictorError: if the instruction has no tokens, or the template leaves no room for any.
     """
     ids = _rendered(tokenizer, text)
     if not ids:
@@ -383,7 +380,7 @@ def instruction_tokens(
     if len(ids) <= limit:
         return ids
     words = text.strip()
-    # A message that neither begins nor ends as this one does shows where it lies in the template.
+    # Rendering a message with another first and last letter shows where the message lies in the template.
     other = next(letter for letter in "xyz" if not words.startswith(letter) and not words.endswith(letter))
     before, after = _shared_ends(ids, _rendered(tokenizer, other))
     room = limit - before - after
@@ -402,7 +399,7 @@ def _rendered(tokenizer: TokenizerWrapper, text: str) -> list[int]:
 
 
 def _shared_ends(ids: Sequence[int], other: Sequence[int]) -> tuple[int, int]:
-    """How many tokens two renderings begin with and end with alike: those of the template around the message."""
+    """Lengths of the common beginning and the common end of two renderings: the template around the message."""
     shorter = min(len(ids), len(other))
     before = next((i for i in range(shorter) if ids[i] != other[i]), shorter)
     after = next((i for i in range(shorter - before) if ids[-1 - i] != other[-1 - i]), shorter - before)
@@ -410,10 +407,10 @@ def _shared_ends(ids: Sequence[int], other: Sequence[int]) -> tuple[int, int]:
 
 
 def hidden_states(backbone: nn.Module, tokens: mx.array, layers: int | None = None) -> mx.array:
-    """What the family's inner model returns, after its final norm: hidden states `[B, L, d]` for tokens `[B, L]`.
+    """Hidden states `[B, L, d]` after the final norm, for tokens `[B, L]`.
 
     Args:
-        layers: run only that many first layers (then the final norm, which keeps the scale of the states in hand).
+        layers: run only this many first layers, and the final norm, which bounds the scale of the states.
 
     Raises:
         PredictorError: if the family does not expose its hidden states, or has no more than `layers` layers.
@@ -423,22 +420,22 @@ def hidden_states(backbone: nn.Module, tokens: mx.array, layers: int | None = No
         whole: mx.array = inner(tokens)
         return whole
     inner = stack = copy.copy(inner)  # shares every weight
-    if isinstance(inner.layers, nn.Module):  # plamo's lie one module deeper
+    if isinstance(inner.layers, nn.Module):  # plamo's layers lie one module deeper
         inner.layers = stack = copy.copy(inner.layers)
     if not 0 < layers <= len(stack.layers):
         raise PredictorError(f"the predictor reads {layers} layers, the model has {len(stack.layers)}")
     stack.layers = stack.layers[:layers]
-    # Many families ask the cache of a layer further behind how far attention reaches.
+    # With a cache for every layer of the backbone: many families read a later layer's to build the attention mask.
     hidden: mx.array = inner(tokens, cache=make_prompt_cache(backbone))
     return hidden
 
 
 def features(backbone: nn.Module, texts: Sequence[Sequence[int]], layers: int | None = None) -> mx.array:
-    """What a head reads of several texts: the last token's hidden state and then the mean over tokens.
+    """The head's input for several texts: the last token's hidden state, then the mean over tokens.
 
     Args:
-        texts: token ids of each; padded on the right, which a causal model's tokens before never see.
-        layers: as `hidden_states` takes it.
+        texts: token ids of each. Padding is on the right, where a causal model's earlier tokens do not see it.
+        layers: see `hidden_states`.
 
     Returns:
         float32 `[n, 2 d]`.
@@ -453,7 +450,7 @@ def features(backbone: nn.Module, texts: Sequence[Sequence[int]], layers: int | 
 
 
 def inner_model(module: nn.Module) -> Any:
-    """The part of an mlx-lm model that gives hidden states `[B, L, d]`: all but the output layer.
+    """An mlx-lm model without its output layer; it returns hidden states `[B, L, d]`.
 
     Raises:
         PredictorError: if the family does not expose it, or is falcon_h1 in mlx-lm 0.31.

@@ -1,11 +1,11 @@
-"""Selectors: what maps an instruction to a selection, behind one protocol.
+"""Selectors map an instruction to a selection, behind one protocol.
 
 learned      the paper's sparsity predictor; one pass of a small LM
-activation   no training: a dense prefill shows what the prompt uses; fused with the prior (GRIFFIN, GLASS)
+activation   no training: a dense prefill shows which neurons the prompt uses; fused with the prior (GRIFFIN, GLASS)
 static       the prior alone; the same for every instruction
 random       a control: arbitrary neurons, the same ones for the same instruction and seed
 
-Where the choice depends on the instruction's words alone, it is made once and then found: see `CachedSelector`.
+All but `activation` depend on the instruction's words alone, so their selections are cached: see `CachedSelector`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
-from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 import numpy as np
@@ -30,18 +29,18 @@ if TYPE_CHECKING:
     from ifprune_mlx.model import Model
 
 _PREFILL_STEP = 512
-# Of ranks from 0.25 to 0.75 the even mix had the lowest NLL on SmolLM2 (docs/log.md).
+# Of the shares from 0.25 to 0.75 this one had the lowest NLL on SmolLM2 (docs/log.md).
 _PROMPT_SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """What a selector may look at.
+    """The input of a selector.
 
     Attributes:
-        text: the instruction in words: the user's message.
-        tokens: what the model will have read before it answers, as its own token ids.
-        history: what it has read of `tokens` already and will go on from; None for nothing.
+        text: the user's message.
+        tokens: all token ids that the model reads before it answers.
+        history: a prefix of `tokens` that the model has read already; None for none.
         progress: called with (tokens read, tokens) between chunks; may raise to stop.
     """
 
@@ -53,11 +52,11 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Selected:
-    """A selector's answer.
+    """The output of a selector.
 
     Attributes:
         selection: the kept neurons.
-        history: the KV cache of a dense prefill that the selector had to do anyway and decoding may go on from.
+        history: the selector's own dense prefill, from which decoding may continue; None if there was none.
     """
 
     selection: Selection
@@ -75,10 +74,10 @@ class Selector(Protocol):
 
 
 class RepeatableSelector(Selector, Protocol):
-    """A selector that chooses the same whenever it reads the same; never one that looks at the history."""
+    """A selector whose choice depends only on the checkpoint, *k* and `reads`."""
 
     def reads(self, instruction: Instruction) -> bytes:
-        """All that its choice depends on, beside the checkpoint and *k*."""
+        """Everything in the instruction that the choice depends on."""
         ...
 
 
@@ -92,20 +91,20 @@ class LearnedSelector:
         self._predictor = predictor
 
     def select(self, instruction: Instruction, keep: Sequence[int]) -> Selected:
-        """Score with the predictor, keep the best. A predictor that reads the model's own layers leaves it dense."""
+        """Keep the neurons that the predictor scores highest. A predictor on the model's own layers leaves it dense."""
         if self._predictor.head.layers is not None:
             self._model.first_layers_in_order(self._predictor.head.layers)
         return Selected(top_k(self._predictor.scores(instruction.text), keep, self.name))
 
     def reads(self, instruction: Instruction) -> bytes:
-        """The tokens, and the float type of a model whose own layers read them."""
+        """The tokens; also the model's float type, if its own layers read them."""
         tokens = np.array(self._predictor.tokens(instruction.text), dtype="<i4").tobytes()
         own = self._predictor.head.layers is not None
         return (f"{self._model.dtype}:" if own else ":").encode() + tokens
 
 
 class StaticSelector:
-    """The prior alone: the honest baseline, and the fallback."""
+    """The prior alone: the baseline, and the fallback."""
 
     name = "static"
 
@@ -113,7 +112,7 @@ class StaticSelector:
         self._model = model
 
     def select(self, instruction: Instruction, keep: Sequence[int]) -> Selected:
-        """The most important neurons, whatever the instruction."""
+        """The neurons of the highest prior, for every instruction."""
         return Selected(top_k(self._model.prior, keep, self.name))
 
     def reads(self, instruction: Instruction) -> bytes:
@@ -122,10 +121,9 @@ class StaticSelector:
 
 
 class ActivationSelector:
-    """Training-free: which neurons does the prompt itself use, in a dense prefill, fused by rank with the prior.
+    """Training-free: the neurons that the prompt uses in a dense prefill, fused by rank with the prior.
 
-    The prefill's KV cache is kept, as GRIFFIN does (arXiv 2404.01365): the prompt is read densely, and only the answer
-    is computed on the selection. It therefore saves decoding time and no prefill time.
+    It keeps the prefill's KV cache, like GRIFFIN (arXiv 2404.01365). So it saves decoding time, but no prefill time.
     """
 
     name = "activation"
@@ -135,14 +133,14 @@ class ActivationSelector:
         self._prompt_share = prompt_share
 
     def select(self, instruction: Instruction, keep: Sequence[int]) -> Selected:
-        """Prefill all but the last token densely, rank neurons by what they did. Leaves the model dense."""
+        """Prefill all but the last token densely, and rank the neurons by their activations. Leaves the model dense."""
         model = self._model
         model.switch(None)
         history = instruction.history or History.empty(model)
         unread = list(instruction.tokens[len(history.tokens) :])
         total = len(unread)
         with recorded(model.down_leaves) as recorder:
-            # A prompt of one token leaves nothing to read ahead; it is then read for its activations only.
+            # A single token is read for its activations only, without the cache.
             ahead = unread[:-1]
             if not ahead:
                 model(mx.array([unread]))
@@ -184,13 +182,11 @@ class RandomSelector:
 
 
 class CachedSelector:
-    """Looks into a cache, and calls another selector for what is not there.
-
-    A selection that is found leaves the model as it was: also that of a predictor which reads the model's own layers.
+    """Returns a cached selection, or calls another selector and caches its choice. A hit leaves the model as it is.
 
     Args:
-        selector: must choose by the checkpoint alone, since a key names nothing else that it may have been made with.
-        cache: may be shared with other selectors, and other models.
+        selector: may depend on nothing but the checkpoint, *k* and its `reads`, since the key holds only these.
+        cache: may be shared with other selectors and other models.
     """
 
     def __init__(self, model: Model, selector: RepeatableSelector, cache: SelectionCache) -> None:
@@ -200,9 +196,9 @@ class CachedSelector:
         self._selector = selector
 
     def select(self, instruction: Instruction, keep: Sequence[int]) -> Selected:
-        """What the selector would choose."""
+        """The same neurons that the selector would choose."""
         checkpoint = self._model.checkpoint
-        # The checkpoint's id is that of its predictor and prior as well.
+        # The checkpoint's id covers its predictor and its prior.
         digest = hashlib.sha256(f"ifprune-selecting-1:{checkpoint.id}:{self.name}:".encode())
         digest.update(np.array([len(keep), *keep], dtype="<i8").tobytes())
         digest.update(self._selector.reads(instruction))
@@ -214,29 +210,15 @@ class CachedSelector:
         return Selected(selection)
 
 
-# One per model, so that the selectors that every answer and conversation makes for itself share it.
-_caches: WeakKeyDictionary[Model, SelectionCache] = WeakKeyDictionary()
-
-
-def selection_cache(model: Model) -> SelectionCache:
-    """The cache that `make_selector` gives the selectors of a model; at first an empty one in memory."""
-    return _caches.setdefault(model, SelectionCache())
-
-
-def use_selection_cache(model: Model, cache: SelectionCache) -> None:
-    """Have `make_selector` give the selectors of a model another cache from now on, such as one on disk."""
-    _caches[model] = cache
-
-
 def default_selector(model: Model) -> str:
-    """`learned` where the checkpoint has a predictor, else what its config names."""
+    """`learned` if the checkpoint has a predictor, else the selector that its config names."""
     return "learned" if model.checkpoint.has_predictor else model.checkpoint.layout.selector
 
 
 def make_selector(model: Model, name: str | Selector | None = None, *, seed: int = 0) -> Selector:
     """A selector by name; None takes the checkpoint's default, a selector is returned as it is.
 
-    All but `activation` look into `selection_cache(model)` before they choose.
+    All but `activation` use `model.selection_cache`.
 
     Raises:
         IfpruneError: if the name is unknown.
@@ -262,4 +244,4 @@ def make_selector(model: Model, name: str | Selector | None = None, *, seed: int
         selector = RandomSelector(model, seed)
     else:
         raise IfpruneError(f"unknown selector {name!r}; choose learned, activation, static or random")
-    return CachedSelector(model, selector, selection_cache(model))
+    return CachedSelector(model, selector, model.selection_cache)

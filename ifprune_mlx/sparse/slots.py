@@ -3,7 +3,7 @@
 The first *k* slots are the active ones, so a pruned FFN reads a row prefix. In `ram` residency there is a slot for
 every neuron: the dense FFN reads all of them, and a switch exchanges only those that differ. In `ssd` residency there
 are *k* slots and, where memory allows, some spare ones that keep the neurons selected most often; a switch reads from
-the file what is nowhere in memory. `plan_switch` is pure; `FFNSlots.apply` moves and reads the rows.
+the file the neurons that are not in memory. `plan_switch` is pure; `FFNSlots.apply` moves and reads the rows.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
     from ifprune_mlx.selection.selection import Ids
 
 EMPTY = -1
-"""Stands in `order` for a slot that holds no neuron."""
+"""Marks an empty slot in `order`."""
 
 
 @dataclass(frozen=True)
 class SwitchPlan:
-    """What a switch does; everything but `k` and `missing` are slots.
+    """The moves of one switch. All arrays but `missing` hold slots.
 
     Attributes:
         k: active slots afterwards.
-        leaving: active slots to be filled anew. The first `len(entering)` exchange their rows with `entering[i]`; the
-            rest take in `missing[i]`.
-        entering: inactive slots whose neuron is wanted.
+        leaving: active slots to refill. The first `len(entering)` exchange rows with `entering[i]`; the rest receive
+            `missing[i]`.
+        entering: inactive slots whose neuron becomes active.
         missing: neurons that are in no slot, sorted.
-        parked, parking: slots whose neuron is kept by a copy to a spare slot before it is overwritten.
+        parked, parking: row `parked[i]` is copied to the spare slot `parking[i]` before it is overwritten.
     """
 
     k: int
@@ -50,7 +50,7 @@ class SwitchPlan:
 
     @property
     def rows_written(self) -> int:
-        """Slots that change what they hold."""
+        """Slots whose neuron changes."""
         return len(self.leaving) + len(self.entering) + len(self.parked)
 
 
@@ -59,8 +59,8 @@ def plan_switch(order: npt.NDArray[np.int32], ids: Ids, position: npt.NDArray[np
 
     Args:
         order: int32 `[slots]`, the neuron in each slot, or EMPTY.
-        ids: int32 `[k]`, the neurons to be active; at most as many as slots.
-        position: int32 `[d_ffn]`, the rank of each neuron by how often it is selected, which decides what stays in
+        ids: int32 `[k]`, the neurons to activate; at most as many as slots.
+        position: int32 `[d_ffn]`, each neuron's rank by how often it is selected. It decides which neurons stay in
             spare slots; needed unless every neuron has a slot.
     """
     k = len(ids)
@@ -90,15 +90,15 @@ class FFNSlots:
     """The neurons of one FFN in memory, the active ones first.
 
     Args:
-        rows: per-neuron arrays of all neurons in the source's order; None to begin with none.
+        rows: per-neuron arrays of all neurons in the source's order; None starts with no neuron.
         down_bias: bias of the down projection `[d_model]`, which belongs to no neuron.
-        reader: reads what is not in memory; needed if `rows` is None.
+        reader: reads neurons that are not in memory; needed if `rows` is None.
 
     Attributes:
         rows: per-neuron arrays in slot order.
         order: int32 `[slots]`, the neuron in each slot, or EMPTY.
         k: number of active slots.
-        pending: the work of a switch that goes on in another thread; see `wait`.
+        pending: reading for a switch, in another thread; see `wait`.
         bytes_moved: bytes of weights written since the FFN was loaded.
     """
 
@@ -143,10 +143,7 @@ class FFNSlots:
         self.k = self.d_ffn if self._reader is None else 0
 
     def plan(self, ids: Ids, spare: int = 0) -> SwitchPlan:
-        """Plan to activate `ids`, after making as many slots as that takes.
-
-        Args:
-            spare: slots to have beyond the active ones, where not every neuron has one.
+        """Plan to activate `ids`. In `ssd` residency, first resize to `len(ids) + spare` slots.
 
         Raises:
             CheckpointError: if an earlier move was cut off.
@@ -162,8 +159,7 @@ class FFNSlots:
     def apply(self, plan: SwitchPlan) -> None:
         """Move and read rows as planned, so that the first `plan.k` slots can be the active ones.
 
-        Nothing that is still to be computed may depend on the rows. If reading fails, slots that were to be filled are
-        empty, and the next plan fills them.
+        No lazy array may depend on the rows. If reading fails, the slots stay empty, and the next plan fills them.
 
         Raises:
             CheckpointError: if the file cannot be read.
@@ -190,9 +186,9 @@ class FFNSlots:
             self.order[filled] = plan.missing
 
     def restore(self) -> None:
-        """Put all rows back into the source's order, in which sums do not depend on what was active before.
+        """Put all rows back into the source's order, so that sums do not depend on earlier selections.
 
-        Nothing that is still to be computed may depend on the rows. Every neuron must have a slot.
+        No lazy array may depend on the rows. Every neuron must have a slot.
         """
         assert self._reader is None
         home = np.arange(self.d_ffn, dtype=np.int32)
@@ -206,7 +202,7 @@ class FFNSlots:
             self._moving = False
 
     def wait(self, needed: mx.array) -> None:
-        """Start computing `needed`, and wait until the rows are there.
+        """Start computing `needed`, and wait for the pending rows.
 
         Raises:
             CheckpointError: if they could not be read.
@@ -214,10 +210,10 @@ class FFNSlots:
         if self.pending is not None:
             mx.async_eval(needed)  # type: ignore[no-untyped-call]
             self.pending.result()
-            self.pending = None  # not if it raised: then the rows are still missing
+            self.pending = None  # stays if it raised: the rows are still missing
 
     def _resize(self, slots: int, ids: Ids) -> None:
-        """Have that many slots from now on; of the neurons in memory, `ids` stay and then those selected most."""
+        """Change the number of slots. Of the neurons in memory `ids` stay first, then the most selected ones."""
         assert self._reader is not None
         held = np.flatnonzero(self.order != EMPTY)
         rank = self._reader.position[self.order[held]] + np.where(np.isin(self.order[held], ids), 0, self.d_ffn)
@@ -230,7 +226,7 @@ class FFNSlots:
         self.rows, self.order = new, order
 
     def _settle(self) -> None:
-        """Wait for what is being read; what could not be is missing from `order`.
+        """Wait for pending reads. Neurons that could not be read are missing from `order`.
 
         Raises:
             CheckpointError: if an earlier move was cut off.

@@ -18,7 +18,6 @@ import pytest
 
 from ifprune_mlx import History, Instruction, Model, Selection, Session, TaskStore, load, make_selector, stream_generate
 from ifprune_mlx.selection.cache import SelectionCache
-from ifprune_mlx.selection.selectors import use_selection_cache
 
 HERE = Path(__file__).parent
 EXPECTED = json.loads((HERE / "expected.json").read_text(encoding="utf-8"))
@@ -79,7 +78,7 @@ def test_a_selection_file_and_a_task(files: Path, learned: tuple[Model, Any]) ->
 def test_a_cached_selection_is_found(files: Path, learned: tuple[Model, Any]) -> None:
     model, _ = learned
     cache = SelectionCache(files / "cache")
-    use_selection_cache(model, cache)
+    model.selection_cache = cache
     found = make_selector(model, "learned").select(Instruction(TEXT, ()), model.keep()).selection
     assert (found.hash, cache.hits, cache.misses) == (EXPECTED["learned"], 1, 0)
 

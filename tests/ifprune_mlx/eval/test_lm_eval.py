@@ -21,7 +21,7 @@ from ifprune_mlx.eval.multiple_choice import ChoiceQuestion, encode_choices, opt
 from ifprune_mlx.eval.tasks import TASK_ROWS, RowSelections
 from ifprune_mlx.selection.cache import SelectionCache
 from ifprune_mlx.selection.selection import top_k
-from ifprune_mlx.selection.selectors import ActivationSelector, Instruction, LearnedSelector, use_selection_cache
+from ifprune_mlx.selection.selectors import ActivationSelector, Instruction, LearnedSelector
 from tests.ifprune_mlx.reference import mask_ffns, source_model
 from tests.tiny_predictor import write_predictor
 
@@ -146,7 +146,7 @@ def test_a_context_selects_once_by_its_words(
 
         monkeypatch.setattr(kind, "select", counted)
     model, tokenizer = loaded
-    use_selection_cache(model, SelectionCache())  # other tests asked the same
+    model.selection_cache = SelectionCache()  # other tests asked the same
     lm = HarnessLM(model, tokenizer, "t", ["learned", "activation"], KEEP)
     for row in ("learned", "activation"):
         lm.row = row

@@ -22,6 +22,7 @@ from ifprune_mlx import (
 )
 from ifprune_mlx.generation import stream_generate
 from ifprune_mlx.prompt_cache import DENSE, Span
+from ifprune_mlx.selection import predictor as predictor_module
 from ifprune_mlx.selection.cache import SelectionCache
 from ifprune_mlx.selection.predictor import Head
 from ifprune_mlx.selection.selection import top_k
@@ -32,8 +33,6 @@ from ifprune_mlx.selection.selectors import (
     RandomSelector,
     StaticSelector,
     default_selector,
-    selection_cache,
-    use_selection_cache,
 )
 from ifprune_mlx.session import Session
 from tests.ifprune_mlx.reference import open_model, random_selection
@@ -248,9 +247,9 @@ def test_every_selector_but_activation_looks_into_the_models_cache(with_predicto
     for name in ("learned", "static", "random"):
         selector = make_selector(model, name)
         assert isinstance(selector, CachedSelector)
-        assert selector.cache is selection_cache(model)
+        assert selector.cache is model.selection_cache
     assert isinstance(make_selector(model, "activation"), ActivationSelector)
-    assert selection_cache(model) is not selection_cache(load(with_predictor)[0])
+    assert model.selection_cache is not load(with_predictor)[0].selection_cache
 
 
 def test_what_is_found_is_what_would_be_selected(with_predictor: Path) -> None:
@@ -272,7 +271,7 @@ def test_what_is_found_is_what_would_be_selected(with_predictor: Path) -> None:
                     expected = selector.select(instruction, keep).selection
                     assert (found.selection.hash, found.selection.selector) == (expected.hash, name)
                     assert found.history is None
-    cache = selection_cache(model)
+    cache = model.selection_cache
     # 6 texts and 2 budgets: static reads no text.
     assert (cache.misses, len(cache)) == (26, 26)
     assert cache.hits == 2 * 3 * 6 * 2 - 26
@@ -297,6 +296,21 @@ def test_the_predictor_runs_once_for_what_it_reads(with_predictor: Path, asked: 
     assert asked[5:] == ["Hello"]
 
 
+def test_an_instruction_is_tokenized_once(with_predictor: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rendered: list[str] = []
+    render = predictor_module._rendered
+
+    def counted(tokenizer: Any, text: str) -> list[int]:
+        rendered.append(text)
+        return render(tokenizer, text)
+
+    monkeypatch.setattr(predictor_module, "_rendered", counted)
+    model, _ = load(with_predictor)
+    for text in ("Hello", "Hello!"):
+        make_selector(model).select(Instruction(text, TOKENS), KEEP)
+    assert rendered == ["Hello", "Hello!"]
+
+
 def test_a_found_selection_leaves_the_model_as_it_is(with_predictor: Path) -> None:
     model, _ = load(with_predictor)
     selector = make_selector(model)
@@ -315,7 +329,7 @@ def test_answers_and_conversations_share_it(with_predictor: Path, asked: list[st
         said.append(Session(model, tokenizer, density=0.25).ask("Hi there", max_tokens=3))
     assert asked == ["Hi there"]
     assert said[: len(said) // 2] == said[len(said) // 2 :]
-    assert (selection_cache(model).hits, selection_cache(model).misses) == (3, 1)
+    assert (model.selection_cache.hits, model.selection_cache.misses) == (3, 1)
 
 
 def chat(text: str) -> list[dict[str, str]]:
@@ -326,7 +340,7 @@ def test_a_folder_of_selections_outlives_the_model(with_predictor: Path, tmp_pat
     hashes = []
     for dtype in (None, None, mx.float16):
         model, _ = load(with_predictor, dtype=dtype)
-        use_selection_cache(model, SelectionCache(tmp_path))
+        model.selection_cache = SelectionCache(tmp_path)
         hashes.append(make_selector(model).select(PROMPT, KEEP).selection.hash)
     assert hashes[0] == hashes[1]
     predictor = model.predictor
@@ -340,14 +354,14 @@ def test_another_checkpoint_does_not_find_it(with_predictor: Path, tmp_path: Pat
     other = write_checkpoint(tmp_path / "checkpoint", seed=5, options=Options(predictor=tmp_path / "other"))
     for path in (with_predictor, other):
         model, _ = load(path)
-        use_selection_cache(model, SelectionCache(tmp_path / "cache"))
+        model.selection_cache = SelectionCache(tmp_path / "cache")
         make_selector(model).select(PROMPT, KEEP)
     assert len(asked) == 2
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 def test_activation_is_asked_every_time(model: Model, tmp_path: Path) -> None:
-    use_selection_cache(model, SelectionCache(tmp_path))
+    model.selection_cache = SelectionCache(tmp_path)
     for _ in range(2):
         assert make_selector(model, "activation").select(PROMPT, KEEP).history is not None
     assert list(tmp_path.iterdir()) == []
