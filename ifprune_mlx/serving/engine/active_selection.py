@@ -1,7 +1,4 @@
-"""The selection that requests are computed under: finding a request's, and making it the live one.
-
-Only the worker thread uses it.
-"""
+"""Finds the selections of requests, and makes one the live selection. Only the worker thread uses it."""
 
 from __future__ import annotations
 
@@ -25,12 +22,12 @@ class ActiveSelection:
     """The live selection of one model.
 
     Attributes:
-        selection: what requests are computed under, or were last; None is dense.
+        selection: computes the running requests, or computed the last ones; None is dense.
         key: the selection key of those requests.
-        since: when `key` became the live one, by `time.monotonic`.
+        since: when `key` became live, by `time.monotonic`.
         switches: how often another selection was made active.
-        trusted: False once a switch or the model has failed: nobody knows what is active then, and the next `activate`
-            or `restore` switches whatever seems to be.
+        trusted: False once a switch or the model has failed. The active neurons are then unknown, and the next
+            `activate` or `restore` switches in any case.
     """
 
     def __init__(self, model: Model) -> None:
@@ -41,43 +38,43 @@ class ActiveSelection:
         self.trusted = False
 
     def resume(self) -> None:
-        """Start from what is active now, if others have used the model meanwhile."""
+        """Start from the model's active selection, as others may have used the model."""
         active = self._model.selection
         if _key_of(active) != _key_of(self.selection):
             self.selection, self.key, self.trusted = active, _key_of(active), False
 
     def select(self, state: RequestState) -> None:
-        """Give a request its selection key, and its selection unless `prefill_dense` finds that.
+        """Set a request's selection key, and its selection unless `prefill_dense` will find it.
 
-        A selector may leave the model dense; `activate` and `restore` see to that.
+        A selector may leave the model dense; `activate` and `restore` undo that.
 
         Raises:
-            IfpruneError: if the request cannot have the selection that it asks for.
+            IfpruneError: if the request's selection parameters cannot be used.
         """
-        model, choice = self._model, state.request.choice
-        if choice.selection is not None:
-            model.check(choice.selection)
-            state.selection, state.selection_key = choice.selection, choice.selection.hash
+        model, params = self._model, state.request.selection_params
+        if params.selection is not None:
+            model.check(params.selection)
+            state.selection, state.selection_key = params.selection, params.selection.hash
             return
-        name = choice.selector or default_selector(model)
-        keep = model.keep(choice.density, choice.active_parameters)
-        if choice.dense or name == _ACTIVATION:
+        name = params.selector or default_selector(model)
+        keep = model.keep(params.density, params.active_parameters)
+        if params.dense or name == _ACTIVATION:
             if model.residency == SSD:
                 raise BudgetError("not all neurons are in memory; load the model with residency ram to use it dense")
-            # `activation` reads the prompt to select, and the answer goes on from what it has read.
-            state.selection_key = DENSE if choice.dense else EXCLUSIVE
+            # `activation` reads the prompt to select, and decoding continues from its KV cache.
+            state.selection_key = DENSE if params.dense else EXCLUSIVE
             return
         selection = self._run_selector(state, name, keep).selection
         live = self.selection
-        if choice.policy == "auto" and live is not None and live.keep == keep:
+        if params.policy == "auto" and live is not None and live.keep == keep:
             selection = live if selection.agreement(live) >= SWITCH_BELOW else selection
         state.selection, state.selection_key = selection, selection.hash
 
     def prefill_dense(self, state: RequestState) -> tuple[list[Any], int]:
-        """Read a request's prompt densely, as the activation selector does to find its selection.
+        """Find a request's selection with the activation selector, which reads the prompt densely.
 
         Returns:
-            The KV cache, for the answer to go on from, and how many tokens of the prompt it holds.
+            The KV cache, for decoding to continue from, and how many prompt tokens it holds.
 
         Raises:
             EngineClosedError: if the request is stopped.
@@ -87,17 +84,18 @@ class ActiveSelection:
             if state.stopped:
                 raise EngineClosedError
 
-        keep = self._model.keep(state.request.choice.density, state.request.choice.active_parameters)
+        params = state.request.selection_params
+        keep = self._model.keep(params.density, params.active_parameters)
         selected = self._run_selector(state, _ACTIVATION, keep, history=History.empty(self._model), progress=check)
         state.selection = selected.selection
         assert selected.history is not None
         return selected.history.kv, len(selected.history.tokens)
 
     def activate(self, state: RequestState) -> None:
-        """Make a request's selection the live one. Requests of another selection must not be running.
+        """Make a request's selection the live one. No requests of another selection may be running.
 
         Raises:
-            GenerationFailedError: if that fails through no fault of the request.
+            GenerationFailedError: if the switch fails.
         """
         if state.selection_key == self.key != EXCLUSIVE:
             state.switch_s = self.restore()
@@ -111,7 +109,7 @@ class ActiveSelection:
                 state.overlap = state.selection.overlap(before)
 
     def restore(self) -> float:
-        """Make the live selection active again, if a selector has left the model dense; the seconds that it took."""
+        """Switch back to the live selection if a selector has left the model dense; returns the seconds."""
         if self.trusted and _key_of(self._model.selection) == _key_of(self.selection):
             return 0.0
         return self._switch(self.selection)
@@ -120,7 +118,7 @@ class ActiveSelection:
         self.trusted = False
         try:
             seconds = self._model.switch(selection).seconds
-        except CheckpointError as exc:  # an earlier switch was cut off: no request is at fault
+        except CheckpointError as exc:  # an earlier switch was interrupted; no request is at fault
             raise GenerationFailedError(f"the model failed ({reason_of(exc)})") from exc
         self.trusted = True
         return seconds

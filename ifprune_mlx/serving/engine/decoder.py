@@ -1,7 +1,7 @@
-"""Decoders: several sequences in step with mlx-lm's BatchGenerator, or one with its generate_step.
+"""Decoders: several sequences at once with mlx-lm's BatchGenerator, or one with its generate_step.
 
-All sequences of a decoder are computed under the model's active selection. A decoder is made, used and closed in the
-thread that has the model.
+All sequences are computed under the model's active selection. A decoder is made, used and closed in the thread that
+holds the model.
 """
 
 from __future__ import annotations
@@ -19,36 +19,34 @@ from ifprune_mlx.model import Model
 from ifprune_mlx.serving.engine.request import EngineClosedError, RequestState
 from ifprune_mlx.serving.engine.sampling import Processor, make_processors, make_sampler
 
-# Other sequences wait for their next token while a stretch of a prompt is read.
-_PREFILL_STEP = 512
-# mlx-lm's penalties look back at 20 tokens.
-_CONTEXT = 64
-# The largest `batch_error` that rounding alone explains, in float32 and in the half-precision types.
+_PREFILL_STEP = 512  # other sequences wait meanwhile
+_CONTEXT = 64  # mlx-lm's penalties look back at 20 tokens
+# The largest `batch_error` that rounding alone explains, in float32 and in half precision.
 _ERROR, _HALF_ERROR = 1e-3, 0.05
 _PROMPTS = ((3, 7, 5, 9, 4, 8, 6), (5, 4))
 
 
 SequenceCache = tuple[list[int], list[Any]]
-"""The tokens of a sequence that has ended, and the KV cache that holds them, one per layer."""
+"""The tokens of an ended sequence, and the KV caches that hold them, one per layer."""
 
 
 @dataclass(frozen=True)
 class Token:
-    """One more token of a sequence. With the last one the sequence leaves the decoder."""
+    """The next token of a sequence. After the last one the sequence leaves the decoder."""
 
-    uid: int  # of the sequence, as `insert` gave it
+    uid: int  # of the sequence, from `insert`
     id: int
     logprobs: mx.array  # `[vocabulary]`
-    finish_reason: str | None  # of the last token: `stop` for an end-of-text token, or `length`
-    cache: SequenceCache | None  # of the last token
+    finish_reason: str | None  # last token only: `stop` for an end-of-text token, or `length`
+    cache: SequenceCache | None  # last token only
 
 
 class BatchDecoder:
-    """Several sequences, decoded together; new ones join between two steps.
+    """Decodes several sequences together; new ones join between two steps.
 
     Args:
         end: the end-of-text tokens.
-        capacity: the most sequences at a time.
+        capacity: the most sequences at once.
     """
 
     def __init__(self, model: Model, end: Iterable[int], capacity: int) -> None:
@@ -62,11 +60,11 @@ class BatchDecoder:
         )
 
     def insert(self, state: RequestState, cache: list[Any] | None, read: int, max_tokens: int) -> int:
-        """Take in the sequence of a request; returns its uid.
+        """Add a request's sequence; returns its uid.
 
         Args:
-            cache: one per layer, which the decoder changes; None if nothing has been read.
-            read: how many tokens of the prompt are in `cache`; at least one is not.
+            cache: one per layer, changed in place; None if nothing has been read.
+            read: how many prompt tokens `cache` holds; at least one must be left.
             max_tokens: the most tokens to generate.
         """
         tokens, sampling = list(state.request.tokens), state.request.sampling
@@ -81,27 +79,26 @@ class BatchDecoder:
         return int(uids[0])
 
     def step(self) -> list[Token]:
-        """Read a stretch of the prompts that are not read yet, and decode one token of each other sequence."""
-        return [
-            Token(
-                r.uid, r.token, r.logprobs, r.finish_reason, (r.all_tokens, r.prompt_cache) if r.finish_reason else None
-            )
-            for r in self._generator.next()[1]
-        ]
+        """Read a part of the unread prompts, and decode one token of each other sequence."""
+        tokens = []
+        for one in self._generator.next()[1]:
+            cache = (one.all_tokens, one.prompt_cache) if one.finish_reason else None
+            tokens.append(Token(one.uid, one.token, one.logprobs, one.finish_reason, cache))
+        return tokens
 
     def remove(self, uid: int, *, with_cache: bool) -> SequenceCache | None:
-        """Take out a sequence that has not finished; returns its cache if `with_cache`, once it has given a token."""
+        """Remove an unfinished sequence; returns its cache if `with_cache`, which needs a generated token."""
         found = self._generator.remove([uid], return_prompt_caches=with_cache)
         return (found[uid][1], found[uid][0]) if with_cache else None
 
     def close(self) -> None:
         """Drop all sequences."""
         self._generator.close()
-        mx.synchronize(generation_stream)  # tokens that nobody wants any more may still be under way
+        mx.synchronize(generation_stream)  # mlx-lm computes a token ahead
 
 
 class SingleDecoder:
-    """`BatchDecoder` for one sequence: for families that do not batch, and for caches that two selections computed."""
+    """Decodes one sequence: for families that do not batch, and for caches that two selections computed."""
 
     capacity = 1
 
@@ -113,7 +110,7 @@ class SingleDecoder:
         self._left = self._uid = 0
 
     def insert(self, state: RequestState, cache: list[Any] | None, read: int, max_tokens: int) -> int:
-        """Take in the sequence of a request, if there is none; see `BatchDecoder.insert`."""
+        """Add a request's sequence, the only one; see `BatchDecoder.insert`."""
         assert self._steps is None
         tokens = list(state.request.tokens)
         self._cache = make_prompt_cache(self._model.module) if cache is None else cache
@@ -137,7 +134,7 @@ class SingleDecoder:
         return self._uid
 
     def step(self) -> list[Token]:
-        """Decode one token, the first after reading the whole prompt."""
+        """Decode one token; the first call reads the whole prompt."""
         assert self._steps is not None
         try:
             token, logprobs = next(self._steps)
@@ -150,7 +147,7 @@ class SingleDecoder:
         return [Token(self._uid, int(token), logprobs, reason, cache)]
 
     def remove(self, uid: int, *, with_cache: bool) -> SequenceCache | None:
-        """Take out the sequence; returns its cache if `with_cache`, once it has given a token."""
+        """Remove the sequence; returns its cache if `with_cache`, which needs a generated token."""
         cache = (self._read, self._cache) if with_cache else None
         if self._steps is not None:
             self._steps.close()
@@ -167,7 +164,7 @@ Decoder = BatchDecoder | SingleDecoder
 
 
 class _SeesAllTokens:
-    """A processor that is given all tokens read, also those that generate_step does not know of."""
+    """Gives a processor all prompt tokens, also those in the cache, which generate_step does not know."""
 
     def __init__(self, processor: Processor, read: list[int]) -> None:
         self._processor = processor
@@ -179,19 +176,18 @@ class _SeesAllTokens:
 
 
 def can_batch(model: Model) -> bool:
-    """Whether sequences that are decoded together get the tokens that each gets alone.
+    """Whether sequences get the same tokens together as alone; computed on a few tokens under the active selection.
 
-    mlx-lm has caches that do not merge, and families that ignore padding or compute something over the whole batch; a
-    few tokens show it. A selection that the model is used with must be active.
+    Some of mlx-lm's caches do not merge, and some families ignore padding or compute something over the whole batch.
     """
     return batch_error(model) <= (_ERROR if model.dtype == mx.float32 else _HALF_ERROR)
 
 
 def batch_error(model: Model) -> float:
-    """How far two short sequences of different length, decoded together, are from each alone.
+    """How much decoding two short sequences of different length together differs from decoding each alone.
 
     Returns:
-        Mean difference of log-probabilities in units of their spread; infinity where they cannot be decoded together.
+        Mean difference of log-probabilities in units of their spread; infinity if they cannot be decoded together.
     """
     caches = [make_prompt_cache(model.module) for _ in _PROMPTS]
     if not all(hasattr(cache, "merge") for cache in caches[0]):
@@ -209,7 +205,7 @@ def batch_error(model: Model) -> float:
                 seen[response.uid].append(response.logprobs)
         generator.close()
     except (ValueError, TypeError, AttributeError, IndexError, NotImplementedError):
-        return math.inf  # a cache or a layer that knows one sequence only
+        return math.inf  # a cache or a layer for one sequence only
     errors: list[Any] = []
     for rows, prompt, cache in zip(seen.values(), _PROMPTS, caches, strict=True):
         alone = generate_step(mx.array(prompt), model.module, max_tokens=3, sampler=fixed, prompt_cache=cache)

@@ -1,7 +1,7 @@
-"""The engine: many requests on one model, each computed under its own selection, those of one selection together.
+"""The engine: computes many requests on one model, those of one selection together.
 
-`Engine.stream` runs in the event loops that ask. The rest runs in the model's worker thread, which has the model while
-there is work. Round by round it selects, starts the requests whose turn it is, and decodes a token of each running one.
+`Engine.stream` runs in the callers' event loops. The rest runs in the model's worker thread, which holds the model
+while there is work. Each round selects, starts the requests whose turn it is, and decodes a token of each running one.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ from ifprune_mlx.serving.engine.scheduler import EXCLUSIVE, Scheduler
 class Engine:
     """Answers requests with one model.
 
-    While it has work, the model is its own, and other uses of it raise ModelBusyError or wait. No request is computed
-    under another selection than its own, and a KV cache serves only requests of the selection that computed it.
-    Requests that are decoded together change each other's tokens by rounding alone.
+    While it works, it holds the model: other uses raise ModelBusyError or wait. Each request is computed under its own
+    selection only, and a KV cache serves only requests of the selection that computed it. Requests that are decoded
+    together change each other's tokens by rounding alone.
 
     Args:
         model, tokenizer: from `ifprune_mlx.load`.
         concurrency: the most requests that are decoded together.
-        queue: the most requests that wait beside them.
-        prompt_cache_bytes: size of the KV caches of finished requests that are kept; 0 keeps none.
-        patience: seconds that requests of the live selection go first while one of another selection waits.
+        queue: the most requests that wait.
+        prompt_cache_bytes: size of all kept KV caches of finished requests; 0 keeps none.
+        patience: seconds that the live selection's requests go first while one of another selection waits.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Engine:
         self._scheduler = Scheduler(queue, patience)
         self._turn: Future[object] | None = None  # the engine's place in line for the model
         self._turn_lock = threading.Lock()
-        # Used by the worker thread alone.
+        # Only the worker thread uses these.
         self._active = ActiveSelection(model)
         self._prefix_cache = PrefixCache(prompt_cache_bytes)
         self._decoder: Decoder | None = None  # None while nothing runs
@@ -75,12 +75,12 @@ class Engine:
     async def stream(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """Answer one request; may be called in any event loop of any thread.
 
-        The answer is computed whether or not its outputs are read. Ending the generator early (`aclose`, cancelling its
-        task) ends the request after the token in work; only its KV cache is kept.
+        The answer is computed even if its outputs are not read. Ending the generator early (`aclose`, cancelling its
+        task) ends the request after the current token; its KV cache is kept.
 
         Raises:
             EngineFullError: if too many requests wait.
-            EngineClosedError: if the engine is closed, or closes meanwhile.
+            EngineClosedError: if the engine is closed, or closes before the answer ends.
             GenerationFailedError: if the model fails.
             IfpruneError: if the request cannot be answered: PromptError, BudgetError, SelectionError, ...
         """
@@ -100,7 +100,7 @@ class Engine:
             self._scheduler.cancel(state)
 
     def counters(self) -> EngineStats:
-        """What has been done so far; from any thread."""
+        """The engine's counters; may be called in any thread."""
         live = self._model.selection
         return EngineStats(
             **self._scheduler.counters(),
@@ -112,23 +112,23 @@ class Engine:
         )
 
     def close(self) -> None:
-        """End every request with EngineClosedError and give the model back; returns when the token in work is done."""
+        """End every request with EngineClosedError and release the model; returns after the current token."""
         self._scheduler.close()
         self._call_off_turn()
         self._scheduler.idle.wait()
         self._prefix_cache.clear()
 
-    # Asking for the model, in any thread.
+    # Waiting for the model, in any thread.
 
     def _ask_for_turn(self) -> None:
         """Get in line for the model; the worker thread begins when the turn comes."""
         with self._turn_lock:
             self._turn = self._model.lock.in_turn(self._work, self._turn_ended)
-        if self._scheduler.closed:  # perhaps before `close` could see this turn
+        if self._scheduler.closed:  # `close` may have come before this turn was set
             self._call_off_turn()
 
     def _call_off_turn(self) -> None:
-        """Leave the line if the turn has not come, and end the requests here, as the worker never begins."""
+        """If the turn has not come, leave the line and end the requests, as the worker will not run."""
         with self._turn_lock:
             called_off = self._turn is not None and self._turn.cancel()
         if called_off:
@@ -136,7 +136,7 @@ class Engine:
             self._scheduler.rest()
 
     def _turn_ended(self) -> None:
-        """The model has been given back. Ask for it again if requests came meanwhile."""
+        """After the model was released: ask for it again if new requests wait."""
         if not self._scheduler.rest():
             self._ask_for_turn()
 
@@ -152,7 +152,7 @@ class Engine:
             self._fail(exc, waiting=True)
 
     def _round(self) -> bool:
-        """Select, start what may start, one token of everything. False when there is nothing left to do."""
+        """Select, start requests, and decode one token of each. False when there is nothing left to do."""
         if self._scheduler.closed:
             self._fail(None, waiting=True)
             return False
@@ -171,7 +171,7 @@ class Engine:
         return True
 
     def _select_waiting(self) -> None:
-        """Find the selections of waiting requests: by one selector at most while others wait for their next token."""
+        """Find the selections of waiting requests. While others run, run one selector at most, so that they go on."""
         for state in self._scheduler.unselected(self._concurrency):
             if state.stopped:
                 continue
@@ -183,12 +183,12 @@ class Engine:
                 return
 
     def _drop_cancelled(self) -> None:
-        """End the requests that nobody listens to; the KV cache of one that has given a token is kept."""
+        """End the cancelled requests; keep the KV caches of those that have generated a token."""
         for state in [state for state in self._scheduler.running if state.cancelled]:
             assert self._decoder is not None
             self._scheduler.finish(state)
-            begun = state.output_processor.completion_tokens > 0
-            self._store_prefix(state, self._decoder.remove(state.uid, with_cache=begun))
+            started = state.output_processor.completion_tokens > 0
+            self._store_prefix(state, self._decoder.remove(state.uid, with_cache=started))
 
     def _start_waiting(self) -> None:
         """Start the requests whose turn it is."""
@@ -239,7 +239,7 @@ class Engine:
             self._put_token(running[token.uid], token)
 
     def _put_token(self, state: RequestState, token: Token) -> None:
-        """Tell a request of its next token, and end it with the last one."""
+        """Pass a token to its request, and end the request with the last one."""
         output, now = state.output_processor, time.monotonic()
         if output.completion_tokens == 0:
             state.first_token = now
@@ -255,18 +255,18 @@ class Engine:
         self._store_prefix(state, token.cache or self._decoder.remove(token.uid, with_cache=True))
 
     def _store_prefix(self, state: RequestState, cache: SequenceCache | None) -> None:
-        """Keep the KV cache of a request, unless its prompt was read densely."""
+        """Keep a request's KV cache, unless its prompt was read densely."""
         if cache is not None and state.selection_key != EXCLUSIVE:
             self._prefix_cache.store(state.selection_key, *cache)
 
     def _close_decoder(self) -> None:
-        """Decode no more of what has been begun; the next request begins anew, whatever its selection."""
-        decoder, self._decoder = self._decoder, None  # also where closing it fails
+        """Drop the decoder; the next request makes a new one."""
+        decoder, self._decoder = self._decoder, None  # first, as closing it may fail
         if decoder is not None:
             decoder.close()
 
     def _refuse(self, state: RequestState, exc: Exception) -> None:
-        """Fail one request that does not run yet; the others go on."""
+        """Fail one request that is not running yet; the others go on."""
         self._scheduler.finish(state)
         if not isinstance(exc, (IfpruneError, GenerationFailedError)):
             self._active.trusted = False
@@ -274,9 +274,9 @@ class Engine:
         state.put(exc)
 
     def _fail(self, exc: BaseException | None, *, waiting: bool) -> None:
-        """End all running requests, and those that wait if `waiting`: the model has failed, or the engine is closed.
+        """End all running requests, and the waiting ones if `waiting`. `exc` is the failure, or None at `close`.
 
-        They are told first, as closing the decoder may fail as well. No KV cache is trusted afterwards.
+        The requests get their error first, as closing the decoder may fail too. All KV caches are dropped.
         """
         reason = None if exc is None else f"the {'server' if waiting else 'model'} failed ({reason_of(exc)}); ask again"
         for state in (*self._scheduler.running, *(self._scheduler.waiting if waiting else ())):
@@ -290,7 +290,7 @@ class Engine:
 
 
 def check_request(model: Model, request: Request) -> None:
-    """Raise PromptError or IfpruneError if `model` cannot answer, as far as that is known before it selects."""
+    """Check what can be checked before selecting; raise PromptError or IfpruneError if `model` cannot answer."""
     check_prompt(model, request.tokens)
     vocabulary = model.config.get("vocab_size", model.config.get("text_config", {}).get("vocab_size"))
     if vocabulary is not None and not 0 <= min(request.tokens) <= max(request.tokens) < vocabulary:
@@ -301,6 +301,6 @@ def check_request(model: Model, request: Request) -> None:
         raise IfpruneError(f"{request.logprobs} log-probabilities a token; give a number from 0 to 20")
     if "" in request.stop:
         raise IfpruneError("a stop string is empty; leave it out")
-    if request.choice.policy not in POLICIES:
-        raise IfpruneError(f"unknown policy {request.choice.policy!r}; choose one of {', '.join(POLICIES)}")
+    if request.selection_params.policy not in POLICIES:
+        raise IfpruneError(f"unknown policy {request.selection_params.policy!r}; choose one of {', '.join(POLICIES)}")
     check_sampling(request.sampling, vocabulary)

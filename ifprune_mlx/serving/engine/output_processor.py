@@ -1,4 +1,4 @@
-"""From tokens to output: text that is final, stop strings, log-probabilities."""
+"""Turns tokens into output: final text, stop strings, log-probabilities."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ifprune_mlx.serving.engine.request import Request, TokenLogprob
 
 
 class OutputProcessor:
-    """The text of one answer, as it grows.
+    """Processes the tokens of one answer.
 
     Attributes:
-        finish_reason: `stop` or `length` when the answer has ended; None before.
-        matched_stop: the stop string that ended it, if one did.
+        finish_reason: `stop` or `length` once the answer has ended.
+        matched_stop: the stop string that ended the answer, if any.
         completion_tokens: tokens so far, an end-of-text token included.
     """
 
@@ -35,15 +35,15 @@ class OutputProcessor:
         self._seen = self._given = 0  # characters: detokenized, and final
 
     def add(self, token: int, logprobs: mx.array, finish_reason: str | None) -> tuple[str, tuple[TokenLogprob, ...]]:
-        """Take in the next token.
+        """Add the next token.
 
         Args:
-            token: its id; not part of the text if `finish_reason` is `stop`.
-            logprobs: `[vocabulary]`, computed.
-            finish_reason: why it is the last one, if it is.
+            token: the token's id; not part of the text if `finish_reason` is `stop`.
+            logprobs: `[vocabulary]`, evaluated.
+            finish_reason: set for the last token.
 
         Returns:
-            The text that has become final, and its tokens if the request asks for them.
+            The text that is final now, and its tokens if the request has `logprobs`.
         """
         self.completion_tokens += 1
         final = ""
@@ -77,12 +77,10 @@ class OutputProcessor:
 
 
 class StopStrings:
-    """Passes text on as soon as no stop string can begin in it any more, whatever pieces it comes in.
-
-    Where several stop strings could end the text, the one that is complete first does.
+    """Passes text on as soon as no stop string can begin in it. The stop string that is complete first ends the text.
 
     Attributes:
-        matched: the stop string that ended the text; nothing comes after it. None so far.
+        matched: the stop string that ended the text, if any; nothing comes after it.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -91,7 +89,7 @@ class StopStrings:
         self._pending = ""
 
     def feed(self, text: str) -> str:
-        """Take in the next piece; returns what has become final."""
+        """Add a piece of text; returns what is final now."""
         if self.matched is not None:
             return ""
         text = self._pending + text
@@ -100,7 +98,7 @@ class StopStrings:
             start, self.matched = min(found, key=lambda at: (at[0] + len(at[1]), at[0]))
             self._pending = ""
             return text[:start]
-        # The longest end of the text that may be the beginning of a stop string is held back.
+        # Hold back the longest end of the text that may begin a stop string.
         size = len(text)
         lengths = (n for stop in self._stops for n in range(1, min(len(stop), size + 1)) if text.endswith(stop[:n]))
         final = size - max(lengths, default=0)
@@ -108,6 +106,6 @@ class StopStrings:
         return text[:final]
 
     def flush(self) -> str:
-        """The text has ended by itself: returns what was held back."""
+        """Call it after the last piece; returns what was held back."""
         final, self._pending = self._pending, ""
         return final

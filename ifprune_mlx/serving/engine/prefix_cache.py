@@ -1,4 +1,4 @@
-"""KV caches of finished requests, for the next one that begins alike. Each is found only under its own selection."""
+"""KV caches of finished requests, for later requests with the same selection and the same first tokens."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import LRUPromptCache
 
-# A short conversation costs more in Python objects than in bytes of cache, which the bytes do not bound.
+# Bounds the Python objects: for short conversations they need more memory than the KV caches.
 _MOST_CACHES = 1024
 
 
 class PrefixCache:
-    """KV caches by (selection key, tokens). Used in one thread.
+    """KV caches by (selection key, tokens). Not thread-safe.
 
     Args:
-        max_bytes: size of all caches together; the oldest go first. 0 keeps none.
+        max_bytes: size of all caches; the oldest go first. 0 keeps none.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -29,10 +29,10 @@ class PrefixCache:
         return int(self._caches.nbytes)
 
     def fetch(self, selection_key: str, tokens: Sequence[int]) -> tuple[list[Any] | None, int]:
-        """A copy of the cache that shares the longest beginning with `tokens`, cut to it where its kind can be cut.
+        """A copy of the cache with the longest common prefix with `tokens`, trimmed to it if its kind can be trimmed.
 
         Returns:
-            The cache, or None, and how many tokens it holds: fewer than `tokens`, as one is left to read.
+            The cache or None, and how many tokens it holds: fewer than `tokens`, as one must be left to read.
         """
         known = list(tokens[:-1])
         if not known:
@@ -42,9 +42,9 @@ class PrefixCache:
         return (cache, read) if read else (None, 0)
 
     def store(self, selection_key: str, tokens: Sequence[int], cache: list[Any]) -> None:
-        """Keep a cache that holds `tokens`. It must not be used otherwise afterwards."""
+        """Keep a cache that holds `tokens`. The caller must not use it afterwards."""
         if self._max_bytes:
-            mx.eval([layer.state for layer in cache])  # else it holds on to the batch that it is cut from
+            mx.eval([layer.state for layer in cache])  # else it keeps the whole batch in memory
             self._caches.insert_cache(selection_key, list(tokens), cache)
 
     def clear(self) -> None:

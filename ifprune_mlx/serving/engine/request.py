@@ -1,4 +1,4 @@
-"""Requests of the serving engine: what goes in, what comes out, and the state of one on its way."""
+"""Requests of the serving engine: their parameters, outputs and state."""
 
 from __future__ import annotations
 
@@ -19,50 +19,50 @@ POLICIES = ("first", "turn", "auto")
 
 
 class EngineFullError(IfpruneError):
-    """As many requests wait as the queue holds; try again later (HTTP: 429)."""
+    """The queue is full (HTTP: 429)."""
 
 
 class EngineClosedError(IfpruneError):
-    """The engine is shut down, or about to be (HTTP: 503)."""
+    """The engine is closed or closing (HTTP: 503)."""
 
     def __init__(self) -> None:
         super().__init__("the server is shutting down; ask again when it is back")
 
 
 class GenerationFailedError(RuntimeError):
-    """The model failed while it computed a batch, through no fault of the request (HTTP: 500)."""
+    """The model failed while it computed a batch; the request is not at fault (HTTP: 500)."""
 
 
 @dataclass(frozen=True)
 class SelectionParams:
-    """What chooses the neurons of a request.
+    """How a request's neurons are selected.
 
-    Policies `first` and `turn` select by `Request.instruction`, which is the first or the last user message. `auto`
-    does too, but keeps the live selection if both keep the same number of neurons and their agreement is
+    Policies `first` and `turn` select by `Request.instruction`, the first or the last user message. `auto` does too,
+    but keeps the live selection if both keep the same number of neurons and their agreement is
     `ifprune_mlx.session.SWITCH_BELOW` or more. The selector `activation` always selects.
     """
 
     selector: str | None = None  # `learned`, `activation`, `static` or `random`; None takes the checkpoint's default
     selection: Selection | None = None  # a fixed selection, such as a task's; no selector runs
     dense: bool = False  # all neurons; no selector runs
-    density: float | None = None  # this and the next are the budget; None takes the checkpoint's
+    density: float | None = None  # this or the next is the budget; None takes the checkpoint's
     active_parameters: int | None = None
     policy: str = "first"
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a token is drawn, in mlx-lm's terms. The penalties count the last tokens of prompt and answer."""
+    """How tokens are sampled, in mlx-lm's terms. The penalties count the last tokens of prompt and answer."""
 
-    temperature: float = 0.0  # 0 takes the most likely token; then only penalties and bias matter
+    temperature: float = 0.0  # 0 takes the most likely token, after penalties and bias
     top_p: float = 1.0  # above 0, at most 1; 1 is off
     top_k: int = 0  # 0 is off
     min_p: float = 0.0  # from 0 to 1; 0 is off
     repetition_penalty: float = 1.0  # above 0; 1 is off
     presence_penalty: float = 0.0  # from -2 to 2; 0 is off
     frequency_penalty: float = 0.0  # from -2 to 2; 0 is off
-    logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id -> what is added to its logit
-    seed: int | None = None  # the same seed, prompt and selection draw the same tokens; None draws anew each time
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id -> number added to its logit
+    seed: int | None = None  # equal seeds, prompts and selections give equal tokens; None draws a random seed
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,12 @@ class Request:
     """One answer to compute."""
 
     tokens: tuple[int, ...]  # the rendered prompt, at least one token
-    instruction: str  # what the selector reads
-    choice: SelectionParams
+    instruction: str  # the selector reads it
+    selection_params: SelectionParams
     sampling: SamplingParams
     max_tokens: int  # above 0; the answer is shorter if the context ends first
     stop: tuple[str, ...] = ()  # strings that end the answer; its text ends before them, whatever tokens they span
-    logprobs: int | None = None  # top alternatives of each token, 0 to 20; None for no log-probabilities
+    logprobs: int | None = None  # top alternatives per token, 0 to 20; None gives no log-probabilities
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class RequestStats:
-    """What one answered request took; times in seconds."""
+    """The figures of one answered request; times in seconds."""
 
     finish_reason: str  # `stop` (end of text or a stop string) or `length`
     matched_stop: str | None  # the stop string that ended the answer
@@ -98,15 +98,15 @@ class RequestStats:
     completion_tokens: int  # an end-of-text token included
     cached_tokens: int  # prompt tokens whose KV entries came from the prefix cache
     selection: str | None  # hash of the selection that computed the answer; None if dense
-    selector: str  # what chose it; `dense` if all neurons were active
+    selector: str  # `dense` if all neurons were active
     density: float
-    overlap: float | None  # share of the selection that was live before the switch; None if the request caused none
-    queue_s: float  # waiting, from the call to the start of prefill, without `select_s` and `switch_s`
+    overlap: float | None  # share of the selection that was live before the switch; None without a switch
+    queue_s: float  # from the call to the start of prefill, without `select_s` and `switch_s`
     select_s: float  # finding the selection
-    switch_s: float  # moving neurons before the request could run; 0 for those that joined a batch
+    switch_s: float  # moving neurons; 0 for requests that joined a batch
     prefill_s: float  # from the start of prefill to the first token
     decode_s: float  # from the first token to the last
-    tokens_per_s: float  # of the tokens after the first; 0 if there are none
+    tokens_per_s: float  # without the first token; 0 if there is no other
     batch: int  # the most requests that were decoded together, this one included
 
 
@@ -115,20 +115,20 @@ class RequestOutput:
     """A part of an answer."""
 
     text: str  # new final text; empty while a stop string or a UTF-8 sequence is incomplete
-    tokens: tuple[TokenLogprob, ...] = ()  # the tokens of that text, if the request asks for `logprobs`
+    tokens: tuple[TokenLogprob, ...] = ()  # the tokens of that text, if the request has `logprobs`
     stats: RequestStats | None = None  # in the last output only
-    selection: Selection | None = None  # what computed the answer, in the last output only; None if dense
+    selection: Selection | None = None  # of the answer, in the last output only; None if dense
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """What an engine has done so far. Tokens and seconds are sums over the `RequestStats` of answered requests."""
+    """An engine's counters. Tokens and seconds are sums over the `RequestStats` of answered requests."""
 
-    requests: int  # requests that ended: answered, failed or cancelled
-    failed: int  # requests that ended with an error, also at `Engine.close`
+    requests: int  # ended: answered, failed or cancelled
+    failed: int  # ended with an error, also at `Engine.close`
     cancelled: int
-    running: int  # requests that are prefilled or decoded now
-    waiting: int  # requests in the queue now
+    running: int  # prefilled or decoded now
+    waiting: int  # in the queue now
     switches: int  # how often another selection (or dense) was made active
     prompt_tokens: int
     cached_tokens: int
@@ -145,7 +145,7 @@ class EngineStats:
 
 @dataclass(eq=False)
 class RequestState:
-    """A request on its way, used by the worker thread; but any thread may `put`, and set `cancelled` and `stopped`.
+    """A request in the engine. The worker thread uses it; any thread may `put`, and set `cancelled` and `stopped`.
 
     Fields without a comment are those of `RequestStats`. Points in time are those of `time.monotonic`.
     """
@@ -155,15 +155,15 @@ class RequestState:
     outputs: asyncio.Queue[RequestOutput | Exception] = field(default_factory=asyncio.Queue)  # an error is the last one
     cancelled: bool = False  # nobody reads `outputs` any more
     stopped: bool = False  # it must end soon: it is cancelled, or the engine is closed
-    selection: Selection | None = None  # what computes the answer; None if dense, or not known yet
-    # What computes the KV cache: the selection's hash, `dense`, or `scheduler.EXCLUSIVE` for a request that shares its
-    # batch with nobody. Empty before the request has selected.
+    selection: Selection | None = None  # None if dense, or not known yet
+    # Requests of one key share KV caches and batches: the selection's hash, `dense`, or `scheduler.EXCLUSIVE` for a
+    # request that runs alone. Empty until the request has selected.
     selection_key: str = ""
     uid: int = -1  # of its sequence in the decoder, once it runs
     output_processor: OutputProcessor = field(init=False)  # once it runs
     arrived: float = field(default_factory=time.monotonic)
     started: float = 0.0  # when prefill began
-    first_token: float = 0.0  # when it came
+    first_token: float = 0.0  # when the first token came
     overlap: float | None = None
     cached_tokens: int = 0
     select_s: float = 0.0
@@ -171,14 +171,14 @@ class RequestState:
     batch: int = 0
 
     def put(self, output: RequestOutput | Exception) -> None:
-        """Hand a part of the answer to the event loop that waits for it, from any thread."""
+        """Send a part of the answer to the event loop that reads it; may be called in any thread."""
         try:
             self.loop.call_soon_threadsafe(self.outputs.put_nowait, output)
         except RuntimeError:  # the event loop is closed
             self.cancelled = self.stopped = True
 
     def stats(self, now: float) -> RequestStats:
-        """What the request took, after its last token."""
+        """The request's figures, after its last token."""
         output, selection = self.output_processor, self.selection
         assert output.finish_reason is not None
         tokens, decode_s = output.completion_tokens, now - self.first_token

@@ -1,7 +1,6 @@
-"""How one request draws its tokens: mlx-lm's filters and penalties, with random numbers of the request's own.
+"""Sampling with mlx-lm's filters and penalties, and a random key for every request.
 
-mlx-lm's `make_sampler` draws from its thread's one stream of random numbers, so that a request's tokens depend on the
-others in its batch. Here every request has a key.
+mlx-lm's `make_sampler` uses one random state per thread, so that a request's tokens depend on the rest of its batch.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ def check_sampling(sampling: SamplingParams, vocabulary: int | None) -> None:
     }
     for name, (low, high) in ranges.items():
         value = getattr(sampling, name)
-        open_ended = name in ("top_p", "repetition_penalty")  # 0 itself would leave nothing to draw from
+        open_ended = name in ("top_p", "repetition_penalty")  # 0 would leave nothing to sample from
         if not math.isfinite(value) or value < low or value > high or (open_ended and value == low):
             bounds = f"{'above' if open_ended else 'from'} {low:g}" + (f" to {high:g}" if high < math.inf else "")
             raise IfpruneError(f"{name} is {value:g}; give a number {bounds}")
@@ -53,7 +52,7 @@ def make_sampler(sampling: SamplingParams) -> Sampler:
 
     def draw(logprobs: mx.array) -> mx.array:
         nonlocal key
-        logprobs = logprobs.astype(mx.float32)  # and then mlx-lm's filters, in its order
+        logprobs = logprobs.astype(mx.float32)  # then the filters in mlx-lm's order
         if sampling.top_p < 1:
             logprobs = apply_top_p(logprobs, sampling.top_p)
         if sampling.min_p > 0:

@@ -1,6 +1,6 @@
-"""Which requests run: the queue, the running set and the counters, under one lock, and the policy that picks the next.
+"""The scheduler: the queue, the running requests and the counters, under one lock, and the choice of the next request.
 
-The scheduler is shared by the event loops' threads and the worker thread. It does not touch the model.
+The event loops' threads and the worker thread share it. It does not touch the model.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ from typing import Any
 
 from ifprune_mlx.serving.engine.request import EngineClosedError, EngineFullError, RequestState, RequestStats
 
-EXCLUSIVE = "exclusive"  # selection key of a request that shares its batch with no other, whatever it selects
+EXCLUSIVE = "exclusive"  # selection key of a request that runs alone
 _SUMMED = ("prompt_tokens", "cached_tokens", "completion_tokens", "select_s", "switch_s", "prefill_s", "decode_s")
 
 
 def next_request(
     waiting: Sequence[RequestState], live_key: str, since: float, running: bool, patience: float, now: float
 ) -> RequestState | None:
-    """The request to start now; None if it must wait for the running ones to end, or for one to select.
+    """The request to start now; None if the running ones must end first, or none has selected.
 
     Requests of the live selection go first, in order, and join a running batch. Once a request of another selection has
-    waited for more than `patience` seconds of the live selection's time, no later arrival joins. When the batch has
-    ended, that request's selection is next. So each selection is live for up to `patience` seconds, or for as long as
-    it has requests, and the selection of the request that has waited longest follows.
+    waited for more than `patience` seconds of the live selection's time, no later arrival joins, and its selection is
+    next when the batch has ended. So a selection stays live for up to `patience` seconds, or as long as only it has
+    requests. Then the request that has waited longest follows.
 
     Args:
         waiting: in order of arrival.
         live_key: key of the live selection.
-        since: when it became the live one.
-        running: whether requests of it are running.
+        since: when that selection became live.
+        running: requests of it are running.
     """
     selected = [state for state in waiting if state.selection_key]
     for state in selected:
@@ -43,9 +43,9 @@ def next_request(
 
 
 class Scheduler:
-    """The requests of one engine, which is busy from the first `add` until `rest` finds nothing left to do.
+    """The requests of one engine. The engine is busy from the first `add` until `rest` finds no request.
 
-    Any thread may call `add`, `cancel`, `counters`, `rest` and `close`; the other methods are the worker thread's.
+    Any thread may call `add`, `cancel`, `counters`, `rest` and `close`; only the worker thread calls the others.
 
     Args:
         queue: the most requests that wait.
@@ -57,16 +57,16 @@ class Scheduler:
         self._lock = threading.RLock()
         self._counters: dict[str, float] = dict.fromkeys(("requests", "failed", "cancelled", *_SUMMED), 0)
         self.waiting: list[RequestState] = []  # in order of arrival
-        self.running: list[RequestState] = []  # only the worker thread changes it, and reads it without the lock
+        self.running: list[RequestState] = []  # only the worker thread changes it, so it reads without the lock
         self.closed = False
-        self.idle = threading.Event()  # set while the engine does nothing and has nothing to do
+        self.idle = threading.Event()  # set while the engine has no requests
         self.idle.set()
 
     def add(self, state: RequestState) -> bool:
         """Put a request into the queue.
 
         Returns:
-            Whether the engine was idle. It is busy now, and the caller must ask for the model.
+            Whether the engine was idle. If so, the caller must ask for the model.
 
         Raises:
             EngineFullError, EngineClosedError: if the request is not taken.
@@ -82,38 +82,38 @@ class Scheduler:
             return was_idle
 
     def cancel(self, state: RequestState) -> None:
-        """Take a request out of the queue. If it runs, the worker ends it before its next token."""
+        """Cancel a request. If it runs, the worker thread ends it before its next token."""
         with self._lock:
             state.cancelled = state.stopped = True
             if state in self.waiting:
                 self.finish(state)
 
     def counters(self) -> dict[str, Any]:
-        """The fields of `EngineStats` that concern requests."""
+        """The fields of `EngineStats` about requests."""
         with self._lock:
             return {**self._counters, "running": len(self.running), "waiting": len(self.waiting)}
 
     def rest(self) -> bool:
-        """The engine has given the model back. Whether it is idle now; else it must ask for the model again."""
+        """Call it after releasing the model. Whether the engine is idle; if not, it must ask for the model again."""
         with self._lock:
             if not self.waiting:
                 self.idle.set()
             return self.idle.is_set()
 
     def close(self) -> None:
-        """Take no more requests, and stop those that there are."""
+        """Accept no more requests, and stop all others."""
         with self._lock:
             self.closed = True
             for state in (*self.running, *self.waiting):
                 state.stopped = True
 
     def unselected(self, most: int) -> list[RequestState]:
-        """The first requests in the queue that have not selected, `most` at most."""
+        """The first `most` requests in the queue that have not selected."""
         with self._lock:
             return [state for state in self.waiting if not state.selection_key][:most]
 
     def next(self, live_key: str, since: float) -> RequestState | None:
-        """Move the request that `next_request` picks from the queue to the running ones."""
+        """Start the request that `next_request` picks: move it from the queue to the running ones."""
         with self._lock:
             now = time.monotonic()
             state = next_request(self.waiting, live_key, since, bool(self.running), self._patience, now)
@@ -123,7 +123,7 @@ class Scheduler:
             return state
 
     def finish(self, state: RequestState, stats: RequestStats | None = None) -> None:
-        """Take out and count a request that has ended: answered, if there are `stats`, else cancelled or failed."""
+        """Remove and count an ended request: answered if it has `stats`, else cancelled or failed."""
         with self._lock:
             if state in self.running:
                 self.running.remove(state)

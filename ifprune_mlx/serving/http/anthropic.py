@@ -1,4 +1,4 @@
-"""Anthropic's API: messages and counting their tokens. Reads its requests and writes its answers."""
+"""Anthropic's API: messages, and counting their tokens."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from ifprune_mlx.serving.http.tools import ToolCall
 
 
 class Anthropic:
-    """The endpoints, for one service."""
+    """The endpoints of one service."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -61,8 +61,8 @@ class _MessageFormat(AnswerFormat):
     service: Service
     request: Request
     stops: Sequence[str]
-    block = -1  # the last one that has begun
-    text_open = False  # whether it is text that goes on
+    block = -1  # index of the last block that was started
+    text_open = False  # that block is not closed yet
 
     def start(self) -> Iterator[bytes]:
         usage = {"input_tokens": len(self.request.tokens), "output_tokens": 0}
@@ -110,7 +110,7 @@ class _MessageFormat(AnswerFormat):
             yield _event("content_block_stop", index=self.block)
 
     def _ending(self, answer: AnswerSoFar) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Why an answer ends; its usage and figures."""
+        """The stop reason of an answer; its usage and figures."""
         stats = answer.complete
         matched = stats.matched_stop if stats.matched_stop in self.stops else None
         reason = "max_tokens" if stats.finish_reason == "length" else "end_turn"
@@ -133,7 +133,7 @@ def _event(name: str, **fields: Any) -> bytes:
 
 
 def _blocks(parts: Sequence[str | ToolCall]) -> list[dict[str, Any]]:
-    """Content blocks; a call whose arguments are no object, which this API cannot say, is text."""
+    """Make content blocks. A call whose arguments are not a JSON object becomes text."""
     blocks: list[dict[str, Any]] = []
     for part in parts:
         text = part if isinstance(part, str) else part.arguments
@@ -154,7 +154,7 @@ def _blocks(parts: Sequence[str | ToolCall]) -> list[dict[str, Any]]:
 
 
 def _conversation(body: CountRequest) -> Conversation:
-    """Messages and tools as a chat template takes them."""
+    """Convert the messages and tools to a chat template's form."""
     messages: list[dict[str, Any]] = []
     if body.system is not None:
         messages.append({"role": "system", "content": _text(body.system)})
@@ -177,7 +177,7 @@ def _text(content: str | list[TextPart] | None) -> str:
 
 
 def _user_messages(given: UserMessage, names: dict[str, str]) -> list[dict[str, Any]]:
-    """A user's message; the results of tools become messages of their own before it."""
+    """Convert a user's message. Tool results become separate messages before it."""
     if isinstance(given.content, str):
         return [{"role": "user", "content": given.content}]
     results: list[dict[str, Any]] = []
@@ -191,7 +191,7 @@ def _user_messages(given: UserMessage, names: dict[str, str]) -> list[dict[str, 
 
 
 def _assistant_message(given: AssistantTurn, names: dict[str, str]) -> dict[str, Any]:
-    """An earlier answer; the names of the tools that it calls are put into `names` by the calls' ids."""
+    """Convert an earlier answer. `names` gets the names of the called tools, by call id."""
     if isinstance(given.content, str):
         return {"role": "assistant", "content": given.content}
     text, calls = "", []

@@ -1,4 +1,4 @@
-"""The web application of `ifprune serve`: every path, how its body is read, and the OpenAPI document."""
+"""The web application of `ifprune serve`: its paths, how bodies are decoded, and the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from ifprune_mlx.serving.http.openai import OpenAI
 from ifprune_mlx.serving.http.service import Service
 
 _PAGE = Path(__file__).parent / "page"
-# The page's own files, each by its path; nothing else of the folder is given out.
+# Only these files of the page's folder are served.
 _PAGE_FILES = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
@@ -67,7 +67,7 @@ def make_app(service: Service, limits: Limits, *, ui: bool = False) -> ASGIApp:
     """The ASGI application that serves one model.
 
     Args:
-        ui: whether it has the chat page, at `/`.
+        ui: serve the chat page at `/`.
     """
     metrics = Metrics(service.engine)
     api = make_api(service, metrics, with_key=limits.api_key is not None)
@@ -92,7 +92,7 @@ def make_api(service: Service, metrics: Metrics, *, with_key: bool) -> FastAPI:
     """Every path but the page's, without the limits.
 
     Args:
-        with_key: whether the OpenAPI document says that a key is needed.
+        with_key: the OpenAPI document says that clients need a key.
     """
     api = FastAPI(
         title="ifprune serve",
@@ -107,14 +107,14 @@ def make_api(service: Service, metrics: Metrics, *, with_key: bool) -> FastAPI:
             RequestValidationError: _refused,
             IfpruneError: _refused,
             ClientDisconnect: _refused,
-            # Starlette raises again what this answers, and `RequestMiddleware` writes the log.
+            # Starlette raises the exception again after this answer, and `RequestMiddleware` logs it.
             Exception: _refused,
         },
     )
     openai, anthropic = OpenAI(service), Anthropic(service)
 
     async def health() -> dict[str, Any]:
-        """Whether the server is there; needs no key."""
+        """Whether the server runs; needs no key."""
         return {"status": "ok", "model": service.name}
 
     async def figures() -> Response:
@@ -126,10 +126,10 @@ def make_api(service: Service, metrics: Metrics, *, with_key: bool) -> FastAPI:
         return {"tasks": await service.in_thread(service.tasks)}
 
     async def selection(hash: str) -> dict[str, Any]:
-        """The neurons of a selection that was used of late."""
+        """The neurons of a recently used selection."""
         return service.selection(hash)
 
-    # The key itself is checked by `RequestMiddleware`, before a body is read.
+    # This is documentation only: `RequestMiddleware` checks the key, before a body is read.
     key: Any = {"dependencies": [Depends(HTTPBearer(scheme_name="key", auto_error=False))] if with_key else []}
     events: Any = {"also": {"text/event-stream": {"schema": _EVENT}}}
     anthropics: Any = {"error": answers.AnthropicError}
@@ -158,10 +158,11 @@ def _file(content: bytes, media_type: str) -> Callable[[Request], Response]:
 
 
 def decode_json(body: bytes) -> dict[str, Any]:
-    """The JSON object that a body holds; 2.0 becomes 2, as JSON has one kind of number.
+    """Decode a body, which must be a JSON object. 2.0 becomes 2, as JSON has one kind of number.
 
     Raises:
-        RequestError: if it is not one, is nested too deeply, has a key twice, or numbers or text that JSON cannot hold.
+        RequestError: if it is not a JSON object, is nested too deeply, or has a duplicate key, NaN, an infinite number
+            or half a surrogate pair.
     """
     try:
         value = json.loads(
@@ -188,16 +189,14 @@ class _JSONRequest(Request):
     decoded: dict[str, Any]
 
     async def body(self) -> bytes:
-        """Not empty, which is all that FastAPI wants to know of it."""
-        return b"{}"
+        return b"{}"  # FastAPI only tests whether it is empty
 
     async def json(self) -> Any:
-        """What the body holds."""
         return self.decoded
 
 
 class _JSONRoute(APIRoute):
-    """A route that decodes bodies strictly, whatever media type they are sent as."""
+    """A route that decodes bodies strictly, as JSON whatever their media type."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -217,7 +216,7 @@ class _JSONRoute(APIRoute):
 def _described(
     answer: type[BaseModel] | None, *, error: type[BaseModel] = answers.Error, also: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """What the OpenAPI document says of a path's answers; `also` is their content in another media type."""
+    """A path's responses for the OpenAPI document; `also` is their content in another media type."""
     responses: dict[int | str, Any] = {
         status: {"model": error, "description": description} for status, description in _REFUSALS.items()
     }
@@ -228,13 +227,13 @@ def _described(
 
 
 async def _refused(request: Request, exc: Exception) -> Response:
-    if isinstance(exc, ClientDisconnect):  # while it sent its body; nobody reads this
+    if isinstance(exc, ClientDisconnect):  # while it sent its body; nobody reads the answer
         exc = RequestError("the body is incomplete", code="incomplete_body")
     return error_response(request.url.path, to_request_error(exc))
 
 
 async def _not_found(request: Request, exc: Exception) -> Response:
-    """What Starlette itself refuses: an unknown path, or a method that a path has not."""
+    """Answer what Starlette itself refuses: an unknown path, or a method that the path does not have."""
     assert isinstance(exc, HTTPException)
     reason = {404: "no such path", 405: f"{request.method} is not for this path"}.get(exc.status_code, exc.detail)
     code = {404: "path_not_found", 405: "method_not_allowed"}.get(exc.status_code)

@@ -1,4 +1,4 @@
-"""Conversations as clients send them, made into the tokens of a prompt. What both chat APIs boil down to."""
+"""Renders the conversations of both chat APIs as the tokens of a prompt."""
 
 from __future__ import annotations
 
@@ -19,34 +19,28 @@ from ifprune_mlx.serving.http.tools import ToolSplitter, beginning
 
 @dataclass(frozen=True)
 class Tools:
-    """The tools that an answer may, or must, call.
+    """The tools that an answer may, or must, call."""
 
-    Attributes:
-        offered: as the chat template takes them: `{"type": "function", "function": {...}}`.
-        forced: whether the answer must be a call.
-        single: whether one call ends the answer.
-    """
-
-    offered: list[dict[str, Any]] = field(default_factory=list)
-    forced: bool = False
-    single: bool = False
+    offered: list[dict[str, Any]] = field(default_factory=list)  # each `{"type": "function", "function": {...}}`
+    forced: bool = False  # the answer must be a call
+    single: bool = False  # one call ends the answer
 
     @property
     def only(self) -> str | None:
-        """The name of the one tool that can be called, if there is just one."""
+        """The tool's name, if just one is offered."""
         return self.offered[0]["function"]["name"] if len(self.offered) == 1 else None
 
 
 def choose_tools(functions: list[dict[str, Any]], choice: Any, name: str | None, *, single: bool, param: str) -> Tools:
-    """Those that the prompt shows.
+    """Choose the tools that the prompt shows.
 
     Args:
-        choice: `none`, `auto`, `any` or `required`; of `tool` and `function`, the one called `name` must be called.
-        single: whether one call ends the answer; it does anyway where it is known which.
-        param: the field that says so.
+        choice: `none`, `auto`, `any` or `required`; `tool` and `function` mean that `name` must be called.
+        single: one call ends the answer, as it always does if `name` must be called.
+        param: the request's field for error messages.
 
     Raises:
-        RequestError: if a tool must be called that is not there.
+        RequestError: if a tool must be called that does not exist.
     """
     if choice in ("tool", "function"):
         functions = [function for function in functions if function["function"]["name"] == name]
@@ -61,28 +55,23 @@ def choose_tools(functions: list[dict[str, Any]], choice: Any, name: str | None,
 
 @dataclass(frozen=True)
 class Conversation:
-    """What an answer is asked for.
+    """A conversation to answer, in the chat template's form."""
 
-    Attributes:
-        messages: as the chat template takes them: role, content, and for tools tool_calls, tool_call_id and name.
-        prefill: text that the answer begins with.
-    """
-
-    messages: list[dict[str, Any]]
+    messages: list[dict[str, Any]]  # role, content, and for tools tool_calls, tool_call_id and name
     tools: Tools = field(default_factory=Tools)
-    prefill: str = ""
+    prefill: str = ""  # the answer begins with it
 
 
 class Prompt(NamedTuple):
-    """What the model reads, what the selector reads of it, and strings of the template that end its answer."""
+    """A rendered prompt."""
 
     tokens: tuple[int, ...]
-    instruction: str
-    stop: tuple[str, ...] = ()
+    instruction: str  # the selector reads it
+    stop: tuple[str, ...] = ()  # strings of the template that end the answer
 
 
 class ChatRenderer:
-    """Makes conversations and texts into tokens of one model's prompt.
+    """Renders conversations and texts for one model.
 
     Args:
         model, tokenizer: from `ifprune_mlx.load`.
@@ -90,13 +79,13 @@ class ChatRenderer:
 
     def __init__(self, model: Model, tokenizer: TokenizerWrapper) -> None:
         self._model, self._tokenizer = model, tokenizer
-        # No token stands for more text than the longest of the vocabulary.
+        # No token stands for more text than the vocabulary's longest.
         longest = max((len(token) for token in tokenizer.get_vocab()), default=1)
         limit = model.context_length
         self._most_characters = math.inf if limit is None else limit * longest
 
     def prompts(self, prompts: Sequence[str | list[int]]) -> list[Prompt]:
-        """Prompts that are taken as they are; the selector reads all of them.
+        """Encode prompts without a template; the selector reads all of the text.
 
         Raises:
             PromptError: if one is empty, or longer than the context.
@@ -111,12 +100,13 @@ class ChatRenderer:
         return rendered
 
     def conversation(self, conversation: Conversation, policy: str = "first") -> list[Prompt]:
-        """The one prompt of a conversation, up to where the answer begins or, where a call is forced, goes on. The
-        selector reads the first user message, or for policies `turn` and `auto` the last.
+        """Render a conversation as one prompt, which includes the prefill or the beginning of a forced call.
+
+        The selector reads the first user message, or for policies `turn` and `auto` the last.
 
         Raises:
             PromptError: if it is longer than the context, or the chat template refuses it.
-            RequestError: if it has tools, and the chat template has none.
+            RequestError: if it has tools, but the chat template does not support them.
         """
         tokenizer, messages, tools = self._tokenizer, conversation.messages, conversation.tools
         calls = [message for message in messages if message["role"] == "tool" or "tool_calls" in message]
@@ -131,7 +121,7 @@ class ChatRenderer:
                 text = tokenizer.apply_chat_template(
                     messages, tools=tools.offered or None, tokenize=False, add_generation_prompt=True
                 )
-            except Exception as exc:  # jinja and the templates themselves raise what they like
+            except Exception as exc:  # jinja and templates can raise anything
                 reason = " ".join(str(exc).split())[:200]
                 raise PromptError(f"the chat template refuses these messages ({reason})") from None
             tokens = tokenizer.encode(text + begun, add_special_tokens=False)
@@ -144,14 +134,14 @@ class ChatRenderer:
         return [Prompt(tuple(tokens), instruction, (end,) if end else ())]
 
     def splitter(self, tools: Tools) -> ToolSplitter | None:
-        """What tells calls from text in an answer; None where no tool may be called."""
+        """The splitter for an answer's text and calls; None if no tool may be called."""
         if not tools.offered:
             return None
         begun = beginning(self._tokenizer, tools.only) if tools.forced else ""
         return ToolSplitter(self._tokenizer, tools.offered, begun, tools.only)
 
     def _check_length(self, characters: int) -> None:
-        """Refuse a prompt that is too long whatever its tokens are, before the work of finding them."""
+        """Refuse a prompt that must be too long, before the work of encoding it."""
         if characters > self._most_characters:
             limit = f"the model's context holds {self._model.context_length} tokens"
             raise PromptError(f"the prompt has {characters} characters, {limit}; shorten it")

@@ -1,4 +1,4 @@
-"""Why a request is refused or has failed, in the form of the API that was asked: OpenAI's, or Anthropic's."""
+"""Errors of requests, in the form of the API that the client uses: OpenAI's or Anthropic's."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ANTHROPIC_TYPES = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
-# What pydantic's error types ask for.
+# The type that each of pydantic's errors expects.
 _EXPECTED = {
     "string_type": "a string",
     "bool_type": "true or false",
@@ -41,13 +41,13 @@ _JSON_TYPES = {bool: "true or false", str: "a string", int: "a number", float: "
 
 
 class RequestError(IfpruneError):
-    """A request that is refused.
+    """A refused request.
 
     Attributes:
-        status: of HTTP, 400 to 499; 500 and more where the server is at fault.
-        param: the field at fault, such as `messages[1].content`; None if there is no such field.
-        code: a short name of what is wrong, for programs; None if there is none.
-        headers: of the answer.
+        status: the HTTP status; 500 and more if the server is at fault.
+        param: the wrong field, such as `messages[1].content`, if there is one.
+        code: a short name of the error, for programs.
+        headers: headers of the response.
     """
 
     def __init__(
@@ -67,13 +67,12 @@ class RequestError(IfpruneError):
 
 
 def field_error(param: str, reason: str, code: str | None = None) -> RequestError:
-    """The error of one field, whose message begins with the field's path."""
+    """An error whose message begins with the path of the wrong field."""
     return RequestError(f"{param}: {reason}", param, code=code)
 
 
 def to_request_error(exc: Exception) -> RequestError:
-    """What a client is told of an exception: itself if it is a refusal, its reason if the request caused it, and of
-    all others only that something failed."""
+    """The error that a client sees: a refusal as it is, the message of an IfpruneError, else only that it failed."""
     if isinstance(exc, RequestError):
         return exc
     if isinstance(exc, RequestValidationError):
@@ -91,13 +90,13 @@ def to_request_error(exc: Exception) -> RequestError:
 
 
 def log_failure(what: str, exc: Exception) -> None:
-    """Say in the log what a client is not told: why the server failed on its request."""
-    # The model's failures come from another thread: a traceback of where they were passed on says nothing.
+    """Log why the server failed on a request, which clients do not see."""
+    # The model fails in another thread: a traceback of this one would not show where.
     log.error("%s: %s", what, exc, exc_info=not isinstance(exc, GenerationFailedError))
 
 
 def error_body(path: str, error: RequestError) -> dict[str, Any]:
-    """The JSON of an error, in the form of the API that `path` belongs to."""
+    """An error as JSON, in the form of the API that `path` belongs to."""
     if path.startswith("/v1/messages"):
         kind = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
         return {"type": "error", "error": {"type": kind, "message": str(error)}}
@@ -106,27 +105,27 @@ def error_body(path: str, error: RequestError) -> dict[str, Any]:
 
 
 def error_response(path: str, error: RequestError) -> Response:
-    """The whole answer to a request that is refused."""
+    """The response to a refused request."""
     return Response(to_json(error_body(path, error)), error.status, error.headers, "application/json")
 
 
 def to_json(content: Any) -> bytes:
-    """JSON without spaces, as UTF-8."""
+    """Encode as JSON without spaces, in UTF-8."""
     return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8")
 
 
 def json_type(value: Any) -> str:
-    """What JSON calls a value, with its article."""
+    """The JSON type of a value, with its article."""
     return _JSON_TYPES.get(type(value), "null" if value is None else "an object")
 
 
 def _validation_error(exc: RequestValidationError) -> RequestError:
-    """pydantic's errors as one: the deepest, since of a union it is the one of the alternative that was meant."""
+    """Pick one of pydantic's errors: the deepest, as that is in the alternative of a union that was meant."""
     error = max(exc.errors(), key=lambda one: (len(one["loc"]), one["type"] not in _EXPECTED))
     kind, context, value = error["type"], error.get("ctx", {}), error["input"]
     where, *place = error["loc"]
     param = _path(place, exc.body, kind) if where == "body" else str(place[0])
-    if kind.startswith("union_tag"):  # the field that says which of several objects it is
+    if kind.startswith("union_tag"):  # the field that tells a union's alternatives apart
         param = f"{param}.{context['discriminator'][1:-1]}"
     code = None
     if kind in ("missing", "union_tag_not_found") or (value is None and kind in _EXPECTED):
@@ -150,7 +149,7 @@ def _validation_error(exc: RequestValidationError) -> RequestError:
 
 
 def _path(place: list[Any], body: Any, kind: str) -> str:
-    """The path of a field, such as `messages[1].content`: pydantic's, without the names of a union's alternatives."""
+    """Format pydantic's path as `messages[1].content`, without the names of a union's alternatives."""
     path, value = "", body
     for at, step in enumerate(place, 1):
         if isinstance(step, int) and isinstance(value, list):

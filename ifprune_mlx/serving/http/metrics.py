@@ -1,4 +1,4 @@
-"""Figures for Prometheus: of requests, and of the engine's work."""
+"""Metrics of the HTTP requests and of the engine, for Prometheus."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 from ifprune_mlx.serving.engine.engine import Engine
 
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-# Metric, field of `EngineStats` and help.
+# Metric, field of `EngineStats`, help.
 _COUNTERS = (
     ("jobs", "requests", "Answers that ended: given, failed or cancelled."),
     ("jobs_failed", "failed", "Answers that failed."),
@@ -36,13 +36,13 @@ _GAUGES = (
 
 
 class _EngineCollector(Collector):
-    """Reads what an engine counts whenever it is asked."""
+    """Reads an engine's counters at every scrape."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
     def collect(self) -> Iterator[Metric]:
-        """Every figure, as it is now."""
+        """All metrics of the engine."""
         stats = self._engine.counters()
         for name, field, meaning in _COUNTERS:
             yield CounterMetricFamily(f"ifprune_{name}", meaning, getattr(stats, field))
@@ -51,7 +51,7 @@ class _EngineCollector(Collector):
 
 
 class Metrics:
-    """The figures of one server."""
+    """The metrics of one server."""
 
     def __init__(self, engine: Engine) -> None:
         self._registry = CollectorRegistry()
@@ -62,5 +62,5 @@ class Metrics:
         self.seconds = Counter("ifprune_http_seconds", "Time spent on requests.", ["path"], registry=self._registry)
 
     def text(self) -> bytes:
-        """All of them, in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)

@@ -1,5 +1,4 @@
-"""Who may ask, and how much: hosts, origins, the API key, bodies that are too large or too slow, too many at once.
-Every request is counted and has its line in the log."""
+"""Checks requests: host, origin, API key, size and speed of the body, number at once. Counts and logs every request."""
 
 from __future__ import annotations
 
@@ -22,37 +21,28 @@ from ifprune_mlx.serving.http.errors import (
 )
 from ifprune_mlx.serving.http.metrics import Metrics
 
-BODY_SECONDS = 30.0  # until a body must be there
-# How long the rest of a refused body is read and thrown away, and how long it may pause meanwhile.
+BODY_SECONDS = 30.0  # the most time for a body to arrive
+# How long the rest of a refused body is read and thrown away, and how long it may pause.
 LINGER_SECONDS, LINGER_SILENCE = 10.0, 2.0
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
-_CLIENT_GONE = 499  # the status for the log where nothing was answered, as the client went away
+_CLIENT_GONE = 499  # logged as the status if the client left before any answer
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What holds for every request.
+    """The limits for every request."""
 
-    Attributes:
-        api_key: what clients must send; None for no key, which is safe on a loopback address only.
-        loopback: whether the server can be reached from its own machine only.
-        host: what it was bound to; a name that requests may ask for.
-        origins: of web pages that may ask; `*` for all.
-        max_body: bytes of a request's body.
-        requests: the most that are in work at once, waiting ones included.
-    """
-
-    api_key: str | None = None
-    loopback: bool = True
-    host: str = "127.0.0.1"
-    origins: tuple[str, ...] = ()
-    max_body: int = 10_000_000
-    requests: int = 256
+    api_key: str | None = None  # clients must send it; None is safe on a loopback address only
+    loopback: bool = True  # only this machine can reach the server
+    host: str = "127.0.0.1"  # the address that the server was bound to; Host headers may name it
+    origins: tuple[str, ...] = ()  # origins of allowed web pages; `*` allows all
+    max_body: int = 10_000_000  # bytes
+    requests: int = 256  # the most requests at once, waiting ones included
 
 
 @dataclass
 class _Body:
-    """Receives a request's body, up to a size and a time; what is received after it is that the client has gone."""
+    """Receives a request's body, up to a size and a time. After it, `receive` reports that the client has gone."""
 
     receive: Receive
     max_bytes: int
@@ -75,8 +65,8 @@ class _Body:
         return message
 
     async def drain(self) -> None:
-        """Throw away the rest, for a while. A socket that is closed while it holds bytes that nobody has read resets
-        the connection, and the reset may take from the client the answer that it has not read yet."""
+        """Read the rest for a while. Closing a socket with unread bytes resets the connection, and the client may then
+        lose an answer that it has not read yet."""
         end = time.monotonic() + LINGER_SECONDS
         while not self.complete and time.monotonic() < end:
             try:
@@ -87,11 +77,11 @@ class _Body:
 
 
 class RequestMiddleware:
-    """Hands on the requests that `limits` allow, and answers for all that is raised; an ASGI application.
+    """An ASGI application that passes on allowed requests, and turns exceptions into error responses.
 
     Args:
-        paths: those that are counted by name.
-        open_paths: those that need no key.
+        paths: paths that are counted by name.
+        open_paths: paths that need no key.
     """
 
     def __init__(
@@ -104,7 +94,7 @@ class RequestMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         start, status, complete = time.monotonic(), _CLIENT_GONE, False
-        scope.setdefault("state", {})  # optional in ASGI; what an answer was is left there for the log
+        scope.setdefault("state", {})  # optional in ASGI; `StreamingAnswer` leaves its outcome there for the log
         body = _Body(receive, self._limits.max_body, start + BODY_SECONDS)
 
         async def send_message(message: Message) -> None:
@@ -114,7 +104,7 @@ class RequestMiddleware:
             elif not message.get("more_body", False):
                 complete = True
                 if not body.complete:
-                    self._running.discard(id(body))  # a client that goes on sending keeps nobody else out
+                    self._running.discard(id(body))  # draining must not take another client's place
                     await send({**message, "more_body": True})
                     await body.drain()
                     message = {"type": "http.response.body", "body": b""}
@@ -143,15 +133,15 @@ class RequestMiddleware:
             log.info("%s %s %d %.2f s%s", scope["method"], where, status, seconds, f", {outcome}" if outcome else "")
 
     def _check(self, scope: Scope) -> None:
-        """Raise RequestError for a request that is refused whatever it asks for."""
+        """Raise RequestError if the headers already refuse a request."""
         limits, headers = self._limits, Headers(scope=scope)
         for name in ("origin", "authorization", "x-api-key"):
             if len(headers.getlist(name)) > 1:
                 raise RequestError(f"the header {name} is there twice", code="duplicate_header")
         if limits.loopback and limits.api_key is None:
-            # A web page of anyone may send requests to this machine, and give its own name this address (DNS
-            # rebinding): the names that its browser puts into these headers give it away. Starlette's
-            # TrustedHostMiddleware answers in plain text, and its older releases cannot tell IPv6 hosts.
+            # Any web page can send requests to this machine, or point its own name at this address (DNS rebinding).
+            # The browser's Host and Origin headers reveal that. Starlette's TrustedHostMiddleware answers in plain
+            # text, and its older releases do not understand IPv6 hosts.
             if not self._is_own_host(f"//{headers.get('host', '')}"):
                 reason = "the Host header names another host; ask http://127.0.0.1, or start the server with an API key"
                 raise RequestError(reason, status=403, code="wrong_host")

@@ -1,4 +1,4 @@
-"""OpenAI's API: chat completions, completions and models. Reads its requests and writes its answers."""
+"""OpenAI's API: chat completions, completions and models."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from ifprune_mlx.serving.http.streaming import AnswerFormat, AnswerSoFar, Stream
 from ifprune_mlx.serving.http.tools import ToolCall
 
 Choice = dict[str, Any]
-_UNLIKELY = -9999.0  # what OpenAI says of tokens that cannot be
+_UNLIKELY = -9999.0  # OpenAI's log-probability of an impossible token
 
 
 class OpenAI:
-    """The endpoints, for one service."""
+    """The endpoints of one service."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -79,12 +79,12 @@ class OpenAI:
         return StreamingAnswer(service, requests, _TextFormat(service, body, requests), bool(body.stream))
 
     async def models(self) -> dict[str, Any]:
-        """The model that is served, in the fields of both APIs at once."""
+        """List the served model, with the fields of both APIs."""
         card = self._card()
         return {"object": "list", "data": [card], "has_more": False, "first_id": card["id"], "last_id": card["id"]}
 
     async def model(self, model: str) -> dict[str, Any]:
-        """The same, by name."""
+        """Describe the served model by its name."""
         self._service.check_model(model)
         return self._card()
 
@@ -111,7 +111,7 @@ class OpenAI:
 
 @dataclass
 class _CompletionFormat(AnswerFormat):
-    """What both completion APIs say alike."""
+    """What chat completions and completions share."""
 
     service: Service
     body: CompletionRequest
@@ -132,11 +132,11 @@ class _CompletionFormat(AnswerFormat):
 
     @abstractmethod
     def choices(self, answer: AnswerSoFar, parts: Sequence[str | ToolCall], output: RequestOutput) -> Iterator[Choice]:
-        """What the chunks of one more output say of an answer."""
+        """The choices for the chunks of one more output."""
 
     @abstractmethod
     def choice(self, answer: AnswerSoFar) -> Choice:
-        """What the completion object says of an answer."""
+        """The choice of a complete answer."""
 
     def events(self, answer: AnswerSoFar, parts: Sequence[str | ToolCall], output: RequestOutput) -> Iterator[bytes]:
         for choice in self.choices(answer, parts, output):
@@ -165,20 +165,18 @@ class _CompletionFormat(AnswerFormat):
         return self.whole_model.model_validate(fields)
 
     def _usage(self, answers: Sequence[AnswerSoFar]) -> dict[str, Any]:
-        n = self.body.n or 1  # the answers to one prompt read it once
-        prompt = sum(answer.complete.prompt_tokens for answer in answers[::n])
+        firsts = [answer.complete for answer in answers[:: self.body.n or 1]]  # a prompt counts once for its n answers
+        prompt = sum(stats.prompt_tokens for stats in firsts)
         completion = sum(answer.complete.completion_tokens for answer in answers)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": sum(answer.complete.cached_tokens for answer in answers[::n])},
+            "prompt_tokens_details": {"cached_tokens": sum(stats.cached_tokens for stats in firsts)},
         }
 
 
 class _ChatFormat(_CompletionFormat):
-    """Chat completions."""
-
     whole_model, chunk_kind = ChatCompletion, "chat.completion.chunk"
 
     def start(self) -> Iterator[bytes]:
@@ -219,8 +217,6 @@ class _ChatFormat(_CompletionFormat):
 
 
 class _TextFormat(_CompletionFormat):
-    """Completions."""
-
     whole_model, chunk_kind = TextCompletion, "text_completion"
 
     def choices(self, answer: AnswerSoFar, parts: Sequence[str | ToolCall], output: RequestOutput) -> Iterator[Choice]:
@@ -233,7 +229,7 @@ class _TextFormat(_CompletionFormat):
         return {"text": answer.text, "logprobs": logprobs, "finish_reason": _finish_reason(answer)}
 
     def _content(self, tokens: Sequence[TokenLogprob], begin: int) -> dict[str, Any] | None:
-        """The log-probabilities of an answer's tokens from the `begin`-th on."""
+        """The log-probabilities of an answer's tokens, from token `begin` on."""
         if not self.logprobs:
             return None
         offsets = list(accumulate((len(token.text) for token in tokens), initial=0))[begin:-1]
@@ -253,8 +249,7 @@ def _finish_reason(answer: AnswerSoFar) -> str | None:
 
 
 def _logprob(text: str, logprob: float) -> dict[str, Any]:
-    # Half a character is shown as U+FFFD, which is not what its bytes are.
-    whole = "\ufffd" not in text
+    whole = "\ufffd" not in text  # U+FFFD stands for half a character, whose bytes are unknown
     return {"token": text, "logprob": max(logprob, _UNLIKELY), "bytes": list(text.encode()) if whole else None}
 
 
@@ -264,7 +259,7 @@ def _call(call: ToolCall) -> dict[str, Any]:
 
 
 def _answers_per_prompt(body: CompletionRequest, prompts: int, most: int) -> int:
-    """`n`, if there are not too many answers."""
+    """`n`; raises RequestError if that makes too many answers."""
     n = body.n or 1
     if body.stream_options is not None and not body.stream:
         raise field_error("stream_options", "needs stream to be true")
@@ -274,7 +269,7 @@ def _answers_per_prompt(body: CompletionRequest, prompts: int, most: int) -> int
 
 
 def _conversation(body: ChatRequest) -> Conversation:
-    """Messages and tools as a chat template takes them."""
+    """Convert the messages and tools to a chat template's form."""
     messages: list[dict[str, Any]] = []
     names: dict[str, str] = {}
     for index, given in enumerate(body.messages):

@@ -1,6 +1,6 @@
-"""Requests of both APIs: pydantic checks them by these models, and the OpenAPI document is generated from them.
+"""The requests of both APIs. pydantic checks them, and the OpenAPI document is generated from them.
 
-Types are strict (true is no number, "1" neither), null counts as left out, and fields that are not named are ignored.
+Types are strict: true and "1" are not numbers. null means that a field is left out, and unknown fields are ignored.
 Lists stop at their first error, so that a body full of errors costs no memory.
 """
 
@@ -43,7 +43,7 @@ class Range:
 
 
 def _only(*allowed: Any, reason: str) -> AfterValidator:
-    """Takes these values alone; `reason` says what to do instead of others."""
+    """Refuse all values but these; `reason` says what to do instead."""
 
     def check(value: Any) -> Any:
         if value not in allowed:
@@ -54,13 +54,11 @@ def _only(*allowed: Any, reason: str) -> AfterValidator:
 
 
 def _unsupported(advice: str) -> AfterValidator:
-    """Refuses a field that would have to be obeyed."""
+    """Refuse a field that cannot be ignored, unless it is empty or false."""
     return _only(None, False, "", [], {}, reason=f"is not supported; {advice}")
 
 
 class Schema(BaseModel):
-    """An object of a request."""
-
     model_config = ConfigDict(strict=True, frozen=True)
 
 
@@ -72,7 +70,7 @@ Name = Annotated[str, Field(min_length=1)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 StopStrings = Annotated[Items[StopString], Field(max_length=MAX_STOPS)]
 TokenCount = Annotated[int, Range(1, MAX_TOKENS)]
-# Which keys there are depends on the vocabulary: `Service.requests` checks it.
+# `Service.requests` checks the keys, as they depend on the vocabulary.
 _BIAS = {"type": "number", "minimum": -100, "maximum": 100}
 LogitBias = Annotated[
     dict[str, Any],
@@ -81,19 +79,14 @@ LogitBias = Annotated[
 
 
 class SelectionOptions(Schema):
-    """Which neurons a request is computed on; null where it does not say.
-
-    Attributes:
-        task: the name of a saved selection.
-        policy: which message selects, and when a conversation selects anew; see `SelectionParams`.
-    """
+    """The neurons that compute a request; null takes the default. `task` names a saved selection."""
 
     task: str | None = None
     selector: Literal["learned", "activation", "static", "random"] | None = None
     dense: bool | None = None
     density: Density | None = None
     active_parameters: Annotated[int, Range(1, 2**53)] | None = None
-    policy: Policy | None = None
+    policy: Policy | None = None  # see `SelectionParams`
 
 
 async def selection_headers(
@@ -101,7 +94,7 @@ async def selection_headers(
     density: Annotated[Density | None, Header(alias="x-ifprune-density")] = None,
     policy: Annotated[Policy | None, Header(alias="x-ifprune-policy")] = None,
 ) -> SelectionOptions:
-    """What headers say; the body's `ifprune` object goes first."""
+    """Read the headers; the body's `ifprune` object overrides them."""
     return SelectionOptions(task=task, density=density, policy=policy)
 
 
@@ -109,7 +102,7 @@ HeaderOptions = Annotated[SelectionOptions, Depends(selection_headers)]
 
 
 class GenerationRequest(Schema):
-    """What requests for an answer have in all APIs."""
+    """The fields that all requests for an answer share."""
 
     model: str | None = None
     ifprune: SelectionOptions | None = None
@@ -130,7 +123,7 @@ class StreamOptions(Schema):
 
 
 class CompletionRequest(GenerationRequest):
-    """What both of OpenAI's completion APIs take."""
+    """The fields that both of OpenAI's completion APIs share."""
 
     n: TokenCount | None = None
     stop: StopString | StopStrings | None = None
@@ -139,7 +132,7 @@ class CompletionRequest(GenerationRequest):
 
     @property
     def stop_strings(self) -> list[str]:
-        """All of them."""
+        """`stop` as a list."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 
@@ -195,7 +188,7 @@ ChatMessage = Annotated[InputMessage | AssistantMessage | ToolMessage, Field(dis
 
 
 class Function(Schema):
-    """A function that may be called; the chat template gets all that is said of it."""
+    """A function that the model may call. The chat template gets all fields, also unknown ones."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="allow")
     name: Name
@@ -243,9 +236,9 @@ _PROMPTS = [{"type": "string"}, {"type": "array", "minItems": 1, "items": {"type
 
 
 class TextRequest(CompletionRequest):
-    """Texts to be continued: one, several, or their token ids."""
+    """Texts to continue: one, several, or their token ids."""
 
-    # Which ids there are depends on the vocabulary: `openai` checks them.
+    # `openai` checks the ids, as they depend on the vocabulary.
     prompt: Annotated[
         Any, WithJsonSchema({"anyOf": [*_PROMPTS, {"type": "array", "minItems": 1, "items": _TOKEN_IDS}]})
     ]
@@ -287,7 +280,7 @@ class UserMessage(Schema):
 
 
 class AssistantTurn(Schema):
-    """An earlier answer; the last message of all is what the answer begins with."""
+    """An earlier answer. As the last message, it is the beginning of the new answer."""
 
     role: Literal["assistant"]
     content: str | Items[_AssistantBlock]

@@ -1,4 +1,4 @@
-"""Answers of both APIs: they are made of these models, and the OpenAPI document is generated from them."""
+"""The responses of both APIs. The OpenAPI document is generated from these models."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic.json_schema import SkipJsonSchema
 
 
 class Figures(BaseModel):
-    """How an answer came about. `selection` is the hash of the neurons, null if all were active; `_s` are seconds."""
+    """How an answer was computed. `selection` is the selection's hash, null if dense. `_s` means seconds."""
 
     selection: str | None
     selector: str
@@ -28,7 +28,7 @@ class Figures(BaseModel):
 
 
 class Usage(BaseModel):
-    """Tokens, of all answers together; the details say how many of the prompt had been read before."""
+    """Tokens, summed over all answers. The details count the prompt tokens that came from the cache."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -44,7 +44,7 @@ class AnswerMessage(BaseModel):
 
 
 class Choice(BaseModel):
-    """One answer; it has figures of its own if there are several."""
+    """One answer. It has its own `ifprune` object if there are several."""
 
     index: int
     logprobs: dict[str, Any] | None
@@ -61,7 +61,7 @@ class TextChoice(Choice):
 
 
 class Completion(BaseModel):
-    """All answers; `ifprune` is the first one's."""
+    """All answers; `ifprune` belongs to the first."""
 
     id: str
     object: str
@@ -82,7 +82,7 @@ class TextCompletion(Completion):
 
 
 class AnswerBlock(BaseModel):
-    """Text, or a call with its id, name and input."""
+    """Text, or a tool call with its id, name and input."""
 
     type: Literal["text", "tool_use"]
     text: str = ""
@@ -92,7 +92,7 @@ class AnswerBlock(BaseModel):
 
 
 class MessageUsage(BaseModel):
-    """Tokens; those of the prompt that had been read before are counted apart."""
+    """Tokens. `input_tokens` leaves out the prompt tokens that came from the cache."""
 
     input_tokens: int
     cache_read_input_tokens: int
@@ -101,7 +101,7 @@ class MessageUsage(BaseModel):
 
 
 class Message(BaseModel):
-    """Anthropic's form of an answer."""
+    """An answer in Anthropic's form."""
 
     id: str
     type: Literal["message"]
@@ -119,7 +119,7 @@ class TokenTotal(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """The served model, with the fields of both APIs; `ifprune` says how large it is, and how much of it answers."""
+    """The served model, with the fields of both APIs. `ifprune` holds its size, density and context length."""
 
     id: str
     object: Literal["model"]
@@ -154,7 +154,7 @@ class SavedTasks(BaseModel):
 
 
 class SelectionMasks(BaseModel):
-    """The neurons of a selection, for each FFN: how many there are, how many of them are kept, and which."""
+    """A selection's neurons, one list entry per FFN: width, number kept, and mask."""
 
     hash: str
     selector: str
@@ -164,7 +164,7 @@ class SelectionMasks(BaseModel):
     kept: list[int]
     masks: Annotated[
         list[str],
-        Field(description="Base64 of a bit for each neuron, the first in the highest bit of the first byte."),
+        Field(description="Base64 of one bit per neuron. The first neuron is the highest bit of the first byte."),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Listens on a socket and serves an ASGI application there with uvicorn, until it is told to stop."""
+"""Listens on a socket and serves an ASGI application with uvicorn, until a signal stops it."""
 
 from __future__ import annotations
 
@@ -24,13 +24,10 @@ HEADER_SECONDS, STALLED_SECONDS = 10.0, 60.0
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that has a place to listen, and does not listen yet.
-
-    Args:
-        port: 0 takes a free one.
+    """A bound socket that does not listen yet. Port 0 takes a free one.
 
     Raises:
-        IfpruneError: if the host is none of this machine's, or the port is taken.
+        IfpruneError: if the host is not an address of this machine, or the port is taken.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -50,21 +47,21 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def is_loopback(listener: socket.socket) -> bool:
-    """Whether a socket can be reached from this machine only."""
+    """Whether only this machine can reach a socket."""
     return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
 
 
 def url(listener: socket.socket) -> str:
-    """Where a client finds a socket."""
+    """The URL of a socket."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def serve(app: ASGIApp, listener: socket.socket, ready: Callable[[], None]) -> None:
-    """Serve until SIGINT or SIGTERM; answers under way then have a few seconds to end.
+    """Serve until SIGINT or SIGTERM; running answers then have a few seconds to end.
 
     Args:
-        ready: called when requests are taken.
+        ready: called once the server accepts requests.
     """
     config = uvicorn.Config(
         app,
@@ -96,19 +93,19 @@ def serve(app: ASGIApp, listener: socket.socket, ready: Callable[[], None]) -> N
     try:
         asyncio.run(run())
     except KeyboardInterrupt:
-        pass  # uvicorn has ended in order, and gives the signal back afterwards
+        pass  # uvicorn has shut down, and raises the signal again afterwards
     finally:
         listener.close()
 
 
 class _Connection(H11Protocol):
-    """One connection, as uvicorn serves it, with what it has no settings for.
+    """uvicorn's connection with limits that uvicorn has no settings for.
 
-    Clients may take `HEADER_SECONDS` for the headers of a request or the rest of a refused one, and may stop reading
-    for `STALLED_SECONDS`. What is not HTTP is refused in JSON, and a client that is still sending hears it.
+    Clients may take `HEADER_SECONDS` for a request's headers or the rest of a refused one, and may stop reading for
+    `STALLED_SECONDS`. Input that is not HTTP is refused in JSON, even while the client is still sending.
     """
 
-    _since = 0.0  # when the client last had nothing to do
+    _since = 0.0  # when the server last stopped waiting for the client
     _look_again: asyncio.TimerHandle | None = None
     _refused = False
 
@@ -131,18 +128,18 @@ class _Connection(H11Protocol):
         super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is not HTTP."""
+        """Refuse input that is not HTTP."""
         if self.cycle is not None and not self.cycle.response_complete:
             if self.cycle.response_started:
                 self.transport.abort()
                 return
-            # A body that breaks off in what is not HTTP: the application hears that the client has gone.
+            # A body that stops being HTTP: the application is told that the client has gone.
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         self._refuse(b"400 Bad Request", RequestError("this is not an HTTP request", code="invalid_http"))
 
     def _refuse(self, status: bytes, error: RequestError) -> None:
-        """Answer and end our side; what the client still sends is thrown away until it or `_look` hangs up."""
+        """Answer and close our side. Further input is thrown away until the client or `_look` hangs up."""
         self._refused, self._since = True, self.loop.time()
         body = to_json(error_body("", error))
         head = b"HTTP/1.1 %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"

@@ -1,4 +1,4 @@
-"""What the HTTP endpoints share: one model, its engine, its tasks, and the selections that were used of late."""
+"""What the HTTP endpoints share: one model, its engine, its tasks, and the recently used selections."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _ALIASES = ("default", "default_model")
 _SEEDS = 2**32
 _TOKEN_ID = re.compile("[0-9]{1,9}")
 _SAMPLING = tuple(each.name for each in fields(SamplingParams))
-# Of two options one would be ignored.
+# Each option excludes the others, one of which would be ignored.
 _EXCLUSIVE = (
     ("task", ("dense", "selector", "density", "active_parameters", "policy")),
     ("dense", ("selector", "density", "active_parameters", "policy")),
@@ -43,15 +43,11 @@ _EXCLUSIVE = (
 
 @dataclass(frozen=True)
 class Defaults:
-    """What holds for a request that does not say.
-
-    Attributes:
-        max_tokens: above 0.
-    """
+    """The values for what a request leaves out."""
 
     selection: SelectionOptions = field(default_factory=SelectionOptions)
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    max_tokens: int = 512
+    max_tokens: int = 512  # above 0
 
 
 class Service:
@@ -59,10 +55,10 @@ class Service:
 
     Args:
         model, tokenizer: from `ifprune_mlx.load`.
-        engine: of that model. It is not closed here.
-        name: what clients call the model.
-        aliases: other names that they may use.
-        most_answers: of one request.
+        engine: the model's engine; the caller closes it.
+        name: the model's name in the API.
+        aliases: more names that clients may use.
+        most_answers: the most answers to one HTTP request.
     """
 
     def __init__(
@@ -87,20 +83,19 @@ class Service:
         self._names = {name, *aliases, *_ALIASES}
         self._tasks = TaskStore(model.checkpoint)
         self._used: OrderedDict[str, dict[str, Any]] = OrderedDict()
-        # Long prompts take a while to encode, and must not hold up the streams of others. One thread, as a tokenizer
-        # is not made for several.
+        # Encoding a long prompt must not block the event loop. There is one thread, as tokenizers are not thread-safe.
         self._encoder = ThreadPoolExecutor(1, "ifprune-encode")
 
     def close(self) -> None:
-        """Give the encoding thread back."""
+        """Stop the encoding thread."""
         self._encoder.shutdown(cancel_futures=True)
 
     async def in_thread(self, work: Callable[..., Result], *given: Any) -> Result:
-        """Do something that takes a while, in the thread for it."""
+        """Run slow work in the encoding thread."""
         return await asyncio.get_running_loop().run_in_executor(self._encoder, work, *given)
 
     def check_model(self, name: str | None) -> None:
-        """Raise RequestError unless this is the model that is served; None means it."""
+        """Raise RequestError unless this names the served model; None does."""
         if name is not None and name not in self._names:
             reason = f"the model {name[:100]!r} is not served here; ask for {self.name!r} or 'default'"
             raise RequestError(reason, "model", status=404, code="model_not_found")
@@ -116,13 +111,13 @@ class Service:
         stop: Sequence[str],
         logprobs: int | None = None,
     ) -> list[Request]:
-        """What the engine is to answer: `n` requests for each prompt, which differ in their seeds.
+        """Make the engine's requests: `n` for each prompt, with different seeds.
 
         Args:
-            render: takes the policy and gives the prompts; called in the encoding thread.
+            render: turns the policy into the prompts; called in the encoding thread.
 
         Raises:
-            RequestError: if the body contradicts itself, or names what is not there.
+            RequestError: if the body contradicts itself, or names a model or task that does not exist.
             PromptError: if a prompt cannot be answered.
         """
         self.check_model(body.model)
@@ -145,7 +140,7 @@ class Service:
             Request(
                 tokens=prompt.tokens,
                 instruction=prompt.instruction,
-                choice=selection,
+                selection_params=selection,
                 sampling=replace(self.defaults.sampling, **{**given, "seed": seed}),
                 max_tokens=max_tokens or self.defaults.max_tokens,
                 stop=(*stop, *prompt.stop),
@@ -156,11 +151,10 @@ class Service:
         ]
 
     def _selection_options(self, given: SelectionOptions, headers: SelectionOptions) -> SelectionOptions:
-        """What a request asks for, completed by its headers, and by the server's defaults where they do not contradict
-        it.
+        """A request's options, completed by its headers and by the server's defaults where these do not conflict.
 
         Raises:
-            RequestError: on two options of which one would be ignored.
+            RequestError: if two options exclude each other.
         """
         own = self.defaults.selection
         options = {**headers.model_dump(), **given.model_dump(exclude_none=True)}
@@ -177,7 +171,7 @@ class Service:
         return SelectionOptions(**options)
 
     def tasks(self) -> list[dict[str, Any]]:
-        """Every task that can be used; reads their files, so call it in the thread."""
+        """All usable tasks. Reads their files, so call it in the encoding thread."""
         found = []
         for task in self._tasks.tasks():
             with suppress(TaskError):
@@ -187,37 +181,37 @@ class Service:
         return found
 
     def selection(self, key: str) -> dict[str, Any]:
-        """The kept neurons of a selection that was used of late.
+        """The kept neurons of a recently used selection.
 
         Raises:
-            RequestError: if it was not.
+            RequestError: if it is not among them.
         """
         if key not in self._used:
-            reason = "no such selection among those used of late"
+            reason = "no such selection among those used recently"
             raise RequestError(reason, "hash", status=404, code="selection_not_found")
         return self._used[key]
 
     async def run(self, requests: Sequence[Request]) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-        """Answer requests side by side; outputs come as they are computed, each with the place of its request.
+        """Answer requests together. Yields each output as it is computed, with the index of its request.
 
         Raises:
-            IfpruneError, GenerationFailedError: of the first request that fails; the others end with it.
+            IfpruneError, GenerationFailedError: when the first request fails; the others end with it.
         """
-        news: asyncio.Queue[tuple[int, RequestOutput | Exception]] = asyncio.Queue()
+        queue: asyncio.Queue[tuple[int, RequestOutput | Exception]] = asyncio.Queue()
 
         async def follow(index: int, request: Request) -> None:
             try:
                 async with aclosing(self.engine.stream(request)) as outputs:
                     async for output in outputs:
-                        news.put_nowait((index, output))
+                        queue.put_nowait((index, output))
             except Exception as exc:
-                news.put_nowait((index, exc))
+                queue.put_nowait((index, exc))
 
         tasks = [asyncio.ensure_future(follow(index, request)) for index, request in enumerate(requests)]
         left = len(tasks)
         try:
             while left:
-                index, output = await news.get()
+                index, output = await queue.get()
                 if isinstance(output, Exception):
                     raise output
                 if output.stats is not None:
@@ -230,14 +224,14 @@ class Service:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     def figures(self, stats: RequestStats) -> dict[str, Any]:
-        """What clients are told of how an answer came about: the `ifprune` object of a response."""
+        """The `ifprune` object of a response."""
         total = self.model.total_parameters
         active = total if stats.selection is None else self._used.get(stats.selection, {}).get("active_parameters")
         figures = {name: getattr(stats, name, None) for name in Figures.model_fields}
         return {**figures, "active_parameters": active, "total_parameters": total}
 
     def load_task(self, name: str) -> Selection:
-        """A saved selection; reads its file, so call it in the thread.
+        """A saved selection. Reads its file, so call it in the encoding thread.
 
         Raises:
             RequestError: if there is no such task, or it is damaged.
@@ -248,7 +242,7 @@ class Service:
             raise RequestError(f"no task {name[:64]!r} for this model; {there}", "ifprune.task", code="task_not_found")
         try:
             return self._tasks.load(name)
-        except TaskError:  # which names files of this machine
+        except TaskError:  # its message names files of this machine
             reason = f"the task {name!r} is damaged; `ifprune tasks` on the server's machine says how"
             raise RequestError(reason, "ifprune.task") from None
 
@@ -282,7 +276,7 @@ class Service:
 
 
 def _mask(ids: Any, width: int) -> str:
-    """Base64 of a bit for each neuron, the first in the highest bit of the first byte."""
+    """Base64 of one bit per neuron. The first neuron is the highest bit of the first byte."""
     bits = np.zeros(width, dtype=np.uint8)
     bits[ids] = 1
     return base64.b64encode(np.packbits(bits).tobytes()).decode("ascii")

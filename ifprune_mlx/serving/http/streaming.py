@@ -1,6 +1,6 @@
-"""One answer on its way to one client: whole or as server-sent events, given up when the client goes away.
+"""Sends answers to one client, whole or as server-sent events, and cancels them when the client goes away.
 
-How an API says it is an `AnswerFormat`'s task.
+An `AnswerFormat` writes them in the form of one API.
 """
 
 from __future__ import annotations
@@ -23,24 +23,16 @@ from ifprune_mlx.serving.http.tools import ToolCall, ToolSplitter
 
 @dataclass
 class AnswerSoFar:
-    """What has been computed of one answer.
+    """What has been computed of one answer."""
 
-    Attributes:
-        index: its place among the answers to one request.
-        splitter: tells calls from text; None where no tool may be called.
-        parts: text and calls, in order.
-        tokens: with log-probabilities, if the request asks for them.
-        stats: once the answer is complete.
-    """
-
-    index: int
-    splitter: ToolSplitter | None
-    parts: list[str | ToolCall] = field(default_factory=list)
-    tokens: list[TokenLogprob] = field(default_factory=list)
-    stats: RequestStats | None = None
+    index: int  # among the answers to one HTTP request
+    splitter: ToolSplitter | None  # None if no tool may be called
+    parts: list[str | ToolCall] = field(default_factory=list)  # text and calls, in order
+    tokens: list[TokenLogprob] = field(default_factory=list)  # empty unless the request wants log-probabilities
+    stats: RequestStats | None = None  # set when the answer is complete
 
     def add(self, output: RequestOutput) -> list[str | ToolCall]:
-        """Take in a stretch of the answer; returns the text and the calls that are certain by it."""
+        """Add an output; returns the text and calls that are final now."""
         if self.splitter is None:
             parts: list[str | ToolCall] = [output.text] if output.text else []
         else:
@@ -54,7 +46,7 @@ class AnswerSoFar:
 
     @property
     def complete(self) -> RequestStats:
-        """The figures of an answer that is complete."""
+        """The stats of a complete answer."""
         assert self.stats is not None
         return self.stats
 
@@ -70,7 +62,7 @@ class AnswerSoFar:
 
 
 class AnswerFormat(ABC):
-    """The answers to one request as an API says them."""
+    """Writes the answers to one HTTP request in the form of one API."""
 
     def start(self) -> Iterator[bytes]:
         """The events before the first output."""
@@ -78,7 +70,7 @@ class AnswerFormat(ABC):
 
     @abstractmethod
     def events(self, answer: AnswerSoFar, parts: Sequence[str | ToolCall], output: RequestOutput) -> Iterator[bytes]:
-        """The events of one more output of an answer, which has the text and calls `parts`."""
+        """The events of one more output, whose text and calls are `parts`."""
 
     @abstractmethod
     def end(self, answers: Sequence[AnswerSoFar]) -> Iterator[bytes]:
@@ -86,18 +78,18 @@ class AnswerFormat(ABC):
 
     @abstractmethod
     def error(self, error: RequestError) -> bytes:
-        """The event of a failure on the way; clients raise it."""
+        """The event of a failure in the middle; clients raise it."""
 
     @abstractmethod
     def whole(self, answers: Sequence[AnswerSoFar]) -> BaseModel:
-        """All of the answers, for a client that did not ask for events."""
+        """All answers, for a client that does not stream."""
 
 
 @dataclass(eq=False)
 class StreamingAnswer(Response):
-    """The response that computes `requests` and sends their answers in a format, as events if `stream` says so.
+    """The response that computes `requests` and sends their answers, as events if `stream` is set.
 
-    What cannot be answered at all is raised before anything is sent.
+    An error before the first output is raised, so that it gets an HTTP status.
     """
 
     service: Service
@@ -109,9 +101,9 @@ class StreamingAnswer(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response; the requests end when the client goes away."""
-        # One task from first to last: wherever it waits when it is cancelled, the engine's generators are closed.
+        # One task does everything, so that cancelling it always closes the engine's generators.
         work = asyncio.ensure_future(self._answer(scope, receive, send))
-        # The body has been read, so that what is received next is that the client has gone.
+        # The body has been read: the next message says that the client has gone.
         gone = asyncio.ensure_future(receive())
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -162,7 +154,7 @@ class StreamingAnswer(Response):
 
 
 def _summary(stats: RequestStats) -> str:
-    """For the log."""
+    """An answer's line in the log."""
     how = "dense" if stats.selection is None else f"{stats.selector} {stats.density:.2f} {stats.selection[:6]}"
     return f"{how}, {stats.prompt_tokens}+{stats.completion_tokens} tokens, {stats.tokens_per_s:.1f}/s"
 

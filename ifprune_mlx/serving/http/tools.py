@@ -1,6 +1,6 @@
-"""Tool calls in the text of an answer: told apart from what is said, as it streams.
+"""Splits the text of an answer into plain text and tool calls, while it streams.
 
-How a model writes a call is its template's affair; mlx-lm has a parser for each such dialect.
+Each model family writes calls in its own dialect. mlx-lm has a parser for each.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-# What a call of a given name begins with, after the start marker. For other dialects the marker is all that is given.
+# How a call begins after the start marker: of a given tool, and of any. In other dialects only the marker is known.
 _BEGINNINGS = {
     "json_tools": ('\n{{"name": "{name}", "arguments": ', '\n{{"name": "'),
     "qwen3_coder": ("\n<function={name}>\n", "\n<function="),
@@ -22,21 +22,14 @@ _BEGINNINGS = {
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call that the model makes.
-
-    Attributes:
-        arguments: JSON text of an object; what the model wrote, if a call that was forced is no JSON.
-    """
+    """A call that the model makes."""
 
     name: str
-    arguments: str
+    arguments: str  # JSON text of an object; for a forced call, the model's text if that is not JSON
 
 
 def beginning(tokenizer: TokenizerWrapper, name: str | None) -> str:
-    """How the model begins to write a call, start marker included; of the tool `name`, or of any.
-
-    A name is given where it is known how the dialect writes it.
-    """
+    """The beginning of a call, start marker included: of the tool `name`, or of any."""
     dialect = getattr(tokenizer.tool_parser, "__module__", "").rsplit(".", 1)[-1]
     named, unnamed = _BEGINNINGS.get(dialect, ("", ""))
     after = unnamed.format() if name is None else named.format(name=name)
@@ -44,13 +37,13 @@ def beginning(tokenizer: TokenizerWrapper, name: str | None) -> str:
 
 
 class ToolSplitter:
-    """Splits the text of an answer into what is said and the calls that are made.
+    """Splits the text of an answer into plain text and calls.
 
     Args:
         tokenizer: has the markers and the parser of its dialect.
-        tools: as they were offered; some dialects need their parameter types.
-        begun: what the prompt has of a call already, start marker included.
-        forced: the tool whose call that is, if it is known.
+        tools: the offered tools; some dialects need their parameter types.
+        begun: the beginning of a call that the prompt already holds, start marker included.
+        forced: the tool of that call, if it is known.
     """
 
     def __init__(
@@ -67,7 +60,7 @@ class ToolSplitter:
         self._after_call = False
 
     def feed(self, text: str) -> Iterator[str | ToolCall]:
-        """What is certain once `text` has been added; never an empty string."""
+        """Add text; yields the parts that are final now, never an empty string."""
         self._pending += text
         while True:
             if self._inside:
@@ -79,25 +72,23 @@ class ToolSplitter:
             else:
                 at = self._pending.find(self._start)
                 keep = len(self._pending) - at if at >= 0 else self._overhang()
-                said, self._pending = (
-                    self._pending[: len(self._pending) - keep],
-                    self._pending[len(self._pending) - keep :],
-                )
-                yield from self._say(said)
+                final = len(self._pending) - keep
+                text, self._pending = self._pending[:final], self._pending[final:]
+                yield from self._plain(text)
                 if at < 0:
                     return
                 self._pending = self._pending[len(self._start) :]
                 self._inside = True
 
     def finish(self) -> Iterator[str | ToolCall]:
-        """The rest, when the text has ended."""
+        """The rest, after the last text."""
         pending, self._pending = self._pending, ""
         if self._inside:
             yield from self._call(pending, "")
         else:
-            yield from self._say(pending)
+            yield from self._plain(pending)
 
-    def _say(self, text: str) -> Iterator[str]:
+    def _plain(self, text: str) -> Iterator[str]:
         if self._after_call:  # dialects put a line break between calls
             text = text.lstrip()
         if text:
@@ -117,17 +108,17 @@ class ToolSplitter:
             yield f"{'' if begun else self._start}{begun}{body}{end}"
 
     def _calls(self, text: str) -> list[ToolCall]:
-        """The calls in the text between two markers; none if it is not one."""
+        """The calls in the text between two markers; empty if it cannot be parsed."""
         try:
             parsed = self._parse(text, self._tools)
             found = parsed if isinstance(parsed, list) else [parsed]
             calls = [ToolCall(call["name"], _object(call["arguments"])) for call in found]
-        except Exception:  # mlx-lm's parsers raise what they like on text that is no call
+        except Exception:  # mlx-lm's parsers can raise anything on text that is not a call
             return []
         return calls if all(isinstance(call.name, str) and call.name for call in calls) else []
 
     def _overhang(self) -> int:
-        """How many characters at the end of the pending text may be the beginning of the start marker."""
+        """How many characters at the end of the pending text may begin the start marker."""
         for length in range(min(len(self._start) - 1, len(self._pending)), 0, -1):
             if self._start.startswith(self._pending[-length:]):
                 return length

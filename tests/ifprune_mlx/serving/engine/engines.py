@@ -88,8 +88,8 @@ def alone(tiny: Tiny, one: Request) -> str:
         *tiny,
         list(one.tokens),
         max_tokens=one.max_tokens,
-        selection=one.choice.selection,
-        dense=one.choice.dense,
+        selection=one.selection_params.selection,
+        dense=one.selection_params.dense,
         logits_processors=processors,
     )
 

@@ -30,7 +30,7 @@ from tests.ifprune_mlx.serving.engine.engines import (
 
 def selecting(selector: str, number: int = 0) -> Request:
     choice = SelectionParams(selector=selector, density=0.5)
-    return make_request(prompt(number), choice=choice, instruction=f"{number} instruction {number}")
+    return make_request(prompt(number), selection_params=choice, instruction=f"{number} instruction {number}")
 
 
 def noted(patch: pytest.MonkeyPatch, kind: type, name: str, note: Callable[..., None]) -> None:

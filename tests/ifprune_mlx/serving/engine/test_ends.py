@@ -62,7 +62,7 @@ def test_leaving_while_a_long_prompt_is_read(
     if not batches:
         monkeypatch.setattr("ifprune_mlx.serving.engine.engine.can_batch", lambda model: False)
     tiny = load(write_checkpoint(tmp_path / "checkpoint", max_position_embeddings=16384))
-    long = make_request(prompt(1, 12000), choice=SelectionParams(selector=selector, density=0.5))
+    long = make_request(prompt(1, 12000), selection_params=SelectionParams(selector=selector, density=0.5))
 
     async def leave(engine: Engine) -> None:
         task = asyncio.create_task(outputs_of(engine, long))

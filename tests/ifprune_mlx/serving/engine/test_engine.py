@@ -81,13 +81,15 @@ def test_event_loops_of_several_threads_share_an_engine(tiny: Tiny) -> None:
 def test_selectors_select_as_generate_does(tiny: Tiny, selector: str) -> None:
     requests = [
         make_request(
-            prompt(seed), choice=SelectionParams(selector=selector, density=density), instruction=f"instruction {seed}"
+            prompt(seed),
+            selection_params=SelectionParams(selector=selector, density=density),
+            instruction=f"instruction {seed}",
         )
         for seed, density in enumerate((0.5, 0.25, 0.5))
     ]
     expected = []
     for one in requests:
-        options = {"selector": selector, "density": one.choice.density, "instruction": one.instruction}
+        options = {"selector": selector, "density": one.selection_params.density, "instruction": one.instruction}
         processors = make_logits_processors({END: -1000.0})
         responses = list(
             stream_generate(*tiny, list(one.tokens), max_tokens=12, logits_processors=processors, **options)
@@ -152,7 +154,7 @@ def test_selecting_with_the_models_own_layers_disturbs_no_running_job(tiny: Tiny
     learned = [
         make_request(
             prompt(seed),
-            choice=SelectionParams(selector="learned", density=0.5),
+            selection_params=SelectionParams(selector="learned", density=0.5),
             instruction=f"{seed} instruction {seed}",
         )
         for seed in range(4)
@@ -191,5 +193,5 @@ def test_a_model_on_ssd_is_served_but_never_dense(tiny: Tiny, tiny_checkpoint: P
         assert [text_of(outputs) for outputs in together(engine, *requests)] == expected
         for choice in (SelectionParams(dense=True), SelectionParams(selector="activation")):
             with pytest.raises(BudgetError, match="residency ram"):
-                ask(engine, make_request(choice=choice))
+                ask(engine, make_request(selection_params=choice))
     streamed[0].close()

@@ -37,9 +37,13 @@ def test_what_cannot_be_answered_fails_alone(tiny: Tiny) -> None:
     wrong = random_selection((64, 64), (8, 8), seed=0)
     good = make_request(prompt(1), max_tokens=30)
     bad: list[tuple[Request, type[IfpruneError], str]] = [
-        (make_request(choice=SelectionParams(selector="static", density=7.0)), BudgetError, "density 7"),
-        (make_request(choice=SelectionParams(selector="nonsense")), IfpruneError, "unknown selector"),
-        (make_request(choice=SelectionParams(selector="static", policy="never")), IfpruneError, "unknown policy"),
+        (make_request(selection_params=SelectionParams(selector="static", density=7.0)), BudgetError, "density 7"),
+        (make_request(selection_params=SelectionParams(selector="nonsense")), IfpruneError, "unknown selector"),
+        (
+            make_request(selection_params=SelectionParams(selector="static", policy="never")),
+            IfpruneError,
+            "unknown policy",
+        ),
         (make_request(selection=wrong), SelectionError, ""),
         (make_request(()), PromptError, "empty"),
         (make_request((VOCABULARY,)), PromptError, "token ids"),

@@ -93,7 +93,7 @@ def test_a_stream_of_live_requests_does_not_starve_another_selection(tiny: Tiny)
 def test_auto_keeps_a_live_selection_that_agrees(tiny: Tiny) -> None:
     near = SelectionParams(selector="static", density=0.5, policy="auto")
     with serving(tiny) as engine:
-        _, first = ask(engine, make_request(choice=replace(near, policy="turn")))
+        _, first = ask(engine, make_request(selection_params=replace(near, policy="turn")))
         ids = [list(ids) for ids in tiny[0].selection.ids]
         spare = [next(i for i in range(128) if i not in layer) for layer in ids]
         close = Selection(
@@ -102,7 +102,7 @@ def test_auto_keeps_a_live_selection_that_agrees(tiny: Tiny) -> None:
             "static",
         )
         assert ask(engine, make_request(selection=close))[1].selection == close.hash
-        assert ask(engine, make_request(choice=near))[1].selection == close.hash
-        assert ask(engine, make_request(choice=replace(near, policy="turn")))[1].selection == first.selection
+        assert ask(engine, make_request(selection_params=near))[1].selection == close.hash
+        assert ask(engine, make_request(selection_params=replace(near, policy="turn")))[1].selection == first.selection
         # Another density is another matter, however much it has in common.
-        assert ask(engine, make_request(choice=replace(near, density=0.25)))[1].density == 0.25
+        assert ask(engine, make_request(selection_params=replace(near, density=0.25)))[1].density == 0.25
