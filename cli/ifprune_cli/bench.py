@@ -15,7 +15,7 @@ import typer
 
 from .console import gigabytes, note, progress, result_json
 from .loading import open_checkpoint
-from .options import DensityOption, DtypeName, DtypeOption, ModelOption, output_option
+from .options import DensityOption, DtypeName, DtypeOption, JsonFileOption, ModelOption, output_option
 
 if TYPE_CHECKING:
     from ifprune_mlx import Checkpoint
@@ -91,9 +91,7 @@ class _Outputs:
     plot: Annotated[Optional[Path], output_option("--plot", metavar="FILE", help="Draw the rates as .png or .svg.")] = (
         None
     )
-    json: Annotated[
-        Optional[Path], output_option("--json", metavar="FILE", help="Write one JSON line to FILE; - is stdout.")
-    ] = None
+    json: JsonFileOption = None
 
     def check(self) -> None:
         """Raise IfpruneError for a place where nothing can be written."""
@@ -158,10 +156,8 @@ def _measure(
     from ifprune_mlx.checkpoint.budget import resolve_keep
 
     keep = resolve_keep(checkpoint, density=density)
-    length, limit = (
-        measured.prompt_tokens + measured.generation_tokens,
-        checkpoint.config.get("max_position_embeddings"),
-    )
+    length = measured.prompt_tokens + measured.generation_tokens
+    limit = checkpoint.config.get("max_position_embeddings")
     if limit is not None and length > limit:
         raise IfpruneError(f"{length} tokens to read and generate: the model's context holds {limit}; give fewer")
     plain = None
@@ -197,14 +193,14 @@ def _table(result: dict[str, Any]) -> list[str]:
         cells += [f"{row[what]:.3f}" for what in ("select_s", "switch_s", "ttft_s")]
         cells += [gigabytes(row["peak_memory"]), gigabytes(row["rss"])]
         lines.append("| " + " | ".join(cells) + " |")
-    said = {
+    intervals_shown = {
         "decode_vs_static": "sliced decoding / a plain model of that size",
         "prefill_vs_static": "sliced prefill / a plain model of that size",
         "decode_vs_dense_limit": "sliced decoding / dense decoding times the bytes that a token reads less",
         "ssd_decode_vs_static": "sliced decoding with residency ssd / a plain model of that size",
     }
     lines.append("")
-    for name, words in said.items():
+    for name, words in intervals_shown.items():
         if name in intervals:
             at = intervals[name]
             lines.append(f"{words}: {at['median']:.3f} [{at['low']:.3f}, {at['high']:.3f}]")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Optional
 import typer
 
 from .console import note, parameters, progress, result_json
-from .options import DtypeName, TrustOption
+from .options import DtypeName, FolderOption, JsonOption, TrustOption
 
 if TYPE_CHECKING:
     from ifprune_convert.pipeline import Conversion
@@ -101,7 +101,6 @@ OrderOption = Annotated[
         "small set that ships) first, one record each, which --residency ssd reads faster.",
     ),
 ]
-FolderOption = Annotated[Path, _output("--mlx-path", metavar="FOLDER", help="Where to write.")]
 OverwriteOption = Annotated[bool, _output("--overwrite", help="Replace an existing output folder.")]
 UploadOption = Annotated[
     Optional[str],
@@ -111,11 +110,10 @@ UploadOption = Annotated[
         help="Upload the result to this new or empty repository of the Hugging Face hub.",
     ),
 ]
-JsonOption = Annotated[bool, _output("--json", help="Print one JSON object.")]
 
 
 def with_calibrate_value(arguments: Sequence[str]) -> list[str]:
-    """Give a bare `--calibrate` its value; typer has no options whose value may be left out."""
+    """Give a bare `--calibrate` its value, as typer has no options with an optional value."""
     result: list[str] = []
     for argument, following in zip(arguments, [*arguments[1:], "-"], strict=True):
         bare = argument == "--calibrate" and following.startswith("-")

@@ -1,4 +1,4 @@
-"""`ifprune evaluate`: what do selections cost, by domain and task, beside their controls?"""
+"""`ifprune evaluate`: what do selections cost, by domain and task, compared with their controls?"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 from .console import note, progress, result_json
 from .evaluate_report import notes, tables
 from .loading import load_model, open_checkpoint
-from .options import DataOption, DensityOption, DtypeOption, ModelOption, TrustOption, named_files
+from .options import DataOption, DensityOption, DtypeOption, JsonFileOption, ModelOption, TrustOption, named_files
 
 if TYPE_CHECKING:
     from ifprune_mlx.eval import EvalResult
@@ -100,9 +100,6 @@ PlotOption = Annotated[
         help="Draw the losses against the active parameters (.png or .svg). Needs ifprune-mlx[plots].",
     ),
 ]
-JsonOption = Annotated[
-    Optional[Path], _output("--json", metavar="FILE", help="Write one JSON line to FILE; - is stdout.")
-]
 
 
 def evaluate(
@@ -124,13 +121,13 @@ def evaluate(
     dtype: DtypeOption = None,
     trust_remote_code: TrustOption = False,
     plot: PlotOption = None,
-    json: JsonOption = None,
+    json: JsonFileOption = None,
 ) -> None:
     """Measure every kind of selection by the loss of given answers and by tasks, with paired intervals."""
     from ifprune_mlx.eval import EvalConfig
     from ifprune_mlx.eval import evaluate as run
 
-    # Whatever can be wrong is better found before hours of measuring than after them.
+    # Check everything first: measuring can take hours.
     config = EvalConfig(
         model=model,
         data=named_files(data or []),

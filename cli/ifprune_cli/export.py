@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
@@ -16,6 +15,7 @@ from .options import (
     Budget,
     DensityOption,
     DtypeOption,
+    FolderOption,
     JsonOption,
     ModelOption,
     SeedOption,
@@ -26,12 +26,15 @@ from .options import (
     check_exclusive,
 )
 
+if TYPE_CHECKING:
+    from ifprune_convert.export import Export
+    from ifprune_mlx import Selection
+
 # Options under a heading of `--help`.
 _selecting, _output = (partial(typer.Option, rich_help_panel=heading) for heading in ("Selection", "Output"))
 PromptOption = Annotated[
     Optional[str], _selecting("--prompt", "-p", help="Select for this instruction; - reads it from stdin.")
 ]
-FolderOption = Annotated[Path, _output("--mlx-path", metavar="FOLDER", help="Where to write.")]
 RequantizeOption = Annotated[
     bool,
     _output(
@@ -60,8 +63,9 @@ def export(
     json: JsonOption = False,
 ) -> None:
     """Write the neurons of one selection as a plain model, which mlx-lm runs without ifprune."""
+    budget = Budget(density, active_params)
     ways = ({"--prompt": prompt}, {"--system-prompt": system_prompt}, {"--selector": selector})
-    amounts, budget = {"--density": density, "--active-params": active_params}, Budget(density, active_params)
+    amounts = {"--density": density, "--active-params": active_params}
     check_exclusive(*({"--selection": selection, **way} for way in (*ways, amounts)))
     text = None if prompt is None else read_prompt(prompt)
     import mlx.core as mx
@@ -92,6 +96,10 @@ def export(
             overwrite=overwrite,
             report=update,
         )
+    _print(exported, chosen, requantize_down, json)
+
+
+def _print(exported: Export, chosen: Selection, requantize_down: bool, json: bool) -> None:
     packed = exported.quantization is not None
     if json:
         result_json(exported.to_dict() | {"down_quantized": packed and requantize_down})

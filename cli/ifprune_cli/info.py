@@ -8,7 +8,7 @@ import typer
 
 from .console import gigabytes, parameters, progress, result_json
 from .loading import open_checkpoint
-from .options import ModelOption
+from .options import JsonOption, ModelOption
 
 if TYPE_CHECKING:
     from ifprune_mlx import Checkpoint
@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 
 _DENSITIES = (0.27, 0.5, 0.7, 0.9, 1.0)
 
-
 VerifyOption = Annotated[bool, typer.Option("--verify", help="Check the sha256 of every file.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 def info(model: ModelOption = None, verify: VerifyOption = False, json: JsonOption = False) -> None:

@@ -1,4 +1,4 @@
-"""Options that several commands share, once; named as in mlx-lm where they mean the same.
+"""Options that several commands share, named as in mlx-lm where they mean the same.
 
 The dataclasses are option groups (see option_groups.py): a command takes them as parameters.
 """
@@ -148,6 +148,10 @@ DataOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, output_option("--json", help="Print one JSON object.")]
+JsonFileOption = Annotated[
+    Optional[Path], output_option("--json", metavar="FILE", help="Write one JSON line to FILE; - is stdout.")
+]
+FolderOption = Annotated[Path, output_option("--mlx-path", metavar="FOLDER", help="Where to write.")]
 
 
 def check_exclusive(*groups: dict[str, Any]) -> None:
@@ -162,7 +166,7 @@ def check_exclusive(*groups: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model is loaded, and how."""
+    """Which model to load, and how."""
 
     model: ModelOption = None
     dtype: DtypeOption = None
@@ -196,7 +200,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class SelectionOptions:
-    """What chooses the neurons: a selector, or something fixed in its place."""
+    """A selector, or a fixed selection in its place."""
 
     selector: SelectorOption = None
     selection: SelectionOption = None
@@ -214,13 +218,13 @@ class SelectionOptions:
 
 @dataclass(frozen=True)
 class Selecting:
-    """What keeps selecting cheap."""
+    """Options that make selecting cheaper."""
 
     select_window: SelectWindowOption = None
     selection_cache: SelectionCacheOption = None
 
     def apply(self, model: Model) -> None:
-        """Set up every selector that is made for the model from now on.
+        """Set up all later selectors of the model.
 
         Raises:
             IfpruneError: if the model has no predictor to limit, or the folder cannot be used.
@@ -257,7 +261,7 @@ class Sampling:
     prefill_step_size: PrefillStepOption = 2048
 
     def check(self, checkpoint: Checkpoint) -> None:
-        """Raise IfpruneError for an option that this model cannot have."""
+        """Raise IfpruneError for an option that does not fit this model."""
         from ifprune_mlx.errors import IfpruneError
 
         config = checkpoint.config
@@ -297,13 +301,10 @@ class Sampling:
 
 
 def named_files(values: Sequence[str], option: str = "--data", kind: str = "domain") -> dict[str, Path]:
-    """The files of `--data NAME=FILE` options, or of others like it, by name.
-
-    Args:
-        kind: what has the names, for messages.
+    """Parse `--data NAME=FILE` options or similar ones; `kind` is the kind of the names, for messages.
 
     Raises:
-        DataError: if one is not of that form, or a name is given twice.
+        DataError: if one has another form, or a name is given twice.
     """
     from ifprune_mlx.errors import DataError
 
