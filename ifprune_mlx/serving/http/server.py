@@ -105,7 +105,7 @@ class _Connection(H11Protocol):
     `STALLED_SECONDS`. Input that is not HTTP is refused in JSON, even while the client is still sending.
     """
 
-    _since = 0.0  # when the server last stopped waiting for the client
+    _since = 0.0  # since when the server has been waiting for the client
     _look_again: asyncio.TimerHandle | None = None
     _refused = False
 
