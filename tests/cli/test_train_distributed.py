@@ -17,7 +17,7 @@ import pytest
 
 from ifprune_mlx.selection.predictor import Head
 from ifprune_mlx.train.trainer import Trainer
-from tests.cli.process import environment, run_here
+from tests.cli.process import environment, run, run_here
 
 LAUNCH = Path(sys.executable).with_name("mlx.launch")
 pytestmark = pytest.mark.skipif(not LAUNCH.is_file(), reason="mlx.launch is not installed beside this Python")
@@ -44,18 +44,21 @@ def free_port(count: int) -> int:
     raise RuntimeError("no free ports")
 
 
-def launch(arguments: Sequence[str | Path], cache: Path, *, own: str = "") -> subprocess.CompletedProcess[str]:
+def launch(
+    arguments: Sequence[str | Path], cache: Path, *, own: str = "", **env: str
+) -> subprocess.CompletedProcess[str]:
     """Run the command line in two processes, joined to a ring.
 
     Args:
         own: more arguments, in which a shell knows `$MLX_RANK`.
+        env: changes to the environment.
     """
     command_line = shlex.join([sys.executable, "-m", "ifprune_cli.main", *map(str, arguments)])
     program = ["bash", "-c", f"exec {command_line} {own}"]
     ring = ["-n", "2", "--backend", "ring", "--starting-port", str(free_port(2))]
     return subprocess.run(
         [LAUNCH, *ring, "--", *program],
-        env=environment(cache),
+        env=environment(cache, **env),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -101,8 +104,11 @@ def numbers(value: Any) -> list[float]:
 
 def test_two_processes_train_as_one(arguments: list[str | Path], tmp_path: Path) -> None:
     """The same global batch: the same curve and weights; one process writes, evaluates and reports."""
-    assert run_here(*arguments, "--output", tmp_path / "one").returncode == 0
-    done = launch([*arguments, "--output", tmp_path / "two"], tmp_path)
+    # Without a preloaded BLAS, whose products differ by the number of rows: Adam moves a weight that has next to no
+    # gradient by its sign.
+    alone = run(*arguments, "--output", tmp_path / "one", cache=tmp_path, env={"LD_PRELOAD": ""})
+    assert alone.returncode == 0, alone.stderr
+    done = launch([*arguments, "--output", tmp_path / "two"], tmp_path, LD_PRELOAD="")
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
@@ -116,10 +122,7 @@ def test_two_processes_train_as_one(arguments: list[str | Path], tmp_path: Path)
     for name in ("adapters/learned/adapters", "predictor/head"):
         weights = [mx.load(str(tmp_path / run / f"{name}.safetensors")) for run in ("two", "one")]
         for key in weights[1]:
-            far = np.abs(np.subtract(*(np.array(arrays[key]) for arrays in weights)))
-            # Adam moves a weight whose gradient is next to nothing by its sign: six steps of 1e-2, in either direction.
-            assert (far > 1e-3).mean() < 1e-3, key
-            assert far.max() < 2 * 6 * 1e-2, key
+            np.testing.assert_allclose(*(np.array(arrays[key]) for arrays in weights), atol=1e-3, err_msg=str(key))
     assert not list((tmp_path / "two").rglob(".*"))
 
 
@@ -129,10 +132,10 @@ def test_a_run_goes_on_with_more_processes(arguments: list[str | Path], tmp_path
     assert run_here(*arguments, "--output", tmp_path / "one").returncode == 0
     advance = Trainer.advance
 
-    def stops(run: Trainer) -> dict[str, Any]:
-        if run.step == 4:
+    def stops(trainer: Trainer) -> dict[str, Any]:
+        if trainer.step == 4:
             raise KeyboardInterrupt
-        return advance(run)
+        return advance(trainer)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "advance", stops)
