@@ -39,6 +39,7 @@ from ifprune_convert.pipeline import Options, convert
 from ifprune_convert.readers import open_source
 from ifprune_mlx import load
 from ifprune_mlx.checkpoint.atomic_write import sha256_file
+from ifprune_mlx.errors import IfpruneError
 from ifprune_mlx.eval import EvalConfig, evaluate
 from ifprune_mlx.eval.analysis import Quality, quality_chart
 from ifprune_mlx.eval.losses import Evaluation
@@ -133,8 +134,18 @@ def main() -> None:
     parser.add_argument("--before-healing", action="store_true")
     parser.add_argument("--out", type=Path, help="folder for quality.json and quality.svg")
     arguments = parser.parse_args()
+    try:
+        measure(arguments)
+    except IfpruneError as exc:
+        raise SystemExit(f"error: {exc}") from None
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Measure all rows on all sets, and print each density's tables."""
     groups: dict[str, dict[str, str | Path]] = {}
     for title in arguments.sets.split(",") if arguments.sets != "none" else ():
+        if title not in SETS:
+            raise IfpruneError(f"--sets {title}: choose from {', '.join(SETS)} and none")
         groups[title] = {name: SETS[title] / f"{name}.jsonl" for name in arguments.domains.split(",")}
     if arguments.data:
         groups["own"] = dict(named_files(arguments.data))
@@ -149,13 +160,15 @@ def main() -> None:
         max_length=256 if before else 192,
     )
     run = partial(evaluate, load=partial(load, dtype=mx.float32), progress=progress, report=note)
-    base = replace(config, model=ensure_embedded(print, trained=False), selectors=("dense",), densities=(None,))
-    (published,) = run(replace(base, healed_static=None)).evaluations
+    published = None  # before healing the row `dense` is that
+    if not before:
+        base = replace(config, model=ensure_embedded(print, trained=False), selectors=("dense",), densities=(None,))
+        (published,) = run(replace(base, healed_static=None)).evaluations
     titles = {title: list(files) for title, files in groups.items()}
     complete: list[Evaluation] = []
 
     def show(found: Evaluation) -> None:
-        complete.append(found.with_rows(published, {"published": "dense"}))
+        complete.append(found if published is None else found.with_rows(published, {"published": "dense"}))
         print("\n".join(tables(complete[-1], titles)), end="\n\n", flush=True)
 
     result = replace(run(config, on_evaluation=show), evaluations=tuple(complete))
