@@ -120,6 +120,11 @@ def _only(found: Evaluation, domains: Sequence[str]) -> Evaluation:
     return replace(found, rows=rows, keys={name: found.keys[name] for name in domains})
 
 
+def numbers(text: str) -> tuple[float, ...]:
+    """Numbers with commas between; ValueError for anything else."""
+    return tuple(float(part) for part in text.split(","))
+
+
 def main() -> None:
     """Evaluate every checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -129,7 +134,7 @@ def main() -> None:
         "--data", action="append", default=[], metavar="NAME=FILE", help="chats of your own; repeatable"
     )
     parser.add_argument("--limit", type=int, help="prompts per file; default: all")
-    parser.add_argument("--densities", help="default: 0.27,0.5; before healing 0.5")
+    parser.add_argument("--densities", type=numbers, help="default: 0.27,0.5; before healing 0.5")
     parser.add_argument("--oracle", action="store_true", help="one row more")
     parser.add_argument("--before-healing", action="store_true")
     parser.add_argument("--out", type=Path, help="folder for quality.json and quality.svg")
@@ -154,7 +159,7 @@ def measure(arguments: argparse.Namespace) -> None:
         model=before_healing() if before else ensure_embedded(print),
         data={f"{title} {name}": file for title, files in groups.items() for name, file in files.items()},
         selectors=BEFORE_HEALING if before else (*SELECTORS, *(["oracle"] if arguments.oracle else [])),
-        densities=tuple(float(part) for part in (arguments.densities or ("0.5" if before else "0.27,0.5")).split(",")),
+        densities=arguments.densities or ((0.5,) if before else (0.27, 0.5)),
         healed_static=None if before else healed_static(),
         limit=arguments.limit,
         max_length=256 if before else 192,
