@@ -40,6 +40,7 @@ def write_atomic(path: Path, write: Callable[[Path], object], error: type[Ifprun
         IfpruneError: (or the given subclass) if the folder cannot be written or the disk is full; `path` is
             then as it was.
     """
+    check_replaceable(path, error=error)
     temporary: Path | None = None
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
@@ -56,6 +57,16 @@ def write_atomic(path: Path, write: Callable[[Path], object], error: type[Ifprun
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def check_replaceable(path: Path, where: str = "", error: type[IfpruneError] = IfpruneError) -> None:
+    """Raise IfpruneError (or the given subclass) if at `path` is a folder, a pipe or a device.
+
+    Args:
+        where: what the message begins with; the path, if it is empty.
+    """
+    if path.exists() and not path.is_file():
+        raise error(f"{where or path}: cannot be written, since what is there is no ordinary file; write elsewhere")
 
 
 def restore_folder(path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ifprune_mlx.checkpoint.regular_file import open_regular
 from ifprune_mlx.errors import IfpruneError, reason_of
 
 DTYPE_BYTES = {
@@ -49,7 +50,7 @@ def read_safetensors_header(path: Path, error: type[IfpruneError] = IfpruneError
     """
     try:
         size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
