@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 _UNPACKING: dict[str, Callable[[BufferedReader], BufferedIOBase]] = {
     ".gz": lambda packed: gzip.GzipFile(fileobj=packed),
-    ".bz2": lambda packed: bz2.BZ2File(packed),
+    ".bz2": bz2.BZ2File,
 }
 _LONGEST_LINE = 1 << 24  # bytes
 # A packed file may unpack to this many bytes, or to this many times its own size.
