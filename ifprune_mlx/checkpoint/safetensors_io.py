@@ -63,10 +63,14 @@ def read_safetensors_header(path: Path, error: type[IfpruneError] = IfpruneError
     base = 8 + length
     tensors: dict[str, TensorInfo] = {}
     try:
-        metadata = {str(key): str(value) for key, value in (raw.pop("__metadata__", None) or {}).items()}
+        metadata = dict(raw.pop("__metadata__", None) or {})
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise TypeError
         for name, entry in raw.items():
             start, end = (int(offset) for offset in entry["data_offsets"])
-            tensors[name] = TensorInfo(entry["dtype"], tuple(int(n) for n in entry["shape"]), base + start, base + end)
+            tensors[name] = TensorInfo(
+                str(entry["dtype"]), tuple(int(n) for n in entry["shape"]), base + start, base + end
+            )
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
         raise error(f"{path}: the safetensors header is malformed; copy or download the file again") from None
     for name, info in tensors.items():

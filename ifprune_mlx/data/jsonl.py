@@ -22,8 +22,10 @@ _UNPACKING: dict[str, Callable[[BufferedReader], BufferedIOBase]] = {
     ".bz2": bz2.BZ2File,
 }
 _LONGEST_LINE = 1 << 24  # bytes
-# A packed file may unpack to this many bytes, or to this many times its own size.
-_UNPACKED, _RATIO = 1 << 26, 50
+# A packed file may unpack to this many bytes, or to this many times its own size. Every line counts for some bytes more:
+# millions of tiny ones take long.
+_UNPACKED, _RATIO, _OF_A_LINE = 1 << 26, 50, 64
+_BLANK_LINES = 1_000_000
 
 
 def parse_json_lines(path: str | Path, parse: Callable[[dict[str, Any]], T], expected: str) -> list[T]:
@@ -92,16 +94,18 @@ def text_lines(path: Path) -> Iterator[str]:
     Raises:
         DataError: if it cannot be read to its end as UTF-8.
     """
-    number = total = 0
+    number = total = blank = 0
     unpacking = _UNPACKING.get(path.suffix)
     try:
         with open_regular(path) as packed:
             file: BufferedIOBase = packed if unpacking is None else unpacking(packed)
             most = math.inf if unpacking is None else max(_UNPACKED, _RATIO * path.stat().st_size)
             while line := file.readline(_LONGEST_LINE + 1):
-                number, total = number + 1, total + len(line)
+                number, total, blank = number + 1, total + len(line) + _OF_A_LINE, blank + line.isspace()
                 if len(line) > _LONGEST_LINE:
                     raise DataError(f"{path}, line {number}: is longer than 16 MB; give a chat or a text a line")
+                if blank > _BLANK_LINES:
+                    raise DataError(f"{path}: holds more than {_BLANK_LINES} blank lines; take them out")
                 if total > most:
                     raise DataError(f"{path}: unpacks to more than {_RATIO} times its size; unpack it first")
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")

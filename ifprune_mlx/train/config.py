@@ -37,7 +37,7 @@ BOUNDS: dict[str, tuple[type, float, float]] = {
 _OBJECTIVE = dict.fromkeys(
     ("teacher", "epsilon", "margin"), "give a teacher from 0 to 1, an epsilon above 0 and a margin of 0 or more"
 )
-_LARGEST_YAML = 1 << 16  # bytes
+_LARGEST_YAML, _MOST_ITEMS = 1 << 16, 100  # bytes of a file, items of one of its lists
 _LEARNING_RATES = {"lora": 5e-4, "full": 1e-4}
 
 
@@ -252,11 +252,15 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def _yaml_value(node: Any, loader: Any, within: bool = False) -> Any:
+    line = f"line {node.start_mark.line + 1}"
     if node.id == "scalar":
         _yaml_text(node)
-        return loader.construct_object(node)
-    if within:
-        raise ValueError(f"line {node.start_mark.line + 1}: a list or mapping within another")
+        value = loader.construct_object(node)
+        if isinstance(value, int) and value.bit_length() > 64:
+            raise ValueError(f"{line}: a number that no option can have")
+        return value
+    if within or node.tag not in ("tag:yaml.org,2002:seq", "tag:yaml.org,2002:map") or len(node.value) > _MOST_ITEMS:
+        raise ValueError(f"{line}: a list or mapping within another, of a type of its own, or too long")
     if node.id == "sequence":
         return [_yaml_value(item, loader, True) for item in node.value]
     return {_yaml_text(key): _yaml_value(item, loader, True) for key, item in node.value}
