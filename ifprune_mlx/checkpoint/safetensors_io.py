@@ -10,7 +10,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from ifprune_mlx.checkpoint.regular_file import open_regular
 from ifprune_mlx.errors import IfpruneError, reason_of
 
 DTYPE_BYTES = {
@@ -50,7 +49,7 @@ def read_safetensors_header(path: Path, error: type[IfpruneError] = IfpruneError
     """
     try:
         size = path.stat().st_size
-        with open_regular(path) as file:
+        with path.open("rb") as file:
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
@@ -63,14 +62,10 @@ def read_safetensors_header(path: Path, error: type[IfpruneError] = IfpruneError
     base = 8 + length
     tensors: dict[str, TensorInfo] = {}
     try:
-        metadata = dict(raw.pop("__metadata__", None) or {})
-        if not all(isinstance(value, str) for value in metadata.values()):
-            raise TypeError
+        metadata = {str(key): str(value) for key, value in (raw.pop("__metadata__", None) or {}).items()}
         for name, entry in raw.items():
             start, end = (int(offset) for offset in entry["data_offsets"])
-            tensors[name] = TensorInfo(
-                str(entry["dtype"]), tuple(int(n) for n in entry["shape"]), base + start, base + end
-            )
+            tensors[name] = TensorInfo(entry["dtype"], tuple(int(n) for n in entry["shape"]), base + start, base + end)
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
         raise error(f"{path}: the safetensors header is malformed; copy or download the file again") from None
     for name, info in tensors.items():

@@ -73,11 +73,11 @@ def test_one_line_without_an_end(tmp_path: Path, suffix: str, pack: Callable[[by
 
 
 @pytest.mark.parametrize(("suffix", "pack"), [(".jsonl.gz", gzip.compress), (".jsonl.bz2", bz2.compress)])
-@pytest.mark.parametrize("line", [b"\n", b"{}\n", b" " * 999 + b"\n", b'{"text": "' + b"a" * 9000 + b'"}\n'])
+@pytest.mark.parametrize("line", [b"\n", b" " * 999 + b"\n", b'{"text": "' + b"a" * 9000 + b'"}\n'])
 def test_lines_without_an_end(tmp_path: Path, suffix: str, pack: Callable[[bytes], bytes], line: bytes) -> None:
     file = tmp_path / f"bomb{suffix}"
     file.write_bytes(pack(line * ((1 << 26) // max(len(line), 8))))
-    with pytest.raises(DataError, match="unpacks to more than 50 times its size; unpack it first|blank lines"):
+    with pytest.raises(DataError, match=r"unpacks to more than 50 times its size|blank lines"):
         read_records(file, "a", report=lambda line: None)
 
 
