@@ -22,8 +22,8 @@ _UNPACKING: dict[str, Callable[[BufferedReader], BufferedIOBase]] = {
     ".bz2": bz2.BZ2File,
 }
 _LONGEST_LINE = 1 << 24  # bytes
-# A packed file may unpack to this many bytes, or to this many times its own size. Every line counts for some more, since
-# millions of tiny ones take long.
+# A packed file may unpack to this many bytes, or to this many times its own size. Every line counts for some
+# more, since millions of tiny ones take long.
 _UNPACKED, _RATIO, _OF_A_LINE = 1 << 26, 50, 64
 _BLANK_LINES = 1_000_000
 

@@ -22,8 +22,8 @@ DEEP = "[" * 3000 + "]" * 3000
 
 # Texts within the file, each with another of its length.
 _GGUF_TEXTS = [
-    (b"llama", b"gemm3"), (b"gpt2", b"gpt9"), (b"block_count", b"block_c\x1b[m"), (b"im_end", b"\xff" * 6), (b"role", b"99.9"),
-    (b"content", b"c*99999"), (b"token", b"\x9b31m"),
+    (b"llama", b"gemm3"), (b"gpt2", b"gpt9"), (b"block_count", b"block_c\x1b[m"), (b"im_end", b"\xff" * 6),
+    (b"role", b"99.9"), (b"content", b"c*99999"), (b"token", b"\x9b31m"),
 ]  # fmt: skip
 
 
@@ -51,8 +51,8 @@ TEMPLATES = [
 ]
 ODD_TEXTS = [
     "", " ", "\0", "\x1b[31mred\x1b[0m", "\x9b31m", "\r", "\ud800", "\udcff", "a/../../b", "/dev/zero", "x" * 9000,
-    "ÿ" * 300, "1e999", "NaN", "-1", "9" * 5000, "llama", "gemma3", "mistral", "learned", "affine", "F64", "2001-99-99",
-    "<|im_end|>", "(a+)+$", "\u202egnp.exe", "true", "null", "None",
+    "ÿ" * 300, "1e999", "NaN", "-1", "9" * 5000, "llama", "gemma3", "mistral", "learned", "affine", "F64",
+    "2001-99-99", "<|im_end|>", "(a+)+$", "\u202egnp.exe", "true", "null", "None",
 ]  # fmt: skip
 ODD_NUMBERS = [
     0, 1, -1, 2, 3, 7, 31, 64, 128, 255, 2**31 - 1, 2**31, 2**32, 2**53 + 1, 2**63 - 1, 2**63, 2**64, -(2**63), 10**30,
@@ -161,11 +161,11 @@ def damaged_safetensors(draw: Draw, content: bytes) -> bytes:
 def damaged_yaml(draw: Draw, content: bytes) -> bytes:
     """Settings with odd values, and what only YAML has."""
     odd = [
-        "2001-99-99", "!!int x", "!!float x", "!!bool x", "!!timestamp x", "!!binary x", "!!python/object:os.system x",
-        "[" * 3000, "{" * 3000, "&a [*a, *a]", "&a [1, 2]", "*a", "0x" + "f" * 9000, "9" * 6000, "1:" * 900 + "1", ".nan",
-        ".inf", "!!null x", "? [1, 2]\n: 3", "'\\u0000'", '"\\0"', '"\\uD800"', '"\\x1b[31m"', "1e999", "- 1\n- 2", "|\n  text",
-        "0o9", "2001-01-01", "!!set {a, b}", "!!omap [a: 1]", "{a: {b: {c: 1}}}", "[[1]]", "~", "yes", "0.5", "-1", "1_000",
-        "x" * 9000, "0b" + "1" * 9000,
+        "2001-99-99", "!!int x", "!!float x", "!!bool x", "!!timestamp x", "!!binary x",
+        "!!python/object:os.system x", "[" * 3000, "{" * 3000, "&a [*a, *a]", "&a [1, 2]", "*a", "0x" + "f" * 9000,
+        "9" * 6000, "1:" * 900 + "1", ".nan", ".inf", "!!null x", "? [1, 2]\n: 3", "'\\u0000'", '"\\0"', '"\\uD800"',
+        '"\\x1b[31m"', "1e999", "- 1\n- 2", "|\n  text", "0o9", "2001-01-01", "!!set {a, b}", "!!omap [a: 1]",
+        "{a: {b: {c: 1}}}", "[[1]]", "~", "yes", "0.5", "-1", "1_000", "x" * 9000, "0b" + "1" * 9000,
     ]  # fmt: skip
     lines = content.decode().splitlines()
     pairs = list(pairwise(ascii_lowercase))
