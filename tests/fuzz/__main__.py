@@ -54,7 +54,9 @@ class Fuzz:
             self._worker.end()
 
     def _examples(self, target: str, number: int, end: float) -> None:
-        files = [file.relative_to(self._corpus / target) for file in _files(self._corpus / target)]
+        files = sorted(
+            path.relative_to(self._corpus / target) for path in (self._corpus / target).rglob("*") if path.is_file()
+        )
 
         @seed(number)
         @settings(max_examples=_EXAMPLES, deadline=None, database=None, phases=[Phase.generate], print_blob=False,
@@ -90,10 +92,6 @@ class Fuzz:
         (place / "wrong.txt").write_text(wrong, encoding="utf-8", errors="backslashreplace")
         last = wrong.strip().splitlines()[-1][:300].encode("ascii", "backslashreplace").decode()
         print(f"{place}: {last}\n  again: {sys.executable} -m tests.fuzz --reproduce {place}", flush=True)
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.is_file())
 
 
 def _copy(source: Path, target: Path) -> None:

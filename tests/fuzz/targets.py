@@ -21,7 +21,6 @@ from ifprune_mlx import IfpruneError, load
 from ifprune_mlx.checkpoint.format import write_manifest
 from ifprune_mlx.data.dataset import read_records
 from ifprune_mlx.data.tokenize import encode_all
-from ifprune_mlx.errors import DataError
 from ifprune_mlx.eval.analysis import Quality
 from ifprune_mlx.eval.exact_match import read_exact
 from ifprune_mlx.eval.multiple_choice import read_choices
@@ -209,26 +208,19 @@ def yaml(bench: Bench, folder: Path, variant: int) -> None:
 
 
 def data(bench: Bench, folder: Path, variant: int) -> None:
-    for file in sorted(folder.iterdir()):
-        for read in (read_exact, read_choices):
-            with suppress(DataError):
-                read(file)
-        with suppress(DataError):
-            read_records(file, "a", strict=True)
-        with suppress(DataError):
-            records = read_records(file, "a", report=lambda line: None)[:20]
-            encode_all(bench.loaded[1], [record for record in records if record.text is None], 64, lambda line: None)
-    if variant % 8 == 0:
-        given = (
-            "--data",
-            f"a={folder / 'data.jsonl'}",
-            "--limit",
-            "2",
-            "--max-length",
-            "32",
-            "--selector",
-            "activation",
-        )
+    file = folder / ("data.jsonl" if variant % 2 else "data.jsonl.gz")
+    what = variant // 2 % 5
+    if what == 0:
+        read_exact(file)
+    elif what == 1:
+        read_choices(file)
+    elif what == 2:
+        read_records(file, "a", strict=True)
+    elif what == 3:
+        records = read_records(file, "a", report=lambda line: None)[:20]
+        encode_all(bench.loaded[1], [record for record in records if record.text is None], 64, lambda line: None)
+    else:
+        given = ("--data", f"a={file}", "--limit", "2", "--max-length", "32", "--selector", "activation")
         bench.command(folder, "doctor", "--model", bench.checkpoint, *given)
 
 
