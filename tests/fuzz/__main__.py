@@ -54,9 +54,8 @@ class Fuzz:
             self._worker.end()
 
     def _examples(self, target: str, number: int, end: float) -> None:
-        files = sorted(
-            path.relative_to(self._corpus / target) for path in (self._corpus / target).rglob("*") if path.is_file()
-        )
+        sound = self._corpus / target
+        files = sorted(file.relative_to(sound) for file in sound.rglob("*") if file.is_file())
 
         @seed(number)
         @settings(max_examples=_EXAMPLES, deadline=None, database=None, phases=[Phase.generate], print_blob=False,
@@ -67,7 +66,7 @@ class Fuzz:
                 return
             folder = self._scratch / "case"
             shutil.rmtree(folder, ignore_errors=True)
-            shutil.copytree(self._corpus / target, folder)
+            shutil.copytree(sound, folder)
             damage(data.draw, folder / file)
             (self._scratch / _CASE).write_text(json.dumps({"target": target, "file": str(file), "variant": variant}))
             self._try(target, folder, variant)
