@@ -310,7 +310,7 @@ def named_files(values: Sequence[str], option: str = "--data", kind: str = "doma
     files: dict[str, Path] = {}
     for value in values:
         name, separator, file = value.partition("=")
-        if not (name.strip() and separator and file):
+        if not (name.strip() and name.isprintable() and separator and file):
             raise DataError(f"{option} {value}: expected NAME=FILE, such as code=code.jsonl")
         if name in files:
             raise DataError(f"{option} {value}: {kind} {name!r} is given twice; put all of it into one file")

@@ -375,8 +375,10 @@ def _losses(rows: Any) -> dict[str, dict[str, float]]:
     result: dict[str, dict[str, float]] = {}
     for row in rows:
         selector, domain, loss = row["selector"], row["domain"], float(row["nll"])
-        if not (isinstance(selector, str) and isinstance(domain, str) and math.isfinite(loss)):
-            raise ValueError
+        if not math.isfinite(loss) or not all(
+            isinstance(name, str) and name.isprintable() for name in (selector, domain)
+        ):
+            raise ValueError  # names are drawn, and an SVG holds no control characters
         result.setdefault(domain, {})[selector] = loss
     return result
 

@@ -286,6 +286,7 @@ def _drawing(title: str, height: float) -> Iterator[Figure]:
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        title = "".join(char if char.isprintable() else "?" for char in title)  # an SVG holds no control characters
         figure.suptitle(title, x=0.01, ha="left")
         yield figure
 

@@ -9,13 +9,16 @@ import pty
 import sys
 from pathlib import Path
 from unittest.mock import patch
+from xml.dom.minidom import parseString
 
 import pytest
 
 from ifprune_cli import console
 from ifprune_mlx import Checkpoint, Selection
 from ifprune_mlx.checkpoint.format import write_manifest
-from ifprune_mlx.eval.plots import check_plot
+from ifprune_mlx.errors import DataError
+from ifprune_mlx.eval.analysis import Quality
+from ifprune_mlx.eval.plots import bar_chart, check_plot, write_figure
 from tests.cli.bad_input.table import edit_json
 from tests.cli.process import ROOT, run, run_here
 from tests.tiny import write_checkpoint
@@ -213,3 +216,19 @@ def test_ctrl_c_while_modules_load(tmp_path: Path, module: str, raised: str) -> 
     )
     done = run("generate", "--model", "none", "--prompt", "hi", cache=tmp_path, prelude=prelude)
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+def test_charts_hold_no_control_characters(tmp_path: Path) -> None:
+    """Names come from options, from a file of an evaluation, and from the model's folder."""
+    for name in ("\x1b[31m", "a\x9bb", "a\udcffb"):
+        done = run_here("atlas", "--data", f"{name}=x.jsonl", "--out", tmp_path / "out")
+        assert done.returncode == 1
+        assert "expected NAME=FILE" in done.stderr
+        assert not controls(done.stderr)
+        rows = [{"selector": each, "domain": name, "nll": 1.0} for each in ("dense", "static")]
+        with pytest.raises(DataError, match="not what `ifprune evaluate"):
+            Quality.of({"total_parameters": 9, "curve": [{"active_parameters": 5, "rows": rows}]}, "file")
+        figure = bar_chart(f"model {name}", "x", {"a": {"b": 1.0}})
+        for suffix in (".svg", ".png"):
+            write_figure(figure, tmp_path / f"chart{suffix}")
+        parseString((tmp_path / "chart.svg").read_bytes())

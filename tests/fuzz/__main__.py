@@ -23,8 +23,11 @@ from hypothesis import strategies as st
 from tests.fuzz.mutations import damage
 from tests.fuzz.worker import Worker
 
-_EXAMPLES = 8  # of a target, before the next one's turn
 _CASE = "case.json"
+
+
+class _OverError(Exception):
+    """The time is over; raised where hypothesis would go on."""
 
 
 class Fuzz:
@@ -42,36 +45,35 @@ class Fuzz:
         self.findings: dict[str, str] = {}
 
     def campaign(self, seconds: float, start: int, targets: list[str]) -> None:
-        """Take the targets in turn until the time is over; `start` fixes all that is drawn."""
+        """Damage and use inputs until the time is over; `start` fixes all that is drawn."""
         end = time.monotonic() + seconds
-        number = start
-        try:
-            while time.monotonic() < end:
-                for target in targets:
-                    self._examples(target, number, end)
-                number += 1
-        finally:
-            self._worker.end()
+        sound = {target: self._corpus / target for target in targets}
+        files = {
+            target: sorted(file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
+            for target, folder in sound.items()
+        }
+        folder = self._scratch / "case"
 
-    def _examples(self, target: str, number: int, end: float) -> None:
-        sound = self._corpus / target
-        files = sorted(file.relative_to(sound) for file in sound.rglob("*") if file.is_file())
-
-        @seed(number)
-        @settings(max_examples=_EXAMPLES, deadline=None, database=None, phases=[Phase.generate], print_blob=False,
+        @seed(start)
+        @settings(max_examples=1 << 30, deadline=None, database=None, phases=[Phase.generate], print_blob=False,
                   suppress_health_check=list(HealthCheck))  # fmt: skip
-        @given(st.data(), st.sampled_from(files), st.integers(0, 10_000))
-        def example(data: st.DataObject, file: Path, variant: int) -> None:
+        @given(st.data(), st.sampled_from(targets), st.integers(0, 10_000))
+        def example(data: st.DataObject, target: str, variant: int) -> None:
             if time.monotonic() > end:
-                return
-            folder = self._scratch / "case"
+                raise _OverError
+            file = data.draw(st.sampled_from(files[target]))
             shutil.rmtree(folder, ignore_errors=True)
-            shutil.copytree(sound, folder)
+            shutil.copytree(sound[target], folder)
             damage(data.draw, folder / file)
             (self._scratch / _CASE).write_text(json.dumps({"target": target, "file": str(file), "variant": variant}))
             self._try(target, folder, variant)
 
-        example()
+        try:
+            example()
+        except _OverError:
+            pass
+        finally:
+            self._worker.end()
 
     def _try(self, target: str, folder: Path, variant: int) -> None:
         kept = self._scratch / "kept"  # what the target writes must not change what is kept
