@@ -232,3 +232,22 @@ def test_charts_hold_no_control_characters(tmp_path: Path) -> None:
         for suffix in (".svg", ".png"):
             write_figure(figure, tmp_path / f"chart{suffix}")
         parseString((tmp_path / "chart.svg").read_bytes())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [b"select", b"--prompt", b"hi", b"--save-to", b"caf\xe9.safetensors"],
+        [b"select", b"--prompt", b"hi", b"--system-prompt", b"caf\xe9"],
+        [b"export", b"--selector", b"static", b"--prompt", b"hi", b"--mlx-path", b"caf\xe9"],
+        [b"generate", b"--prompt", b"hi", b"--system-prompt", b"caf\xe9"],
+        [b"chat", b"--system-prompt", b"caf\xe9"],
+        [b"evaluate", b"--data", b"a=x", b"--json", b"caf\xe9.json"],
+    ],
+)
+def test_names_and_texts_that_are_not_utf8_where_they_are_used(tiny_checkpoint: Path, arguments: list[bytes]) -> None:
+    texts = [os.fsdecode(part) for part in arguments]
+    done = run_here(*texts, "--model", tiny_checkpoint)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "not UTF-8 text" in line

@@ -7,6 +7,7 @@ import json
 import os
 import struct
 from collections.abc import Callable
+from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path
 from string import ascii_lowercase
@@ -69,6 +70,10 @@ ODD = st.one_of(
 )
 
 
+def _odd(draw: Draw) -> Any:
+    return deepcopy(draw(ODD))  # what is drawn may be damaged further
+
+
 def encoded(value: Any) -> str:
     """JSON of a document; lone surrogates are escaped, NaN and raw parts stand as they are."""
     raw: list[str] = []
@@ -104,11 +109,11 @@ def damaged_json(draw: Draw, value: Any) -> Any:
         elif what == 1 and isinstance(holder, dict):
             holder[draw(st.sampled_from(ODD_TEXTS))] = holder.pop(key)
         elif what == 2 and isinstance(holder, dict):
-            holder[draw(st.sampled_from(ODD_TEXTS))] = draw(ODD)
+            holder[draw(st.sampled_from(ODD_TEXTS))] = _odd(draw)
         elif what == 3 and isinstance(holder, list) and holder is not root:
-            holder.append(draw(ODD))
+            holder.append(_odd(draw))
         else:
-            holder[key] = draw(ODD)
+            holder[key] = _odd(draw)
     return root[0]
 
 
