@@ -8,7 +8,7 @@ BLAS := $(firstword $(wildcard /usr/lib/*/openblas-pthread/libblas.so.3))
 RUN := $(if $(BLAS),LD_PRELOAD=$(BLAS)) $(BIN)/
 
 .DEFAULT_GOAL := help
-.PHONY: help demo chat serve test test-all heavy check quality bench docs build clean
+.PHONY: help demo chat serve test test-all heavy check fuzz quality bench docs build clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## / /' | awk '{name=$$1; $$1=""; printf "make %-9s%s\n", name, $$0}'
@@ -41,6 +41,9 @@ test-all: test  ## run the quick tests, then those with the real model and the l
 heavy: $(VENV)/installed  ## run the tests that take long or need llama-cpp-python as well
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check '.[heavy]'
 	$(RUN)python -m pytest -m heavy $(ARGS)
+
+fuzz: $(VENV)/installed  ## damage files and requests for ten minutes and see that nothing breaks (ARGS="--seed 1")
+	OPENBLAS_NUM_THREADS=1 $(RUN)python -m tests.fuzz $(ARGS)
 
 check: $(VENV)/installed  ## lint, check formatting and types
 	$(BIN)/ruff check .

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import typer
 
-from ifprune_cli.main import app
+from ifprune_cli.commands import app
 from ifprune_cli.option_groups import panels
 
 TARGET = Path(__file__).parent.parent / "docs" / "cli.md"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from .console import note, progress, result_json
+from .console import note, progress, result_json, show
 from .evaluate import MaxLengthOption
 from .evaluate_report import overlap_words
 from .loading import load_model
@@ -95,7 +95,7 @@ def atlas(
     if json:
         result_json({**value, "files": [str(file) for file in files]})
     else:
-        print("\n".join(map(str, files)))
+        show("\n".join(map(str, files)))
     _notes(found)
     if quality is None:
         note("no chart of quality: it needs --evaluation, a file of `ifprune evaluate --densities LIST --json FILE`")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from .console import gigabytes, note, progress, result_json
+from .console import gigabytes, note, progress, result_json, show
 from .loading import open_checkpoint
 from .options import DensityOption, DtypeName, DtypeOption, JsonFileOption, ModelOption, output_option
 
@@ -96,10 +96,13 @@ class _Outputs:
     def check(self) -> None:
         """Raise IfpruneError for a place where nothing can be written."""
         from ifprune_mlx import IfpruneError
+        from ifprune_mlx.checkpoint.atomic_write import check_replaceable
         from ifprune_mlx.eval.plots import check_plot
 
         if self.json is not None and self.json.is_dir():
             raise IfpruneError(f"--json {self.json}: is a folder; give a file, or - for stdout")
+        if self.json is not None:
+            check_replaceable(self.json, f"--json {self.json}")
         if self.work is not None and not self.work.is_dir():
             raise IfpruneError(f"--work {self.work}: no such folder; make it first")
         if self.plot is not None:
@@ -142,7 +145,7 @@ def bench(
     if outputs.json is not None:
         text = json.dumps(result) + "\n"
         write_atomic(outputs.json, lambda file: file.write_text(text, encoding="utf-8"), IfpruneError)
-    print("\n".join(_table(result)))
+    show("\n".join(_table(result)))
 
 
 def _measure(

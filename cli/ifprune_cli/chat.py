@@ -7,7 +7,6 @@ and nothing else.
 from __future__ import annotations
 
 import io
-import os
 import signal
 import sys
 from collections.abc import Iterable
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import typer
 
-from .console import footer, note, progress
+from .console import footer, note, one_line, progress, show, show_answer
 from .loading import Runtime, open_runtime
 from .options import (
     Budget,
@@ -37,9 +36,6 @@ if TYPE_CHECKING:
 
     from .chat_commands import Commands
     from .chat_input import LineEditor
-
-# What a model writes is text; escape sequences in it must not reach the terminal.
-_CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 
 
 @dataclass(frozen=True)
@@ -164,7 +160,7 @@ class _Conversation:
                     # MLX reports a lack of memory, and options that a cache cannot have, in the last three: the
                     # conversation is worth more than a traceback.
                     failed = True
-                    note(f"ifprune: error: {self._explained(exc)}")
+                    note(f"ifprune: error: {one_line(self._explained(exc))}")
         finally:
             signal.signal(signal.SIGINT, before)
         return int(failed)
@@ -183,7 +179,7 @@ class _Conversation:
 
         if isinstance(exc, UnicodeEncodeError):
             return "the message is not UTF-8 text; check the terminal's encoding"
-        line = " ".join(str(exc).split()) or type(exc).__name__
+        line = str(exc) or type(exc).__name__
         if isinstance(exc, PromptError) and self._session.messages:
             return f"{line} (/reset forgets the conversation)"
         return line if isinstance(exc, IfpruneError) else f"no answer ({line})"
@@ -197,20 +193,19 @@ class _Conversation:
             with progress("prefill", "tokens") as update:
                 for response in self._session.stream(text, max_tokens=self._max_tokens, progress=update):
                     said = said or bool(response.text)
-                    sys.stdout.write(response.text.translate(_CONTROLS) if sys.stdout.isatty() else response.text)
-                    sys.stdout.flush()
+                    show_answer(response.text)
                     stats = response.stats
         finally:
             self._answering = False
             if said or stats is not None:
-                print(flush=True)
+                show()
             if self._interrupts and self._editor is not None:
                 self._editor.discard()
         if stats is not None:
             if stats.completion_tokens:
-                self._figures(f"{footer(stats)}{self._ending(stats)}")
+                note(f"{footer(stats)}{self._ending(stats)}", dim=True)
             else:
-                self._figures("[stopped before the answer began; the message is forgotten]")
+                note("[stopped before the answer began; the message is forgotten]", dim=True)
 
     def _ending(self, stats: Stats) -> str:
         """Why the answer ends where it does, if not of itself."""
@@ -220,10 +215,6 @@ class _Conversation:
             return ""
         full = stats.completion_tokens != self._max_tokens
         return " cut off: the context is full (/reset)" if full else " cut off by --max-tokens"
-
-    def _figures(self, line: str) -> None:
-        dim = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
-        note(f"\x1b[2m{line}\x1b[0m" if dim else line)
 
     def _interrupted(self, signum: int, frame: FrameType | None) -> None:
         """Ctrl-C. It only asks to stop: an exception within a model call would leave the layers' caches out of step."""

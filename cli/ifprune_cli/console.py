@@ -6,6 +6,8 @@ On a terminal, progress is one live line with a bar; in a pipe, it is a plain li
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,14 +22,51 @@ _PATIENCE, _LIVE, _PLAIN = 0.5, 0.1, 5.0
 _BAR = 30
 
 
-def note(text: str) -> None:
-    """A line for the person at the terminal, on stderr."""
+# What a terminal obeys instead of showing it, what changes the order in which a line is read, and half surrogates,
+# which no encoding holds. Tabs and line feeds stay.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_LONGEST_LINE = 600
+
+
+def printable(text: str) -> str:
+    """Text of any origin as it may go to a terminal: control characters become escapes, such as \\x1b."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def one_line(text: object) -> str:
+    """Text on one printable line of bounded length; of a longer one, the middle is left out."""
+    line = printable(" ".join(str(text).split()))
+    if len(line) <= _LONGEST_LINE:
+        return line
+    half = _LONGEST_LINE // 2
+    return f"{line[:half]} ... {line[-half:]}"
+
+
+def note(text: str, *, dim: bool = False) -> None:
+    """A line for the person at the terminal, on stderr; `dim` where that terminal has colours."""
+    text = printable(text)
+    if dim and sys.stderr.isatty() and not os.environ.get("NO_COLOR"):
+        text = f"\x1b[2m{text}\x1b[0m"
     print(text, file=sys.stderr, flush=True)
+
+
+def show(text: object = "", end: str = "\n") -> None:
+    """A result, on stdout."""
+    print(printable(str(text)), end=end, flush=True)
+
+
+def show_answer(text: str) -> None:
+    """A piece of a model's answer, on stdout: a pipe gets it as it is, a terminal without control characters."""
+    sys.stdout.write(_UNPRINTABLE.sub("", text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
 
 
 def result_json(value: Mapping[str, Any]) -> None:
     """One JSON object on one line, the last thing on stdout."""
-    print(json.dumps(value, ensure_ascii=False), flush=True)
+    plain = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    line = json.dumps(value, ensure_ascii=not plain)
+    # JSON itself escapes but the first 32 of them.
+    print(_UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", line), flush=True)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import typer
 
-from .console import note, parameters, progress, result_json
+from .console import note, parameters, progress, result_json, show
 from .options import DtypeName, FolderOption, JsonOption, TrustOption
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ def _print(done: Conversion, upload_repo: str | None, json: bool) -> None:
     if json:
         result_json(done.to_dict() | {"peak_rss": _peak_rss()})
         return
-    print(checkpoint.path)
+    show(checkpoint.path)
     note(
         f"{parameters(checkpoint.parameters)} parameters, {len(checkpoint.layout.ffns)} FFNs, "
         f"{checkpoint.disk_bytes / 1e6:.0f} MB, in {done.seconds:.1f} s; "

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import parameters, result_json
+from .console import parameters, result_json, show
 from .generate import answer, as_messages
 from .loading import open_runtime
 from .options import (
@@ -55,10 +55,10 @@ def demo(
     for domain, prompt in PROMPTS:
         row: dict[str, Any] = {"domain": domain, "prompt": prompt}
         if not json:
-            print(f"> {prompt}\n", flush=True)
+            show(f"> {prompt}\n")
         for kind in ("dense", "sliced"):
             if not json:
-                print(f"{kind}:", flush=True)
+                show(f"{kind}:")
             messages, dense = as_messages(prompt, None), kind == "dense"
             text, stats = answer(runtime, messages, streams=not json, max_tokens=max_tokens, dense=dense)
             row[kind] = {"text": text, **asdict(stats)}
@@ -66,13 +66,13 @@ def demo(
                 row[kind]["overlap"] = None if before is None else selection.overlap(before)
                 before = selection
             if not json:
-                print(f"\n[{_figures(kind, row[kind])}]\n", flush=True)
+                show(f"\n[{_figures(kind, row[kind])}]\n")
         answers.append(row)
     gain = _gain(answers)
     if json:
         result_json({"answers": answers, **gain})
         return
-    print(
+    show(
         f"Here: {gain['tokens_per_s_ratio']:.2f} times the tokens/s (`ifprune bench` measures it with more care), with "
         f"{parameters(gain['active_parameters'])} of {parameters(gain['total_parameters'])} parameters active. "
         f"By arithmetic, {_LARGER}."

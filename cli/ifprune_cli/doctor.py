@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from .console import note, progress, result_json
+from .console import note, progress, result_json, show
 from .evaluate import EvalSeedOption, MaxLengthOption
 from .evaluate_report import overlap_words
 from .loading import load_model
@@ -80,7 +80,7 @@ def doctor(
     if json:
         result_json(diagnosis.to_dict())
     else:
-        print(diagnosis.explanation)
+        show(diagnosis.explanation)
         _figures(diagnosis)
     return NOT_DYNAMIC if strict and diagnosis.verdict != DYNAMIC else 0
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from .console import note, progress, result_json
+from .console import note, progress, result_json, show
 from .evaluate_report import notes, tables
 from .loading import load_model, open_checkpoint
 from .options import DataOption, DensityOption, DtypeOption, JsonFileOption, ModelOption, TrustOption, named_files
@@ -171,7 +171,7 @@ def _draw(result: EvalResult, plot: Path) -> None:
 
 def _print_tables(result: Evaluation) -> None:
     """A density's tables and an empty line, as soon as they are measured."""
-    print("\n".join(tables(result)), end="\n\n", flush=True)
+    show("\n".join(tables(result)), end="\n\n")
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -203,9 +203,12 @@ def _densities(density: float | None, several: str | None) -> tuple[float | None
 
 def _check_outputs(json: Path | None, plot: Path | None, *, draws: bool, only_dense: bool) -> None:
     from ifprune_mlx import IfpruneError
+    from ifprune_mlx.checkpoint.atomic_write import check_replaceable
 
-    if json is not None and not json.parent.is_dir():
-        raise IfpruneError(f"--json {json}: no such folder; make it first")
+    if json is not None:
+        if not json.parent.is_dir():
+            raise IfpruneError(f"--json {json}: no such folder; make it first")
+        check_replaceable(json, f"--json {json}")
     if plot is None:
         return
     from ifprune_mlx.eval.plots import check_plot

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from .console import note, parameters, progress, result_json
+from .console import note, parameters, progress, result_json, show
 from .generate import as_messages, read_prompt
 from .loading import check_selection, load_model, open_checkpoint
 from .options import (
@@ -104,7 +104,7 @@ def _print(exported: Export, chosen: Selection, requantize_down: bool, json: boo
     if json:
         result_json(exported.to_dict() | {"down_quantized": packed and requantize_down})
         return
-    print(exported.path)
+    show(exported.path)
     note(
         f"{parameters(exported.parameters)} parameters, {exported.bytes / 1e6:.0f} MB, selection {chosen.hash} "
         f"({chosen.selector}, density {chosen.density:.3f}), in {exported.seconds:.1f} s; "

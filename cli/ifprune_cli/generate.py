@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import note, progress, report, result_json
+from .console import note, progress, report, result_json, show, show_answer
 from .loading import Runtime, open_runtime
 from .options import (
     Budget,
@@ -57,7 +57,7 @@ def generate(
     if json:
         result_json({"text": said, **asdict(stats)})
     else:
-        print()
+        show()
         note(report(stats))
 
 
@@ -76,8 +76,7 @@ def answer(runtime: Runtime, prompt: Prompt, *, streams: bool = False, **options
     for response in stream_generate(runtime.model, runtime.tokenizer, prompt, **{**runtime.arguments, **options}):
         said, stats = said + response.text, response.stats
         if streams:
-            sys.stdout.write(response.text)
-            sys.stdout.flush()
+            show_answer(response.text)
     assert stats is not None  # the last response has them
     return said, stats
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .console import gigabytes, parameters, progress, result_json
+from .console import gigabytes, one_line, parameters, progress, result_json, show
 from .loading import open_checkpoint
 from .options import JsonOption, ModelOption
 
@@ -66,7 +66,7 @@ def info(model: ModelOption = None, verify: VerifyOption = False, json: JsonOpti
     if verify:
         rows.append(("verified", "every file has the manifest's sha256"))
     for name, value in rows:
-        print(f"{name:<11} {value}")
+        show(f"{name:<11} {one_line(value)}")
 
 
 def _rows(checkpoint: Checkpoint, selectors: list[str], tasks: str) -> list[tuple[str, str]]:

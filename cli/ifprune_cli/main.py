@@ -1,6 +1,6 @@
-"""Entry point of `ifprune`: it lists the commands, runs one, and turns errors into one line and an exit code.
+"""Entry point of `ifprune`: it runs the command line, and turns errors into one line and an exit code.
 
-Heavy imports happen inside the commands, so that `--help` answers at once.
+The commands are imported where Ctrl-C is caught, so this file imports nothing that takes time.
 """
 
 from __future__ import annotations
@@ -11,65 +11,30 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-import typer
-
-from . import atlas, bench, chat, convert, demo, doctor, evaluate, export, generate, info, select, serve, tasks, train
-from .option_groups import Command, with_groups
-
-app = typer.Typer(
-    name="ifprune",
-    help="Instruction-Following Pruning on MLX: a model reads the instruction and runs on the neurons it needs.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-)
-
-
-@app.callback(invoke_without_command=True)
-def root(
-    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
-) -> None:
-    """Instruction-Following Pruning on MLX: a model reads the instruction and runs on the neurons it needs."""
-    if version:
-        from importlib.metadata import version as installed
-
-        typer.echo(installed("ifprune-mlx"))
-        raise typer.Exit
-
-
-for command, short_help in (
-    (chat.chat, "Chat with a model"),
-    (generate.generate, "Answer one prompt"),
-    (serve.serve, "Serve a model over HTTP"),
-    (convert.convert, "Make an IFP checkpoint of a dense one"),
-    (export.export, "Write a selection as a plain model"),
-    (select.select, "Show or save what a prompt selects"),
-    (tasks.tasks, "List or remove named tasks"),
-    (info.info, "Show what a checkpoint holds"),
-    (demo.demo, "Three answers, dense beside sliced"),
-    (train.train, "Train a sparsity predictor"),
-    (bench.bench, "Time dense against sliced"),
-    (evaluate.evaluate, "Losses by kind of selection"),
-    (atlas.atlas, "Draw what a selector does"),
-    (doctor.doctor, "Does the selector follow the prompt?"),
-):
-    app.command(command.__name__, cls=Command, short_help=short_help)(with_groups(command))
+_stopped = False  # whether Ctrl-C or another signal has asked to stop
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; the process exits with 0, 1 (it failed), 2 (wrong usage) or 130 (Ctrl-C)."""
     _open_closed_streams()
-    for ending in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(ending, _interrupt)  # a closed window or a shutdown cleans up as Ctrl-C does
-    code = run(sys.argv[1:] if arguments is None else list(arguments))
+    endings = [signal.SIGTERM, signal.SIGHUP]  # a closed window or a shutdown cleans up as Ctrl-C does
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        endings.append(signal.SIGINT)
+    try:
+        for ending in endings:
+            signal.signal(ending, _interrupt)
+        code = run(sys.argv[1:] if arguments is None else list(arguments))
+    except KeyboardInterrupt:  # once more, while the first one was told
+        code = 130
+    for ending in endings:
+        signal.signal(ending, signal.SIG_IGN)
     try:
         sys.stdout.flush()
         sys.stderr.flush()
     except BrokenPipeError:
         code = 1
     except OSError as exc:
-        print(f"ifprune: error: the output cannot be written ({exc.strerror or exc})", file=sys.stderr)
+        _tell(f"error: the output cannot be written ({exc.strerror or exc})")
         code = 1
     # Leave at once: everything is written, and the exit handlers of numerical libraries can hang while they wait for
     # each other's threads (seen with a preloaded OpenBLAS, docs/log.md).
@@ -80,32 +45,47 @@ def run(arguments: Sequence[str]) -> int:
     """Run the command line and return its exit code. Errors become one line on stderr."""
     _quiet_libraries()
     try:
-        result = app(
-            args=convert.with_calibrate_value(arguments or ["--help"]), prog_name="ifprune", standalone_mode=False
-        )
-    except (KeyboardInterrupt, typer.Abort):
-        print("interrupted", file=sys.stderr)
-        return 130
+        from .commands import app
+        from .convert import with_calibrate_value
+
+        given = with_calibrate_value(arguments or ["--help"])
+        result = app(args=given, prog_name="ifprune", standalone_mode=False)
+        code = result if isinstance(result, int) else 0
+    except KeyboardInterrupt:
+        code = 130
     except BrokenPipeError:
         # The reader of our output went away; point stdout elsewhere so that the interpreter does not complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as exc:
-        message = _usage_message(exc)
-        if message is not None:
-            print(f"ifprune: {message}", file=sys.stderr)
-            return 2
-        message = _failure_message(exc)
-        if message is None:
-            raise
-        print(f"ifprune: error: {message}", file=sys.stderr)
-        return 1
-    if result == 130:  # typer makes this of Ctrl-C inside a command
+        if not _stopped:
+            return _explain(exc)
+        code = 130  # a module that Ctrl-C stopped while it was imported says that it failed
+    if code == 130:  # typer makes this of Ctrl-C inside a command
         print("interrupted", file=sys.stderr)
-    return result if isinstance(result, int) else 0
+    return code
+
+
+def _explain(exc: Exception) -> int:
+    """Print one line about what went wrong and return the exit code; raise it again if it is a bug."""
+    if (message := _usage_message(exc)) is not None:
+        _tell(message)
+        return 2
+    if (message := _failure_message(exc)) is None:
+        raise exc
+    _tell(f"error: {message}")
+    return 1
+
+
+def _tell(message: str) -> None:
+    from .console import note, one_line
+
+    note(f"ifprune: {one_line(message)}")
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
+    global _stopped  # noqa: PLW0603
+    _stopped = True
     raise KeyboardInterrupt
 
 
@@ -126,7 +106,7 @@ def _usage_message(exc: Exception) -> str | None:
         return None
     context = getattr(exc, "ctx", None)
     command = context.command_path if context is not None else "ifprune"
-    return f"{' '.join(str(format_message()).split())} (see `{command} --help`)"
+    return f"{format_message()} (see `{command} --help`)"
 
 
 def _failure_message(exc: Exception) -> str | None:
@@ -139,7 +119,7 @@ def _failure_message(exc: Exception) -> str | None:
     from ifprune_mlx.errors import IfpruneError
 
     if isinstance(exc, IfpruneError):
-        return " ".join(str(exc).split())
+        return str(exc)
     if isinstance(exc, RuntimeError) and "alloc" in str(exc).lower():
         return f"out of memory ({str(exc).splitlines()[0]}); close other programs, or convert the model with -q"
     return None

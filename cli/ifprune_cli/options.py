@@ -45,6 +45,17 @@ class DtypeName(str, Enum):
 
 Residency = Literal["ram", "ssd"]
 
+
+def _check_system_prompt(value: Optional[str]) -> Optional[str]:
+    from ifprune_mlx import PromptError
+
+    try:
+        (value or "").encode()
+    except UnicodeEncodeError:  # bytes of the command line that were not UTF-8
+        raise PromptError("--system-prompt is not UTF-8 text; convert it, for example with iconv") from None
+    return value
+
+
 # typer reads these at run time, so they are spelled for Python 3.10.
 ModelOption = Annotated[
     Optional[str],
@@ -137,7 +148,10 @@ TopKOption = Annotated[int, _sampling("--top-k", help="Sample among this many to
 SeedOption = Annotated[int, _sampling("--seed", min=0, max=2**32 - 1, help="Seed sampling and the random selector.")]
 PrefillStepOption = Annotated[int, _cache("--prefill-step-size", min=1, help="Read this many prompt tokens at a time.")]
 SystemPromptOption = Annotated[
-    Optional[str], typer.Option("--system-prompt", help="Put this system prompt before the first message.")
+    Optional[str],
+    typer.Option(
+        "--system-prompt", help="Put this system prompt before the first message.", callback=_check_system_prompt
+    ),
 ]
 DataOption = Annotated[
     Optional[list[str]],
@@ -310,7 +324,7 @@ def named_files(values: Sequence[str], option: str = "--data", kind: str = "doma
     files: dict[str, Path] = {}
     for value in values:
         name, separator, file = value.partition("=")
-        if not (name.strip() and separator and file):
+        if not (name.strip() and name.isprintable() and separator and file):
             raise DataError(f"{option} {value}: expected NAME=FILE, such as code=code.jsonl")
         if name in files:
             raise DataError(f"{option} {value}: {kind} {name!r} is given twice; put all of it into one file")

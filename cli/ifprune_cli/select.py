@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from .console import note, result_json, shortened
+from .console import note, result_json, shortened, show
 from .generate import PromptOption, as_messages, read_prompt
 from .loading import Runtime, check_selection, open_runtime
 from .options import (
@@ -70,6 +70,7 @@ class _Outputs:
     def check(self) -> None:
         """Raise IfpruneError for a name that a task, a selection file or a chart cannot have."""
         from ifprune_mlx import SelectionError
+        from ifprune_mlx.checkpoint.atomic_write import check_replaceable
         from ifprune_mlx.eval.plots import check_plot
         from ifprune_mlx.selection.presets import check_task_name
 
@@ -77,6 +78,8 @@ class _Outputs:
             check_task_name(self.save)
         if self.save_to is not None and self.save_to.suffix != ".safetensors":
             raise SelectionError(f"{self.save_to}: a selection file ends in .safetensors")
+        if self.save_to is not None:
+            check_replaceable(self.save_to, f"--save-to {self.save_to}", SelectionError)
         if self.plot is not None:
             check_plot(self.plot, "--plot")
 
@@ -158,9 +161,9 @@ def _print(selection: Selection, others: dict[str, Selection], seconds: float, o
             }
         )
         return
-    print(selection.hash)
+    show(selection.hash)
     if outputs.layers:
-        print("\n".join(_table(selection, shares)), flush=True)
+        show("\n".join(_table(selection, shares)))
     widths = selection.widths
     kept = f"{sum(selection.keep)} of {sum(widths)} neurons in {len(widths)} FFNs"
     note(f"{selection.selector}, density {selection.density:.3f}: {kept}, selected in {seconds:.2f} s")

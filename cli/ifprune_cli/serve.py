@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from . import options
-from .console import note, result_json
+from .console import note, printable, result_json
 from .loading import Runtime, open_runtime
 
 if TYPE_CHECKING:
@@ -209,10 +209,15 @@ def _bytes(text: str, option: str) -> int:
     return 0 if text.strip() == "0" else parse_quantity(text, option)
 
 
+class _PrintableFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def _log(level: LogLevel) -> None:
     """A line for every request, on stderr."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(_PrintableFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
     log = logging.getLogger("ifprune.serve")
     log.handlers, log.propagate = [handler], False
     log.setLevel(level.value)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from .console import note, result_json
+from .console import note, result_json, show
 from .loading import open_checkpoint
 from .options import JsonOption, ModelOption
 
@@ -47,6 +47,6 @@ def tasks(
         what = "cannot be used"
         if row["selection"] is not None:
             what = f"{row['selection']}, {row['selector']}, density {row['density']:.2f}"
-        print(f"{row['name']:<{width}}  {whose:<7}  {what}")
+        show(f"{row['name']:<{width}}  {whose:<7}  {what}")
     if not rows and remove is None:
         note("no tasks yet; `ifprune select --prompt TEXT --save NAME` saves one")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ifprune_mlx.train.config import TrainConfig
 
 from . import train_options as options
-from .console import note, parameters, progress, result_json
+from .console import note, parameters, progress, result_json, show
 from .loading import checkpoint_path
 from .options import DtypeOption, ModelOption, named_files
 
@@ -71,7 +71,7 @@ def train(
     if json:
         result_json(result.to_dict())
         return
-    print(result.path)
+    show(result.path)
     note(_summary(result, settings))
 
 

@@ -40,6 +40,7 @@ def write_atomic(path: Path, write: Callable[[Path], object], error: type[Ifprun
         IfpruneError: (or the given subclass) if the folder cannot be written or the disk is full; `path` is
             then as it was.
     """
+    check_replaceable(path, error=error)
     temporary: Path | None = None
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
@@ -58,6 +59,17 @@ def write_atomic(path: Path, write: Callable[[Path], object], error: type[Ifprun
             temporary.unlink(missing_ok=True)
 
 
+def check_replaceable(path: Path, where: str = "", error: type[IfpruneError] = IfpruneError) -> None:
+    """Raise IfpruneError (or the given subclass) if at `path` is a folder, a pipe or a device.
+
+    Args:
+        where: what the message begins with; the path, if it is empty.
+    """
+    _check_name(path, error)
+    if path.exists() and not path.is_file():
+        raise error(f"{where or path}: cannot be written, since what is there is no ordinary file; write elsewhere")
+
+
 def restore_folder(path: Path) -> None:
     """Move a folder back that a process put aside to replace it, if that process was killed before it could."""
     if not os.path.lexists(path):
@@ -69,6 +81,7 @@ def restore_folder(path: Path) -> None:
 
 def check_free(path: Path, overwrite: bool, error: type[IfpruneError] = IfpruneError) -> None:
     """Raise IfpruneError (or the given subclass) if something is at `path` and may not be replaced."""
+    _check_name(path, error)
     restore_folder(path)
     if os.path.lexists(path) and not overwrite:
         raise error(f"{path}: already exists; choose another folder, or pass --overwrite to replace it")
@@ -103,6 +116,14 @@ def new_folder(path: Path, *, overwrite: bool, error: type[IfpruneError] = Ifpru
         _raise_unless_bug(exc, error(f"{path}: cannot be written ({reason_of(exc)}), nothing was changed; {_ADVICE}"))
     finally:
         _remove(partial)
+
+
+def _check_name(path: Path, error: type[IfpruneError]) -> None:
+    """Raise `error` for a name that MLX and the tokenizers cannot write to."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise error(f"{path}: the name is not UTF-8 text; choose another one") from None
 
 
 def _swap_in(partial: Path, path: Path, overwrite: bool) -> bool:

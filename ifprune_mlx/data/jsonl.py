@@ -5,15 +5,27 @@ from __future__ import annotations
 import bz2
 import gzip
 import json
+import math
 import zlib
 from collections.abc import Callable, Iterator
-from io import BufferedIOBase
+from io import BufferedIOBase, BufferedReader
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ifprune_mlx.errors import DataError
+from ifprune_mlx.checkpoint.regular_file import open_regular
+from ifprune_mlx.errors import DataError, reason_of
 
 T = TypeVar("T")
+
+_UNPACKING: dict[str, Callable[[BufferedReader], BufferedIOBase]] = {
+    ".gz": lambda packed: gzip.GzipFile(fileobj=packed),
+    ".bz2": bz2.BZ2File,
+}
+_LONGEST_LINE = 1 << 24  # bytes
+# A packed file may unpack to this many bytes, or to this many times its own size. Every line counts for some
+# more, since millions of tiny ones take long.
+_UNPACKED, _RATIO, _OF_A_LINE = 1 << 26, 50, 64
+_BLANK_LINES = 1_000_000
 
 
 def parse_json_lines(path: str | Path, parse: Callable[[dict[str, Any]], T], expected: str) -> list[T]:
@@ -82,22 +94,24 @@ def text_lines(path: Path) -> Iterator[str]:
     Raises:
         DataError: if it cannot be read to its end as UTF-8.
     """
-    number = 0
-    if path.exists() and not path.is_file():
-        raise DataError(f"{path}: is no ordinary file; give a file of JSON lines")
+    number = total = blank = 0
+    unpacking = _UNPACKING.get(path.suffix)
     try:
-        with _open(path) as file:
-            for number, line in enumerate(file, 1):
+        with open_regular(path) as packed:
+            file: BufferedIOBase = packed if unpacking is None else unpacking(packed)
+            most = math.inf if unpacking is None else max(_UNPACKED, _RATIO * path.stat().st_size)
+            while line := file.readline(_LONGEST_LINE + 1):
+                number, total, blank = number + 1, total + len(line) + _OF_A_LINE, blank + line.isspace()
+                if len(line) > _LONGEST_LINE:
+                    raise DataError(f"{path}, line {number}: is longer than 16 MB; give a chat or a text a line")
+                if blank > _BLANK_LINES:
+                    raise DataError(f"{path}: holds more than {_BLANK_LINES} blank lines; take them out")
+                if total > most:
+                    raise DataError(f"{path}: unpacks to more than {_RATIO} times its size; unpack it first")
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError:
         raise DataError(f"{path}, line {number}: not UTF-8 text; convert the file, for example with iconv") from None
     except (EOFError, zlib.error) as exc:
         raise DataError(f"{path}: damaged after line {number} ({exc}); copy or download it again") from None
     except OSError as exc:
-        raise DataError(f"{path}: cannot be read ({exc.strerror or exc})") from None
-
-
-def _open(path: Path) -> BufferedIOBase:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")
-    return bz2.open(path, "rb") if path.suffix == ".bz2" else path.open("rb")
+        raise DataError(f"{path}: cannot be read ({reason_of(exc)}); give a file of JSON lines") from None

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ifprune_mlx.checkpoint.regular_file import read_bounded
 from ifprune_mlx.data.tokenize import Example
 from ifprune_mlx.errors import DataError, reason_of
 from ifprune_mlx.eval.losses import prompt_tokens
@@ -53,6 +54,7 @@ _HALF = 0.5
 _BINS = 96
 _LEVELS = ("dense", "healed-dense")  # their loss does not depend on the density
 _WARM_UP = 4
+_LARGEST_EVALUATION = 1 << 26  # bytes
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class Quality:
             DataError: if it cannot be read or holds anything else.
         """
         try:
-            value: Any = json.loads(path.read_text(encoding="utf-8"))
+            value: Any = json.loads(read_bounded(path, _LARGEST_EVALUATION))
         except OSError as exc:
             raise DataError(f"{path}: cannot be read ({reason_of(exc)}); give another file") from None
         except (ValueError, RecursionError):
@@ -373,8 +375,10 @@ def _losses(rows: Any) -> dict[str, dict[str, float]]:
     result: dict[str, dict[str, float]] = {}
     for row in rows:
         selector, domain, loss = row["selector"], row["domain"], float(row["nll"])
-        if not (isinstance(selector, str) and isinstance(domain, str) and math.isfinite(loss)):
-            raise ValueError
+        if not math.isfinite(loss) or not all(
+            isinstance(name, str) and name.isprintable() for name in (selector, domain)
+        ):
+            raise ValueError  # names are drawn, and an SVG holds no control characters
         result.setdefault(domain, {})[selector] = loss
     return result
 

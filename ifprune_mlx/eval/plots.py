@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ifprune_mlx.checkpoint.atomic_write import write_atomic
+from ifprune_mlx.checkpoint.atomic_write import check_replaceable, write_atomic
 from ifprune_mlx.errors import IfpruneError
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ def check_plot(path: Path, option: str) -> None:
     _check_suffix(path, f"{option} {path}")
     if not path.parent.is_dir():
         raise IfpruneError(f"{option} {path}: no such folder; make it first")
+    check_replaceable(path, f"{option} {path}")
     check_library()
 
 
@@ -285,6 +286,7 @@ def _drawing(title: str, height: float) -> Iterator[Figure]:
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        title = "".join(char if char.isprintable() else "?" for char in title)  # an SVG holds no control characters
         figure.suptitle(title, x=0.01, ha="left")
         yield figure
 

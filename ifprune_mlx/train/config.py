@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ifprune_mlx.errors import DataError, IfpruneError
+from ifprune_mlx.checkpoint.regular_file import read_bounded
+from ifprune_mlx.errors import DataError, IfpruneError, reason_of
 
 Stage = Literal["calibrate", "distill", "pretrain", "sft"]
 ArmName = Literal["learned", "static", "none"]
@@ -36,6 +37,7 @@ BOUNDS: dict[str, tuple[type, float, float]] = {
 _OBJECTIVE = dict.fromkeys(
     ("teacher", "epsilon", "margin"), "give a teacher from 0 to 1, an epsilon above 0 and a margin of 0 or more"
 )
+_LARGEST_YAML, _MOST_ITEMS = 1 << 16, 100  # bytes of a file, items of one of its lists
 _LEARNING_RATES = {"lora": 5e-4, "full": 1e-4}
 
 
@@ -131,23 +133,30 @@ class TrainConfig:
                 number = kind(value)
                 if kind is int and number != float(value):
                     raise ValueError
-            except (TypeError, ValueError):
+            except (OverflowError, TypeError, ValueError):
                 raise DataError(f"{_flag(name)} {value}: give a {'whole ' * (kind is int)}number") from None
             if not (least <= number <= most and math.isfinite(number)):
                 bounds = f"give at least {least:g}" + ("" if most == math.inf else f" and at most {most:g}")
                 raise DataError(f"{_flag(name)} {value}: {_OBJECTIVE.get(name, bounds)}")
             object.__setattr__(self, name, number)
+        for name in ("strict", "grad_checkpoint", "stop_on_collapse"):
+            if not isinstance(getattr(self, name), bool):
+                raise DataError(f"{_flag(name)} {getattr(self, name)}: give true or false")
         for name in ("output", "backbone", "predictor", "start"):
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, Path(getattr(self, name)))
-        object.__setattr__(self, "data", {name: Path(file) for name, file in self.data.items()})
+                object.__setattr__(self, name, _path(name, getattr(self, name)))
+        object.__setattr__(self, "data", {name: _path("data", file) for name, file in self.data.items()})
+        if not isinstance(self.weight, Mapping):
+            raise DataError(f"--weight {self.weight}: expected NAME=X, such as code=2")
+        shares = {}
         for name, share in self.weight.items():
             try:
-                float(share)
-            except (TypeError, ValueError):
+                shares[name] = float(share)
+            except (OverflowError, TypeError, ValueError):
                 raise DataError(f"--weight {name}: expected NAME=X, such as {name}=2") from None
-        object.__setattr__(self, "weight", {name: float(share) for name, share in self.weight.items()})
-        object.__setattr__(self, "selector", (self.selector,) if isinstance(self.selector, str) else (*self.selector,))
+        object.__setattr__(self, "weight", shares)
+        arms = self.selector if isinstance(self.selector, list | tuple) else (self.selector,)
+        object.__setattr__(self, "selector", tuple(str(arm) for arm in arms))
 
     @classmethod
     def from_yaml(cls, file: Path, **changes: Any) -> TrainConfig:
@@ -216,20 +225,59 @@ class TrainConfig:
 def read_yaml(file: Path) -> dict[str, Any]:
     """The settings that a YAML file holds, by name; `-` in names becomes `_`.
 
+    Settings are values, lists of values, or mappings of names to values; names are taken as they are written.
+
     Raises:
-        IfpruneError: if the file cannot be read, or is no YAML mapping.
+        IfpruneError: if the file cannot be read, is no YAML mapping, or holds anything else.
     """
     import yaml  # type: ignore[import-untyped]
 
     try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+        loader = yaml.SafeLoader(read_bounded(file, _LARGEST_YAML).decode("utf-8-sig"))
+        # Only single values are built by PyYAML: what repeats itself by anchors and merges would fill the memory.
+        root = loader.get_single_node()
+        if root is None or root.id != "mapping":
+            raise ValueError("must hold options by name, such as learning_rate: 5e-4")
+        settings: dict[str, Any] = {}
+        for key, node in root.value:
+            name = _yaml_text(key).replace("-", "_")
+            if name in settings:
+                raise ValueError(f"{name} is there twice")
+            settings[name] = _yaml_value(node, loader)
     except OSError as exc:
-        raise IfpruneError(f"{file}: cannot be read ({exc.strerror or exc})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as exc:
-        raise IfpruneError(f"{file}: is no YAML ({' '.join(str(exc).split())})") from None
-    if not isinstance(found, dict):
-        raise IfpruneError(f"{file}: must hold options by name, such as learning_rate: 5e-4")
-    return {str(name).replace("-", "_"): value for name, value in found.items()}
+        raise IfpruneError(f"{file}: cannot be read ({reason_of(exc)})") from None
+    except Exception as exc:  # PyYAML raises whatever reading a number or a date meets
+        raise IfpruneError(f"{file}: is no YAML of options ({reason_of(exc)})") from None
+    return settings
+
+
+def _yaml_value(node: Any, loader: Any, within: bool = False) -> Any:
+    line = f"line {node.start_mark.line + 1}"
+    if node.id == "scalar":
+        _yaml_text(node)
+        value = loader.construct_object(node)
+        if isinstance(value, int) and value.bit_length() > 64:
+            raise ValueError(f"{line}: a number that no option can have")
+        return value
+    if within or node.tag not in ("tag:yaml.org,2002:seq", "tag:yaml.org,2002:map") or len(node.value) > _MOST_ITEMS:
+        raise ValueError(f"{line}: a list or mapping within another, of a type of its own, or too long")
+    if node.id == "sequence":
+        return [_yaml_value(item, loader, True) for item in node.value]
+    return {_yaml_text(key): _yaml_value(item, loader, True) for key, item in node.value}
+
+
+def _yaml_text(node: Any) -> str:
+    """The text of a single value; ValueError for anything else, and for characters that no option can have."""
+    text = node.value
+    if not isinstance(text, str) or any(char < " " or "\ud800" <= char <= "\udfff" for char in text):
+        raise ValueError(f"line {node.start_mark.line + 1}: a name or value that no option can have")
+    return text
+
+
+def _path(name: str, value: Any) -> Path:
+    if not isinstance(value, str | Path):
+        raise DataError(f"{_flag(name)} {value}: give a file or a folder by name")
+    return Path(value)
 
 
 def _flag(name: str) -> str:

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import typer
 
+from ifprune_cli.commands import app
 from ifprune_cli.completion import task_names
-from ifprune_cli.main import app
 from ifprune_mlx import Checkpoint, Selection, TaskStore
 from tests.cli.process import environment
 

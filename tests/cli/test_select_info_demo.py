@@ -10,8 +10,8 @@ import mlx.core as mx
 import pytest
 from typer.testing import CliRunner
 
+from ifprune_cli.commands import app
 from ifprune_cli.demo import PROMPTS
-from ifprune_cli.main import app
 from ifprune_mlx import Checkpoint, Selection, TaskStore
 from tests.cli.process import run, run_here
 from tests.cli.test_generate import KEYS as GENERATE_KEYS
