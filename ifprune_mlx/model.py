@@ -88,9 +88,10 @@ class Model:
     a call of the model and another answer raise ModelBusyError, in the same thread too, and change nothing.
     `Session.astream` waits instead. MLX's random numbers are seeded per thread (`mx.random.seed`).
 
+    After `close` whatever would need the model raises ModelClosedError.
+
     Attributes:
         checkpoint: the checkpoint it was loaded from.
-        module: the mlx-lm model, with sliced leaves.
         tokenizer: the checkpoint's tokenizer, if `load` made the model.
         selection: the active selection; None while the model is dense.
         selection_cache: selections made before; a new selector of this model uses it. At first in memory only.
@@ -113,7 +114,7 @@ class Model:
         float_bytes: int | None,
     ) -> None:
         self.checkpoint = checkpoint
-        self.module = module
+        self._module = module
         self.slots = slots
         self.down_leaves = down
         self.lock = lock
@@ -125,6 +126,12 @@ class Model:
         self._float_bytes = float_bytes
         self._reading: ThreadPoolExecutor | None = None
         _limit.opened(self)
+
+    @property
+    def module(self) -> nn.Module:
+        """The mlx-lm model, with sliced leaves."""
+        self.lock.check_open()
+        return self._module
 
     def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
         """Call the mlx-lm model: tokens int `[B, L]` (and `cache=`) -> logits `[B, L, vocabulary]`."""
@@ -182,6 +189,7 @@ class Model:
     @cached_property
     def predictor(self) -> SparsityPredictor | None:
         """The checkpoint's sparsity predictor, loaded at first use; None if it has none."""
+        self.lock.check_open()
         if not self.checkpoint.has_predictor:
             return None
         tokenizer = self.tokenizer or _load_tokenizer(self.checkpoint, False)
@@ -195,6 +203,7 @@ class Model:
         self, density: float | None = None, active_parameters: int | None = None, memory: int | None = None
     ) -> tuple[int, ...]:
         """*k* per FFN under a budget, by default the model's own; see `checkpoint.budget.resolve_keep`."""
+        self.lock.check_open()
         return resolve_keep(
             self.checkpoint,
             density=density,
@@ -206,6 +215,7 @@ class Model:
 
     def check(self, selection: Selection) -> None:
         """Raise SelectionError unless `selection` fits this model's FFNs."""
+        self.lock.check_open()
         self.checkpoint.check(selection)
 
     def switch(self, selection: Selection | None) -> Switch:
@@ -282,13 +292,15 @@ class Model:
         return self._reading
 
     def close(self) -> None:
-        """Free the weights and MLX's cache; the model cannot be used afterwards.
+        """Free the weights and MLX's cache; the model cannot be used afterwards. A second call does nothing.
 
         Closing the last open model restores the cache limit that MLX had before the first.
 
         Raises:
             ModelBusyError: if an answer is under way.
         """
+        if self.lock.closed:
+            return
         with self.lock.held():
             if self._reading is not None:
                 self._reading.shutdown(cancel_futures=True)
@@ -296,13 +308,15 @@ class Model:
                 slots.rows.clear()
             self.slots = []
             self.down_leaves = []
-            self.module = nn.Module()
-            self.__dict__.pop("predictor", None)
+            self._module = nn.Module()
+            for made in ("predictor", "prior", "down_norms"):
+                self.__dict__.pop(made, None)
             mx.clear_cache()
             _limit.closed(self)
         self.lock.close()
 
     def _priors(self, kind: str) -> list[Scores]:
+        self.lock.check_open()
         arrays = load_arrays(self.checkpoint.priors_file)
         return [np.array(arrays[f"{kind}.{index}"]) for index in range(len(self.checkpoint.layout.ffns))]
 

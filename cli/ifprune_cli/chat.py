@@ -64,9 +64,12 @@ class _Conversing:
         ),
     ] = None
     on_switch: Annotated[
-        Literal["reprefill", "keep"],
-        selection_option("--on-switch", help="After a switch, recompute the history (exact) or keep it (fast)."),
-    ] = "reprefill"
+        Optional[Literal["reprefill", "keep"]],
+        selection_option(
+            "--on-switch",
+            help="After a switch, recompute the history (exact) or keep it (fast).  [default: reprefill]",
+        ),
+    ] = None
 
 
 def chat(
@@ -88,14 +91,11 @@ def chat(
     replace(choice, dense=False).check_exclusive(budget)  # /dense off goes back to the selection
     check_exclusive({"--selection": choice.selection, "--task": choice.task, "--policy": conversing.policy})
     runtime = open_runtime(model, choice, budget, selecting, sampling)
-    from ifprune_mlx.selection.selectors import default_selector
-
     from .chat_commands import Commands
     from .chat_input import LineEditor, piped
 
     session = _session(runtime, conversing)
-    selector = runtime.selector or default_selector(runtime.model)
-    commands = Commands(session, selector if runtime.selection is None else runtime.selection.selector)
+    commands = Commands(session)
     if not sys.stdin.isatty():
         return _Conversation(session, commands, tokens).run(piped(sys.stdin.buffer))
     from ifprune_convert.embedded import cache_folder
@@ -116,13 +116,17 @@ def _session(runtime: Runtime, conversing: _Conversing) -> Session:
         runtime.model,
         runtime.tokenizer,
         policy=conversing.policy or "first",
-        on_switch=conversing.on_switch,
+        on_switch=conversing.on_switch or "reprefill",
         system_prompt=conversing.system_prompt,
         **runtime.arguments,
     )
     if conversing.load is None:
         return session
+    given = session.selector
     session.load(conversing.load)
+    if runtime.selector is not None and session.policy != "task":
+        session.selector = given
+    session.on_switch = conversing.on_switch or session.on_switch
     if any(value is not None for value in runtime.budget.values()):
         session.set_budget(**runtime.budget)
         session.dense = False

@@ -34,9 +34,8 @@ class Commands:
 
     with_file = ("/select", "/save", "/load")
 
-    def __init__(self, session: Session, selector: str) -> None:
+    def __init__(self, session: Session) -> None:
         self._session = session
-        self._selector = selector
         self._table = {
             "/help": _Command(self._help, "", "show this list"),
             "/reset": _Command(self._reset, "", "forget the conversation; the next message selects anew"),
@@ -90,7 +89,8 @@ class Commands:
         if session.selection is not None:
             keep, who = session.selection.keep, session.selection.selector
         else:
-            keep, who = session.keep, self._selector
+            assert session.selector is not None  # without a selection one chooses it
+            keep, who = session.keep, session.selector.name
         policy = "" if session.policy == "first" else f"\npolicy {session.policy}"
         return f"{who} selector, {self._share(keep)}{policy}"
 
