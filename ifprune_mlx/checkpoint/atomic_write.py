@@ -5,8 +5,9 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,9 +18,8 @@ from ifprune_mlx.errors import IfpruneError, reason_of
 _ADVICE = "check permissions and free space, or write elsewhere"
 # Both words follow the folder's name and precede the id of the process that works on it.
 _PARTIAL, _ASIDE = "partial", "old"
-# The process's own: it can only be read by setting it, which other threads must not notice.
-_UMASK = os.umask(0)
-os.umask(_UMASK)
+_TEMPORARY = re.compile(rf"^\..*\.{_PARTIAL}-(\d+)-[0-9a-f]{{8}}(?:\.[^.]*)?$", re.DOTALL)
+_NAMED_BYTES = 100  # of a file's own name in its temporary one, which a file system bounds
 
 
 def sha256_file(path: Path) -> str:
@@ -35,6 +35,7 @@ def write_atomic(path: Path, write: Callable[[Path], object], error: type[Ifprun
     """Let `write` fill a temporary file beside `path`, then rename it there.
 
     The temporary name keeps the suffix of `path`, since `mx.save_safetensors` appends its own where it is missing.
+    What processes that were killed have left in the folder is removed.
 
     Raises:
         IfpruneError: (or the given subclass) if the folder cannot be written or the disk is full; `path` is
@@ -42,13 +43,14 @@ def write_atomic(path: Path, write: Callable[[Path], object], error: type[Ifprun
     """
     temporary: Path | None = None
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+        remove_abandoned_files(path.parent)
+        # Named so that who comes upon it later knows what it is and whose.
+        named = os.fsencode(path.stem)[:_NAMED_BYTES].decode(errors="ignore")
+        temporary = path.with_name(f".{named}.{_PARTIAL}-{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))  # the system applies the umask
         write(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644 & ~_UMASK)
         temporary.replace(path)
         temporary = None
     except (OSError, RuntimeError) as exc:
@@ -56,6 +58,15 @@ def write_atomic(path: Path, write: Callable[[Path], object], error: type[Ifprun
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def remove_abandoned_files(folder: Path) -> None:
+    """Remove the temporary files of `write_atomic` in a folder whose processes no longer run."""
+    with suppress(OSError):  # the folder is not there, or another process was quicker
+        for name in os.listdir(folder):
+            temporary = _TEMPORARY.match(name)
+            if temporary is not None and not _runs(temporary[1]) and not (folder / name).is_dir():
+                (folder / name).unlink()
 
 
 def restore_folder(path: Path) -> None:
@@ -91,12 +102,12 @@ def new_folder(path: Path, *, overwrite: bool, error: type[IfpruneError] = Ifpru
         path.parent.mkdir(parents=True, exist_ok=True)
         for stale in _abandoned(path, _PARTIAL) + (_abandoned(path, _ASIDE) if os.path.lexists(path) else []):
             _remove(stale)
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.{_PARTIAL}-{os.getpid()}-", dir=path.parent))
+        partial = path.with_name(f".{path.name}.{_PARTIAL}-{os.getpid()}-{secrets.token_hex(4)}")
+        partial.mkdir(0o755)
     except OSError as exc:
         raise error(f"{path}: cannot be written ({reason_of(exc)}); {_ADVICE}") from None
     try:
         yield partial
-        partial.chmod(0o755 & ~_UMASK)
         if not _swap_in(partial, path, overwrite):
             raise error(f"{path}: was made by another process meanwhile; choose another folder, or pass --overwrite")
     except (OSError, RuntimeError) as exc:
