@@ -22,6 +22,7 @@ from .console import footer, note, progress
 from .loading import Runtime, open_runtime
 from .options import (
     Budget,
+    IgnoreTemplateOption,
     ModelOptions,
     PrefillStepOption,
     Sampling,
@@ -55,6 +56,7 @@ class _Conversing:
         int, typer.Option("--max-tokens", "-m", help="Generate at most this many tokens for each answer.")
     ] = 512
     system_prompt: SystemPromptOption = None
+    ignore_chat_template: IgnoreTemplateOption = False
     load: Annotated[Optional[Path], typer.Option("--load", metavar="FILE", help="Go on with a saved chat.")] = None
     policy: Annotated[
         Optional[Literal["first", "turn", "auto"]],
@@ -90,7 +92,7 @@ def chat(
         raise ChatFileError(f"{load}: no such saved chat")
     replace(choice, dense=False).check_exclusive(budget)  # /dense off goes back to the selection
     check_exclusive({"--selection": choice.selection, "--task": choice.task, "--policy": conversing.policy})
-    runtime = open_runtime(model, choice, budget, selecting, sampling)
+    runtime = open_runtime(model, choice, budget, selecting, sampling, template=not conversing.ignore_chat_template)
     from .chat_commands import Commands
     from .chat_input import LineEditor, piped
 

@@ -174,6 +174,11 @@ class ModelOptions:
     trust_remote_code: TrustOption = False
 
 
+IgnoreTemplateOption = Annotated[
+    bool, typer.Option("--ignore-chat-template", help="Read messages as plain text that the model continues.")
+]
+
+
 @dataclass(frozen=True)
 class Budget:
     """The three ways to say how much to keep."""
