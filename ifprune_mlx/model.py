@@ -6,6 +6,7 @@ The module is mlx-lm's own class with its projection leaves replaced. One operat
 
 from __future__ import annotations
 
+import logging
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -53,6 +54,8 @@ _NOT_DENSE = (
     "no selection is active: with residency ssd, where not all neurons are in memory, give --selector learned or "
     "static, a task or a selection; a dense model and the activation selector need residency ram"
 )
+
+_log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) as long work advances."""
@@ -259,7 +262,9 @@ class Model:
             for slots, ids in zip(self.slots, selection.ids, strict=True):
                 slots.k = len(ids)
             self.selection = selection
-            return Switch(time.perf_counter() - start, neurons, missing, written, overlap)
+            done = Switch(time.perf_counter() - start, neurons, missing, written, overlap)
+            _log.debug("switched to selection %s of %s: %s", selection.hash, selection.selector, done)
+            return done
 
     def _spare_slots(self, selection: Selection) -> int:
         """Slots per FFN that the memory budget leaves for inactive neurons. Raises BudgetError if it is exceeded."""
@@ -354,6 +359,7 @@ def load(
     residency = choose_residency(checkpoint, residency, memory, None if dtype is None else dtype.size)
     tokenizer = _load_tokenizer(checkpoint, trust_remote_code)
     model = load_checkpoint(checkpoint, dtype=dtype, residency=residency, memory=memory, progress=progress)
+    _log.debug("loaded %s (%s, residency %s)", checkpoint.path, checkpoint.id, residency)
     model.tokenizer = tokenizer
     return model, tokenizer
 

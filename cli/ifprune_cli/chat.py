@@ -20,6 +20,7 @@ import typer
 
 from .console import footer, note, progress
 from .loading import Runtime, open_runtime
+from .logs import show_cause
 from .options import (
     Budget,
     IgnoreTemplateOption,
@@ -170,6 +171,7 @@ class _Conversation:
                     # MLX reports a lack of memory, and options that a cache cannot have, in the last three: the
                     # conversation is worth more than a traceback.
                     failed = True
+                    show_cause(exc)
                     note(f"ifprune: error: {self._explained(exc)}")
         finally:
             signal.signal(signal.SIGINT, before)

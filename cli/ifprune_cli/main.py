@@ -13,7 +13,23 @@ from types import FrameType
 
 import typer
 
-from . import atlas, bench, chat, convert, demo, doctor, evaluate, export, generate, info, select, serve, tasks, train
+from . import (
+    atlas,
+    bench,
+    chat,
+    convert,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    info,
+    logs,
+    select,
+    serve,
+    tasks,
+    train,
+)
 from .option_groups import Command, with_groups
 
 app = typer.Typer(
@@ -80,6 +96,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run the command line and return its exit code. Errors become one line on stderr."""
     _quiet_libraries()
     try:
+        logs.set_up()
         result = app(
             args=convert.with_calibrate_value(arguments or ["--help"]), prog_name="ifprune", standalone_mode=False
         )
@@ -91,6 +108,7 @@ def run(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as exc:
+        logs.show_cause(exc)
         message = _usage_message(exc)
         if message is not None:
             print(f"ifprune: {message}", file=sys.stderr)

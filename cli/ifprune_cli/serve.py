@@ -214,6 +214,6 @@ def _log(level: LogLevel) -> None:
     """A line for every request, on stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    log = logging.getLogger("ifprune.serve")
+    log = logging.getLogger("ifprune_mlx.serving")
     log.handlers, log.propagate = [handler], False
     log.setLevel(level.value)
