@@ -21,7 +21,11 @@ Prompt = str | Sequence[int] | Messages
 
 
 def check_prompt(model: Model, tokens: Sequence[int]) -> None:
-    """Raise PromptError if there is nothing to read, or more than the model's context holds; also for a closed model."""
+    """Raise PromptError if there is nothing to read, or more than the model's context holds.
+
+    Raises:
+        ModelClosedError: if the model was closed.
+    """
     model.lock.check_open()
     if not tokens:
         raise PromptError("the prompt is empty; write something to answer")

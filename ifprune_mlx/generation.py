@@ -190,7 +190,8 @@ def stream_generate(
         progress: called with (prompt tokens read, prompt tokens).
         max_kv_size: how many tokens a layer's KV cache may hold; see `ifprune_mlx.prompt_cache.make_cache`.
         kwargs: `sampler`, `logits_processors`, `kv_bits`, `kv_group_size`, `quantized_kv_start`,
-            `prefill_step_size`, ..., as in `mlx_lm.stream_generate`, but for `draft_model`. `make_sampler` makes samplers.
+            `prefill_step_size`, ..., as in `mlx_lm.stream_generate`, but no `draft_model`. `make_sampler` here makes
+            samplers.
 
     Yields:
         mlx-lm's responses; the last one has `finish_reason` and `stats`.

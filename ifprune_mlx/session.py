@@ -356,7 +356,7 @@ def _pack(selection: Selection) -> dict[str, Any]:
 
 
 def _unpack(packed: dict[str, Any], widths: tuple[int, ...]) -> Selection:
-    """The selection that `_pack` gave, for a model of these widths; they are compared before anything is made of them."""
+    """What `_pack` gave, for a model of these widths, which are compared before anything is made of the file's."""
     if packed["widths"] != list(widths):
         raise ValueError("a selection for a model of another shape")
     ids = []

@@ -258,7 +258,10 @@ class Sampling:
     top_k: TopKOption = 0
     seed: SeedOption = 0
     max_kv_size: Annotated[
-        Optional[int], _cache("--max-kv-size", min=1, help="Keep at most this many tokens in the KV cache: the first four and the latest.")
+        Optional[int],
+        _cache(
+            "--max-kv-size", min=1, help="Keep at most this many tokens in the KV cache: the first four and the latest."
+        ),
     ] = None
     kv_bits: Annotated[Optional[int], _cache("--kv-bits", help="Quantize the KV cache to 2, 3, 4, 6 or 8 bits.")] = None
     kv_group_size: Annotated[int, _cache("--kv-group-size", help="Quantize the KV cache in groups of this size.")] = 64

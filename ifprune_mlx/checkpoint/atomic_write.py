@@ -63,10 +63,10 @@ def write_atomic(path: Path, write: Callable[[Path], object], error: type[Ifprun
 def remove_abandoned_files(folder: Path) -> None:
     """Remove the temporary files of `write_atomic` in a folder whose processes no longer run."""
     with suppress(OSError):  # the folder is not there, or another process was quicker
-        for name in os.listdir(folder):
-            temporary = _TEMPORARY.match(name)
-            if temporary is not None and not _runs(temporary[1]) and not (folder / name).is_dir():
-                (folder / name).unlink()
+        for file in folder.iterdir():
+            temporary = _TEMPORARY.match(file.name)
+            if temporary is not None and not _runs(temporary[1]) and not file.is_dir():
+                file.unlink()
 
 
 def restore_folder(path: Path) -> None:

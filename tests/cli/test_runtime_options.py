@@ -98,7 +98,9 @@ def test_a_saved_chat_brings_its_selector_and_switching_and_options_go_before_th
     told = chat("--load", str(first), "--selector", "random", "--on-switch", "reprefill", stdin="again\n/stats")
     assert "random" in told
     assert "policy      turn, reprefill on a switch" in told
-    kept = [{name: json.loads(file.read_text())[name] for name in ("selector", "on_switch")} for file in (first, second)]
+    kept = [
+        {name: json.loads(file.read_text())[name] for name in ("selector", "on_switch")} for file in (first, second)
+    ]
     assert kept == [{"selector": "static", "on_switch": "keep"}] * 2
     told = chat(stdin=f"/load {first}\n/stats")
     assert "keep on a switch" in told

@@ -80,7 +80,9 @@ def test_the_selection_that_the_prompt_was_read_for_goes_on_from_it(tiny: Tiny, 
 def test_kept_entries_stay_apart_from_those_that_were_read_for_a_selection(tiny: Tiny) -> None:
     history = History.empty(tiny[0])
     answer(tiny, TOKENS, dense=True, max_tokens=4, prompt_cache=history)
-    answer(tiny, [50, 51, 52], selector="activation", density=0.25, max_tokens=2, prompt_cache=history, on_switch="keep")
+    answer(
+        tiny, [50, 51, 52], selector="activation", density=0.25, max_tokens=2, prompt_cache=history, on_switch="keep"
+    )
     selection = tiny[0].selection
     assert selection is not None
     assert [(span.tokens, span.computed_by, span.read_for) for span in history.spans] == [

@@ -103,7 +103,9 @@ def test_the_metrics_show_them(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint", "gemma2")
     with serving(checkpoint, tmp_path) as server:
         server.post("/v1/completions", {"prompt": "a", "max_tokens": 1, "ifprune": {"selector": "static"}})
-        found = {name: server.get("/metrics").text.count(f'ifprune_slow_path{{path="{name}"}} 1.0') for name in SLOW_PATHS}
+        found = {
+            name: server.get("/metrics").text.count(f'ifprune_slow_path{{path="{name}"}} 1.0') for name in SLOW_PATHS
+        }
     assert found == {UNPACKED: 0, SCATTER: 0, ONE_AT_A_TIME: 1}
     assert sum(ONE_AT_A_TIME in line for line in server.stderr) == 1
 

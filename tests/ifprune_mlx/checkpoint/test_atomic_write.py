@@ -206,7 +206,10 @@ def test_temporary_files_of_killed_processes_are_swept_by_the_next_write(
     }
     for path, save in saves.items():
         left = killed_while_writing(path)
-        others = [left.with_name(name) for name in (".mine", ".x.partial-notes.json", f".x.partial-{os.getpid()}-0a1b2c3d.json")]
+        others = [
+            left.with_name(name)
+            for name in (".mine", ".x.partial-notes.json", f".x.partial-{os.getpid()}-0a1b2c3d.json")
+        ]
         for other in others:
             other.write_text("not abandoned")
         save()
