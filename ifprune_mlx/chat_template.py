@@ -59,7 +59,7 @@ def render_messages(tokenizer: TokenizerWrapper, messages: Messages) -> list[int
     try:
         return list(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True))
     except Exception as exc:  # jinja and the templates themselves raise what they like
-        raise PromptError(f"the chat template refuses these messages ({reason_of(exc)})") from None
+        raise PromptError(f"the chat template refuses these messages ({reason_of(exc)})") from exc
 
 
 def plain_text(tokenizer: TokenizerWrapper, messages: Messages) -> str:

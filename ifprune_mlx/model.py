@@ -486,7 +486,7 @@ def _load_module(
         raise CheckpointError(
             f"{checkpoint.path}: mlx-lm cannot build the model ({reason_of(exc)}); its files do not belong together, "
             "convert the source again"
-        ) from None
+        ) from exc
     return module
 
 
@@ -500,4 +500,4 @@ def _load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool) -> Tokenize
     except Exception as exc:  # transformers' parsers raise many types
         raise CheckpointError(
             f"{checkpoint.path}: the tokenizer cannot be loaded ({reason_of(exc)}); convert the source again"
-        ) from None
+        ) from exc

@@ -237,8 +237,8 @@ class Session:
             raise ChatFileError(f"{path}: no such saved chat")
         try:
             state = read_json_object(path, ChatFileError)
-        except ChatFileError:
-            raise ChatFileError(f"{path}: not a saved chat, or damaged; give a file that /save wrote") from None
+        except ChatFileError as exc:
+            raise ChatFileError(f"{path}: not a saved chat, or damaged; give a file that /save wrote") from exc
         if state.get("format") != _FILE_FORMAT:
             raise ChatFileError(f"{path}: not a saved chat of format {_FILE_FORMAT}; give a file that /save wrote")
         if state.get("checkpoint") != self.model.checkpoint.id:
@@ -265,7 +265,7 @@ class Session:
                 raise ValueError("neurons to keep that the model does not have")
             instruction = None if state["instruction"] is None else str(state["instruction"])
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, MemoryError, SelectionError) as exc:
-            raise ChatFileError(f"{path}: the saved chat is damaged ({reason_of(exc)}); nothing was loaded") from None
+            raise ChatFileError(f"{path}: the saved chat is damaged ({reason_of(exc)}); nothing was loaded") from exc
         self.reset()
         self.messages, self.system_prompt, self.dense = messages, system, dense
         self.selection, self._instruction, self.keep = selection, instruction, keep

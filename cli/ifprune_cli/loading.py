@@ -57,7 +57,7 @@ def check_selection(model: Model | Checkpoint, selection: Selection, file: Path)
     try:
         model.check(selection)
     except SelectionError as exc:
-        raise SelectionError(f"{file}: {exc}; make one for this model with `ifprune select --save-to`") from None
+        raise SelectionError(f"{file}: {exc}; make one for this model with `ifprune select --save-to`") from exc
 
 
 def load_model(

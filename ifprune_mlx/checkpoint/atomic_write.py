@@ -105,7 +105,7 @@ def new_folder(path: Path, *, overwrite: bool, error: type[IfpruneError] = Ifpru
         partial = path.with_name(f".{path.name}.{_PARTIAL}-{os.getpid()}-{secrets.token_hex(4)}")
         partial.mkdir(0o755)
     except OSError as exc:
-        raise error(f"{path}: cannot be written ({reason_of(exc)}); {_ADVICE}") from None
+        raise error(f"{path}: cannot be written ({reason_of(exc)}); {_ADVICE}") from exc
     try:
         yield partial
         if not _swap_in(partial, path, overwrite):
@@ -174,4 +174,4 @@ def _raise_unless_bug(exc: OSError | RuntimeError, failure: IfpruneError) -> NoR
     words = ("write", "open", "save_safetensors", "no space")
     if isinstance(exc, RuntimeError) and not any(word in str(exc).lower() for word in words):
         raise exc
-    raise failure from None
+    raise failure from exc

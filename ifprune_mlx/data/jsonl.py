@@ -37,7 +37,7 @@ def parse_json_lines(path: str | Path, parse: Callable[[dict[str, Any]], T], exp
                 raise ValueError("no JSON object")
             result.append(parse(value))
         except ValueError as exc:
-            raise DataError(f"{path}, line {number}: {exc}; expected {expected}") from None
+            raise DataError(f"{path}, line {number}: {exc}; expected {expected}") from exc
     if not result:
         raise DataError(f"{path}: holds no lines; give JSON lines with {expected}")
     return result
@@ -70,8 +70,8 @@ def checked_text(value: Any, what: str) -> str:
         raise ValueError(f"{what} is not text")
     try:
         value.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{what} holds half a surrogate pair, which is no character") from None
+    except UnicodeEncodeError as exc:
+        raise ValueError(f"{what} holds half a surrogate pair, which is no character") from exc
     return value
 
 
@@ -89,12 +89,12 @@ def text_lines(path: Path) -> Iterator[str]:
         with _open(path) as file:
             for number, line in enumerate(file, 1):
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError:
-        raise DataError(f"{path}, line {number}: not UTF-8 text; convert the file, for example with iconv") from None
+    except UnicodeDecodeError as exc:
+        raise DataError(f"{path}, line {number}: not UTF-8 text; convert the file, for example with iconv") from exc
     except (EOFError, zlib.error) as exc:
-        raise DataError(f"{path}: damaged after line {number} ({exc}); copy or download it again") from None
+        raise DataError(f"{path}: damaged after line {number} ({exc}); copy or download it again") from exc
     except OSError as exc:
-        raise DataError(f"{path}: cannot be read ({exc.strerror or exc})") from None
+        raise DataError(f"{path}: cannot be read ({exc.strerror or exc})") from exc
 
 
 def _open(path: Path) -> BufferedIOBase:

@@ -174,7 +174,7 @@ def _render(tokenizer: TokenizerWrapper, messages: Sequence[Message], ready: boo
     try:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ready))
     except Exception as exc:  # jinja and the templates themselves raise what they like
-        raise PromptError(f"the chat template refuses these messages ({' '.join(str(exc).split())[:200]})") from None
+        raise PromptError(f"the chat template refuses these messages ({' '.join(str(exc).split())[:200]})") from exc
 
 
 def _encode(tokenizer: TokenizerWrapper, text: str) -> list[int]:

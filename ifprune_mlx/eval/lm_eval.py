@@ -82,7 +82,7 @@ def load_tasks(names: Sequence[str], folders: Sequence[Path] = ()) -> list[Harne
         except DataError:
             raise
         except Exception as exc:  # data sets, YAML files and their functions may raise anything
-            raise DataError(f"--lm-eval {name}: cannot be loaded ({reason_of(exc)})") from None
+            raise DataError(f"--lm-eval {name}: cannot be loaded ({reason_of(exc)})") from exc
         for single, task in tasks.items():
             if getattr(task, "UNSAFE_CODE", False):
                 raise DataError(f"--lm-eval {name}: {single} runs code that the model writes, which is not done here")
@@ -162,7 +162,7 @@ def score_harness(
         except IfpruneError:
             raise
         except Exception as exc:  # a task's own functions may raise anything
-            raise DataError(f"--lm-eval {harness_task.name}: the task failed ({reason_of(exc)})") from None
+            raise DataError(f"--lm-eval {harness_task.name}: the task failed ({reason_of(exc)})") from exc
         means: dict[str, list[tuple[float, ...]]] = {}
         for name, task in harness_task.tasks.items():
             for metric, values in _metrics(found["samples"][name]).items():

@@ -135,9 +135,9 @@ class Selection:
             widths = tuple(int(width) for width in metadata["widths"].split())
             selection = cls(tuple(np.array(arrays[name]) for name in names), widths, metadata["selector"])
         except (KeyError, ValueError) as exc:
-            raise SelectionError(f"{path}: malformed metadata ({exc}); make the file again") from None
+            raise SelectionError(f"{path}: malformed metadata ({exc}); make the file again") from exc
         except SelectionError as exc:
-            raise SelectionError(f"{path}: {exc}; make the file again") from None
+            raise SelectionError(f"{path}: {exc}; make the file again") from exc
         if selection.hash != metadata.get("hash"):
             raise SelectionError(f"{path}: its ids do not match its hash; the file is damaged, make it again")
         return selection

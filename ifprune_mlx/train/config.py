@@ -131,8 +131,8 @@ class TrainConfig:
                 number = kind(value)
                 if kind is int and number != float(value):
                     raise ValueError
-            except (TypeError, ValueError):
-                raise DataError(f"{_flag(name)} {value}: give a {'whole ' * (kind is int)}number") from None
+            except (TypeError, ValueError) as exc:
+                raise DataError(f"{_flag(name)} {value}: give a {'whole ' * (kind is int)}number") from exc
             if not (least <= number <= most and math.isfinite(number)):
                 bounds = f"give at least {least:g}" + ("" if most == math.inf else f" and at most {most:g}")
                 raise DataError(f"{_flag(name)} {value}: {_OBJECTIVE.get(name, bounds)}")
@@ -144,8 +144,8 @@ class TrainConfig:
         for name, share in self.weight.items():
             try:
                 float(share)
-            except (TypeError, ValueError):
-                raise DataError(f"--weight {name}: expected NAME=X, such as {name}=2") from None
+            except (TypeError, ValueError) as exc:
+                raise DataError(f"--weight {name}: expected NAME=X, such as {name}=2") from exc
         object.__setattr__(self, "weight", {name: float(share) for name, share in self.weight.items()})
         object.__setattr__(self, "selector", (self.selector,) if isinstance(self.selector, str) else (*self.selector,))
 
@@ -167,8 +167,8 @@ class TrainConfig:
             given["densities"] = ",".join(map(str, given["densities"]))
         try:
             return cls(**{name: value for name, value in given.items() if value is not None})
-        except TypeError:
-            raise DataError(f"{file}: has no output or no data; both are needed") from None
+        except TypeError as exc:
+            raise DataError(f"{file}: has no output or no data; both are needed") from exc
 
     @property
     def measures(self) -> bool:
@@ -183,10 +183,10 @@ class TrainConfig:
             low, dash, high = part.strip().partition("-")
             try:
                 ranges.append((float(low), float(high if dash else low)))
-            except ValueError:
+            except ValueError as exc:
                 raise DataError(
                     f"--densities {self.densities}: expected numbers or ranges, such as 0.27,0.5 or 0.2-0.8"
-                ) from None
+                ) from exc
         return tuple(ranges)
 
     @property
@@ -224,9 +224,9 @@ def read_yaml(file: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as exc:
-        raise IfpruneError(f"{file}: cannot be read ({exc.strerror or exc})") from None
+        raise IfpruneError(f"{file}: cannot be read ({exc.strerror or exc})") from exc
     except (yaml.YAMLError, UnicodeDecodeError) as exc:
-        raise IfpruneError(f"{file}: is no YAML ({' '.join(str(exc).split())})") from None
+        raise IfpruneError(f"{file}: is no YAML ({' '.join(str(exc).split())})") from exc
     if not isinstance(found, dict):
         raise IfpruneError(f"{file}: must hold options by name, such as learning_rate: 5e-4")
     return {str(name).replace("-", "_"): value for name, value in found.items()}

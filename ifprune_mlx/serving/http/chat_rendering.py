@@ -123,7 +123,7 @@ class ChatRenderer:
                 )
             except Exception as exc:  # jinja and templates can raise anything
                 reason = " ".join(str(exc).split())[:200]
-                raise PromptError(f"the chat template refuses these messages ({reason})") from None
+                raise PromptError(f"the chat template refuses these messages ({reason})") from exc
             tokens = tokenizer.encode(text + begun, add_special_tokens=False)
         else:
             tokens = tokenizer.encode(plain_text(tokenizer, messages) + begun)
