@@ -25,16 +25,17 @@ def set_up() -> None:
         IfpruneError: if it says no level.
     """
     level = os.environ.get("IFPRUNE_LOG", "").strip().lower() or "warning"
-    if level not in _LEVELS:
-        from ifprune_mlx.errors import IfpruneError
-
-        raise IfpruneError(f"IFPRUNE_LOG is {level!r}; set it to {', '.join(_LEVELS[:-1])} or {_LEVELS[-1]}")
+    known = level in _LEVELS
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine("ifprune: %(levelname)s: %(message)s"))
     for name in _LIBRARIES:
         log = logging.getLogger(name)
         log.handlers = [handler]
-        log.setLevel(level.upper())
+        log.setLevel(level.upper() if known else logging.WARNING)
+    if not known:
+        from ifprune_mlx.errors import IfpruneError
+
+        raise IfpruneError(f"IFPRUNE_LOG is {level!r}; set it to {', '.join(_LEVELS[:-1])} or {_LEVELS[-1]}")
 
 
 class _OneLine(logging.Formatter):
