@@ -247,10 +247,7 @@ class History:
             kv, metadata = load_prompt_cache(str(path), return_metadata=True)
             mx.eval([cache.state for cache in kv])
             tokens = [int(token) for token in json.loads(metadata["ifprune_tokens"])]
-            spans = [
-                Span(int(count), str(name), next((str(hash_) for hash_ in rest if hash_), None))
-                for count, name, *rest in json.loads(metadata["ifprune_spans"])
-            ]
+            spans = [_span(*values) for values in json.loads(metadata["ifprune_spans"])]
             fresh = make_cache(model)
             bounds = [cache.max_size for cache, own in zip(kv, fresh, strict=True) if _is_bound(cache, own)]
             max_kv_size = json.loads(metadata["ifprune_max_kv_size"]) if "ifprune_max_kv_size" in metadata else None
@@ -258,7 +255,6 @@ class History:
                 max_kv_size = max(bounds)
             fits = [_fits(*pair, len(tokens)) for pair in zip(kv, make_cache(model, max_kv_size), strict=True)]
             fits += [said is not None, sum(span.tokens for span in spans) == len(tokens)]
-            fits += [span.tokens > 0 for span in spans]
         except ModelClosedError:
             raise
         except Exception as exc:  # mlx-lm's reader raises whatever its parsing meets
@@ -266,6 +262,15 @@ class History:
         if not all(fits):
             raise ChatFileError(f"{path}: its tokens and its cache do not match; make it again")
         return cls(kv, tokens, spans, max_kv_size)
+
+
+def _span(tokens: Any, computed_by: Any, read_for: Any = None) -> Span:
+    """A span of a file; those of before had no `read_for`."""
+    if not (
+        isinstance(tokens, int) and tokens > 0 and isinstance(computed_by, str) and isinstance(read_for, str | None)
+    ):
+        raise ValueError("a span of another form")
+    return Span(tokens, computed_by, read_for)
 
 
 def _is_bound(cache: Any, own: Any) -> bool:
