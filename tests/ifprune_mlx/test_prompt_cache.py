@@ -240,7 +240,6 @@ def test_caches_that_are_not_the_models_are_refused(tmp_path: Path, model: Model
     mixed.save(path, model)
     rewritten(path, *LIES[lie])
     with pytest.raises(ChatFileError) as caught:
-        loaded = History.load(path, model)
-        assert loaded.spans == [], loaded
+        History.load(path, model)
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
