@@ -117,15 +117,15 @@ MUTATIONS = (
     Mutation(
         "KV provenance ignored",
         "ifprune_mlx/prompt_cache.py",
-        "if span.computed_by not in names:\n                break",
-        "if span.computed_by not in names:\n                pass",
+        "if span.computed_by not in names and span.read_for not in names:\n                break",
+        "if span.computed_by not in names and span.read_for not in names:\n                pass",
         (_HISTORY, _GENERATION),
     ),
     Mutation(
         "KV provenance ignored (seen in generation alone)",
         "ifprune_mlx/prompt_cache.py",
-        "if span.computed_by not in names:\n                break",
-        "if span.computed_by not in names:\n                pass",
+        "if span.computed_by not in names and span.read_for not in names:\n                break",
+        "if span.computed_by not in names and span.read_for not in names:\n                pass",
         (_GENERATION,),
     ),
     Mutation(
