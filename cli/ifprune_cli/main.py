@@ -108,7 +108,6 @@ def run(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as exc:
-        logs.show_cause(exc)
         message = _usage_message(exc)
         if message is not None:
             print(f"ifprune: {message}", file=sys.stderr)
@@ -116,6 +115,7 @@ def run(arguments: Sequence[str]) -> int:
         message = _failure_message(exc)
         if message is None:
             raise
+        logs.show_cause(exc)
         print(f"ifprune: error: {message}", file=sys.stderr)
         return 1
     if result == 130:  # typer makes this of Ctrl-C inside a command

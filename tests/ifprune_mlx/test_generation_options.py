@@ -71,6 +71,12 @@ def test_a_bound_below_one_is_refused(tiny: Tiny, size: int) -> None:
         answer(tiny, TOKENS, dense=True, max_kv_size=size)
 
 
+@pytest.mark.parametrize("own", [None, 16])
+def test_a_bound_beside_a_cache_with_another_is_refused(tiny: Tiny, own: int | None) -> None:
+    with pytest.raises(IfpruneError, match=f"max_kv_size 8: the given prompt_cache has its own bound, {own}"):
+        answer(tiny, TOKENS, dense=True, prompt_cache=History.empty(tiny[0], own), max_kv_size=8)
+
+
 QUANTIZED: dict[str, Any] = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0}
 
 
