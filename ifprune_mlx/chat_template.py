@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -12,12 +14,19 @@ from ifprune_mlx.errors import PromptError, reason_of
 if TYPE_CHECKING:
     from ifprune_mlx.model import Model
 
+_log = logging.getLogger(__name__)
+
 Messages = Sequence[dict[str, Any]]
 Prompt = str | Sequence[int] | Messages
 
 
 def check_prompt(model: Model, tokens: Sequence[int]) -> None:
-    """Raise PromptError if there is nothing to read, or more than the model's context holds."""
+    """Raise PromptError if there is nothing to read, or more than the model's context holds.
+
+    Raises:
+        ModelClosedError: if the model was closed.
+    """
+    model.lock.check_open()
     if not tokens:
         raise PromptError("the prompt is empty; write something to answer")
     limit = model.context_length
@@ -40,17 +49,43 @@ def encode_prompt(tokenizer: TokenizerWrapper, prompt: Prompt) -> list[int]:
 
 
 def render_messages(tokenizer: TokenizerWrapper, messages: Messages) -> list[int]:
-    """Token ids of chat messages, ready for an answer; plain lines where the tokenizer has no chat template.
+    """Token ids of chat messages, ready for an answer; of `plain_text` where the tokenizer has no chat template.
 
     Raises:
         PromptError: if the template refuses the messages.
     """
     if not tokenizer.has_chat_template:
-        return list(tokenizer.encode("\n".join(str(message["content"]) for message in messages) + "\n"))
+        return list(tokenizer.encode(plain_text(tokenizer, messages)))
     try:
         return list(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True))
     except Exception as exc:  # jinja and the templates themselves raise what they like
-        raise PromptError(f"the chat template refuses these messages ({reason_of(exc)})") from None
+        raise PromptError(f"the chat template refuses these messages ({reason_of(exc)})") from exc
+
+
+def plain_text(tokenizer: TokenizerWrapper, messages: Messages) -> str:
+    """Messages as a base model reads them: each begins a line, but for an answer that continues one with a space."""
+    if tokenizer.chat_template is None:  # and not `without_template`
+        _say_plain(tokenizer.name_or_path)
+    text = ""
+    for message in messages:
+        content = str(message["content"])
+        continues = message["role"] == "assistant" and content[:1].isspace()
+        text += content if continues or not text else f"\n{content}"
+    return text
+
+
+@cache
+def _say_plain(name: str) -> None:
+    """Say it once for each tokenizer."""
+    _log.warning("%s: has no chat template, so messages are read as plain text that the model continues", name)
+
+
+def without_template(tokenizer: TokenizerWrapper) -> TokenizerWrapper:
+    """The same tokenizer, but messages are read as plain text (`plain_text`); the given one stays as it is."""
+    plain: TokenizerWrapper = object.__new__(type(tokenizer))
+    # Tools are shown by the template.
+    vars(plain).update(vars(tokenizer), has_chat_template=False, _tool_call_start=None)
+    return plain
 
 
 def instruction_of(tokenizer: TokenizerWrapper, prompt: Prompt) -> str:

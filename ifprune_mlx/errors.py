@@ -43,6 +43,10 @@ class ChatFileError(IfpruneError):
     """A saved chat that cannot be read back."""
 
 
+class ModelClosedError(IfpruneError):
+    """A model was closed, and something that needs it was called."""
+
+
 class DataError(IfpruneError):
     """A training or evaluation file that cannot be used."""
 

@@ -6,6 +6,7 @@ entries of two selections only on request.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -15,16 +16,22 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.generate import GenerationResponse as LMResponse
 from mlx_lm.generate import stream_generate as lm_stream_generate
+from mlx_lm.sample_utils import make_sampler as lm_make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ifprune_mlx.chat_template import Prompt, check_prompt, encode_prompt, instruction_of
 from ifprune_mlx.errors import IfpruneError, PromptError
 from ifprune_mlx.model import Model, Progress
-from ifprune_mlx.prompt_cache import DENSE, History
+from ifprune_mlx.prompt_cache import DENSE, History, check_quantizable, quantize
 from ifprune_mlx.selection.selection import Selection
 from ifprune_mlx.selection.selectors import Instruction, Selector, make_selector
 
 REPREFILL, KEEP = "reprefill", "keep"
+Sampler = Callable[[mx.array], mx.array]
+"""Log-probabilities `[B, vocabulary]` -> the tokens drawn `[B]`."""
+# Below, float16 overflows or the filter keeps nothing, and tokens would be noise; above, all are about equally likely.
+_LEAST_TEMPERATURE, _LEAST_TOP_P, _MOST_TEMPERATURE = 1e-4, 1e-4, 1e4
+_QUANTIZED_START = 5000  # mlx-lm's default
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,44 @@ class GenerationRequest:
     switch_below: float | None = None
 
 
+def usable_temperature(temperature: float, top_p: float = 1.0) -> float:
+    """The temperature to sample at: 0, the likeliest token, if either is too small to compute with; at most 10,000."""
+    if temperature < _LEAST_TEMPERATURE or top_p < _LEAST_TOP_P:
+        return 0.0
+    return min(temperature, _MOST_TEMPERATURE)
+
+
+def make_sampler(temperature: float = 0.0, *, top_p: float = 1.0, min_p: float = 0.0, top_k: int = 0) -> Sampler:
+    """mlx-lm's sampler, for `stream_generate` and `Session`: any values in range give tokens that the model means.
+
+    Args:
+        temperature: 0 takes the likeliest token.
+        top_p: sample among the likeliest tokens that have this probability together, above 0; 1 is off.
+        min_p: drop tokens less likely than this share of the likeliest one; 0 is off.
+        top_k: sample among this many tokens; 0 is off.
+
+    Raises:
+        IfpruneError: if a value is out of its range.
+    """
+    if not (0 <= temperature < math.inf and 0 < top_p <= 1 and 0 <= min_p <= 1 and top_k >= 0):
+        raise IfpruneError(
+            "sampling options out of range: --temp >= 0, 0 < --top-p <= 1, 0 <= --min-p <= 1, --top-k >= 0"
+        )
+    sampler: Sampler = lm_make_sampler(usable_temperature(temperature, top_p), top_p=top_p, min_p=min_p, top_k=top_k)
+    return sampler
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Raise IfpruneError for an option of mlx-lm's generation that cannot be had here."""
+    for name in ("draft_model", "num_draft_tokens"):
+        if options.get(name) is not None:
+            raise IfpruneError(f"{name}: a second model that drafts tokens is not supported; leave it out")
+
+
+def _likeliest(logprobs: mx.array) -> mx.array:
+    return mx.argmax(logprobs, axis=-1)
+
+
 class _Cancelled(Exception):
     """The caller's `cancel` returned True; never leaves this module."""
 
@@ -143,9 +188,10 @@ def stream_generate(
         seed: for the random selector.
         cancel: called between tokens and prefill chunks; True ends the answer early.
         progress: called with (prompt tokens read, prompt tokens).
-        max_kv_size: as in mlx-lm, for models that do not make their own caches.
+        max_kv_size: how many tokens a layer's KV cache may hold; see `ifprune_mlx.prompt_cache.make_cache`.
         kwargs: `sampler`, `logits_processors`, `kv_bits`, `kv_group_size`, `quantized_kv_start`,
-            `prefill_step_size`, ..., as in `mlx_lm.stream_generate`.
+            `prefill_step_size`, ..., as in `mlx_lm.stream_generate`, but no `draft_model`. `make_sampler` here makes
+            samplers.
 
     Yields:
         mlx-lm's responses; the last one has `finish_reason` and `stats`.
@@ -158,6 +204,11 @@ def stream_generate(
     """
     tokens = encode_prompt(tokenizer, prompt)
     history = prompt_cache if prompt_cache is not None else History.empty(model, max_kv_size)
+    if max_kv_size not in (None, history.max_kv_size):
+        raise IfpruneError(
+            f"max_kv_size {max_kv_size}: the given prompt_cache has its own bound, {history.max_kv_size}; leave it out, "
+            "or make the cache with History.empty(model, max_kv_size)"
+        )
     if dense:
         selection = None
     chosen = None if dense or selection is not None else make_selector(model, selector, seed=seed)
@@ -194,6 +245,7 @@ def answer(
         raise PromptError(f"max tokens is {max_tokens}; give a number above 0, or -1 for no limit")
     if request.on_switch not in (REPREFILL, KEEP):
         raise IfpruneError(f"on_switch {request.on_switch!r} is unknown; choose {REPREFILL} or {KEEP}")
+    check_options(options)
     run = _Run(model, history, request, cancel, progress)
     try:
         run.select_and_switch()
@@ -237,10 +289,8 @@ class _Run:
         self.switch_s = self.model.switch(selection).seconds
         if selection is not None and live is not None:
             self.overlap = selection.overlap(live)
-        usable = {DENSE if selection is None else selection.hash}
-        if selection is not None and selection.selector == "activation":
-            usable.add(DENSE)  # the selector's own prefill
-        self._rewind(usable if self.request.on_switch == REPREFILL else None)
+        name = DENSE if selection is None else selection.hash
+        self._rewind({name} if self.request.on_switch == REPREFILL else None)
         self.reused = len(self.history.tokens)
 
     def _select(self) -> Selection | None:
@@ -253,21 +303,24 @@ class _Run:
             base = history
         else:
             base = History.empty(self.model, history.max_kv_size)
+        start = len(base.tokens)
         instruction = Instruction(request.instruction, tuple(request.tokens), base, self._report)
         selected = request.selector.select(instruction, request.keep)
+        selection, live, threshold = selected.selection, request.selection, request.switch_below
+        if live is not None and threshold is not None and selection.agreement(live) >= threshold:
+            selection = live
         if selected.history is not None:
             read = selected.history
+            read.note_reader(start, selection.hash)
             history.kv, history.tokens, history.spans = read.kv, read.tokens, read.spans
-        live, threshold = request.selection, request.switch_below
-        if live is not None and threshold is not None and selected.selection.agreement(live) >= threshold:
-            return live
-        return selected.selection
+        return selection
 
     def _rewind(self, usable: set[str] | None) -> None:
         """Cut the history back to the part of the prompt that may be reused; at least one token is left to read.
 
         Args:
-            usable: keep only what these computed (selections' hashes or `dense`); None keeps everything.
+            usable: keep only what these computed (selections' hashes or `dense`), or what was read to find them; None
+                keeps everything.
         """
         tokens = self.request.tokens
         count = min(self.history.common_prefix(tokens), len(tokens) - 1)
@@ -286,7 +339,23 @@ class _Run:
             left = self.model.context_length - len(tokens)
             max_tokens = left if max_tokens == -1 else min(max_tokens, left)
 
+        bits, group = options.pop("kv_bits", None), options.pop("kv_group_size", 64)
+        begin, sampler = options.pop("quantized_kv_start", _QUANTIZED_START), options.pop("sampler", None) or _likeliest
+        if bits is not None:
+            check_quantizable(self.model, self.history.kv, bits, group)
+
+        def pack() -> None:
+            # Where mlx-lm does it, which also tries the caches that rotate, and fails.
+            if bits is not None:
+                quantize(self.history.kv, bits, group, begin)
+
+        def sample(logprobs: mx.array) -> mx.array:
+            pack()
+            return sampler(logprobs)
+
         def on_prefill(done: int, total: int) -> None:
+            if done:
+                pack()
             # Entries for `done` tokens are complete in every layer when mlx-lm calls this.
             self.history.append(tokens[len(self.history.tokens) : self.reused + done], computed_by)
             # At the end mlx-lm has already read the first answer token: do not cancel before `history` holds it.
@@ -300,6 +369,7 @@ class _Run:
             max_tokens,
             prompt_cache=self.history.kv,
             prompt_progress_callback=on_prefill,
+            sampler=sample,
             **options,
         )
         try:

@@ -6,6 +6,7 @@ The module is mlx-lm's own class with its projection leaves replaced. One operat
 
 from __future__ import annotations
 
+import logging
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -54,6 +55,8 @@ _NOT_DENSE = (
     "static, a task or a selection; a dense model and the activation selector need residency ram"
 )
 
+_log = logging.getLogger(__name__)
+
 Progress = Callable[[int, int], None]
 """Called with (done, total) as long work advances."""
 
@@ -88,9 +91,10 @@ class Model:
     a call of the model and another answer raise ModelBusyError, in the same thread too, and change nothing.
     `Session.astream` waits instead. MLX's random numbers are seeded per thread (`mx.random.seed`).
 
+    After `close` whatever would need the model raises ModelClosedError.
+
     Attributes:
         checkpoint: the checkpoint it was loaded from.
-        module: the mlx-lm model, with sliced leaves.
         tokenizer: the checkpoint's tokenizer, if `load` made the model.
         selection: the active selection; None while the model is dense.
         selection_cache: selections made before; a new selector of this model uses it. At first in memory only.
@@ -113,7 +117,7 @@ class Model:
         float_bytes: int | None,
     ) -> None:
         self.checkpoint = checkpoint
-        self.module = module
+        self._module = module
         self.slots = slots
         self.down_leaves = down
         self.lock = lock
@@ -125,6 +129,12 @@ class Model:
         self._float_bytes = float_bytes
         self._reading: ThreadPoolExecutor | None = None
         _limit.opened(self)
+
+    @property
+    def module(self) -> nn.Module:
+        """The mlx-lm model, with sliced leaves."""
+        self.lock.check_open()
+        return self._module
 
     def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
         """Call the mlx-lm model: tokens int `[B, L]` (and `cache=`) -> logits `[B, L, vocabulary]`."""
@@ -182,6 +192,7 @@ class Model:
     @cached_property
     def predictor(self) -> SparsityPredictor | None:
         """The checkpoint's sparsity predictor, loaded at first use; None if it has none."""
+        self.lock.check_open()
         if not self.checkpoint.has_predictor:
             return None
         tokenizer = self.tokenizer or _load_tokenizer(self.checkpoint, False)
@@ -195,6 +206,7 @@ class Model:
         self, density: float | None = None, active_parameters: int | None = None, memory: int | None = None
     ) -> tuple[int, ...]:
         """*k* per FFN under a budget, by default the model's own; see `checkpoint.budget.resolve_keep`."""
+        self.lock.check_open()
         return resolve_keep(
             self.checkpoint,
             density=density,
@@ -206,6 +218,7 @@ class Model:
 
     def check(self, selection: Selection) -> None:
         """Raise SelectionError unless `selection` fits this model's FFNs."""
+        self.lock.check_open()
         self.checkpoint.check(selection)
 
     def switch(self, selection: Selection | None) -> Switch:
@@ -249,7 +262,9 @@ class Model:
             for slots, ids in zip(self.slots, selection.ids, strict=True):
                 slots.k = len(ids)
             self.selection = selection
-            return Switch(time.perf_counter() - start, neurons, missing, written, overlap)
+            done = Switch(time.perf_counter() - start, neurons, missing, written, overlap)
+            _log.debug("switched to selection %s of %s: %s", selection.hash, selection.selector, done)
+            return done
 
     def _spare_slots(self, selection: Selection) -> int:
         """Slots per FFN that the memory budget leaves for inactive neurons. Raises BudgetError if it is exceeded."""
@@ -282,13 +297,15 @@ class Model:
         return self._reading
 
     def close(self) -> None:
-        """Free the weights and MLX's cache; the model cannot be used afterwards.
+        """Free the weights and MLX's cache; the model cannot be used afterwards. A second call does nothing.
 
         Closing the last open model restores the cache limit that MLX had before the first.
 
         Raises:
             ModelBusyError: if an answer is under way.
         """
+        if self.lock.closed:
+            return
         with self.lock.held():
             if self._reading is not None:
                 self._reading.shutdown(cancel_futures=True)
@@ -296,13 +313,15 @@ class Model:
                 slots.rows.clear()
             self.slots = []
             self.down_leaves = []
-            self.module = nn.Module()
-            self.__dict__.pop("predictor", None)
+            self._module = nn.Module()
+            for made in ("predictor", "prior", "down_norms"):
+                self.__dict__.pop(made, None)
             mx.clear_cache()
             _limit.closed(self)
         self.lock.close()
 
     def _priors(self, kind: str) -> list[Scores]:
+        self.lock.check_open()
         arrays = load_arrays(self.checkpoint.priors_file)
         return [np.array(arrays[f"{kind}.{index}"]) for index in range(len(self.checkpoint.layout.ffns))]
 
@@ -340,6 +359,7 @@ def load(
     residency = choose_residency(checkpoint, residency, memory, None if dtype is None else dtype.size)
     tokenizer = _load_tokenizer(checkpoint, trust_remote_code)
     model = load_checkpoint(checkpoint, dtype=dtype, residency=residency, memory=memory, progress=progress)
+    _log.debug("loaded %s (%s, residency %s)", checkpoint.path, checkpoint.id, residency)
     model.tokenizer = tokenizer
     return model, tokenizer
 
@@ -466,7 +486,7 @@ def _load_module(
         raise CheckpointError(
             f"{checkpoint.path}: mlx-lm cannot build the model ({reason_of(exc)}); its files do not belong together, "
             "convert the source again"
-        ) from None
+        ) from exc
     return module
 
 
@@ -480,4 +500,4 @@ def _load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool) -> Tokenize
     except Exception as exc:  # transformers' parsers raise many types
         raise CheckpointError(
             f"{checkpoint.path}: the tokenizer cannot be loaded ({reason_of(exc)}); convert the source again"
-        ) from None
+        ) from exc

@@ -16,7 +16,7 @@ from typing import Generic, TypeVar
 
 import mlx.core as mx
 
-from ifprune_mlx.errors import IfpruneError
+from ifprune_mlx.errors import IfpruneError, ModelClosedError
 
 Step = TypeVar("Step")
 
@@ -104,9 +104,11 @@ class ModelLock:
 
     Attributes:
         running: the thread that runs a step of the current operation; None between two steps.
+        closed: the model's weights are freed. Every call then raises ModelClosedError.
     """
 
     def __init__(self) -> None:
+        self.closed = False
         self.running: int | None = None
         self._lock = threading.Lock()
         self._holder: object | None = None
@@ -114,12 +116,22 @@ class ModelLock:
         self._executor: ThreadPoolExecutor | None = None
 
     def check(self) -> None:
-        """Raise ModelBusyError if an operation is under way, unless one of its steps makes this call."""
+        """Raise ModelBusyError if an operation is under way, unless one of its steps makes this call.
+
+        Raises:
+            ModelClosedError: if the model was closed.
+        """
+        self.check_open()
         if self._holder is not None and self.running != threading.get_ident():
             raise ModelBusyError(
                 "the model is busy with an answer; read that to its end or close it first, or ask with "
                 "Session.astream, which waits for its turn"
             )
+
+    def check_open(self) -> None:
+        """Raise ModelClosedError if the model was closed."""
+        if self.closed:
+            raise ModelClosedError("the model was closed; load it again to use it")
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -129,6 +141,7 @@ class ModelLock:
             ModelBusyError: if another operation is under way.
         """
         if self.running == threading.get_ident():
+            self.check_open()
             yield
             return
         holder = self.take()
@@ -194,8 +207,9 @@ class ModelLock:
         return place
 
     def close(self) -> None:
-        """End the worker thread, if there is one. The model must not be in use."""
+        """End the worker thread, if there is one, and let no later call in. The model must not be in use."""
         with self._lock:
+            self.closed = True
             executor, self._executor = self._executor, None
         if executor is not None:
             executor.shutdown()
@@ -230,6 +244,7 @@ class ModelLock:
         """A place in line; its result is the new holder, at once if the model is free."""
         place: Future[object] = Future()
         with self._lock:
+            self.check_open()
             if self._holder is not None:
                 self._waiting.append(place)
                 return place

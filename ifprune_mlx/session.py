@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import threading
 from collections.abc import AsyncGenerator, Generator
 from pathlib import Path
@@ -20,12 +21,12 @@ from ifprune_mlx.chat_template import render_messages
 from ifprune_mlx.checkpoint.atomic_write import write_atomic
 from ifprune_mlx.checkpoint.format import read_json_object
 from ifprune_mlx.errors import ChatFileError, IfpruneError, PromptError, SelectionError, reason_of
-from ifprune_mlx.generation import REPREFILL, GenerationRequest, GenerationResponse, Stats, answer
+from ifprune_mlx.generation import KEEP, REPREFILL, GenerationRequest, GenerationResponse, Stats, answer, check_options
 from ifprune_mlx.model import Model, Progress
 from ifprune_mlx.model_lock import ModelBusyError, Operation
 from ifprune_mlx.prompt_cache import History
 from ifprune_mlx.selection.selection import Selection
-from ifprune_mlx.selection.selectors import Selector, make_selector
+from ifprune_mlx.selection.selectors import SELECTORS, Selector, make_selector
 
 POLICIES = ("first", "turn", "auto", "task")
 _FILE_FORMAT = 1
@@ -50,12 +51,13 @@ class Session:
         on_switch: after a switch, `reprefill` recomputes the history (exact), `keep` continues from it (fast).
         switch_below: policy `auto` switches if the agreement (`Selection.agreement`) is below this.
         system_prompt: comes before the first message.
-        max_kv_size: as in mlx-lm.
+        max_kv_size: how many tokens a layer's KV cache may hold; see `ifprune_mlx.prompt_cache.make_cache`.
         options: passed to mlx-lm's generation: `sampler`, `logits_processors`, `kv_bits`, `prefill_step_size`, ...
 
     Attributes:
         messages: the conversation so far, without the system prompt.
         selection: the current or fixed selection; None before the first answer.
+        selector: chooses the next selection; None where one is fixed.
         keep: *k* per FFN of the next selection.
         history: the tokens read, with their KV cache and its provenance.
         stats: the last answer's.
@@ -87,6 +89,7 @@ class Session:
             raise IfpruneError(f"unknown policy {policy!r}; choose one of {', '.join(POLICIES)}")
         if policy == "task" and selection is None:
             raise IfpruneError("policy 'task' needs a fixed selection; give one, or choose another policy")
+        check_options(options)
         self.model = model
         self.tokenizer = tokenizer
         self.policy = "task" if selection is not None else policy
@@ -100,11 +103,12 @@ class Session:
         self.selection = selection
         self.history = History.empty(model, max_kv_size)
         self.keep = model.keep(density, active_parameters, memory)
-        self._selector = make_selector(model, selector, seed=seed) if selection is None else None
+        self.selector = make_selector(model, selector, seed=seed) if selection is None else None
         if selection is not None:
             model.check(selection)
             self.keep = selection.keep
         self._max_kv_size = max_kv_size
+        self._seed = seed
         self._instruction: str | None = None
         self._stop: threading.Event | None = None  # of the answer under way
 
@@ -196,6 +200,9 @@ class Session:
     def save(self, path: str | Path) -> None:
         """Write messages, settings and the selection as JSON. After `load` the KV cache is computed again.
 
+        The settings are the system prompt, the policy, the selector (by its name) with its seed, the budget, and what
+        happens on a switch. `max_kv_size` and `options` are not kept: they belong to a machine, or cannot be written.
+
         Raises:
             ChatFileError: if the file cannot be written.
         """
@@ -205,6 +212,10 @@ class Session:
             "checkpoint": self.model.checkpoint.id,
             "system_prompt": self.system_prompt,
             "policy": self.policy,
+            "selector": None if self.selector is None else self.selector.name,
+            "seed": self._seed,
+            "on_switch": self.on_switch,
+            "switch_below": self.switch_below,
             "dense": self.dense,
             "keep": list(self.keep),
             "instruction": self._instruction,
@@ -226,8 +237,8 @@ class Session:
             raise ChatFileError(f"{path}: no such saved chat")
         try:
             state = read_json_object(path, ChatFileError)
-        except ChatFileError:
-            raise ChatFileError(f"{path}: not a saved chat, or damaged; give a file that /save wrote") from None
+        except ChatFileError as exc:
+            raise ChatFileError(f"{path}: not a saved chat, or damaged; give a file that /save wrote") from exc
         if state.get("format") != _FILE_FORMAT:
             raise ChatFileError(f"{path}: not a saved chat of format {_FILE_FORMAT}; give a file that /save wrote")
         if state.get("checkpoint") != self.model.checkpoint.id:
@@ -239,24 +250,39 @@ class Session:
             policy, dense, system = state["policy"], bool(state["dense"]), state["system_prompt"]
             if policy not in POLICIES or not isinstance(system, str | None):
                 raise ValueError("unknown policy or system prompt")
-            selection = None if state["selection"] is None else _unpack(state["selection"])
-            if selection is not None:
-                self.model.check(selection)
+            widths = tuple(spec.d_ffn for spec in self.model.checkpoint.layout.ffns)
+            selection = None if state["selection"] is None else _unpack(state["selection"], widths)
             if policy == "task" and selection is None:
                 raise ValueError("a task without its selection")
+            # Chats that were saved before these were kept leave this conversation's.
+            seed, on_switch = int(state.get("seed", self._seed)), state.get("on_switch", self.on_switch)
+            switch_below = float(state.get("switch_below", self.switch_below))
+            if on_switch not in (REPREFILL, KEEP) or not math.isfinite(switch_below):
+                raise ValueError("an unknown way to switch")
+            selector = None if policy == "task" else self._selector_named(path, state.get("selector"), seed)
             keep = tuple(int(k) for k in state["keep"])
-            widths = [spec.d_ffn for spec in self.model.checkpoint.layout.ffns]
             if len(keep) != len(widths) or not all(0 < k <= width for k, width in zip(keep, widths, strict=True)):
                 raise ValueError("neurons to keep that the model does not have")
             instruction = None if state["instruction"] is None else str(state["instruction"])
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, MemoryError, SelectionError) as exc:
-            raise ChatFileError(f"{path}: the saved chat is damaged ({reason_of(exc)}); nothing was loaded") from None
+            raise ChatFileError(f"{path}: the saved chat is damaged ({reason_of(exc)}); nothing was loaded") from exc
         self.reset()
         self.messages, self.system_prompt, self.dense = messages, system, dense
         self.selection, self._instruction, self.keep = selection, instruction, keep
-        if policy != "task" and self._selector is None:
-            self._selector = make_selector(self.model)
-        self.policy = policy
+        self.selector, self._seed = selector, seed
+        self.policy, self.on_switch, self.switch_below = policy, on_switch, switch_below
+
+    def _selector_named(self, path: Path, name: Any, seed: int) -> Selector:
+        """The selector of a saved chat; this conversation's own if the chat names none, or it is the same."""
+        own = self.selector
+        if own is not None and (name is None or (own.name == name and seed == self._seed)):
+            return own
+        if name is not None and name not in SELECTORS:
+            raise ChatFileError(
+                f"{path}: was saved with the selector {str(name)[:40]!r}, which is not one of ifprune's; make the "
+                "Session with that selector"
+            )
+        return make_selector(self.model, name, seed=seed)
 
     def _answer(
         self, text: str, max_tokens: int, progress: Progress | None, stop: threading.Event
@@ -300,6 +326,7 @@ class Session:
                     self._instruction = request.instruction
 
     def _check_idle(self) -> None:
+        self.model.lock.check_open()
         if self._stop is not None:
             raise ModelBusyError("an answer of this conversation is under way; cancel it or wait for its end first")
 
@@ -314,7 +341,7 @@ class Session:
         instruction = kept if self.selection is None else text
         threshold = self.switch_below if self.policy == "auto" else None
         return GenerationRequest(
-            tokens, instruction, self._selector, self.selection, self.keep, self.on_switch, threshold
+            tokens, instruction, self.selector, self.selection, self.keep, self.on_switch, threshold
         )
 
 
@@ -328,8 +355,10 @@ def _pack(selection: Selection) -> dict[str, Any]:
     return {"selector": selection.selector, "widths": list(selection.widths), "hash": selection.hash, "masks": masks}
 
 
-def _unpack(packed: dict[str, Any]) -> Selection:
-    widths = tuple(int(width) for width in packed["widths"])
+def _unpack(packed: dict[str, Any], widths: tuple[int, ...]) -> Selection:
+    """What `_pack` gave, for a model of these widths, which are compared before anything is made of the file's."""
+    if packed["widths"] != list(widths):
+        raise ValueError("a selection for a model of another shape")
     ids = []
     for text, width in zip(packed["masks"], widths, strict=True):
         bits = np.unpackbits(np.frombuffer(base64.b64decode(text, validate=True), dtype=np.uint8), count=width)

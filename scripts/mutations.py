@@ -117,15 +117,15 @@ MUTATIONS = (
     Mutation(
         "KV provenance ignored",
         "ifprune_mlx/prompt_cache.py",
-        "if span.computed_by not in names:\n                break",
-        "if span.computed_by not in names:\n                pass",
+        "if span.computed_by not in names and span.read_for not in names:\n                break",
+        "if span.computed_by not in names and span.read_for not in names:\n                pass",
         (_HISTORY, _GENERATION),
     ),
     Mutation(
         "KV provenance ignored (seen in generation alone)",
         "ifprune_mlx/prompt_cache.py",
-        "if span.computed_by not in names:\n                break",
-        "if span.computed_by not in names:\n                pass",
+        "if span.computed_by not in names and span.read_for not in names:\n                break",
+        "if span.computed_by not in names and span.read_for not in names:\n                pass",
         (_GENERATION,),
     ),
     Mutation(
@@ -178,8 +178,8 @@ def failing_tests(mutation: Mutation | None, tests: list[str]) -> list[str]:
             done = subprocess.run(
                 command, cwd=copy, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
             )
-        except subprocess.TimeoutExpired:
-            raise SystemExit(f"{name}: the tests did not end within {TIMEOUT_S} s") from None
+        except subprocess.TimeoutExpired as exc:
+            raise SystemExit(f"{name}: the tests did not end within {TIMEOUT_S} s") from exc
     failed = re.findall(r"^FAILED tests/(.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
     if done.returncode not in (0, 1) or bool(done.returncode) != bool(failed):
         raise SystemExit(f"{name}: the tests did not run:\n{done.stdout[-3000:]}{done.stderr[-1000:]}")

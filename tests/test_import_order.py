@@ -16,6 +16,7 @@ PACKAGES = {
 # for annotations alone (`if TYPE_CHECKING`) do not count.
 ORDER = (
     "errors",
+    "slow_paths",
     "model_lock",
     "checkpoint",
     "sparse",
@@ -144,6 +145,13 @@ def test_nothing_unpickles_and_no_module_is_a_drawer() -> None:
             if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
                 assert isinstance(node.value, ast.Constant)
                 assert node.value.value is False
+
+
+def test_no_error_hides_its_cause() -> None:
+    for _, file in FILES:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Raise) and isinstance(node.cause, ast.Constant):
+                raise AssertionError(f"{file}:{node.lineno}: from None; the command line hides causes by itself")
 
 
 def test_the_rules_see_what_they_forbid() -> None:

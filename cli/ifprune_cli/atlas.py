@@ -119,7 +119,7 @@ def _write(charts: dict[str, Any], out: Path) -> list[Path]:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
-        raise IfpruneError(f"--out {out}: cannot be made ({reason_of(exc)}); write elsewhere") from None
+        raise IfpruneError(f"--out {out}: cannot be made ({reason_of(exc)}); write elsewhere") from exc
     files = {out / f"atlas-{name}{suffix}": figure for name, figure in charts.items() for suffix in SUFFIXES}
     for file, figure in files.items():
         write_figure(figure, file)

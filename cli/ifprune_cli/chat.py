@@ -19,8 +19,10 @@ import typer
 
 from .console import footer, note, one_line, progress, show, show_answer
 from .loading import Runtime, open_runtime
+from .logs import show_cause
 from .options import (
     Budget,
+    IgnoreTemplateOption,
     ModelOptions,
     PrefillStepOption,
     Sampling,
@@ -51,6 +53,7 @@ class _Conversing:
         int, typer.Option("--max-tokens", "-m", help="Generate at most this many tokens for each answer.")
     ] = 512
     system_prompt: SystemPromptOption = None
+    ignore_chat_template: IgnoreTemplateOption = False
     load: Annotated[Optional[Path], typer.Option("--load", metavar="FILE", help="Go on with a saved chat.")] = None
     policy: Annotated[
         Optional[Literal["first", "turn", "auto"]],
@@ -60,9 +63,12 @@ class _Conversing:
         ),
     ] = None
     on_switch: Annotated[
-        Literal["reprefill", "keep"],
-        selection_option("--on-switch", help="After a switch, recompute the history (exact) or keep it (fast)."),
-    ] = "reprefill"
+        Optional[Literal["reprefill", "keep"]],
+        selection_option(
+            "--on-switch",
+            help="After a switch, recompute the history (exact) or keep it (fast).  [default: reprefill]",
+        ),
+    ] = None
 
 
 def chat(
@@ -83,15 +89,12 @@ def chat(
         raise ChatFileError(f"{load}: no such saved chat")
     replace(choice, dense=False).check_exclusive(budget)  # /dense off goes back to the selection
     check_exclusive({"--selection": choice.selection, "--task": choice.task, "--policy": conversing.policy})
-    runtime = open_runtime(model, choice, budget, selecting, sampling)
-    from ifprune_mlx.selection.selectors import default_selector
-
+    runtime = open_runtime(model, choice, budget, selecting, sampling, template=not conversing.ignore_chat_template)
     from .chat_commands import Commands
     from .chat_input import LineEditor, piped
 
     session = _session(runtime, conversing)
-    selector = runtime.selector or default_selector(runtime.model)
-    commands = Commands(session, selector if runtime.selection is None else runtime.selection.selector)
+    commands = Commands(session)
     if not sys.stdin.isatty():
         return _Conversation(session, commands, tokens).run(piped(sys.stdin.buffer))
     from ifprune_convert.embedded import cache_folder
@@ -112,13 +115,17 @@ def _session(runtime: Runtime, conversing: _Conversing) -> Session:
         runtime.model,
         runtime.tokenizer,
         policy=conversing.policy or "first",
-        on_switch=conversing.on_switch,
+        on_switch=conversing.on_switch or "reprefill",
         system_prompt=conversing.system_prompt,
         **runtime.arguments,
     )
     if conversing.load is None:
         return session
+    given = session.selector
     session.load(conversing.load)
+    if runtime.selector is not None and session.policy != "task":
+        session.selector = given
+    session.on_switch = conversing.on_switch or session.on_switch
     if any(value is not None for value in runtime.budget.values()):
         session.set_budget(**runtime.budget)
         session.dense = False
@@ -160,6 +167,7 @@ class _Conversation:
                     # MLX reports a lack of memory, and options that a cache cannot have, in the last three: the
                     # conversation is worth more than a traceback.
                     failed = True
+                    show_cause(exc)
                     note(f"ifprune: error: {one_line(self._explained(exc))}")
         finally:
             signal.signal(signal.SIGINT, before)

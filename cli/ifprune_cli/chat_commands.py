@@ -34,9 +34,8 @@ class Commands:
 
     with_file = ("/select", "/save", "/load")
 
-    def __init__(self, session: Session, selector: str) -> None:
+    def __init__(self, session: Session) -> None:
         self._session = session
-        self._selector = selector
         self._table = {
             "/help": _Command(self._help, "", "show this list"),
             "/reset": _Command(self._reset, "", "forget the conversation; the next message selects anew"),
@@ -79,7 +78,7 @@ class Commands:
         try:
             command.run(argument)
         except OSError as exc:  # a file name that the system refuses even to look up
-            raise ChatFileError(f"{shortened(argument, 40)}: {exc.strerror or exc}") from None
+            raise ChatFileError(f"{shortened(argument, 40)}: {exc.strerror or exc}") from exc
         return True
 
     def describe(self) -> str:
@@ -90,7 +89,8 @@ class Commands:
         if session.selection is not None:
             keep, who = session.selection.keep, session.selection.selector
         else:
-            keep, who = session.keep, self._selector
+            assert session.selector is not None  # without a selection one chooses it
+            keep, who = session.keep, session.selector.name
         policy = "" if session.policy == "first" else f"\npolicy {session.policy}"
         return f"{who} selector, {self._share(keep)}{policy}"
 
@@ -147,8 +147,8 @@ class Commands:
             return
         try:
             density = float(argument)
-        except ValueError:
-            raise IfpruneError(f"density {shortened(argument, 20)!r} is not a number; write it like 0.5") from None
+        except ValueError as exc:
+            raise IfpruneError(f"density {shortened(argument, 20)!r} is not a number; write it like 0.5") from exc
         session.set_budget(density=density)
         session.dense = False
         note(f"{self._share(session.keep)}; the next message selects")
@@ -226,8 +226,8 @@ def _path(argument: str) -> Path:
         argument = argument[1:-1]
     try:
         return Path(argument).expanduser()
-    except RuntimeError:
-        raise ChatFileError(f"{shortened(argument, 40)}: no such user's home folder") from None
+    except RuntimeError as exc:
+        raise ChatFileError(f"{shortened(argument, 40)}: no such user's home folder") from exc
 
 
 def _is_saved_chat(path: Path) -> bool:

@@ -36,7 +36,7 @@ def piped(stream: BinaryIO) -> Iterator[str]:
         except UnicodeDecodeError as exc:
             raise PromptError(
                 f"stdin, line {number}, byte {exc.start + 1}: not UTF-8 text; convert it, for example with iconv"
-            ) from None
+            ) from exc
         if line.strip():
             yield line
 

@@ -197,8 +197,8 @@ def _densities(density: float | None, several: str | None) -> tuple[float | None
         raise IfpruneError("--density and --densities contradict each other; give one of them")
     try:
         return tuple(float(part) for part in several.split(","))
-    except ValueError:
-        raise IfpruneError(f"--densities {several}: expected numbers with commas between, such as 0.27,0.5") from None
+    except ValueError as exc:
+        raise IfpruneError(f"--densities {several}: expected numbers with commas between, such as 0.27,0.5") from exc
 
 
 def _check_outputs(json: Path | None, plot: Path | None, *, draws: bool, only_dense: bool) -> None:

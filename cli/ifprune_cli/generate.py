@@ -93,13 +93,13 @@ def read_prompt(prompt: str, option: str = "--prompt") -> str:
         try:
             prompt = sys.stdin.buffer.read().decode("utf-8")
         except UnicodeDecodeError as exc:
-            raise PromptError(f"stdin, byte {exc.start}: not UTF-8 text; convert it, for example with iconv") from None
+            raise PromptError(f"stdin, byte {exc.start}: not UTF-8 text; convert it, for example with iconv") from exc
     if not prompt.strip():
         raise PromptError("the prompt is empty; write something to answer")
     try:
         prompt.encode("utf-8")
-    except UnicodeEncodeError:  # bytes of the command line that were not UTF-8
-        raise PromptError(f"{option} is not UTF-8 text; convert it, or pass it through stdin with {option} -") from None
+    except UnicodeEncodeError as exc:  # bytes of the command line that were not UTF-8
+        raise PromptError(f"{option} is not UTF-8 text; convert it, or pass it through stdin with {option} -") from exc
     return prompt
 
 

@@ -37,6 +37,7 @@ def info(model: ModelOption = None, verify: VerifyOption = False, json: JsonOpti
     selectors = (["learned"] if checkpoint.has_predictor else []) + ["activation", "static", "random"]
     tasks = TaskStore(checkpoint).tasks()
     keeps = {density: resolve_keep(checkpoint, density=density) for density in _DENSITIES}
+    slow = _slow_paths(checkpoint)
     resident = {
         (residency, density): resident_bytes(checkpoint, residency, keep)
         for residency in RESIDENCIES
@@ -52,6 +53,7 @@ def info(model: ModelOption = None, verify: VerifyOption = False, json: JsonOpti
                 "density": checkpoint.layout.density,
                 "selectors": selectors,
                 "tasks": [task.name for task in tasks],
+                "slow_paths": sorted(slow),
                 "fits": [{"residency": at, "density": x, "resident": size} for (at, x), size in resident.items()],
             }
         )
@@ -63,6 +65,8 @@ def info(model: ModelOption = None, verify: VerifyOption = False, json: JsonOpti
     for density, keep in keeps.items():
         active, part = parameters(checkpoint.active_parameters(keep)), gigabytes(resident[SSD, density])
         rows.append((f"  at {density:g}", f"{active} active parameters; {part} with residency ssd"))
+    told = "; ".join(f"{name}: {reason}" for name, reason in slow.items()) or "none on this machine"
+    rows.append(("slow paths", f"{told} (whether answers are batched is tried out when the model is served)"))
     if verify:
         rows.append(("verified", "every file has the manifest's sha256"))
     for name, value in rows:
@@ -87,6 +91,22 @@ def _rows(checkpoint: Checkpoint, selectors: list[str], tasks: str) -> list[tupl
         ("tasks", tasks),
         ("density", f"{layout.density:g} by default"),
     ]
+
+
+def _slow_paths(checkpoint: Checkpoint) -> dict[str, str]:
+    """What this machine computes the slow way with rows like the checkpoint's, and why: it is tried out."""
+    import mlx.core as mx
+
+    from ifprune_mlx.slow_paths import slow_paths
+    from ifprune_mlx.sparse.inplace import shared
+    from ifprune_mlx.sparse.quantized import right
+
+    shared()
+    text = checkpoint.config.get("text_config", checkpoint.config)
+    if checkpoint.layout.down is not None and not mx.cuda.is_available():
+        for dtype in (mx.float16, mx.bfloat16):
+            right(checkpoint.layout.down, text["hidden_size"], dtype)
+    return slow_paths()
 
 
 def _packing(quantization: Quantization | None) -> str:

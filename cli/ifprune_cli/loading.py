@@ -57,7 +57,7 @@ def check_selection(model: Model | Checkpoint, selection: Selection, file: Path)
     try:
         model.check(selection)
     except SelectionError as exc:
-        raise SelectionError(f"{file}: {exc}; make one for this model with `ifprune select --save-to`") from None
+        raise SelectionError(f"{file}: {exc}; make one for this model with `ifprune select --save-to`") from exc
 
 
 def load_model(
@@ -128,8 +128,13 @@ def open_runtime(
     budget: Budget,
     selecting: Selecting,
     sampling: Sampling | None = None,
+    *,
+    template: bool = True,
 ) -> Runtime:
     """Load a model as the options say. What can be checked without its weights is checked before they are loaded.
+
+    Args:
+        template: False reads messages as plain text, whatever chat template the model has.
 
     Raises:
         IfpruneError: if an option is out of range, or the model, the selection or the task cannot be used.
@@ -151,6 +156,10 @@ def open_runtime(
         selection = TaskStore(checkpoint).load(choice.task)
     loaded, tokenizer = _load(checkpoint, model, limits["memory"])
     selecting.apply(loaded)
+    if not template:
+        from ifprune_mlx.chat_template import without_template
+
+        tokenizer = without_template(tokenizer)
     name = EMBEDDED if model.model is None else Path(model.model).name or Path(model.model).resolve().name
     selector = None if choice.selector is None else choice.selector.value
     return Runtime(loaded, tokenizer, name, selector, selection, choice.dense, limits, generation)

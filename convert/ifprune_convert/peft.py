@@ -147,7 +147,7 @@ class _Settings:
         try:
             return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", stem)), default)
         except re.error as exc:
-            raise SourceError(f"{self.file}: has a pattern that is no regular expression ({exc}); {AGAIN}") from None
+            raise SourceError(f"{self.file}: has a pattern that is no regular expression ({exc}); {AGAIN}") from exc
 
 
 def _read_settings(folder: Path, config: Mapping[str, Any]) -> _Settings:

@@ -396,7 +396,7 @@ def _write_tokenizer(folder: Path, source: Source) -> None:
     except Exception as exc:  # transformers raises whatever its parsers do
         raise SourceError(
             f"{source.path}: its tokenizer cannot be loaded ({reason_of(exc)}); download the tokenizer files again"
-        ) from None
+        ) from exc
 
 
 def _write_priors(folder: Path, prior: list[Scores], down_norms: list[Scores], method: str) -> None:

@@ -118,14 +118,14 @@ def _write_torch(
         SparsityPredictor.load(target)
     except PredictorError as exc:
         # What cannot be loaded there is what was given here.
-        raise PredictorError(str(exc).replace(str(target), str(folder))) from None
+        raise PredictorError(str(exc).replace(str(target), str(folder))) from exc
 
 
 def _check_numbers(folder: Path, name: str, array: mx.array) -> None:
     try:
         finite = all_finite(array)
     except RuntimeError as exc:
-        raise PredictorError(f"{folder}: tensor {name} cannot be read ({reason_of(exc)})") from None
+        raise PredictorError(f"{folder}: tensor {name} cannot be read ({reason_of(exc)})") from exc
     if not finite:
         raise PredictorError(f"{folder}: tensor {name} contains NaN or infinity; train or save it again")
 
@@ -136,7 +136,7 @@ def _check_bits(head: Head, bits: int | None, folder: Path) -> None:
         if bits is not None:
             head.quantized(bits)  # not computed
     except PredictorError as exc:
-        raise PredictorError(f"{folder}: {exc}; give --predictor-bits none") from None
+        raise PredictorError(f"{folder}: {exc}; give --predictor-bits none") from exc
 
 
 def _open_torch(folder: Path, files: list[Path], widths: Sequence[int], bits: int | None) -> Writer:
@@ -164,7 +164,7 @@ def _open_torch(folder: Path, files: list[Path], widths: Sequence[int], bits: in
     try:
         head = Head(first, first_bias, second, second_bias, tuple(widths))
     except PredictorError as exc:
-        raise PredictorError(f"{folder}: {exc}; the predictor's tensors do not belong together") from None
+        raise PredictorError(f"{folder}: {exc}; the predictor's tensors do not belong together") from exc
     if not (folder / "config.json").is_file():
         raise PredictorError(f"{folder}: has no config.json; copy the backbone's there, and its tokenizer files")
     config = read_json_object(folder / "config.json", PredictorError)
@@ -176,7 +176,7 @@ def _open_torch(folder: Path, files: list[Path], widths: Sequence[int], bits: in
         config = with_flat_rope(folder, config) | {"tie_word_embeddings": True}
         arranged = _arrange(folder, config, backbone)
     except SourceError as exc:
-        raise PredictorError(str(exc)) from None
+        raise PredictorError(str(exc)) from exc
     _check_bits(head, bits, folder)
     return partial(_write_torch, folder, config, arranged, head, bits)
 

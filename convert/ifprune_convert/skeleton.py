@@ -46,23 +46,23 @@ def build_skeleton(path: Path, config: dict[str, Any], tensor_count: int) -> Mod
         )
     try:
         model_class, args_class = _get_classes(config)
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError) as exc:
         raise SourceError(
             f"{path}: mlx-lm {version('mlx-lm')} has no model_type {model_type!r}; "
             "update mlx-lm, or convert a model of a family that it supports"
-        ) from None
-    except SystemExit:  # mlx-lm's olmo ends the process where a package of its own is missing
+        ) from exc
+    except SystemExit as exc:  # mlx-lm's olmo ends the process where a package of its own is missing
         raise SourceError(
             f"{path}: mlx-lm needs another package for a {model_type} model; see what it printed, install it and "
             "try again"
-        ) from None
+        ) from exc
     try:
         model = model_class(args_class.from_dict(config))
     except Exception as exc:  # a wrong config can fail anywhere inside the model class
         raise SourceError(
             f"{path}: mlx-lm cannot build a {model_type} model from the config ({typed_reason(exc)}); "
             "compare it with the model's own config.json"
-        ) from None
+        ) from exc
     assert isinstance(model, Module)
     return model
 

@@ -189,7 +189,7 @@ def _noise(config: dict[str, Any], dtype: mx.Dtype) -> Iterator[tuple[str, mx.ar
     except (ValueError, TypeError, KeyError) as exc:
         raise SourceError(
             f"the shape cannot be built ({exc}); give the config.json of a model that mlx-lm knows"
-        ) from None
+        ) from exc
     parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     for name, array in parameters.items():
         if array.ndim < 2:

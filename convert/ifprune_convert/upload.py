@@ -44,7 +44,7 @@ def check_upload(name: str) -> None:
     except IfpruneError:
         raise
     except Exception as exc:  # the client's HTTP library, and with it its errors, depend on the client's version
-        raise SourceError(f"{name}: {_reason(exc)}") from None
+        raise SourceError(f"{name}: {_reason(exc)}") from exc
     if any(not any(fnmatch(file, pattern) for pattern in _EMPTY) for file in files):
         raise SourceError(
             f"{name}: exists on the hub and holds files, which are not overwritten; choose another name, or delete "
@@ -83,7 +83,7 @@ def upload(checkpoint: Checkpoint, name: str) -> str:
         raise SourceError(
             f"{name}: {_reason(exc)}. The checkpoint is complete; upload it again with "
             f"`hf upload {name} {checkpoint.path}`"
-        ) from None
+        ) from exc
     return page
 
 

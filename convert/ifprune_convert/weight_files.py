@@ -32,7 +32,7 @@ def load_lazily(file: Path, error: type[IfpruneError], advice: str) -> dict[str,
     try:
         return load_arrays(file)
     except (RuntimeError, ValueError) as exc:
-        raise error(f"{file}: cannot be loaded ({reason_of(exc)}); {advice}") from None
+        raise error(f"{file}: cannot be loaded ({reason_of(exc)}); {advice}") from exc
 
 
 def write_neurons(

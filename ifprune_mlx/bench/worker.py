@@ -57,10 +57,10 @@ class WorkerClient:
     def _answer(self) -> Any:
         try:
             answer = json.loads(self._connection.recv_bytes())
-        except (EOFError, OSError):
+        except (EOFError, OSError) as exc:
             raise IfpruneError(
                 f"bench: the process of {self._name} ended before it answered (out of memory?); give fewer --layers"
-            ) from None
+            ) from exc
         if "error" in answer:
             raise IfpruneError(f"bench, {self._name}: {answer['error']}")
         return answer["ok"]

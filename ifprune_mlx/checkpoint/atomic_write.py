@@ -5,8 +5,9 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,9 +18,8 @@ from ifprune_mlx.errors import IfpruneError, reason_of
 _ADVICE = "check permissions and free space, or write elsewhere"
 # Both words follow the folder's name and precede the id of the process that works on it.
 _PARTIAL, _ASIDE = "partial", "old"
-# The process's own: it can only be read by setting it, which other threads must not notice.
-_UMASK = os.umask(0)
-os.umask(_UMASK)
+_TEMPORARY = re.compile(rf"^\..*\.{_PARTIAL}-(\d+)-[0-9a-f]{{8}}(?:\.[^.]*)?$", re.DOTALL)
+_NAMED_BYTES = 100  # of a file's own name in its temporary one, which a file system bounds
 
 
 def sha256_file(path: Path) -> str:
@@ -35,6 +35,7 @@ def write_atomic(path: Path, write: Callable[[Path], object], error: type[Ifprun
     """Let `write` fill a temporary file beside `path`, then rename it there.
 
     The temporary name keeps the suffix of `path`, since `mx.save_safetensors` appends its own where it is missing.
+    What processes that were killed have left in the folder is removed.
 
     Raises:
         IfpruneError: (or the given subclass) if the folder cannot be written or the disk is full; `path` is
@@ -43,13 +44,14 @@ def write_atomic(path: Path, write: Callable[[Path], object], error: type[Ifprun
     check_replaceable(path, error=error)
     temporary: Path | None = None
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+        remove_abandoned_files(path.parent)
+        # Named so that who comes upon it later knows what it is and whose.
+        named = os.fsencode(path.stem)[:_NAMED_BYTES].decode(errors="ignore")
+        temporary = path.with_name(f".{named}.{_PARTIAL}-{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))  # the system applies the umask
         write(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644 & ~_UMASK)
         temporary.replace(path)
         temporary = None
     except (OSError, RuntimeError) as exc:
@@ -68,6 +70,15 @@ def check_replaceable(path: Path, where: str = "", error: type[IfpruneError] = I
     _check_name(path, error)
     if path.exists() and not path.is_file():
         raise error(f"{where or path}: cannot be written, since what is there is no ordinary file; write elsewhere")
+
+
+def remove_abandoned_files(folder: Path) -> None:
+    """Remove the temporary files of `write_atomic` in a folder whose processes no longer run."""
+    with suppress(OSError):  # the folder is not there, or another process was quicker
+        for file in folder.iterdir():
+            temporary = _TEMPORARY.match(file.name)
+            if temporary is not None and not _runs(temporary[1]) and not file.is_dir():
+                file.unlink()
 
 
 def restore_folder(path: Path) -> None:
@@ -104,12 +115,12 @@ def new_folder(path: Path, *, overwrite: bool, error: type[IfpruneError] = Ifpru
         path.parent.mkdir(parents=True, exist_ok=True)
         for stale in _abandoned(path, _PARTIAL) + (_abandoned(path, _ASIDE) if os.path.lexists(path) else []):
             _remove(stale)
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.{_PARTIAL}-{os.getpid()}-", dir=path.parent))
+        partial = path.with_name(f".{path.name}.{_PARTIAL}-{os.getpid()}-{secrets.token_hex(4)}")
+        partial.mkdir(0o755)
     except OSError as exc:
-        raise error(f"{path}: cannot be written ({reason_of(exc)}); {_ADVICE}") from None
+        raise error(f"{path}: cannot be written ({reason_of(exc)}); {_ADVICE}") from exc
     try:
         yield partial
-        partial.chmod(0o755 & ~_UMASK)
         if not _swap_in(partial, path, overwrite):
             raise error(f"{path}: was made by another process meanwhile; choose another folder, or pass --overwrite")
     except (OSError, RuntimeError) as exc:
@@ -122,8 +133,8 @@ def _check_name(path: Path, error: type[IfpruneError]) -> None:
     """Raise `error` for a name that MLX and the tokenizers cannot write to."""
     try:
         str(path).encode()
-    except UnicodeEncodeError:
-        raise error(f"{path}: the name is not UTF-8 text; choose another one") from None
+    except UnicodeEncodeError as exc:
+        raise error(f"{path}: the name is not UTF-8 text; choose another one") from exc
 
 
 def _swap_in(partial: Path, path: Path, overwrite: bool) -> bool:
@@ -184,4 +195,4 @@ def _raise_unless_bug(exc: OSError | RuntimeError, failure: IfpruneError) -> NoR
     words = ("write", "open", "save_safetensors", "no space")
     if isinstance(exc, RuntimeError) and not any(word in str(exc).lower() for word in words):
         raise exc
-    raise failure from None
+    raise failure from exc

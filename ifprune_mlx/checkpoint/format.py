@@ -130,11 +130,9 @@ class Layout:
                     for kind in ("gate_up", "down")
                 )
         except BudgetError as exc:
-            raise CheckpointError(f"{where}: {exc}") from None
+            raise CheckpointError(f"{where}: {exc}") from exc
         except (TypeError, ValueError, AttributeError) as exc:
-            raise CheckpointError(
-                f"{where}: section {SECTION} is malformed ({exc}); convert the source again"
-            ) from None
+            raise CheckpointError(f"{where}: section {SECTION} is malformed ({exc}); convert the source again") from exc
         return cls(tuple(specs), density, section["selector"], gate_up, down, section.get("order"))
 
 
@@ -416,9 +414,9 @@ def read_json_object(file: Path, error: type[IfpruneError] = CheckpointError) ->
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except OSError as exc:
-        raise error(f"{file}: cannot be read ({reason_of(exc)})") from None
-    except (ValueError, RecursionError):
-        raise error(f"{file}: not valid JSON; the file is damaged, get it again") from None
+        raise error(f"{file}: cannot be read ({reason_of(exc)})") from exc
+    except (ValueError, RecursionError) as exc:
+        raise error(f"{file}: not valid JSON; the file is damaged, get it again") from exc
     if not isinstance(value, dict):
         raise error(f"{file}: must hold a JSON object; the file is damaged, get it again")
     return value

@@ -155,7 +155,7 @@ def list_repository(name: str, revision: str | None, error: type[IfpruneError]) 
             next((int(number) for number in counted if number), None),
         )
     except Exception as exc:  # the error classes depend on the client's version
-        raise error(f"{name}: {_reason(exc, name, revision)}") from None
+        raise error(f"{name}: {_reason(exc, name, revision)}") from exc
 
 
 def cached_folder(name: str, file: str, revision: str | None = None) -> Path | None:
@@ -233,7 +233,7 @@ def _fetch(repository: Repository, name: str, error: type[IfpruneError], **optio
         return hf_hub_download(repository.name, name, **{"revision": repository.commit} | options)
     except Exception as exc:  # as in `list_repository`
         why = _reason(exc, repository.name, repository.revision)
-        raise error(f"{repository.name}: {name} cannot be downloaded: {why}") from None
+        raise error(f"{repository.name}: {name} cannot be downloaded: {why}") from exc
 
 
 def _counter(progress: Progress, before: int, size: int, total: int) -> Any:

@@ -95,10 +95,10 @@ def strips_of(header: SafetensorsHeader, d_ffn: int, where: Path) -> tuple[Strip
         inside = all(part.offset + part.nbytes <= records.shape[1] for part in parts)
         if not inside or records.dtype != "U8" or records.shape != (d_ffn, records.shape[1]):
             raise ValueError("a part lies beyond its record")
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError):
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError) as exc:
         raise CheckpointError(
             f"{where}: its records are not as its header describes them; copy or convert the checkpoint again"
-        ) from None
+        ) from exc
     return (Strip(records.start, records.shape[1], tuple(parts)),)
 
 

@@ -67,7 +67,7 @@ def read_rows(checkpoint: Checkpoint, index: int, dtype: mx.Dtype | None = None)
             down_bias = _cast(down_bias, dtype)
             mx.eval(down_bias)
     except RuntimeError as exc:
-        raise unreadable(file, exc) from None
+        raise unreadable(file, exc) from exc
     return rows, down_bias
 
 
@@ -152,7 +152,7 @@ class RowReader:
                         gate, up = _memory_names(part.name)
                         found |= {gate: values[:, 0], up: values[:, 1]}
         except OSError as exc:
-            raise unreadable(self._file, exc) from None
+            raise unreadable(self._file, exc) from exc
         return found
 
     def close(self) -> None:
@@ -279,7 +279,7 @@ def _open(file: Path) -> int:
     except OSError as exc:
         if descriptor >= 0:
             os.close(descriptor)
-        raise unreadable(file, exc) from None
+        raise unreadable(file, exc) from exc
     return descriptor
 
 
@@ -288,7 +288,7 @@ def _read_tensor(file: Path, info: TensorInfo, dtype: npt.DTypeLike) -> Raw:
     try:
         return np.fromfile(file, dtype, math.prod(info.shape), offset=info.start)
     except OSError as exc:
-        raise unreadable(file, exc) from None
+        raise unreadable(file, exc) from exc
 
 
 def unreadable(file: Path, exc: BaseException) -> CheckpointError:

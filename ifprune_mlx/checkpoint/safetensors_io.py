@@ -56,9 +56,9 @@ def read_safetensors_header(path: Path, error: type[IfpruneError] = IfpruneError
                 raise error(f"{path}: not a safetensors file, or cut off within its header; copy or download it again")
             raw: Any = json.loads(file.read(length))
     except OSError as exc:
-        raise error(f"{path}: cannot be read ({reason_of(exc)})") from None
-    except (ValueError, RecursionError):
-        raise error(f"{path}: the safetensors header is not valid JSON; copy or download the file again") from None
+        raise error(f"{path}: cannot be read ({reason_of(exc)})") from exc
+    except (ValueError, RecursionError) as exc:
+        raise error(f"{path}: the safetensors header is not valid JSON; copy or download the file again") from exc
     base = 8 + length
     tensors: dict[str, TensorInfo] = {}
     try:
@@ -66,8 +66,8 @@ def read_safetensors_header(path: Path, error: type[IfpruneError] = IfpruneError
         for name, entry in raw.items():
             start, end = (int(offset) for offset in entry["data_offsets"])
             tensors[name] = TensorInfo(entry["dtype"], tuple(int(n) for n in entry["shape"]), base + start, base + end)
-    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
-        raise error(f"{path}: the safetensors header is malformed; copy or download the file again") from None
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as exc:
+        raise error(f"{path}: the safetensors header is malformed; copy or download the file again") from exc
     for name, info in tensors.items():
         if info.dtype not in DTYPE_BYTES:
             raise error(f"{path}: tensor {name} has the unsupported type {info.dtype}")

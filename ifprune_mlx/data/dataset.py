@@ -69,7 +69,7 @@ def read_records(
         except ValueError as exc:
             bad = f"{path}, line {number}: {exc}"
             if strict or report is None:
-                raise DataError(bad) from None
+                raise DataError(bad) from exc
             first_bad = first_bad or bad
             report(bad)
     if not records:

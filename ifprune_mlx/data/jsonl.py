@@ -49,7 +49,7 @@ def parse_json_lines(path: str | Path, parse: Callable[[dict[str, Any]], T], exp
                 raise ValueError("no JSON object")
             result.append(parse(value))
         except ValueError as exc:
-            raise DataError(f"{path}, line {number}: {exc}; expected {expected}") from None
+            raise DataError(f"{path}, line {number}: {exc}; expected {expected}") from exc
     if not result:
         raise DataError(f"{path}: holds no lines; give JSON lines with {expected}")
     return result
@@ -82,8 +82,8 @@ def checked_text(value: Any, what: str) -> str:
         raise ValueError(f"{what} is not text")
     try:
         value.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{what} holds half a surrogate pair, which is no character") from None
+    except UnicodeEncodeError as exc:
+        raise ValueError(f"{what} holds half a surrogate pair, which is no character") from exc
     return value
 
 
@@ -109,9 +109,9 @@ def text_lines(path: Path) -> Iterator[str]:
                 if total > most:
                     raise DataError(f"{path}: unpacks to more than {_RATIO} times its size; unpack it first")
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError:
-        raise DataError(f"{path}, line {number}: not UTF-8 text; convert the file, for example with iconv") from None
+    except UnicodeDecodeError as exc:
+        raise DataError(f"{path}, line {number}: not UTF-8 text; convert the file, for example with iconv") from exc
     except (EOFError, zlib.error) as exc:
-        raise DataError(f"{path}: damaged after line {number} ({exc}); copy or download it again") from None
+        raise DataError(f"{path}: damaged after line {number} ({exc}); copy or download it again") from exc
     except OSError as exc:
-        raise DataError(f"{path}: cannot be read ({reason_of(exc)}); give a file of JSON lines") from None
+        raise DataError(f"{path}: cannot be read ({reason_of(exc)}); give a file of JSON lines") from exc

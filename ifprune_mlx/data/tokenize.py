@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ifprune_mlx.chat_template import render_messages
+from ifprune_mlx.chat_template import plain_text, render_messages
 from ifprune_mlx.data.dataset import Message, Record
 from ifprune_mlx.errors import DataError, PromptError
 
@@ -157,7 +157,7 @@ def _pieces(tokenizer: TokenizerWrapper, messages: Sequence[Message]) -> Iterato
         # No prefix only in the rewriting template's last answer, which it may prepare for with more than it keeps.
         answer = after[len(before) :] if after.startswith(before) else messages[index]["content"]
         if last and not tokenizer.has_chat_template and tokenizer.eos_token_id is not None:
-            yield [*_encode(tokenizer, answer.removesuffix("\n")), tokenizer.eos_token_id], True
+            yield [*_encode(tokenizer, answer), tokenizer.eos_token_id], True
             return
         tokens = _encode(tokenizer, answer)
         # What the template puts after the end of a turn, a line break as a rule, is no part of the answer.
@@ -170,11 +170,11 @@ def _pieces(tokenizer: TokenizerWrapper, messages: Sequence[Message]) -> Iterato
 def _render(tokenizer: TokenizerWrapper, messages: Sequence[Message], ready: bool) -> str:
     """The text of messages, as `chat_template.render_messages` encodes it if they are to be answered (`ready`)."""
     if not tokenizer.has_chat_template:
-        return "\n".join(message["content"] for message in messages) + "\n"
+        return plain_text(tokenizer, messages)
     try:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ready))
     except Exception as exc:  # jinja and the templates themselves raise what they like
-        raise PromptError(f"the chat template refuses these messages ({' '.join(str(exc).split())[:200]})") from None
+        raise PromptError(f"the chat template refuses these messages ({' '.join(str(exc).split())[:200]})") from exc
 
 
 def _encode(tokenizer: TokenizerWrapper, text: str) -> list[int]:

@@ -107,8 +107,8 @@ class Quality:
         try:
             total = int(value["total_parameters"])
             curve = [(int(point["active_parameters"]), _losses(point["rows"])) for point in value["curve"]]
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-            raise DataError(f"{where}: not what `ifprune evaluate --densities LIST --json FILE` writes") from None
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as exc:
+            raise DataError(f"{where}: not what `ifprune evaluate --densities LIST --json FILE` writes") from exc
         shapes = [{domain: list(losses) for domain, losses in found.items()} for _, found in curve]
         if not any(shapes) or any(shape != shapes[0] for shape in shapes):
             raise DataError(f"{where}: needs losses, and of all densities the same; evaluate with --data and try again")
@@ -126,10 +126,10 @@ class Quality:
         try:
             value: Any = json.loads(read_bounded(path, _LARGEST_EVALUATION))
         except OSError as exc:
-            raise DataError(f"{path}: cannot be read ({reason_of(exc)}); give another file") from None
-        except (ValueError, RecursionError):
+            raise DataError(f"{path}: cannot be read ({reason_of(exc)}); give another file") from exc
+        except (ValueError, RecursionError) as exc:
             hint = "give a file of `ifprune evaluate --densities LIST --json FILE`"
-            raise DataError(f"{path}: not JSON; {hint}") from None
+            raise DataError(f"{path}: not JSON; {hint}") from exc
         return cls.of(value, str(path))
 
     def to_dict(self) -> dict[str, Any]:

@@ -124,7 +124,7 @@ class _Watched:
         try:
             return self._selector.select(instruction, keep)
         except (PredictorError, SelectionError) as exc:
-            raise _NoSelection(str(exc)) from None
+            raise _NoSelection(str(exc)) from exc
 
 
 def _judge(measured: Evaluation, overlap: Overlap) -> tuple[str, str]:

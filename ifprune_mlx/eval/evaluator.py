@@ -258,7 +258,7 @@ def _load_harness(config: EvalConfig) -> list[HarnessTask]:
     except ModuleNotFoundError as exc:
         raise IfpruneError(
             f"--lm-eval needs the package {str(exc.name).split('.')[0]}; pip install 'ifprune-mlx[evaluate]'"
-        ) from None
+        ) from exc
     return load_tasks(config.lm_eval, config.lm_eval_tasks)
 
 

@@ -28,7 +28,6 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ifprune_mlx.errors import DataError, IfpruneError, reason_of
@@ -36,6 +35,7 @@ from ifprune_mlx.eval.losses import NOT_FINITE, answer_logits, token_nll
 from ifprune_mlx.eval.metrics import TaskRow
 from ifprune_mlx.eval.multiple_choice import agreeing
 from ifprune_mlx.eval.tasks import RowSelections, generate_answer, read_prompt
+from ifprune_mlx.generation import make_sampler
 from ifprune_mlx.model import Model, Progress
 from ifprune_mlx.prompt_cache import History
 from ifprune_mlx.selection.selectors import Instruction, Selected, make_selector
@@ -82,7 +82,7 @@ def load_tasks(names: Sequence[str], folders: Sequence[Path] = ()) -> list[Harne
         except DataError:
             raise
         except Exception as exc:  # data sets, YAML files and their functions may raise anything
-            raise DataError(f"--lm-eval {name}: cannot be loaded ({reason_of(exc)})") from None
+            raise DataError(f"--lm-eval {name}: cannot be loaded ({reason_of(exc)})") from exc
         for single, task in tasks.items():
             if getattr(task, "UNSAFE_CODE", False):
                 raise DataError(f"--lm-eval {name}: {single} runs code that the model writes, which is not done here")
@@ -162,7 +162,7 @@ def score_harness(
         except IfpruneError:
             raise
         except Exception as exc:  # a task's own functions may raise anything
-            raise DataError(f"--lm-eval {harness_task.name}: the task failed ({reason_of(exc)})") from None
+            raise DataError(f"--lm-eval {harness_task.name}: the task failed ({reason_of(exc)})") from exc
         means: dict[str, list[tuple[float, ...]]] = {}
         for name, task in harness_task.tasks.items():
             for metric, values in _metrics(found["samples"][name]).items():
@@ -298,7 +298,7 @@ class HarnessLM(LM):
             stops, temperature = options.get("until") or [], float(options.get("temperature", 1.0))
             how: dict[str, Any] = {"stops": [stops] if isinstance(stops, str) else [stop for stop in stops if stop]}
             if options.get("do_sample") and temperature > 0:
-                how["sampler"] = make_sampler(temp=temperature, top_p=float(options.get("top_p", 1.0)))
+                how["sampler"] = make_sampler(temperature, top_p=float(options.get("top_p") or 1.0))
             instruction, limit = instructions[index], limits[index]
             text, _ = generate_answer(self._model, self.tokenizer, instruction, selected, self._keep, limit, **how)
             result.append(text)

@@ -103,8 +103,8 @@ def check_library() -> None:
     """Raise IfpruneError with an install hint unless matplotlib is there."""
     try:
         import matplotlib as _  # noqa: F401
-    except ImportError:
-        raise IfpruneError("plots need the package matplotlib; pip install 'ifprune-mlx[plots]'") from None
+    except ImportError as exc:
+        raise IfpruneError("plots need the package matplotlib; pip install 'ifprune-mlx[plots]'") from exc
 
 
 def write_figure(figure: Figure, path: Path) -> None:

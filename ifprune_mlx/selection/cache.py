@@ -53,7 +53,7 @@ class SelectionCache:
             except OSError as exc:
                 raise SelectionError(
                     f"{self._folder}: cannot be a cache of selections ({reason_of(exc)}); give another folder"
-                ) from None
+                ) from exc
             self._sweep(files)
 
     def __len__(self) -> int:

@@ -214,7 +214,7 @@ class Head:
         except (KeyError, TypeError, ValueError) as exc:
             raise PredictorError(
                 f"{path}: has no predictor settings in its metadata ({reason_of(exc)}); export it again"
-            ) from None
+            ) from exc
         known = set(_TENSORS) - (_PACKED_TENSORS if packing is None else set())
         needed = {"head1.weight", "head2.weight"} | (_PACKED_TENSORS if packing is not None else set())
         if not needed <= set(header.tensors) <= known:
@@ -226,7 +226,7 @@ class Head:
                 **named, widths=widths, pooling=pooling, activation=activation, layers=layers, quantization=packing
             )
         except PredictorError as exc:
-            raise PredictorError(f"{path}: {exc}; the predictor's files do not belong together") from None
+            raise PredictorError(f"{path}: {exc}; the predictor's files do not belong together") from exc
 
 
 class SparsityPredictor:
@@ -350,11 +350,11 @@ def load_backbone(folder: Path) -> tuple[nn.Module, TokenizerWrapper, int | None
         mx.eval(backbone)
         tokenizer = load_tokenizer(folder, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id"))
     except PredictorError as exc:
-        raise PredictorError(f"{folder}: {exc}") from None
+        raise PredictorError(f"{folder}: {exc}") from exc
     except Exception as exc:  # the parsers of mlx-lm and transformers raise many types
         raise PredictorError(
             f"{folder}: the backbone cannot be loaded ({reason_of(exc)}); download or export its folder again"
-        ) from None
+        ) from exc
     context = config.get("max_position_embeddings")
     return backbone, tokenizer, int(context) if context else None
 

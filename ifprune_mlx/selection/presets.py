@@ -33,8 +33,8 @@ def data_folder() -> Path:
         if sys.platform == "darwin":
             return Path.home() / "Library" / "Application Support" / "ifprune"
         return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "ifprune"
-    except RuntimeError:
-        raise TaskError("no home folder to keep tasks in; set IFPRUNE_DATA to a folder") from None
+    except RuntimeError as exc:
+        raise TaskError("no home folder to keep tasks in; set IFPRUNE_DATA to a folder") from exc
 
 
 def check_task_name(name: str) -> None:
@@ -102,7 +102,7 @@ class TaskStore:
         try:
             selection = Selection.load(file)
         except SelectionError as exc:
-            raise TaskError(f"task {name}: {exc}") from None
+            raise TaskError(f"task {name}: {exc}") from exc
         self._check(selection, f"task {name}: {file}")
         return selection
 
@@ -124,11 +124,11 @@ class TaskStore:
         except OSError as exc:
             raise TaskError(
                 f"task {name}: {self.folder} cannot be made ({reason_of(exc)}); set IFPRUNE_DATA to another folder"
-            ) from None
+            ) from exc
         try:
             selection.save(file)
         except SelectionError as exc:
-            raise TaskError(f"task {name}: {exc} (IFPRUNE_DATA sets the folder)") from None
+            raise TaskError(f"task {name}: {exc} (IFPRUNE_DATA sets the folder)") from exc
         return file
 
     def remove(self, name: str) -> None:
@@ -145,7 +145,7 @@ class TaskStore:
         try:
             task.file.unlink()
         except OSError as exc:
-            raise TaskError(f"{task.file}: cannot be removed ({reason_of(exc)}); check permissions") from None
+            raise TaskError(f"{task.file}: cannot be removed ({reason_of(exc)}); check permissions") from exc
         with suppress(OSError):  # it holds others
             self.folder.rmdir()
 
@@ -168,4 +168,4 @@ class TaskStore:
         try:
             self._checkpoint.check(selection)
         except SelectionError as exc:
-            raise TaskError(f"{what}: {exc}; make it again for this one") from None
+            raise TaskError(f"{what}: {exc}; make it again for this one") from exc

@@ -23,6 +23,7 @@ Ids = npt.NDArray[np.int32]
 Scores = npt.NDArray[np.float32]
 
 _FORMAT = "1"
+_MOST_NEURONS = 2**31 - 1  # ids are int32
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +49,8 @@ class Selection:
         if len(self.ids) != len(self.widths):
             raise SelectionError(f"selection has {len(self.ids)} layers of ids but {len(self.widths)} widths")
         for layer, (ids, width) in enumerate(zip(self.ids, self.widths, strict=True)):
+            if not 0 < width <= _MOST_NEURONS:
+                raise SelectionError(f"selection, layer {layer}: a width must lie within 1..{_MOST_NEURONS}")
             if ids.dtype != np.int32 or ids.ndim != 1 or not len(ids):
                 raise SelectionError(f"selection, layer {layer}: ids must be a non-empty int32 vector")
             if ids[0] < 0 or ids[-1] >= width or np.any(np.diff(ids) <= 0):
@@ -132,9 +135,9 @@ class Selection:
             widths = tuple(int(width) for width in metadata["widths"].split())
             selection = cls(tuple(np.array(arrays[name]) for name in names), widths, metadata["selector"])
         except (KeyError, ValueError) as exc:
-            raise SelectionError(f"{path}: malformed metadata ({exc}); make the file again") from None
+            raise SelectionError(f"{path}: malformed metadata ({exc}); make the file again") from exc
         except SelectionError as exc:
-            raise SelectionError(f"{path}: {exc}; make the file again") from None
+            raise SelectionError(f"{path}: {exc}; make the file again") from exc
         if selection.hash != metadata.get("hash"):
             raise SelectionError(f"{path}: its ids do not match its hash; the file is damaged, make it again")
         return selection

@@ -28,6 +28,7 @@ from ifprune_mlx.sparse.importance import fuse_ranks, recorded
 if TYPE_CHECKING:
     from ifprune_mlx.model import Model
 
+SELECTORS = ("learned", "activation", "static", "random")
 _PREFILL_STEP = 512
 # Of the shares from 0.25 to 0.75 this one had the lowest NLL on SmolLM2 (docs/log.md).
 _PROMPT_SHARE = 0.5

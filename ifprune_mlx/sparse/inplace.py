@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ifprune_mlx.checkpoint.raw_array import Raw, from_raw, raw
+from ifprune_mlx.slow_paths import SCATTER, note_slow_path
 
 # Devices may allocate small and large arrays differently.
 _PROBED_ELEMENTS = (1 << 10, 1 << 23)
@@ -25,8 +26,13 @@ _CHUNK_BYTES = 1 << 21
 def shared() -> bool:
     """Whether MLX sees what is written to `raw`, on the default device: tried out once, small and large."""
     if mx.default_device() != mx.Device(mx.cpu) and mx.cuda.is_available():
-        return False  # a GPU's own memory: a write from outside moves whole arrays across
-    return all(_seen(size, dtype) for size in _PROBED_ELEMENTS for dtype in (mx.float32, mx.bfloat16, mx.uint32))
+        # A write from outside moves whole arrays across.
+        note_slow_path(SCATTER, "the GPU has memory of its own, so a switch copies rows through MLX")
+        return False
+    seen = all(_seen(size, dtype) for size in _PROBED_ELEMENTS for dtype in (mx.float32, mx.bfloat16, mx.uint32))
+    if not seen:
+        note_slow_path(SCATTER, "MLX does not see what is written to its buffers here, so a switch copies whole arrays")
+    return seen
 
 
 def _seen(size: int, dtype: mx.Dtype) -> bool:

@@ -13,6 +13,7 @@ from typing import cast
 import mlx.core as mx
 
 from ifprune_mlx.checkpoint.format import Quantization
+from ifprune_mlx.slow_paths import UNPACKED, note_slow_path
 
 # Metal has kernels for few neurons, for sums split in 8 and in 32, for one token and for several.
 _PROBED_NEURONS, _PROBED_TOKENS = (1000, 2048, 8224), (1, 8)
@@ -61,5 +62,6 @@ def right(packing: Quantization, width: int, dtype: mx.Dtype) -> bool:
             found = mx.quantized_matmul(x, weight, scales, biases, transpose=False, **settings).astype(mx.float32)
             far = float(mx.abs(found - wanted).max())
             if not far <= _TOLERANCE * float(mx.abs(wanted).max()):  # also if it is not a number
+                note_slow_path(UNPACKED, f"MLX's kernel on this device is wrong for rows of {width} in {dtype}")
                 return False
     return True

@@ -306,5 +306,5 @@ def _description(folder: Path) -> dict[str, Any] | None:
     file = folder / "targets.json"
     try:
         return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
-    except (OSError, ValueError):
-        raise DataError(f"{file}: cannot be read; remove the folder and measure again") from None
+    except (OSError, ValueError) as exc:
+        raise DataError(f"{file}: cannot be read; remove the folder and measure again") from exc

@@ -133,8 +133,8 @@ class TrainConfig:
                 number = kind(value)
                 if kind is int and number != float(value):
                     raise ValueError
-            except (OverflowError, TypeError, ValueError):
-                raise DataError(f"{_flag(name)} {value}: give a {'whole ' * (kind is int)}number") from None
+            except (OverflowError, TypeError, ValueError) as exc:
+                raise DataError(f"{_flag(name)} {value}: give a {'whole ' * (kind is int)}number") from exc
             if not (least <= number <= most and math.isfinite(number)):
                 bounds = f"give at least {least:g}" + ("" if most == math.inf else f" and at most {most:g}")
                 raise DataError(f"{_flag(name)} {value}: {_OBJECTIVE.get(name, bounds)}")
@@ -152,8 +152,8 @@ class TrainConfig:
         for name, share in self.weight.items():
             try:
                 shares[name] = float(share)
-            except (OverflowError, TypeError, ValueError):
-                raise DataError(f"--weight {name}: expected NAME=X, such as {name}=2") from None
+            except (OverflowError, TypeError, ValueError) as exc:
+                raise DataError(f"--weight {name}: expected NAME=X, such as {name}=2") from exc
         object.__setattr__(self, "weight", shares)
         arms = self.selector if isinstance(self.selector, list | tuple) else (self.selector,)
         object.__setattr__(self, "selector", tuple(str(arm) for arm in arms))
@@ -176,8 +176,8 @@ class TrainConfig:
             given["densities"] = ",".join(map(str, given["densities"]))
         try:
             return cls(**{name: value for name, value in given.items() if value is not None})
-        except TypeError:
-            raise DataError(f"{file}: has no output or no data; both are needed") from None
+        except TypeError as exc:
+            raise DataError(f"{file}: has no output or no data; both are needed") from exc
 
     @property
     def measures(self) -> bool:
@@ -192,10 +192,10 @@ class TrainConfig:
             low, dash, high = part.strip().partition("-")
             try:
                 ranges.append((float(low), float(high if dash else low)))
-            except ValueError:
+            except ValueError as exc:
                 raise DataError(
                     f"--densities {self.densities}: expected numbers or ranges, such as 0.27,0.5 or 0.2-0.8"
-                ) from None
+                ) from exc
         return tuple(ranges)
 
     @property
@@ -245,9 +245,9 @@ def read_yaml(file: Path) -> dict[str, Any]:
                 raise ValueError(f"{name} is there twice")
             settings[name] = _yaml_value(node, loader)
     except OSError as exc:
-        raise IfpruneError(f"{file}: cannot be read ({reason_of(exc)})") from None
+        raise IfpruneError(f"{file}: cannot be read ({reason_of(exc)})") from exc
     except Exception as exc:  # PyYAML raises whatever reading a number or a date meets
-        raise IfpruneError(f"{file}: is no YAML of options ({reason_of(exc)})") from None
+        raise IfpruneError(f"{file}: is no YAML of options ({reason_of(exc)})") from exc
     return settings
 
 

@@ -68,7 +68,7 @@ def check_kernels(model: Model) -> None:
             f"{model.checkpoint.path}: models of type {model.config['model_type']} cannot be trained on this device "
             f"with mlx-lm {version('mlx-lm')} ({reason}); train another family, such as llama or qwen3, or "
             "use this model without training, with --selector static or activation"
-        ) from None
+        ) from exc
 
 
 @cache

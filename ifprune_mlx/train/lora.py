@@ -100,7 +100,7 @@ class LoRAModel(TrainableModel):
         try:
             scale = config["lora_parameters"]["scale"]
         except (KeyError, TypeError) as exc:
-            raise DataError(f"{folder / CONFIG}: cannot be read ({exc!r}); train the adapter again") from None
+            raise DataError(f"{folder / CONFIG}: cannot be read ({exc!r}); train the adapter again") from exc
         ours = {name: array.shape for name, array in self.initial.items()}
         if {name: array.shape for name, array in arrays.items()} != ours or scale != self.scale:
             raise DataError(

@@ -164,7 +164,7 @@ class TrainableModel(ABC):
         try:
             config = dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as exc:
-            raise DataError(f"{folder / CONFIG}: cannot be read ({exc!r}); train the adapter again") from None
+            raise DataError(f"{folder / CONFIG}: cannot be read ({exc!r}); train the adapter again") from exc
         kind = config.get("fine_tune_type", "lora")
         if kind != self.kind:
             raise DataError(

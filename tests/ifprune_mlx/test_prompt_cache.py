@@ -205,3 +205,41 @@ def test_a_file_of_another_checkpoint_is_refused(tmp_path: Path, model: Model, m
     other, _ = load(write_checkpoint(tmp_path / "other", rope_theta=500.0))
     with pytest.raises(ChatFileError, match="another checkpoint"):
         History.load(tmp_path / "cache.safetensors", other)
+
+
+# What a file says of its caches is compared with the model's own.
+
+
+def rewritten(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str]) -> None:
+    old, said = mx.load(str(path), return_metadata=True)
+    mx.eval(old)
+    path.unlink()  # its pages are still mapped
+    mx.save_safetensors(str(path), old | arrays, said | metadata)
+
+
+LIES: dict[str, tuple[dict[str, mx.array], dict[str, str]]] = {
+    "keys of two tokens": ({"0.0": mx.zeros((1, 2, 2, 16))}, {}),
+    "values of two tokens": ({"1.1": mx.zeros((1, 2, 2, 16))}, {}),
+    "keys that are flat": ({"0.0": mx.zeros((300,))}, {}),
+    "keys of two sequences": ({"0.0": mx.zeros((2, 2, 256, 16))}, {}),
+    "a huge offset": ({"0.2": mx.array(10**9)}, {}),
+    "another kind of cache": ({}, {"1.0": "ChunkedKVCache"}),
+    "no cache at all": ({}, {"1.0": "KVCache2"}),
+    "a bound that the caches have not": ({}, {"0.ifprune_max_kv_size": "16"}),
+    "a bound of text": ({}, {"0.ifprune_max_kv_size": '"many"'}),
+    "a bound below one": ({}, {"0.ifprune_max_kv_size": "-1"}),
+    "negative spans": ({}, {"0.ifprune_spans": '[[19, "a"], [-10, "b"]]'}),
+    "spans of anything": ({}, {"0.ifprune_spans": '[[9, "a", ["b"], {}]]'}),
+    "tokens of text": ({}, {"0.ifprune_tokens": '["x"]'}),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_caches_that_are_not_the_models_are_refused(tmp_path: Path, model: Model, mixed: History, lie: str) -> None:
+    path = tmp_path / "cache.safetensors"
+    mixed.save(path, model)
+    rewritten(path, *LIES[lie])
+    with pytest.raises(ChatFileError) as caught:
+        History.load(path, model)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)

@@ -146,7 +146,7 @@ def _read_chunks(path: Path, tensor: Tensor, head_dim: int | None) -> Iterator[t
                 chunk = mx.array(values)
                 yield row, chunk.view(mx.bfloat16) if tensor.kind is GGMLQuantizationType.BF16 else chunk
     except OSError as exc:
-        raise SourceError(f"{path}: cannot be read ({reason_of(exc)})") from None
+        raise SourceError(f"{path}: cannot be read ({reason_of(exc)})") from exc
 
 
 def _decode(raw: npt.NDArray[np.uint8], kind: GGMLQuantizationType) -> npt.NDArray[Any]:

@@ -73,8 +73,8 @@ class _Cursor:
         start = self._advance(length)
         try:
             return self._data[start : self.offset].decode()
-        except UnicodeDecodeError:
-            raise self.damaged("a text that is not UTF-8") from None
+        except UnicodeDecodeError as exc:
+            raise self.damaged("a text that is not UTF-8") from exc
 
     def value(self, kind: int) -> Any:
         if kind == _STRING:
@@ -108,7 +108,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _parse_header(path, _Cursor(path, data), size)
     except OSError as exc:
-        raise SourceError(f"{path}: cannot be read ({reason_of(exc)})") from None
+        raise SourceError(f"{path}: cannot be read ({reason_of(exc)})") from exc
 
 
 def _parse_header(path: Path, cursor: _Cursor, size: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -142,10 +142,10 @@ def _parse_header(path: Path, cursor: _Cursor, size: int) -> tuple[dict[str, Any
         try:
             kind = GGMLQuantizationType(number)
             block, block_bytes = GGML_QUANT_SIZES[kind]
-        except (ValueError, KeyError):
+        except (ValueError, KeyError) as exc:
             raise SourceError(
                 f"{path}: tensor {name} has type number {number}, which this reader does not know; {ORIGINAL}"
-            ) from None
+            ) from exc
         # Tensors follow each other without gaps; a file that says otherwise is damaged, and llama.cpp refuses it too.
         if min(shape) < 1 or shape[-1] % block or offset != expected_offset:
             raise cursor.damaged(f"a tensor {name!r} whose shape or place does not fit its type or its neighbours")

@@ -179,7 +179,7 @@ def _build_byte_level(metadata: Metadata, tokens: list[str], types: list[int]) -
             raise ValueError("a merge that is not two tokens")
         tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=before == _LLAMA3))
     except Exception as exc:  # tokenizers raises bare Exceptions
-        raise SourceError(f"{path}: the vocabulary and merges do not fit together ({exc}); {AGAIN}") from None
+        raise SourceError(f"{path}: the vocabulary and merges do not fit together ({exc}); {AGAIN}") from exc
     if before == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = _PRE_TOKENIZERS[before]

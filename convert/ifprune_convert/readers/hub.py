@@ -126,7 +126,7 @@ def _check_model(name: str, folder: Path, trust_remote_code: bool) -> None:
         find_ffns(build_skeleton(folder, config, _MAX_LAYERS), str(config["model_type"]))
     except IfpruneError as exc:
         text = str(exc).replace(str(folder), name)
-        raise SourceError(text if text.startswith(name) else f"{name}: {text}") from None
+        raise SourceError(text if text.startswith(name) else f"{name}: {text}") from exc
 
 
 def _name_one(repository: Repository) -> str:

@@ -98,7 +98,7 @@ class SafetensorsSource:
         try:
             mx.eval(array)
         except RuntimeError as exc:
-            raise SourceError(f"{self.path}: tensor {name} cannot be read ({reason_of(exc)})") from None
+            raise SourceError(f"{self.path}: tensor {name} cannot be read ({reason_of(exc)})") from exc
         return array
 
     def write_tokenizer(self, folder: Path) -> None:
@@ -121,9 +121,9 @@ class SafetensorsSource:
                 if file.suffix == ".json":
                     json.loads(content)
             except OSError as exc:
-                raise SourceError(f"{file}: cannot be read ({reason_of(exc)})") from None
-            except (ValueError, RecursionError):
-                raise SourceError(f"{file}: is not valid JSON; copy or download it again") from None
+                raise SourceError(f"{file}: cannot be read ({reason_of(exc)})") from exc
+            except (ValueError, RecursionError) as exc:
+                raise SourceError(f"{file}: is not valid JSON; copy or download it again") from exc
             (folder / name).write_bytes(content)
         if sentencepiece:
             write_spm_tokenizer(self.path, folder)
@@ -146,11 +146,11 @@ def _read_config(path: Path) -> dict[str, Any]:
         # mlx-lm's own reader: it decodes the floats that transformers tags, and takes eos ids from generation_config.
         config = load_config(path)
     except OSError as exc:
-        raise SourceError(f"{file}: cannot be read ({reason_of(exc)})") from None
-    except (ValueError, RecursionError):
-        raise SourceError(f"{file}: is not valid JSON; download it again") from None
-    except (AttributeError, TypeError):  # generation_config.json or config.json holds a list or a bare value
-        raise SourceError(f"{file}: it or generation_config.json is not a JSON object; download both again") from None
+        raise SourceError(f"{file}: cannot be read ({reason_of(exc)})") from exc
+    except (ValueError, RecursionError) as exc:
+        raise SourceError(f"{file}: is not valid JSON; download it again") from exc
+    except (AttributeError, TypeError) as exc:  # generation_config.json or config.json holds a list or a bare value
+        raise SourceError(f"{file}: it or generation_config.json is not a JSON object; download both again") from exc
     if not isinstance(config, dict):
         raise SourceError(f"{file}: is not a JSON object; download it again")
     return config
@@ -190,7 +190,7 @@ def read_index(file: Path) -> dict[str, set[str]]:
         if shards and all(Path(name).name == name and name.endswith(".safetensors") for name in shards):
             return shards
     except OSError as exc:
-        raise SourceError(f"{file}: cannot be read ({reason_of(exc)})") from None
+        raise SourceError(f"{file}: cannot be read ({reason_of(exc)})") from exc
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     raise SourceError(f"{file}: is not an index of safetensors files; download it again")
@@ -259,7 +259,7 @@ def _load_lazily(
         raise SourceError(
             f"{path}: mlx-lm cannot arrange the tensors of this {config['model_type']} model ({typed_reason(exc)}); "
             "one may be missing or of a wrong shape: download the model again"
-        ) from None
+        ) from exc
     expected = parameter_shapes(model)
     packed = _packed_modules(path, config, weights)
     parts = {f"{stem}.{part}": stem for stem, packing in packed.items() for part in packing.parts}
@@ -289,7 +289,7 @@ def _packed_modules(path: Path, config: dict[str, Any], weights: dict[str, mx.ar
         raise SourceError(
             f"{path / 'config.json'}: its section `quantization` cannot be used ({typed_reason(exc)}); "
             "convert the unquantized model"
-        ) from None
+        ) from exc
     return packed
 
 

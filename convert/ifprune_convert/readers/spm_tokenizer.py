@@ -49,7 +49,7 @@ def write_spm_tokenizer(source: Path, folder: Path) -> None:
     try:
         proto.ParseFromString(file.read_bytes())
     except OSError as exc:
-        raise SourceError(f"{file}: cannot be read ({reason_of(exc)})") from None
+        raise SourceError(f"{file}: cannot be read ({reason_of(exc)})") from exc
     except Exception:  # protobuf's DecodeError
         proto.Clear()
     if not proto.pieces:
@@ -66,7 +66,7 @@ def write_spm_tokenizer(source: Path, folder: Path) -> None:
     except SourceError:
         raise
     except Exception as exc:  # `tokenizers` raises Exception itself; settings can be of any shape
-        raise SourceError(f"{file}: cannot be made a tokenizer ({reason_of(exc)}); {_ADVICE}") from None
+        raise SourceError(f"{file}: cannot be made a tokenizer ({reason_of(exc)}); {_ADVICE}") from exc
     for key in _DROPPED:
         settings.pop(key, None)
     settings |= {f"{role}_token": token for role, token in special.items()}
@@ -160,8 +160,8 @@ def _add_ends(tokenizer: Tokenizer, ends: dict[str, str]) -> None:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         return read_json_object(file, SourceError) if file.is_file() else {}
-    except SourceError:
-        raise SourceError(f"{file}: is not a JSON object; copy or download it again") from None
+    except SourceError as exc:
+        raise SourceError(f"{file}: is not a JSON object; copy or download it again") from exc
 
 
 def build_sentencepiece(

@@ -18,6 +18,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from ifprune_mlx.model import Model
 from ifprune_mlx.serving.engine.request import EngineClosedError, RequestState
 from ifprune_mlx.serving.engine.sampling import Processor, make_processors, make_sampler
+from ifprune_mlx.slow_paths import ONE_AT_A_TIME, note_slow_path
 
 _PREFILL_STEP = 512  # other sequences wait meanwhile
 _CONTEXT = 64  # mlx-lm's penalties look back at 20 tokens
@@ -180,7 +181,12 @@ def can_batch(model: Model) -> bool:
 
     Some of mlx-lm's caches do not merge, and some families ignore padding or compute something over the whole batch.
     """
-    return batch_error(model) <= (_ERROR if model.dtype == mx.float32 else _HALF_ERROR)
+    error = batch_error(model)
+    if error <= (_ERROR if model.dtype == mx.float32 else _HALF_ERROR):
+        return True
+    why = "its caches hold one sequence" if math.isinf(error) else f"sequences differ by {error:.2g} from each alone"
+    note_slow_path(ONE_AT_A_TIME, f"{model.checkpoint.path} answers one request at a time: {why}")
+    return False
 
 
 def batch_error(model: Model) -> float:

@@ -170,14 +170,14 @@ def decode_json(body: bytes) -> dict[str, Any]:
         )
         if _SURROGATE.search(body):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except RecursionError:
-        raise RequestError("the body is nested too deeply", code="invalid_json") from None
-    except UnicodeEncodeError:
-        raise RequestError("the body has half a surrogate pair in a string", code="invalid_json") from None
+    except RecursionError as exc:
+        raise RequestError("the body is nested too deeply", code="invalid_json") from exc
+    except UnicodeEncodeError as exc:
+        raise RequestError("the body has half a surrogate pair in a string", code="invalid_json") from exc
     except UnicodeDecodeError as exc:
-        raise RequestError(f"the body is not UTF-8 text (byte {exc.start})", code="invalid_json") from None
+        raise RequestError(f"the body is not UTF-8 text (byte {exc.start})", code="invalid_json") from exc
     except ValueError as exc:
-        raise RequestError(f"the body is not JSON ({exc})", code="invalid_json") from None
+        raise RequestError(f"the body is not JSON ({exc})", code="invalid_json") from exc
     if not isinstance(value, dict):
         raise RequestError(f"the body must be a JSON object, not {json_type(value)}", code="invalid_json")
     return value

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ifprune_mlx.chat_template import check_prompt, encode_prompt, instruction_of
+from ifprune_mlx.chat_template import check_prompt, encode_prompt, instruction_of, plain_text
 from ifprune_mlx.errors import PromptError
 from ifprune_mlx.model import Model
 from ifprune_mlx.serving.http.errors import RequestError, field_error
@@ -123,10 +123,10 @@ class ChatRenderer:
                 )
             except Exception as exc:  # jinja and templates can raise anything
                 reason = " ".join(str(exc).split())[:200]
-                raise PromptError(f"the chat template refuses these messages ({reason})") from None
+                raise PromptError(f"the chat template refuses these messages ({reason})") from exc
             tokens = tokenizer.encode(text + begun, add_special_tokens=False)
         else:
-            tokens = tokenizer.encode("\n".join(message["content"] for message in messages) + "\n" + begun)
+            tokens = tokenizer.encode(plain_text(tokenizer, messages) + begun)
         check_prompt(self._model, tokens)
         users = [message for message in messages if message["role"] == "user"] or messages
         instruction = users[0 if policy == "first" else -1]["content"]

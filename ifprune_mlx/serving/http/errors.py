@@ -13,7 +13,7 @@ from starlette.responses import Response
 from ifprune_mlx.errors import IfpruneError, PromptError
 from ifprune_mlx.serving.engine.request import EngineClosedError, EngineFullError, GenerationFailedError
 
-log = logging.getLogger("ifprune.serve")
+log = logging.getLogger("ifprune_mlx.serving")
 RETRY_AFTER = "2"
 _OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _ANTHROPIC_TYPES = {

@@ -10,6 +10,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
 from ifprune_mlx.serving.engine.engine import Engine
+from ifprune_mlx.slow_paths import SLOW_PATHS, slow_paths
 
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # Metric, field of `EngineStats`, help.
@@ -48,6 +49,10 @@ class _EngineCollector(Collector):
             yield CounterMetricFamily(f"ifprune_{name}", meaning, getattr(stats, field))
         for name, field, meaning in _GAUGES:
             yield GaugeMetricFamily(f"ifprune_{name}", meaning, getattr(stats, field))
+        slow, taken = GaugeMetricFamily("ifprune_slow_path", "1 if it is taken here.", labels=["path"]), slow_paths()
+        for path in SLOW_PATHS:
+            slow.add_metric([path], path in taken)
+        yield slow
 
 
 class Metrics:

@@ -55,9 +55,9 @@ class _Body:
             return await self.receive()
         try:
             message = await asyncio.wait_for(self.receive(), max(self.deadline - time.monotonic(), 0.01))
-        except asyncio.TimeoutError:
+        except asyncio.TimeoutError as exc:
             reason = f"the body took longer than {BODY_SECONDS:g} s"
-            raise RequestError(reason, status=408, code="body_timeout") from None
+            raise RequestError(reason, status=408, code="body_timeout") from exc
         self.size += len(message.get("body", b""))
         self.complete = not message.get("more_body", False)
         if self.size > self.max_bytes:

@@ -116,6 +116,7 @@ class GenerationRequest(Schema):
     frequency_penalty: Annotated[float, Range(-2, 2)] | None = None
     seed: Annotated[int, Range(-(2**63), 2**63 - 1)] | None = None
     logit_bias: LogitBias | None = None
+    draft_model: SkipJsonSchema[Annotated[Any, _unsupported("leave it out")]] = None
 
 
 class StreamOptions(Schema):

@@ -32,7 +32,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as exc:
-        raise IfpruneError(f"--host {host}: no address of that name ({_reason(exc)})") from None
+        raise IfpruneError(f"--host {host}: no address of that name ({_reason(exc)})") from exc
     family, kind, protocol, _, address = min(found, key=lambda one: one[0] != socket.AF_INET)
     listener = socket.socket(family, kind, protocol)
     try:
@@ -42,7 +42,7 @@ def bind(host: str, port: int) -> socket.socket:
         listener.close()
         raise IfpruneError(
             f"cannot listen on {host} port {port} ({_reason(exc)}); give another --port, or end what uses it"
-        ) from None
+        ) from exc
     return listener
 
 

@@ -242,9 +242,9 @@ class Service:
             raise RequestError(f"no task {name[:64]!r} for this model; {there}", "ifprune.task", code="task_not_found")
         try:
             return self._tasks.load(name)
-        except TaskError:  # its message names files of this machine
+        except TaskError as exc:  # its message names files of this machine
             reason = f"the task {name!r} is damaged; `ifprune tasks` on the server's machine says how"
-            raise RequestError(reason, "ifprune.task") from None
+            raise RequestError(reason, "ifprune.task") from exc
 
     def _logit_bias(self, given: dict[str, Any]) -> dict[int, float]:
         for token, value in given.items():

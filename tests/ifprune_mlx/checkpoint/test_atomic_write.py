@@ -6,15 +6,19 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from ifprune_mlx import Checkpoint
+from ifprune_mlx import Checkpoint, History, Model, Session, TaskStore
 from ifprune_mlx.checkpoint.atomic_write import new_folder, restore_folder, write_atomic
 from ifprune_mlx.checkpoint.hub import resolve
 from ifprune_mlx.errors import IfpruneError
+from ifprune_mlx.selection.cache import SelectionCache
 from tests.cli.process import environment
+from tests.ifprune_mlx.reference import random_selection
 from tests.tiny import write_checkpoint
 
 # Replaces the folder that it is given, and is killed when the old one has been put aside.
@@ -151,3 +155,69 @@ def test_a_failed_write_leaves_the_file_as_it_was(tmp_path: Path) -> None:
         write_atomic(file, fail)
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
     assert file.read_text() == "old"
+
+
+def test_the_umask_is_not_touched_by_importing_or_writing(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; seen = []; os.umask = seen.append; import ifprune_mlx, ifprune_mlx.session; "
+        "from pathlib import Path; from ifprune_mlx.checkpoint.atomic_write import new_folder, write_atomic; "
+        "write_atomic(Path(sys.argv[1], 'file'), lambda file: file.write_text('x'))\n"
+        "with new_folder(Path(sys.argv[1], 'folder'), overwrite=False): pass\n"
+        "assert seen == [], seen"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=environment(tmp_path))
+
+
+KILLED_WRITING = """
+import os, signal, sys
+from pathlib import Path
+from ifprune_mlx.checkpoint.atomic_write import write_atomic
+
+def killing(file):
+    file.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+write_atomic(Path(sys.argv[1]), killing)
+"""
+
+
+def killed_while_writing(path: Path) -> Path:
+    """What a process leaves that is killed while it writes a file."""
+    done = subprocess.run([sys.executable, "-c", KILLED_WRITING, str(path)], check=False, env=environment(path.parent))
+    assert done.returncode == -9
+    (left,) = (file for file in path.parent.iterdir() if file.name.startswith(f".{path.stem}."))
+    return left
+
+
+def test_temporary_files_of_killed_processes_are_swept_by_the_next_write(
+    tmp_path: Path, tiny: tuple[Model, Any]
+) -> None:
+    selection = random_selection((128, 128), (16, 16), seed=1)
+    store = TaskStore(tiny[0].checkpoint, tmp_path / "data")
+    store.save("other", selection)
+    cache = SelectionCache(tmp_path / "cache")
+    history = History.empty(tiny[0]).read(tiny[0], [40, 41])
+    (tmp_path / "mine").mkdir()
+    saves: dict[Path, Callable[[], object]] = {
+        store.folder / "task.safetensors": lambda: store.save("other", selection),
+        tmp_path / "cache" / f"{'a' * 64}.safetensors": lambda: cache.put("b" * 64, selection),
+        tmp_path / "mine" / "picked.safetensors": lambda: selection.save(tmp_path / "mine" / "picked.safetensors"),
+        tmp_path / "mine" / "chat.json": lambda: Session(*tiny).save(tmp_path / "mine" / "chat.json"),
+        tmp_path / "mine" / "kv.safetensors": lambda: history.save(tmp_path / "mine" / "kv.safetensors", tiny[0]),
+    }
+    for path, save in saves.items():
+        left = killed_while_writing(path)
+        others = [
+            left.with_name(name)
+            for name in (".mine", ".x.partial-notes.json", f".x.partial-{os.getpid()}-0a1b2c3d.json")
+        ]
+        for other in others:
+            other.write_text("not abandoned")
+        save()
+        assert not left.exists()
+        assert all(other.exists() for other in others)
+
+
+def test_a_long_name_can_be_written(tmp_path: Path) -> None:
+    for name in ("x" * 250 + ".json", "\U0001f600" * 62 + ".json"):
+        write_atomic(tmp_path / name, lambda file: file.write_text("x"))
+        assert (tmp_path / name).read_text() == "x"

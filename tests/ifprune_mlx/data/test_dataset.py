@@ -269,7 +269,7 @@ def test_without_a_template(tmp_path: Path) -> None:
     assert example is not None
     assert example.tokens[: example.prompt_length].tolist() == render_messages(plain, record.messages[:-1])
     assert plain.decode(example.tokens.tolist()) == "One?\n1\nTwo?\n2\n<|im_end|>"
-    assert learned(plain, example) == "1\n|2\n<|im_end|>"
+    assert learned(plain, example) == "\n1|\n2\n<|im_end|>"  # no line break is put behind what is answered
 
 
 def test_a_template_that_rewrites_history_leaves_the_last_answer(tmp_path: Path) -> None:

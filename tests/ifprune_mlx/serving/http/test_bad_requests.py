@@ -107,6 +107,7 @@ CASES = {
     "forced another": chat(
         "none of the tools", tools=[TOOL], tool_choice={"type": "function", "function": {"name": "g"}}
     ),
+    "a drafting model": chat("draft_model: is not supported; leave it out", draft_model="tiny"),
     "functions": chat("use tools", functions=[{"name": "f"}]),
     "density negative": chat("ifprune.density: must be above 0", ifprune={"density": -0.5}),
     "density above": chat("ifprune.density: must be above 0 and at most 1", ifprune={"density": 1.5}),

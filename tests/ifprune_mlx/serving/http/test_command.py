@@ -94,3 +94,10 @@ def test_the_page_is_given_out_when_asked_for(served: Served, checkpoint: Path, 
         assert served.get(f"/{name}").headers["content-type"].startswith(kind)
     with serving(checkpoint, tmp_path) as server:
         assert server.get("/").status_code == 404
+
+
+def test_the_chat_template_can_be_ignored(checkpoint: Path, tmp_path: Path) -> None:
+    body = {"messages": [{"role": "user", "content": "Once upon"}], "max_tokens": 1}
+    with serving(checkpoint, tmp_path, "--ignore-chat-template") as server:
+        usage = server.post("/v1/chat/completions", body).json()["usage"]
+        assert usage["prompt_tokens"] == len("Once upon")  # every byte is a token
