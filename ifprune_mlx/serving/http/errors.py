@@ -10,7 +10,7 @@ from typing import Any
 from fastapi.exceptions import RequestValidationError
 from starlette.responses import Response
 
-from ifprune_mlx.errors import IfpruneError, PromptError
+from ifprune_mlx.errors import ContextLengthError, IfpruneError, PromptError
 from ifprune_mlx.serving.engine.request import EngineClosedError, EngineFullError, GenerationFailedError
 
 log = logging.getLogger("ifprune.serve")
@@ -85,7 +85,7 @@ def to_request_error(exc: Exception) -> RequestError:
     elif isinstance(exc, EngineClosedError):
         error.status, error.code = 503, "shutting_down"
     elif isinstance(exc, PromptError):
-        error.code = "context_length_exceeded" if "context" in str(exc) else "invalid_prompt"
+        error.code = "context_length_exceeded" if isinstance(exc, ContextLengthError) else "invalid_prompt"
     return error
 
 

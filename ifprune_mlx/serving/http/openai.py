@@ -46,10 +46,13 @@ class OpenAI:
 
     async def chat(self, body: ChatRequest, headers: HeaderOptions) -> Response:
         """Answer a conversation."""
+        return await self._service.in_thread(self._chat, body, headers)
+
+    def _chat(self, body: ChatRequest, headers: HeaderOptions) -> Response:
         service, conversation = self._service, _conversation(body)
         if body.top_logprobs and not body.logprobs:
             raise field_error("top_logprobs", "needs logprobs to be true")
-        requests = await service.requests(
+        requests = service.requests(
             body,
             headers,
             partial(service.renderer.conversation, conversation),
@@ -63,11 +66,14 @@ class OpenAI:
 
     async def complete(self, body: TextRequest, headers: HeaderOptions) -> Response:
         """Continue texts."""
+        return await self._service.in_thread(self._complete, body, headers)
+
+    def _complete(self, body: TextRequest, headers: HeaderOptions) -> Response:
         service = self._service
         if body.best_of not in (None, body.n or 1):
             raise field_error("best_of", "is not supported; leave it out, or ask for n answers")
         prompts = _prompts(body.prompt, service.vocabulary)
-        requests = await service.requests(
+        requests = service.requests(
             body,
             headers,
             lambda policy: service.renderer.prompts(prompts),
