@@ -63,8 +63,8 @@ _EVENT = {
     "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
     "required": ["data"],
 }
-# A larger body waits until no other large one is prepared. As long as such a body is decoded or checked in one call into
-# C, no other thread runs: so there is a bound on what takes longest there.
+# A larger body waits until no other large one is prepared: while one is decoded or checked in a call into C, no other
+# thread runs. Objects take longest there, so they are bounded.
 _LARGE = 1 << 16
 _MOST_OBJECTS = 50_000
 _BODIES_HELD = 8  # of the largest size, at once

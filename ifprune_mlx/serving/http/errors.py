@@ -92,7 +92,7 @@ def to_request_error(exc: Exception) -> RequestError:
 def log_failure(what: str, exc: Exception) -> None:
     """Log why the server failed on a request, which clients do not see."""
     # The model fails in another thread: a traceback of this one would not show where.
-    log.error("%s: %s", what, exc, exc_info=not isinstance(exc, GenerationFailedError))
+    log.error("%s: %s", what, exc, exc_info=not isinstance(exc, (GenerationFailedError, EngineClosedError)))
 
 
 def error_body(path: str, error: RequestError) -> dict[str, Any]:

@@ -85,21 +85,22 @@ class OpenAI:
         return StreamingAnswer(service, requests, _TextFormat(service, body, requests), bool(body.stream))
 
     async def models(self) -> dict[str, Any]:
-        """List the served model, with the fields of both APIs."""
-        card = self._card()
-        return {"object": "list", "data": [card], "has_more": False, "first_id": card["id"], "last_id": card["id"]}
+        """List the served model under each of its names, with the fields of both APIs."""
+        names = self._service.names
+        cards = [self._card(name) for name in names]
+        return {"object": "list", "data": cards, "has_more": False, "first_id": names[0], "last_id": names[-1]}
 
     async def model(self, model: str) -> dict[str, Any]:
-        """Describe the served model by its name."""
+        """Describe the served model by one of its names."""
         self._service.check_model(model)
-        return self._card()
+        return self._card(model)
 
-    def _card(self) -> dict[str, Any]:
+    def _card(self, name: str) -> dict[str, Any]:
         service = self._service
         selection, checkpoint = service.defaults.selection, service.model.checkpoint
         keep = service.model.keep(selection.density, selection.active_parameters)
         return {
-            "id": service.name,
+            "id": name,
             "object": "model",
             "created": service.started,
             "owned_by": "ifprune",

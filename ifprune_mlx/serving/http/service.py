@@ -66,7 +66,9 @@ class Service:
         model, tokenizer: from `ifprune_mlx.load`.
         engine: the model's engine; the caller closes it.
         name: the model's name in the API.
-        aliases: more names that clients may use.
+        aliases: more names that clients may use, and are told.
+        path: where the model came from; a name that clients may use, but are not told.
+        any_model: clients may use any name.
         most_answers: the most answers to one HTTP request.
     """
 
@@ -78,6 +80,8 @@ class Service:
         *,
         name: str,
         aliases: Sequence[str] = (),
+        path: str | None = None,
+        any_model: bool = False,
         defaults: Defaults | None = None,
         most_answers: int = 64,
     ) -> None:
@@ -89,7 +93,8 @@ class Service:
         self.started = int(time.time())
         self.renderer = ChatRenderer(model, tokenizer)
         self.vocabulary = int(model.config.get("vocab_size") or model.config["text_config"]["vocab_size"])
-        self._names = {name, *aliases, *_ALIASES}
+        self.names = tuple(dict.fromkeys((name, *aliases)))
+        self._accepted = None if any_model else {path, *self.names, *_ALIASES}
         self._tasks = TaskStore(model.checkpoint)
         self._used: OrderedDict[str, dict[str, Any]] = OrderedDict()
         # Decoding, checking and encoding a long prompt must not block the event loop, nor other prompts. Only the fast
@@ -106,8 +111,9 @@ class Service:
 
     def check_model(self, name: str | None) -> None:
         """Raise RequestError unless this names the served model; None does."""
-        if name is not None and name not in self._names:
-            reason = f"the model {name[:100]!r} is not served here; ask for {self.name!r} or 'default'"
+        if name is not None and self._accepted is not None and name not in self._accepted:
+            names = ", ".join(repr(one) for one in (*self.names, "default"))
+            reason = f"the model {name[:100]!r} is not served here; ask for {names}, or serve it with --alias"
             raise RequestError(reason, "model", status=404, code="model_not_found")
 
     def requests(
