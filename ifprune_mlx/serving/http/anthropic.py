@@ -52,10 +52,10 @@ class Anthropic:
 
     async def count(self, body: CountRequest) -> dict[str, int]:
         """Count a conversation's tokens."""
-        self._service.check_model(body.model)
         return {"input_tokens": await self._service.in_thread(self._count, body)}
 
     def _count(self, body: CountRequest) -> int:
+        self._service.check_model(body.model)
         [prompt] = self._service.renderer.conversation(_conversation(body))
         return len(prompt.tokens)
 
