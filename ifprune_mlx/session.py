@@ -1,8 +1,8 @@
 """A conversation: its messages, its selection, and its history.
 
-Policies: `first` (the paper: the first human message selects, and the selection stays), `system` (the system prompt
-selects instead, alike in every conversation that has it), `turn` (every message selects), `auto` (every message
-selects, but the model switches only if the two selections agree too little), `task` (fixed).
+Policies: `first` (the paper: the first human message selects, and the selection stays), `turn` (every message selects),
+`auto` (every message selects, but the model switches only if the two selections agree too little), `task` (fixed),
+`system` (the system prompt selects, alike in every conversation that has it; without one it is as `first`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ifprune_mlx.prompt_cache import History
 from ifprune_mlx.selection.selection import Selection
 from ifprune_mlx.selection.selectors import Selector, make_selector
 
-POLICIES = ("first", "system", "turn", "auto", "task")
+POLICIES = ("first", "turn", "auto", "task", "system")
 _FILE_FORMAT = 1
 # At this agreement an answer loses almost nothing on another message's selection (docs/performance.md).
 SWITCH_BELOW = 0.75
@@ -43,7 +43,7 @@ class Session:
 
     Args:
         model, tokenizer: from `ifprune_mlx.load`.
-        policy: `first`, `system`, `turn`, `auto` or `task`.
+        policy: `first`, `turn`, `auto`, `task` or `system`.
         selector: a name or an object; None takes the checkpoint's default.
         selection: a fixed selection; required for policy `task`, and implies it.
         dense: begin with all neurons active.

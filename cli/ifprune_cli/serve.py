@@ -104,12 +104,11 @@ class _Requests:
     min_p: options.MinPOption = 0.0
     top_k: options.TopKOption = 0
     policy: Annotated[
-        Optional[Literal["first", "system", "turn", "auto"]],
+        Optional[Literal["first", "turn", "auto", "system"]],
         options.selection_option(
             "--policy",
-            help="Select by the first user message, by the system prompt and the tools' names (for agents: their long"
-            " prompts are then read once), by the last user message, or by it where the topic changes."
-            "  [default: first]",
+            help="Select by the first user message, by the last one, by the last one where the topic changes, or by the"
+            " system prompt and the tools' names: then the long prompt of an agent is read once.  [default: first]",
         ),
     ] = None
     concurrency: Annotated[

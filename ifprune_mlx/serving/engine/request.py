@@ -15,7 +15,7 @@ from ifprune_mlx.selection.selection import Selection
 if TYPE_CHECKING:
     from ifprune_mlx.serving.engine.output_processor import OutputProcessor
 
-POLICIES = ("first", "system", "turn", "auto")
+POLICIES = ("first", "turn", "auto", "system")
 
 
 class EngineFullError(IfpruneError):
