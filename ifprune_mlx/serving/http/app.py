@@ -231,7 +231,10 @@ class _Bodies:
                 self._hold(len(part))
             if len(body) > _LARGE:
                 await until_prepared.enter_async_context(self._large)
-            yield await self._service.in_thread(_decode_and_check, body, schema)
+            checked = await self._service.in_thread(_decode_and_check, body, schema)
+            if isinstance(checked, RequestError):
+                raise checked
+            yield checked
 
     def _hold(self, size: int) -> None:
         self._held += size
@@ -240,14 +243,17 @@ class _Bodies:
             raise RequestError(reason, status=429, code="too_many_bytes", headers={"Retry-After": later})
 
 
-def _decode_and_check(body: bytearray, schema: type[BaseModel]) -> BaseModel:
+def _decode_and_check(body: bytearray, schema: type[BaseModel]) -> BaseModel | RequestError:
+    """The error is returned: one that is raised would carry the whole value to the event loop, to be freed there."""
     with _no_collection() if len(body) > _LARGE else nullcontext():
         value = decode_json(body)
         try:
             return schema.model_validate(value)
         except ValidationError as exc:
             errors = [{**error, "loc": ("body", *error["loc"])} for error in exc.errors(include_url=False)]
-            raise RequestValidationError(errors, body=value) from None
+            return to_request_error(RequestValidationError(errors, body=value))
+        finally:
+            del value
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import ipaddress
 import socket
 from collections.abc import Callable
@@ -95,6 +96,8 @@ def serve(app: ASGIApp, listener: socket.socket, ready: Callable[[], None], stop
         await server.serve(sockets=[listener])
         watching.cancel()
 
+    gc.collect()
+    gc.freeze()  # what is loaded stays: looking through it again and again would stop everything for a moment
     try:
         asyncio.run(run())
     except KeyboardInterrupt:
