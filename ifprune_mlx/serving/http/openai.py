@@ -93,7 +93,7 @@ class OpenAI:
     async def model(self, model: str) -> dict[str, Any]:
         """Describe the served model by one of its names."""
         self._service.check_model(model)
-        return self._card(model)
+        return self._card(model if model in self._service.names else self._service.name)
 
     def _card(self, name: str) -> dict[str, Any]:
         service = self._service
