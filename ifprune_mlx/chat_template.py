@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ifprune_mlx.errors import PromptError, reason_of
+from ifprune_mlx.errors import ContextLengthError, PromptError, reason_of
 
 if TYPE_CHECKING:
     from ifprune_mlx.model import Model
@@ -21,7 +21,7 @@ Prompt = str | Sequence[int] | Messages
 
 
 def check_prompt(model: Model, tokens: Sequence[int]) -> None:
-    """Raise PromptError if there is nothing to read, or more than the model's context holds.
+    """Raise PromptError if there is nothing to read, ContextLengthError if it is more than the context holds.
 
     Raises:
         ModelClosedError: if the model was closed.
@@ -31,7 +31,7 @@ def check_prompt(model: Model, tokens: Sequence[int]) -> None:
         raise PromptError("the prompt is empty; write something to answer")
     limit = model.context_length
     if limit is not None and len(tokens) >= limit:
-        raise PromptError(
+        raise ContextLengthError(
             f"the prompt has {len(tokens)} tokens, the model's context holds {limit}; shorten it or start anew"
         )
 

@@ -39,6 +39,10 @@ class PromptError(IfpruneError):
     """A prompt that cannot be answered: empty, or longer than the model's context."""
 
 
+class ContextLengthError(PromptError):
+    """A prompt that is longer than the model's context."""
+
+
 class ChatFileError(IfpruneError):
     """A saved chat that cannot be read back."""
 

@@ -206,8 +206,8 @@ def stream_generate(
     history = prompt_cache if prompt_cache is not None else History.empty(model, max_kv_size)
     if max_kv_size not in (None, history.max_kv_size):
         raise IfpruneError(
-            f"max_kv_size {max_kv_size}: the given prompt_cache has its own bound, {history.max_kv_size}; leave it out, "
-            "or make the cache with History.empty(model, max_kv_size)"
+            f"max_kv_size {max_kv_size}: the given prompt_cache has its own bound, {history.max_kv_size}; leave it "
+            "out, or make the cache with History.empty(model, max_kv_size)"
         )
     if dense:
         selection = None

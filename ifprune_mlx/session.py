@@ -1,7 +1,8 @@
 """A conversation: its messages, its selection, and its history.
 
 Policies: `first` (the paper: the first human message selects, and the selection stays), `turn` (every message selects),
-`auto` (every message selects, but the model switches only if the two selections agree too little), `task` (fixed).
+`auto` (every message selects, but the model switches only if the two selections agree too little), `task` (fixed),
+`system` (the system prompt selects, alike in every conversation that has it; without one it is as `first`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from ifprune_mlx.prompt_cache import History
 from ifprune_mlx.selection.selection import Selection
 from ifprune_mlx.selection.selectors import SELECTORS, Selector, make_selector
 
-POLICIES = ("first", "turn", "auto", "task")
+POLICIES = ("first", "turn", "auto", "task", "system")
 _FILE_FORMAT = 1
 # At this agreement an answer loses almost nothing on another message's selection (docs/performance.md).
 SWITCH_BELOW = 0.75
@@ -43,7 +44,7 @@ class Session:
 
     Args:
         model, tokenizer: from `ifprune_mlx.load`.
-        policy: `first`, `turn`, `auto` or `task`.
+        policy: `first`, `turn`, `auto`, `task` or `system`.
         selector: a name or an object; None takes the checkpoint's default.
         selection: a fixed selection; required for policy `task`, and implies it.
         dense: begin with all neurons active.
@@ -188,13 +189,13 @@ class Session:
     def set_budget(
         self, density: float | None = None, active_parameters: int | None = None, memory: int | None = None
     ) -> None:
-        """Change the budget. The next message selects again; with policy `first`, by the same instruction as before."""
+        """Change the budget. The next message selects again; with `first` and `system`, by the same instruction."""
         self._check_idle()
         if self.policy == "task":
             raise IfpruneError("the selection is fixed in this conversation, and its density with it")
         self.keep = self.model.keep(density, active_parameters, memory)
         self.selection = None
-        if self.policy != "first":
+        if self.policy not in ("first", "system"):
             self._instruction = None
 
     def save(self, path: str | Path) -> None:
@@ -333,6 +334,8 @@ class Session:
     def _request(self, text: str, messages: list[dict[str, str]]) -> GenerationRequest:
         tokens = render_messages(self.tokenizer, messages)
         selecting = not self.dense and (self.selection is None or self.policy in ("turn", "auto"))
+        if self.policy == "system" and self.system_prompt:
+            text = self.system_prompt
         kept = text if self._instruction is None else self._instruction
         if not selecting:
             selection = None if self.dense else self.selection

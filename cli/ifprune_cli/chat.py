@@ -56,10 +56,11 @@ class _Conversing:
     ignore_chat_template: IgnoreTemplateOption = False
     load: Annotated[Optional[Path], typer.Option("--load", metavar="FILE", help="Go on with a saved chat.")] = None
     policy: Annotated[
-        Optional[Literal["first", "turn", "auto"]],
+        Optional[Literal["first", "turn", "auto", "system"]],
         selection_option(
             "--policy",
-            help="Select by the first message, anew at every turn, or anew where the topic changes.  [default: first]",
+            help="Select by the first message, anew at every turn, anew where the topic changes, or by the system"
+            " prompt.  [default: first]",
         ),
     ] = None
     on_switch: Annotated[

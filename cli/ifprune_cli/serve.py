@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import typer
 
@@ -57,6 +57,13 @@ class _Server:
         Optional[list[str]],
         _server("--cors", metavar="ORIGIN", help="Let web pages of this origin ask, * for all; repeatable."),
     ] = None
+    alias: Annotated[
+        Optional[list[str]],
+        _server("--alias", metavar="NAME", help="Let clients ask for the model by this name, too; repeatable."),
+    ] = None
+    any_model: Annotated[
+        bool, _server("--any-model", help="Let clients ask for any model; this one answers them all.")
+    ] = False
     ui: Annotated[bool, _server("--ui", help="Serve a chat page at /.")] = False
     max_body: Annotated[str, _server("--max-body", metavar="BYTES", help="Refuse requests with a larger body.")] = (
         "10MB"
@@ -96,6 +103,14 @@ class _Requests:
     top_p: options.TopPOption = 1.0
     min_p: options.MinPOption = 0.0
     top_k: options.TopKOption = 0
+    policy: Annotated[
+        Optional[Literal["first", "turn", "auto", "system"]],
+        options.selection_option(
+            "--policy",
+            help="Select by the first user message, by the last one, by the last one where the topic changes, or by the"
+            " system prompt and the tools' names: then the long prompt of an agent is read once.  [default: first]",
+        ),
+    ] = None
     concurrency: Annotated[
         int, _requests("--concurrency", min=1, max=1024, help="Compute at most this many answers together.")
     ] = 8
@@ -128,6 +143,7 @@ def serve(
 ) -> None:
     """Serve a model over HTTP, as OpenAI's and Anthropic's clients ask; every request selects its own neurons."""
     _check_installed()
+    from ifprune_mlx import IfpruneError
     from ifprune_mlx.serving.engine.engine import Engine
     from ifprune_mlx.serving.engine.request import SamplingParams
     from ifprune_mlx.serving.engine.sampling import check_sampling
@@ -138,11 +154,15 @@ def serve(
 
     choice = options.SelectionOptions(selector, task=task, dense=dense)
     choice.check_exclusive(budget)
+    policy = {"--policy": requests.policy}
+    options.check_exclusive({"--task": task, **policy}, {"--dense": dense, **policy})
     body_bytes = _bytes(server.max_body, "--max-body")
     cache_bytes = _bytes(requests.prompt_cache_size, "--prompt-cache-size")
     sampling = SamplingParams(requests.temp, requests.top_p, requests.top_k, requests.min_p)
     check_sampling(sampling, None)
     budget.arguments()  # a quantity that cannot be read is found before the socket is taken
+    if "" in (server.alias or ()):
+        raise IfpruneError("--alias is empty; give a name")
     listener, key = server.bind()
     runtime = open_runtime(model, choice, budget, selecting, template=not requests.ignore_chat_template)
     _log(server.log_level)
@@ -154,16 +174,18 @@ def serve(
         queue=requests.queue,
         prompt_cache_bytes=cache_bytes,
     )
-    with closing(engine), closing(_service(runtime, engine, model.model, task, sampling, requests)) as service:
+    with closing(engine), closing(_service(runtime, engine, model, server, task, sampling, requests)) as service:
         origins = tuple(server.cors or ())
         limits = Limits(key, is_loopback(listener), server.host, origins, body_bytes, most + 64)
-        listen(make_app(service, limits, ui=server.ui), listener, lambda: _announce(service.name, url(listener), json))
+        app = make_app(service, limits, ui=server.ui)
+        listen(app, listener, lambda: _announce(service.name, url(listener), json), engine.close)
 
 
 def _service(
     runtime: Runtime,
     engine: Engine,
-    alias: str | None,
+    model: options.ModelOptions,
+    server: _Server,
     task: str | None,
     sampling: SamplingParams,
     requests: _Requests,
@@ -177,13 +199,15 @@ def _service(
     runtime.model.keep(**budget)  # a budget that cannot be is found now
     if task is None and not runtime.dense:
         make_selector(runtime.model, runtime.selector)
-    chosen = {"task": task, "selector": runtime.selector, "dense": runtime.dense, **budget}
+    chosen = {"task": task, "selector": runtime.selector, "dense": runtime.dense, "policy": requests.policy, **budget}
     return Service(
         runtime.model,
         runtime.tokenizer,
         engine,
         name=runtime.name,
-        aliases=() if alias is None else (alias,),
+        aliases=server.alias or (),
+        path=model.model,
+        any_model=server.any_model,
         defaults=Defaults(SelectionOptions.model_validate(chosen), sampling, requests.max_tokens),
         most_answers=requests.most_answers,
     )

@@ -66,6 +66,19 @@ def test_first_selects_by_the_first_message_and_stays(tiny: Tiny) -> None:
     assert chat.selection.hash == hash_of(tiny, "One")
 
 
+def test_system_selects_by_the_system_prompt(tiny: Tiny) -> None:
+    chats = [session(tiny, policy="system", system_prompt="Be brief.") for _ in range(2)]
+    texts = (("One", "Two"), ("Three", "Four"))
+    stats = [say(chat, text) for chat, both in zip(chats, texts, strict=True) for text in both]
+    assert [entry.selection for entry in stats] == [hash_of(tiny, "Be brief.")] * 4
+    chats[0].reset()
+    assert say(chats[0], "Five").selection == hash_of(tiny, "Be brief.")
+    chats[0].set_budget(0.5)
+    assert say(chats[0], "Six").density == 0.5
+    plain = session(tiny, policy="system")  # without one it is as `first`
+    assert [say(plain, text).selection for text in ("One", "Two")] == [hash_of(tiny, "One")] * 2
+
+
 def test_turn_selects_by_every_message(tiny: Tiny) -> None:
     chat = session(tiny, policy="turn")
     texts = ("One", "Two", "One")

@@ -5,13 +5,28 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import numpy as np
+
 from ifprune_mlx.checkpoint.budget import SSD
 from ifprune_mlx.errors import BudgetError, CheckpointError, reason_of
 from ifprune_mlx.model import Model
-from ifprune_mlx.prompt_cache import DENSE, History
+from ifprune_mlx.prompt_cache import DENSE
 from ifprune_mlx.selection.selection import Selection
-from ifprune_mlx.selection.selectors import Instruction, Selected, default_selector, make_selector
-from ifprune_mlx.serving.engine.request import EngineClosedError, GenerationFailedError, RequestState
+from ifprune_mlx.selection.selectors import (
+    ActivationSelector,
+    CachedSelector,
+    Instruction,
+    Selected,
+    Selector,
+    default_selector,
+    make_selector,
+)
+from ifprune_mlx.serving.engine.request import (
+    EngineClosedError,
+    GenerationFailedError,
+    RequestState,
+    SelectionParams,
+)
 from ifprune_mlx.serving.engine.scheduler import EXCLUSIVE
 from ifprune_mlx.session import SWITCH_BELOW
 
@@ -48,22 +63,18 @@ class ActiveSelection:
 
         A selector may leave the model dense; `activate` and `restore` undo that.
 
-        Raises:
-            IfpruneError: if the request's selection parameters cannot be used.
+        The parameters have passed `check_selecting`.
         """
         model, params = self._model, state.request.selection_params
         if params.selection is not None:
-            model.check(params.selection)
             state.selection, state.selection_key = params.selection, params.selection.hash
             return
-        name = params.selector or default_selector(model)
-        keep = model.keep(params.density, params.active_parameters)
-        if params.dense or name == _ACTIVATION:
-            if model.residency == SSD:
-                raise BudgetError("not all neurons are in memory; load the model with residency ram to use it dense")
+        name, repeats = params.selector or default_selector(model), bool(state.request.instruction_tokens)
+        if params.dense or (name == _ACTIVATION and not repeats):
             # `activation` reads the prompt to select, and decoding continues from its KV cache.
             state.selection_key = DENSE if params.dense else EXCLUSIVE
             return
+        keep = model.keep(params.density, params.active_parameters)
         selection = self._run_selector(state, name, keep).selection
         live = self.selection
         if params.policy == "auto" and live is not None and live.keep == keep:
@@ -79,14 +90,9 @@ class ActiveSelection:
         Raises:
             EngineClosedError: if the request is stopped.
         """
-
-        def check(done: int, total: int) -> None:
-            if state.stopped:
-                raise EngineClosedError
-
         params = state.request.selection_params
         keep = self._model.keep(params.density, params.active_parameters)
-        selected = self._run_selector(state, _ACTIVATION, keep, history=History.empty(self._model), progress=check)
+        selected = self._run_selector(state, _ACTIVATION, keep)
         state.selection = selected.selection
         assert selected.history is not None
         return selected.history.kv, len(selected.history.tokens)
@@ -123,13 +129,42 @@ class ActiveSelection:
         self.trusted = True
         return seconds
 
-    def _run_selector(self, state: RequestState, name: str, keep: tuple[int, ...], **options: Any) -> Selected:
-        start = time.monotonic()
+    def _run_selector(self, state: RequestState, name: str, keep: tuple[int, ...]) -> Selected:
+        def check(done: int, total: int) -> None:
+            if state.stopped:
+                raise EngineClosedError
+            state.has_read(done)
+
+        start, request = time.monotonic(), state.request
+        selector: Selector = make_selector(self._model, name)
+        if isinstance(selector, ActivationSelector) and request.instruction_tokens:
+            selector = CachedSelector(self._model, _InstructionReader(self._model), self._model.selection_cache)
         try:
-            instruction = Instruction(state.request.instruction, state.request.tokens, **options)
-            return make_selector(self._model, name).select(instruction, keep)
+            tokens = request.instruction_tokens or request.tokens
+            return selector.select(Instruction(request.instruction, tokens, progress=check), keep)
         finally:
             state.select_s = time.monotonic() - start
+
+
+class _InstructionReader(ActivationSelector):
+    """Reads instructions alone, without the rest of their prompts, so that what it selects can be kept."""
+
+    def reads(self, instruction: Instruction) -> bytes:
+        """The tokens, and the float type that computes them."""
+        return f"{self._model.dtype}:".encode() + np.array(instruction.tokens, dtype="<i4").tobytes()
+
+
+def check_selecting(model: Model, params: SelectionParams) -> None:
+    """Raise IfpruneError if a request's selection parameters cannot be used."""
+    if params.selection is not None:
+        model.check(params.selection)
+        return
+    name = params.selector or default_selector(model)
+    model.keep(params.density, params.active_parameters)
+    if (params.dense or name == _ACTIVATION) and model.residency == SSD:
+        raise BudgetError("not all neurons are in memory; load the model with residency ram to use it dense")
+    if name != "learned" or not model.checkpoint.has_predictor:  # a predictor is loaded in the worker thread
+        make_selector(model, name)
 
 
 def _key_of(selection: Selection | None) -> str:

@@ -52,6 +52,8 @@ class BatchDecoder:
 
     def __init__(self, model: Model, end: Iterable[int], capacity: int) -> None:
         self.capacity = capacity
+        # Those that read their prompts, with the tokens that they need not read.
+        self._reading: dict[int, tuple[RequestState, int]] = {}
         self._generator = BatchGenerator(
             model.module,
             stop_tokens=[[token] for token in end],
@@ -77,18 +79,26 @@ class BatchDecoder:
             samplers=[make_sampler(sampling)],
             logits_processors=[make_processors(sampling)],
         )
+        self._reading[uids[0]] = state, read
         return int(uids[0])
 
     def step(self) -> list[Token]:
         """Read a part of the unread prompts, and decode one token of each other sequence."""
         tokens = []
-        for one in self._generator.next()[1]:
+        prompts, answers = self._generator.next()
+        for prompt in prompts:
+            state, read = self._reading[prompt.uid]
+            state.has_read(read + prompt.progress[0])
+            if prompt.end_of_prompt:
+                del self._reading[prompt.uid]
+        for one in answers:
             cache = (one.all_tokens, one.prompt_cache) if one.finish_reason else None
             tokens.append(Token(one.uid, one.token, one.logprobs, one.finish_reason, cache))
         return tokens
 
     def remove(self, uid: int, *, with_cache: bool) -> SequenceCache | None:
         """Remove an unfinished sequence; returns its cache if `with_cache`, which needs a generated token."""
+        self._reading.pop(uid, None)
         found = self._generator.remove([uid], return_prompt_caches=with_cache)
         return (found[uid][1], found[uid][0]) if with_cache else None
 
@@ -121,6 +131,7 @@ class SingleDecoder:
         def on_prefill(done: int, total: int) -> None:
             if done < total and state.stopped:
                 raise EngineClosedError
+            state.has_read(read + done)
 
         self._steps = generate_step(
             mx.array(tokens[read:]),

@@ -10,7 +10,7 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import cached_property
@@ -21,7 +21,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ifprune_mlx.chat_template import check_prompt
 from ifprune_mlx.errors import IfpruneError, PromptError, reason_of
 from ifprune_mlx.model import Model
-from ifprune_mlx.serving.engine.active_selection import ActiveSelection
+from ifprune_mlx.serving.engine.active_selection import ActiveSelection, check_selecting
 from ifprune_mlx.serving.engine.decoder import BatchDecoder, Decoder, SequenceCache, SingleDecoder, Token, can_batch
 from ifprune_mlx.serving.engine.output_processor import OutputProcessor
 from ifprune_mlx.serving.engine.prefix_cache import PrefixCache
@@ -30,6 +30,7 @@ from ifprune_mlx.serving.engine.request import (
     EngineClosedError,
     EngineStats,
     GenerationFailedError,
+    PromptProgress,
     Request,
     RequestOutput,
     RequestState,
@@ -48,7 +49,7 @@ class Engine:
     Args:
         model, tokenizer: from `ifprune_mlx.load`.
         concurrency: the most requests that are decoded together.
-        queue: the most requests that wait.
+        queue: the most requests that wait beside them.
         prompt_cache_bytes: size of all kept KV caches of finished requests; 0 keeps none.
         patience: seconds that the live selection's requests go first while one of another selection waits.
     """
@@ -64,7 +65,7 @@ class Engine:
         patience: float = 2.0,
     ) -> None:
         self._model, self._tokenizer, self._concurrency = model, tokenizer, concurrency
-        self._scheduler = Scheduler(queue, patience)
+        self._scheduler = Scheduler(queue, patience, concurrency)
         self._turn: Future[object] | None = None  # the engine's place in line for the model
         self._turn_lock = threading.Lock()
         # Only the worker thread uses these.
@@ -72,11 +73,17 @@ class Engine:
         self._prefix_cache = PrefixCache(prompt_cache_bytes)
         self._decoder: Decoder | None = None  # None while nothing runs
 
-    async def stream(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
+    async def stream(
+        self, request: Request, progress: Callable[[PromptProgress], None] | None = None
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Answer one request; may be called in any event loop of any thread.
 
         The answer is computed even if its outputs are not read. Ending the generator early (`aclose`, cancelling its
         task) ends the request after the current token; its KV cache is kept.
+
+        Args:
+            progress: called in this event loop when the request is accepted, and while its prompt is read. What it
+                is not called for raises at once.
 
         Raises:
             EngineFullError: if too many requests wait.
@@ -85,9 +92,11 @@ class Engine:
             IfpruneError: if the request cannot be answered: PromptError, BudgetError, SelectionError, ...
         """
         check_request(self._model, request)
-        state = RequestState(request, asyncio.get_running_loop())
+        state = RequestState(request, asyncio.get_running_loop(), progress)
         if self._scheduler.add(state):
             self._ask_for_turn()
+        if progress is not None:
+            progress(PromptProgress(None, len(request.tokens)))
         try:
             while True:
                 output = await state.outputs.get()
@@ -112,7 +121,10 @@ class Engine:
         )
 
     def close(self) -> None:
-        """End every request with EngineClosedError and release the model; returns after the current token."""
+        """End every request with EngineClosedError, those that wait at once, and release the model.
+
+        Returns after the current token.
+        """
         self._scheduler.close()
         self._call_off_turn()
         self._scheduler.idle.wait()
@@ -220,6 +232,7 @@ class Engine:
                 self._decoder = SingleDecoder(self._model, end)
         state.output_processor = OutputProcessor(request, self._tokenizer)
         state.started = time.monotonic()
+        state.has_read(read)
         room = (self._model.context_length or math.inf) - len(request.tokens)
         state.uid = self._decoder.insert(state, cache, read, int(min(request.max_tokens, room)))
 
@@ -290,7 +303,7 @@ class Engine:
 
 
 def check_request(model: Model, request: Request) -> None:
-    """Check what can be checked before selecting; raise PromptError or IfpruneError if `model` cannot answer."""
+    """Check what can be checked before selecting; raise IfpruneError if `model` cannot answer."""
     check_prompt(model, request.tokens)
     vocabulary = model.config.get("vocab_size", model.config.get("text_config", {}).get("vocab_size"))
     if vocabulary is not None and not 0 <= min(request.tokens) <= max(request.tokens) < vocabulary:
@@ -304,3 +317,4 @@ def check_request(model: Model, request: Request) -> None:
     if request.selection_params.policy not in POLICIES:
         raise IfpruneError(f"unknown policy {request.selection_params.policy!r}; choose one of {', '.join(POLICIES)}")
     check_sampling(request.sampling, vocabulary)
+    check_selecting(model, request.selection_params)

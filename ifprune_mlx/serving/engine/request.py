@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from ifprune_mlx.selection.selection import Selection
 if TYPE_CHECKING:
     from ifprune_mlx.serving.engine.output_processor import OutputProcessor
 
-POLICIES = ("first", "turn", "auto")
+POLICIES = ("first", "turn", "auto", "system")
 
 
 class EngineFullError(IfpruneError):
@@ -37,9 +37,10 @@ class GenerationFailedError(RuntimeError):
 class SelectionParams:
     """How a request's neurons are selected.
 
-    Policies `first` and `turn` select by `Request.instruction`, the first or the last user message. `auto` does too,
-    but keeps the live selection if both keep the same number of neurons and their agreement is
-    `ifprune_mlx.session.SWITCH_BELOW` or more. The selector `activation` always selects.
+    All policies select by `Request.instruction`: the first user message for `first`, the last one for `turn` and
+    `auto`, the system prompt and the tools' names for `system`. `auto` keeps the live selection if both keep the same
+    number of neurons and their agreement is `ifprune_mlx.session.SWITCH_BELOW` or more. The selector `activation`
+    reads the whole prompt and always selects, but for `system` it reads `Request.instruction` alone.
     """
 
     selector: str | None = None  # `learned`, `activation`, `static` or `random`; None takes the checkpoint's default
@@ -70,12 +71,22 @@ class Request:
     """One answer to compute."""
 
     tokens: tuple[int, ...]  # the rendered prompt, at least one token
-    instruction: str  # the selector reads it
+    instruction: str  # the selector reads it, see `SelectionParams`
     selection_params: SelectionParams
     sampling: SamplingParams
     max_tokens: int  # above 0; the answer is shorter if the context ends first
     stop: tuple[str, ...] = ()  # strings that end the answer; its text ends before them, whatever tokens they span
     logprobs: int | None = None  # top alternatives per token, 0 to 20; None gives no log-probabilities
+    # The instruction's tokens where policy `system` selects by it alone; the selector `activation` reads them.
+    instruction_tokens: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class PromptProgress:
+    """How far a request is before its first token."""
+
+    read: int | None  # prompt tokens that need not be read any more; None while the request waits
+    total: int  # tokens of the prompt
 
 
 @dataclass(frozen=True)
@@ -127,6 +138,7 @@ class EngineStats:
     requests: int  # ended: answered, failed or cancelled
     failed: int  # ended with an error, also at `Engine.close`
     cancelled: int
+    prefix_hits: int  # answered, with KV entries from the prefix cache
     running: int  # prefilled or decoded now
     waiting: int  # in the queue now
     switches: int  # how often another selection (or dense) was made active
@@ -152,6 +164,7 @@ class RequestState:
 
     request: Request
     loop: asyncio.AbstractEventLoop  # reads `outputs`
+    progress: Callable[[PromptProgress], None] | None = None  # is called in that loop
     outputs: asyncio.Queue[RequestOutput | Exception] = field(default_factory=asyncio.Queue)  # an error is the last one
     cancelled: bool = False  # nobody reads `outputs` any more
     stopped: bool = False  # it must end soon: it is cancelled, or the engine is closed
@@ -172,8 +185,16 @@ class RequestState:
 
     def put(self, output: RequestOutput | Exception) -> None:
         """Send a part of the answer to the event loop that reads it; may be called in any thread."""
+        self._in_loop(self.outputs.put_nowait, output)
+
+    def has_read(self, tokens: int) -> None:
+        """Tell how many tokens of the prompt need not be read any more; may be called in any thread."""
+        if self.progress is not None:
+            self._in_loop(self.progress, PromptProgress(tokens, len(self.request.tokens)))
+
+    def _in_loop(self, call: Callable[..., None], given: object) -> None:
         try:
-            self.loop.call_soon_threadsafe(self.outputs.put_nowait, output)
+            self.loop.call_soon_threadsafe(call, given)
         except RuntimeError:  # the event loop is closed
             self.cancelled = self.stopped = True
 

@@ -13,6 +13,7 @@ from typing import Any
 from ifprune_mlx.serving.engine.request import EngineClosedError, EngineFullError, RequestState, RequestStats
 
 EXCLUSIVE = "exclusive"  # selection key of a request that runs alone
+_COUNTED = ("requests", "failed", "cancelled", "prefix_hits")
 _SUMMED = ("prompt_tokens", "cached_tokens", "completion_tokens", "select_s", "switch_s", "prefill_s", "decode_s")
 
 
@@ -48,14 +49,15 @@ class Scheduler:
     Any thread may call `add`, `cancel`, `counters`, `rest` and `close`; only the worker thread calls the others.
 
     Args:
-        queue: the most requests that wait.
+        queue: the most requests that wait beside those that run.
         patience: see `next_request`.
+        concurrency: the most requests that run. One that could run may wait, too, until the worker thread is there.
     """
 
-    def __init__(self, queue: int, patience: float) -> None:
-        self._queue, self._patience = queue, patience
+    def __init__(self, queue: int, patience: float, concurrency: int = 1) -> None:
+        self._most, self._patience = queue + concurrency, patience
         self._lock = threading.RLock()
-        self._counters: dict[str, float] = dict.fromkeys(("requests", "failed", "cancelled", *_SUMMED), 0)
+        self._counters: dict[str, float] = dict.fromkeys(_COUNTED + _SUMMED, 0)
         self.waiting: list[RequestState] = []  # in order of arrival
         self.running: list[RequestState] = []  # only the worker thread changes it, so it reads without the lock
         self.closed = False
@@ -74,8 +76,8 @@ class Scheduler:
         with self._lock:
             if self.closed:
                 raise EngineClosedError
-            if len(self.waiting) >= self._queue:
-                raise EngineFullError(f"{self._queue} requests wait already; try again in a few seconds")
+            if len(self.running) + len(self.waiting) >= self._most:
+                raise EngineFullError(f"{len(self.waiting)} requests wait already; try again in a few seconds")
             self.waiting.append(state)
             was_idle = self.idle.is_set()
             self.idle.clear()
@@ -101,11 +103,15 @@ class Scheduler:
             return self.idle.is_set()
 
     def close(self) -> None:
-        """Accept no more requests, and stop all others."""
+        """Accept no more requests, end those that wait, and stop the others."""
         with self._lock:
             self.closed = True
-            for state in (*self.running, *self.waiting):
+            for state in self.running:
                 state.stopped = True
+            for state in tuple(self.waiting):
+                state.stopped = True
+                self.finish(state)
+                state.put(EngineClosedError())
 
     def unselected(self, most: int) -> list[RequestState]:
         """The first `most` requests in the queue that have not selected."""
@@ -135,5 +141,6 @@ class Scheduler:
             if stats is None:
                 self._counters["cancelled" if state.cancelled else "failed"] += 1
                 return
+            self._counters["prefix_hits"] += stats.cached_tokens > 0
             for name in _SUMMED:
                 self._counters[name] += getattr(stats, name)

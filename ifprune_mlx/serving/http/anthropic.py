@@ -11,7 +11,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-from ifprune_mlx.serving.engine.request import Request, RequestOutput
+from ifprune_mlx.serving.engine.request import PromptProgress, Request, RequestOutput
 from ifprune_mlx.serving.http.chat_rendering import Conversation, Tools, choose_tools
 from ifprune_mlx.serving.http.errors import RequestError, error_body, field_error, to_json
 from ifprune_mlx.serving.http.schemas_requests import (
@@ -38,10 +38,13 @@ class Anthropic:
 
     async def create(self, body: MessagesRequest, headers: HeaderOptions) -> Response:
         """Answer a conversation, in Anthropic's form."""
+        return await self._service.in_thread(self._create, body, headers)
+
+    def _create(self, body: MessagesRequest, headers: HeaderOptions) -> Response:
         service, conversation = self._service, _conversation(body)
         stops = body.stop_sequences or []
         render = partial(service.renderer.conversation, conversation)
-        requests = await service.requests(body, headers, render, max_tokens=body.max_tokens, stop=stops)
+        requests = service.requests(body, headers, render, max_tokens=body.max_tokens, stop=stops)
         splitter = service.renderer.splitter(conversation.tools)
         return StreamingAnswer(
             service, requests, _MessageFormat(service, requests[0], stops), bool(body.stream), [splitter]
@@ -49,9 +52,12 @@ class Anthropic:
 
     async def count(self, body: CountRequest) -> dict[str, int]:
         """Count a conversation's tokens."""
+        return {"input_tokens": await self._service.in_thread(self._count, body)}
+
+    def _count(self, body: CountRequest) -> int:
         self._service.check_model(body.model)
-        [prompt] = await self._service.in_thread(self._service.renderer.conversation, _conversation(body))
-        return {"input_tokens": len(prompt.tokens)}
+        [prompt] = self._service.renderer.conversation(_conversation(body))
+        return len(prompt.tokens)
 
 
 @dataclass
@@ -68,6 +74,9 @@ class _MessageFormat(AnswerFormat):
         usage = {"input_tokens": len(self.request.tokens), "output_tokens": 0}
         empty: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
         yield _event("message_start", message={**self._head(), **empty})
+
+    def waiting(self, progress: PromptProgress) -> bytes:
+        return _event("ping")
 
     def events(self, answer: AnswerSoFar, parts: Sequence[str | ToolCall], output: RequestOutput) -> Iterator[bytes]:
         for content in _blocks(parts):

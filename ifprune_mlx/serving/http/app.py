@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import re
-from collections.abc import Callable, Coroutine
+from asyncio import Semaphore
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
@@ -24,7 +27,7 @@ from ifprune_mlx import __version__
 from ifprune_mlx.errors import IfpruneError
 from ifprune_mlx.serving.http import schemas_responses as answers
 from ifprune_mlx.serving.http.anthropic import Anthropic
-from ifprune_mlx.serving.http.errors import RequestError, error_response, json_type, to_request_error
+from ifprune_mlx.serving.http.errors import RETRY_AFTER, RequestError, error_response, json_type, to_request_error
 from ifprune_mlx.serving.http.metrics import MEDIA_TYPE, Metrics
 from ifprune_mlx.serving.http.middleware import Limits, RequestMiddleware
 from ifprune_mlx.serving.http.openai import OpenAI
@@ -60,6 +63,11 @@ _EVENT = {
     "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
     "required": ["data"],
 }
+# A larger body waits until no other large one is prepared: while one is decoded or checked in a call into C, no other
+# thread runs. Objects take longest there, so they are bounded.
+_LARGE = 1 << 16
+_MOST_OBJECTS = 50_000
+_BODIES_HELD = 8  # of the largest size, at once
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -70,7 +78,7 @@ def make_app(service: Service, limits: Limits, *, ui: bool = False) -> ASGIApp:
         ui: serve the chat page at `/`.
     """
     metrics = Metrics(service.engine)
-    api = make_api(service, metrics, with_key=limits.api_key is not None)
+    api = make_api(service, metrics, with_key=limits.api_key is not None, max_body=limits.max_body)
     if ui:
         for path, (name, media_type) in _PAGE_FILES.items():
             api.add_route(path, _file((_PAGE / name).read_bytes(), media_type))
@@ -88,11 +96,12 @@ def make_app(service: Service, limits: Limits, *, ui: bool = False) -> ASGIApp:
     return app
 
 
-def make_api(service: Service, metrics: Metrics, *, with_key: bool) -> FastAPI:
-    """Every path but the page's, without the limits.
+def make_api(service: Service, metrics: Metrics, *, with_key: bool, max_body: int = Limits.max_body) -> FastAPI:
+    """Every path but the page's, without the limits for single requests.
 
     Args:
         with_key: the OpenAPI document says that clients need a key.
+        max_body: bytes; several bodies of this size are held at once.
     """
     api = FastAPI(
         title="ifprune serve",
@@ -112,6 +121,7 @@ def make_api(service: Service, metrics: Metrics, *, with_key: bool) -> FastAPI:
         },
     )
     openai, anthropic = OpenAI(service), Anthropic(service)
+    api.state.bodies = _Bodies(service, _BODIES_HELD * max_body)
 
     async def health() -> dict[str, Any]:
         """Whether the server runs; needs no key."""
@@ -157,16 +167,16 @@ def _file(content: bytes, media_type: str) -> Callable[[Request], Response]:
     return lambda request: Response(content, media_type=media_type, headers=_PAGE_HEADERS)
 
 
-def decode_json(body: bytes) -> dict[str, Any]:
+def decode_json(body: bytes | bytearray) -> dict[str, Any]:
     """Decode a body, which must be a JSON object. 2.0 becomes 2, as JSON has one kind of number.
 
     Raises:
-        RequestError: if it is not a JSON object, is nested too deeply, or has a duplicate key, NaN, an infinite number
-            or half a surrogate pair.
+        RequestError: if it is not a JSON object, is nested too deeply, holds very many objects, or has a duplicate key,
+            NaN, an infinite number or half a surrogate pair.
     """
     try:
         value = json.loads(
-            body.decode("utf-8"), parse_constant=_constant, parse_float=_number, object_pairs_hook=_object
+            body.decode("utf-8"), parse_constant=_constant, parse_float=_number, object_pairs_hook=_Objects()
         )
         if _SURROGATE.search(body):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
@@ -184,15 +194,76 @@ def decode_json(body: bytes) -> dict[str, Any]:
 
 
 class _JSONRequest(Request):
-    """A request whose body has been decoded."""
+    """A request whose body has been decoded and checked, so that FastAPI need not do so in the event loop."""
 
-    decoded: dict[str, Any]
+    checked: BaseModel
 
     async def body(self) -> bytes:
         return b"{}"  # FastAPI only tests whether it is empty
 
     async def json(self) -> Any:
-        return self.decoded
+        return self.checked
+
+
+class _Bodies:
+    """Receives bodies, and decodes and checks them off the event loop.
+
+    Args:
+        most_bytes: of all bodies that are received, or wait to be prepared.
+    """
+
+    def __init__(self, service: Service, most_bytes: int) -> None:
+        self._service, self._most_bytes, self._held = service, most_bytes, 0
+        self._large = Semaphore(1)
+
+    @asynccontextmanager
+    async def checked(self, request: Request, schema: type[BaseModel]) -> AsyncGenerator[BaseModel, None]:
+        """The body as its schema has it, while the request is prepared.
+
+        Raises:
+            RequestError, RequestValidationError: if it cannot be used, or too many others are held.
+        """
+        async with AsyncExitStack() as until_prepared:
+            body = bytearray()
+            until_prepared.callback(lambda: self._hold(-len(body)))
+            async for part in request.stream():
+                body += part
+                self._hold(len(part))
+            if len(body) > _LARGE:
+                await until_prepared.enter_async_context(self._large)
+            checked = await self._service.in_thread(_decode_and_check, body, schema)
+            if isinstance(checked, RequestError):
+                raise checked
+            yield checked
+
+    def _hold(self, size: int) -> None:
+        self._held += size
+        if size > 0 and self._held > self._most_bytes:
+            reason, later = "the server holds too many large bodies; try again in a few seconds", RETRY_AFTER
+            raise RequestError(reason, status=429, code="too_many_bytes", headers={"Retry-After": later})
+
+
+def _decode_and_check(body: bytearray, schema: type[BaseModel]) -> BaseModel | RequestError:
+    """The error is returned: one that is raised would carry the whole value to the event loop, to be freed there."""
+    with _no_collection() if len(body) > _LARGE else nullcontext():
+        value = decode_json(body)
+        try:
+            return schema.model_validate(value)
+        except ValidationError as exc:
+            errors = [{**error, "loc": ("body", *error["loc"])} for error in exc.errors(include_url=False)]
+            return to_request_error(RequestValidationError(errors, body=value))
+        finally:
+            del value
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python's collector looks through millions of new lists again and again, and nothing else runs meanwhile."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 class _JSONRoute(APIRoute):
@@ -202,13 +273,14 @@ class _JSONRoute(APIRoute):
         handle = super().get_route_handler()
         if self.body_field is None:
             return handle
+        schema = get_type_hints(self.endpoint)["body"]
 
         async def decode_and_handle(request: Request) -> Response:
             headers = [header for header in request.scope["headers"] if header[0] != b"content-type"]
             scope = {**request.scope, "headers": [*headers, (b"content-type", b"application/json")]}
-            decoded = _JSONRequest(scope, request.receive)
-            decoded.decoded = decode_json(await request.body())
-            return await handle(decoded)
+            prepared = _JSONRequest(scope, request.receive)
+            async with request.app.state.bodies.checked(request, schema) as prepared.checked:
+                return await handle(prepared)
 
         return decode_and_handle
 
@@ -241,11 +313,19 @@ async def _not_found(request: Request, exc: Exception) -> Response:
     return error_response(request.url.path, error)
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise ValueError("an object has a key twice")
-    return value
+class _Objects:
+    """Makes the objects of one body, and counts them."""
+
+    left = _MOST_OBJECTS
+
+    def __call__(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        self.left -= 1
+        if self.left < 0:
+            raise RequestError(f"the body holds more than {_MOST_OBJECTS} objects", status=413, code="body_too_large")
+        value = dict(pairs)
+        if len(value) != len(pairs):
+            raise ValueError("an object has a key twice")
+        return value
 
 
 def _constant(text: str) -> float:

@@ -6,12 +6,13 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ifprune_mlx.chat_template import check_prompt, encode_prompt, instruction_of, plain_text
-from ifprune_mlx.errors import PromptError
+from ifprune_mlx.errors import ContextLengthError, PromptError
 from ifprune_mlx.model import Model
 from ifprune_mlx.serving.http.errors import RequestError, field_error
 from ifprune_mlx.serving.http.tools import ToolSplitter, beginning
@@ -68,6 +69,7 @@ class Prompt(NamedTuple):
     tokens: tuple[int, ...]
     instruction: str  # the selector reads it
     stop: tuple[str, ...] = ()  # strings of the template that end the answer
+    instruction_tokens: tuple[int, ...] = ()  # see `Request`
 
 
 class ChatRenderer:
@@ -102,7 +104,9 @@ class ChatRenderer:
     def conversation(self, conversation: Conversation, policy: str = "first") -> list[Prompt]:
         """Render a conversation as one prompt, which includes the prefill or the beginning of a forced call.
 
-        The selector reads the first user message, or for policies `turn` and `auto` the last.
+        The selector reads the first user message, or for policies `turn` and `auto` the last. For `system` it reads the
+        system prompt and the tools' names, which stay the same from one conversation of an agent to the next; without
+        either that is as `first`.
 
         Raises:
             PromptError: if it is longer than the context, or the chat template refuses it.
@@ -128,10 +132,12 @@ class ChatRenderer:
         else:
             tokens = tokenizer.encode(plain_text(tokenizer, messages) + begun)
         check_prompt(self._model, tokens)
-        users = [message for message in messages if message["role"] == "user"] or messages
-        instruction = users[0 if policy == "first" else -1]["content"]
         end = tokenizer.tool_call_end if tools.offered and tools.single else None
-        return [Prompt(tuple(tokens), instruction, (end,) if end else ())]
+        stop = (end,) if end else ()
+        if policy == "system" and (stable := _stable_part(conversation)):
+            return [Prompt(tuple(tokens), stable, stop, tuple(tokenizer.encode(stable, add_special_tokens=False)))]
+        users = [message for message in messages if message["role"] == "user"] or messages
+        return [Prompt(tuple(tokens), users[-1 if policy in ("turn", "auto") else 0]["content"], stop)]
 
     def splitter(self, tools: Tools) -> ToolSplitter | None:
         """The splitter for an answer's text and calls; None if no tool may be called."""
@@ -144,4 +150,11 @@ class ChatRenderer:
         """Refuse a prompt that must be too long, before the work of encoding it."""
         if characters > self._most_characters:
             limit = f"the model's context holds {self._model.context_length} tokens"
-            raise PromptError(f"the prompt has {characters} characters, {limit}; shorten it")
+            raise ContextLengthError(f"the prompt has {characters} characters, {limit}; shorten it")
+
+
+def _stable_part(conversation: Conversation) -> str:
+    """What is the same in every conversation of one agent: the system prompt and the tools' names."""
+    system = takewhile(lambda message: message["role"] == "system", conversation.messages)
+    names = sorted(tool["function"]["name"] for tool in conversation.tools.offered)
+    return "\n".join([*(message["content"] for message in system), *names]).strip()

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi.exceptions import RequestValidationError
 from starlette.responses import Response
 
-from ifprune_mlx.errors import IfpruneError, PromptError
+from ifprune_mlx.errors import ContextLengthError, IfpruneError, PromptError
 from ifprune_mlx.serving.engine.request import EngineClosedError, EngineFullError, GenerationFailedError
 
 log = logging.getLogger("ifprune_mlx.serving")
@@ -85,14 +85,14 @@ def to_request_error(exc: Exception) -> RequestError:
     elif isinstance(exc, EngineClosedError):
         error.status, error.code = 503, "shutting_down"
     elif isinstance(exc, PromptError):
-        error.code = "context_length_exceeded" if "context" in str(exc) else "invalid_prompt"
+        error.code = "context_length_exceeded" if isinstance(exc, ContextLengthError) else "invalid_prompt"
     return error
 
 
 def log_failure(what: str, exc: Exception) -> None:
     """Log why the server failed on a request, which clients do not see."""
     # The model fails in another thread: a traceback of this one would not show where.
-    log.error("%s: %s", what, exc, exc_info=not isinstance(exc, GenerationFailedError))
+    log.error("%s: %s", what, exc, exc_info=not isinstance(exc, (GenerationFailedError, EngineClosedError)))
 
 
 def error_body(path: str, error: RequestError) -> dict[str, Any]:

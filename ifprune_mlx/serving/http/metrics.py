@@ -21,6 +21,7 @@ _COUNTERS = (
     ("switches", "switches", "How often another selection was made active."),
     ("prompt_tokens", "prompt_tokens", "Tokens of prompts."),
     ("cached_prompt_tokens", "cached_tokens", "Tokens of prompts that had been read already."),
+    ("prefix_hits", "prefix_hits", "Answers whose prompt began with one that had been read already."),
     ("completion_tokens", "completion_tokens", "Tokens of answers."),
     ("select_seconds", "select_s", "Time spent finding selections."),
     ("switch_seconds", "switch_s", "Time spent moving neurons."),

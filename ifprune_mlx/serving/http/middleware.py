@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ifprune_mlx.serving.engine.request import EngineClosedError
 from ifprune_mlx.serving.http.errors import (
     RETRY_AFTER,
     RequestError,
@@ -114,6 +115,11 @@ class RequestMiddleware:
             self._check(scope)
             self._running.add(id(body))
             await self._app(scope, body, send_message)
+        except asyncio.CancelledError:  # the server ends, and has waited long enough
+            if status == _CLIENT_GONE:
+                error = to_request_error(EngineClosedError())
+                await error_response(scope["path"], error)(scope, receive, send_message)
+            raise
         except Exception as exc:
             error = to_request_error(exc)
             if error.status >= 500:

@@ -46,10 +46,13 @@ class OpenAI:
 
     async def chat(self, body: ChatRequest, headers: HeaderOptions) -> Response:
         """Answer a conversation."""
+        return await self._service.in_thread(self._chat, body, headers)
+
+    def _chat(self, body: ChatRequest, headers: HeaderOptions) -> Response:
         service, conversation = self._service, _conversation(body)
         if body.top_logprobs and not body.logprobs:
             raise field_error("top_logprobs", "needs logprobs to be true")
-        requests = await service.requests(
+        requests = service.requests(
             body,
             headers,
             partial(service.renderer.conversation, conversation),
@@ -63,11 +66,14 @@ class OpenAI:
 
     async def complete(self, body: TextRequest, headers: HeaderOptions) -> Response:
         """Continue texts."""
+        return await self._service.in_thread(self._complete, body, headers)
+
+    def _complete(self, body: TextRequest, headers: HeaderOptions) -> Response:
         service = self._service
         if body.best_of not in (None, body.n or 1):
             raise field_error("best_of", "is not supported; leave it out, or ask for n answers")
         prompts = _prompts(body.prompt, service.vocabulary)
-        requests = await service.requests(
+        requests = service.requests(
             body,
             headers,
             lambda policy: service.renderer.prompts(prompts),
@@ -79,21 +85,22 @@ class OpenAI:
         return StreamingAnswer(service, requests, _TextFormat(service, body, requests), bool(body.stream))
 
     async def models(self) -> dict[str, Any]:
-        """List the served model, with the fields of both APIs."""
-        card = self._card()
-        return {"object": "list", "data": [card], "has_more": False, "first_id": card["id"], "last_id": card["id"]}
+        """List the served model under each of its names, with the fields of both APIs."""
+        names = self._service.names
+        cards = [self._card(name) for name in names]
+        return {"object": "list", "data": cards, "has_more": False, "first_id": names[0], "last_id": names[-1]}
 
     async def model(self, model: str) -> dict[str, Any]:
-        """Describe the served model by its name."""
+        """Describe the served model by one of its names."""
         self._service.check_model(model)
-        return self._card()
+        return self._card(model if model in self._service.names else self._service.name)
 
-    def _card(self) -> dict[str, Any]:
+    def _card(self, name: str) -> dict[str, Any]:
         service = self._service
         selection, checkpoint = service.defaults.selection, service.model.checkpoint
         keep = service.model.keep(selection.density, selection.active_parameters)
         return {
-            "id": service.name,
+            "id": name,
             "object": "model",
             "created": service.started,
             "owned_by": "ifprune",

@@ -65,7 +65,7 @@ class Schema(BaseModel):
 Item = TypeVar("Item")
 Items = Annotated[list[Item], Field(fail_fast=True)]
 Density = Annotated[float, Range(0, 1, above=True)]
-Policy = Literal["first", "turn", "auto"]
+Policy = Literal["first", "turn", "auto", "system"]
 Name = Annotated[str, Field(min_length=1)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 StopStrings = Annotated[Items[StopString], Field(max_length=MAX_STOPS)]

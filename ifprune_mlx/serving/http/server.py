@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import ipaddress
 import socket
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from ifprune_mlx.serving.http.errors import RequestError, error_body, to_json
 
 _MOST_CONNECTIONS = 1000
 _MOST_HEADER_BYTES = 65_536
-_STOP_SECONDS = 5
+_STOP_SECONDS = 5.0  # for running answers to end by themselves, and as long again for the others to be told
 _LOOK_SECONDS = 0.5
 HEADER_SECONDS, STALLED_SECONDS = 10.0, 60.0
 
@@ -57,11 +58,12 @@ def url(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def serve(app: ASGIApp, listener: socket.socket, ready: Callable[[], None]) -> None:
+def serve(app: ASGIApp, listener: socket.socket, ready: Callable[[], None], stop: Callable[[], None]) -> None:
     """Serve until SIGINT or SIGTERM; running answers then have a few seconds to end.
 
     Args:
         ready: called once the server accepts requests.
+        stop: called in a thread after those seconds; ends all answers with an error that their clients get.
     """
     config = uvicorn.Config(
         app,
@@ -75,21 +77,27 @@ def serve(app: ASGIApp, listener: socket.socket, ready: Callable[[], None]) -> N
         server_header=False,
         proxy_headers=False,
         limit_concurrency=_MOST_CONNECTIONS,
-        timeout_graceful_shutdown=_STOP_SECONDS,
+        timeout_graceful_shutdown=round(2 * _STOP_SECONDS),
         h11_max_incomplete_event_size=_MOST_HEADER_BYTES,
     )
     server = uvicorn.Server(config)
 
-    async def announce() -> None:
+    async def watch() -> None:
         while not server.started:
             await asyncio.sleep(0.01)
         ready()
+        while not server.should_exit:
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(_STOP_SECONDS)
+        await asyncio.to_thread(stop)
 
     async def run() -> None:
-        announcing = asyncio.ensure_future(announce())
+        watching = asyncio.ensure_future(watch())
         await server.serve(sockets=[listener])
-        announcing.cancel()
+        watching.cancel()
 
+    gc.collect()
+    gc.freeze()  # what is loaded stays: looking through it again and again would stop everything for a moment
     try:
         asyncio.run(run())
     except KeyboardInterrupt:
@@ -102,12 +110,14 @@ class _Connection(H11Protocol):
     """uvicorn's connection with limits that uvicorn has no settings for.
 
     Clients may take `HEADER_SECONDS` for a request's headers or the rest of a refused one, and may stop reading for
-    `STALLED_SECONDS`. Input that is not HTTP is refused in JSON, even while the client is still sending.
+    `STALLED_SECONDS`. Input that is not HTTP is refused in JSON, even while the client is still sending. A client that
+    closes its side after a request gets its answer.
     """
 
     _since = 0.0  # since when the server has been waiting for the client
     _look_again: asyncio.TimerHandle | None = None
     _refused = False
+    _half_closed = False  # the client sends no more
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -123,9 +133,20 @@ class _Connection(H11Protocol):
         if not self._refused:
             super().data_received(data)
 
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Keep the connection for an answer under way; `shutdown` and `close` of a client look alike."""
+        answering = self.cycle is not None and not (self.cycle.response_complete or self.cycle.more_body)
+        self._half_closed = answering and not self._refused
+        if self._half_closed and not self.cycle.response_started and self.scope["http_version"] == "1.1":
+            # Only writing shows which it was: the system of a client that has gone refuses it, and `_look` sees that.
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return self._half_closed
+
     def on_response_complete(self) -> None:
         self._since = self.loop.time()
         super().on_response_complete()
+        if self._half_closed and self.cycle.response_complete:  # and no other request was sent before
+            self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
         """Refuse input that is not HTTP."""
@@ -151,7 +172,10 @@ class _Connection(H11Protocol):
             self.transport.abort()
 
     def _look(self) -> None:
-        """Hang up on a client that keeps the server waiting."""
+        """Hang up on a client that keeps the server waiting, or has gone."""
+        if self._half_closed and self.transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self.transport.abort()
+            return
         now = self.loop.time()
         answering = self.cycle is not None and not (self.cycle.response_complete or self._refused)
         if answering and not self.flow.write_paused:

@@ -21,13 +21,22 @@ from ifprune_mlx.model import Model
 from ifprune_mlx.selection.presets import TaskStore
 from ifprune_mlx.selection.selection import Selection
 from ifprune_mlx.serving.engine.engine import Engine
-from ifprune_mlx.serving.engine.request import Request, RequestOutput, RequestStats, SamplingParams, SelectionParams
+from ifprune_mlx.serving.engine.request import (
+    PromptProgress,
+    Request,
+    RequestOutput,
+    RequestStats,
+    SamplingParams,
+    SelectionParams,
+)
 from ifprune_mlx.serving.http.chat_rendering import ChatRenderer, Prompt
 from ifprune_mlx.serving.http.errors import RequestError, field_error, json_type
 from ifprune_mlx.serving.http.schemas_requests import GenerationRequest, SelectionOptions
 from ifprune_mlx.serving.http.schemas_responses import Figures
 
 Result = TypeVar("Result")
+Output = PromptProgress | RequestOutput
+SILENCE_SECONDS: float | None = 5.0  # proxies and clients give up on a stream that says nothing for long
 _KEPT_SELECTIONS = 64
 _ALIASES = ("default", "default_model")
 _SEEDS = 2**32
@@ -57,7 +66,9 @@ class Service:
         model, tokenizer: from `ifprune_mlx.load`.
         engine: the model's engine; the caller closes it.
         name: the model's name in the API.
-        aliases: more names that clients may use.
+        aliases: more names that clients may use, and are told.
+        path: where the model came from; a name that clients may use, but are not told.
+        any_model: clients may use any name.
         most_answers: the most answers to one HTTP request.
     """
 
@@ -69,6 +80,8 @@ class Service:
         *,
         name: str,
         aliases: Sequence[str] = (),
+        path: str | None = None,
+        any_model: bool = False,
         defaults: Defaults | None = None,
         most_answers: int = 64,
     ) -> None:
@@ -80,27 +93,30 @@ class Service:
         self.started = int(time.time())
         self.renderer = ChatRenderer(model, tokenizer)
         self.vocabulary = int(model.config.get("vocab_size") or model.config["text_config"]["vocab_size"])
-        self._names = {name, *aliases, *_ALIASES}
+        self.names = tuple(dict.fromkeys((name, *aliases)))
+        self._accepted = None if any_model else {path, *self.names, *_ALIASES}
         self._tasks = TaskStore(model.checkpoint)
         self._used: OrderedDict[str, dict[str, Any]] = OrderedDict()
-        # Encoding a long prompt must not block the event loop. There is one thread, as tokenizers are not thread-safe.
-        self._encoder = ThreadPoolExecutor(1, "ifprune-encode")
+        # Decoding, checking and encoding a long prompt must not block the event loop, nor other prompts. Only the fast
+        # tokenizers may be used in two threads.
+        self._threads = ThreadPoolExecutor(2 if getattr(tokenizer, "is_fast", False) else 1, "ifprune-prepare")
 
     def close(self) -> None:
-        """Stop the encoding thread."""
-        self._encoder.shutdown(cancel_futures=True)
+        """Stop the threads that prepare requests."""
+        self._threads.shutdown(cancel_futures=True)
 
     async def in_thread(self, work: Callable[..., Result], *given: Any) -> Result:
-        """Run slow work in the encoding thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._encoder, work, *given)
+        """Run slow work in one of the threads that prepare requests."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *given)
 
     def check_model(self, name: str | None) -> None:
         """Raise RequestError unless this names the served model; None does."""
-        if name is not None and name not in self._names:
-            reason = f"the model {name[:100]!r} is not served here; ask for {self.name!r} or 'default'"
+        if name is not None and self._accepted is not None and name not in self._accepted:
+            names = ", ".join(repr(one) for one in (*self.names, "default"))
+            reason = f"the model {name[:100]!r} is not served here; ask for {names}, or serve it with --alias"
             raise RequestError(reason, "model", status=404, code="model_not_found")
 
-    async def requests(
+    def requests(
         self,
         body: GenerationRequest,
         headers: SelectionOptions,
@@ -111,10 +127,10 @@ class Service:
         stop: Sequence[str],
         logprobs: int | None = None,
     ) -> list[Request]:
-        """Make the engine's requests: `n` for each prompt, with different seeds.
+        """Make the engine's requests: `n` for each prompt, with different seeds. It is slow: see `in_thread`.
 
         Args:
-            render: turns the policy into the prompts; called in the encoding thread.
+            render: turns the policy into the prompts.
 
         Raises:
             RequestError: if the body contradicts itself, or names a model or task that does not exist.
@@ -124,7 +140,7 @@ class Service:
         options = self._selection_options(body.ifprune or SelectionOptions(), headers)
         selection = SelectionParams(
             selector=options.selector,
-            selection=await self.in_thread(self.load_task, options.task) if options.task else None,
+            selection=self._load_task(options.task) if options.task else None,
             dense=bool(options.dense),
             density=options.density,
             active_parameters=options.active_parameters,
@@ -145,8 +161,9 @@ class Service:
                 max_tokens=max_tokens or self.defaults.max_tokens,
                 stop=(*stop, *prompt.stop),
                 logprobs=logprobs,
+                instruction_tokens=prompt.instruction_tokens,
             )
-            for prompt in await self.in_thread(render, selection.policy)
+            for prompt in render(selection.policy)
             for seed in seeds
         ]
 
@@ -171,7 +188,7 @@ class Service:
         return SelectionOptions(**options)
 
     def tasks(self) -> list[dict[str, Any]]:
-        """All usable tasks. Reads their files, so call it in the encoding thread."""
+        """All usable tasks. It is slow, as it reads their files: see `in_thread`."""
         found = []
         for task in self._tasks.tasks():
             with suppress(TaskError):
@@ -191,32 +208,47 @@ class Service:
             raise RequestError(reason, "hash", status=404, code="selection_not_found")
         return self._used[key]
 
-    async def run(self, requests: Sequence[Request]) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+    async def run(self, requests: Sequence[Request]) -> AsyncGenerator[tuple[int, Output], None]:
         """Answer requests together. Yields each output as it is computed, with the index of its request.
+
+        The first is a PromptProgress, once all requests are accepted. Until there is a token, another one follows for
+        every part of a prompt that is read, or after some seconds in which nothing happens.
 
         Raises:
             IfpruneError, GenerationFailedError: when the first request fails; the others end with it.
         """
-        queue: asyncio.Queue[tuple[int, RequestOutput | Exception]] = asyncio.Queue()
+        queue: asyncio.Queue[tuple[int, Output | Exception]] = asyncio.Queue()
 
         async def follow(index: int, request: Request) -> None:
+            def progress(now: PromptProgress) -> None:
+                queue.put_nowait((index, now))
+
             try:
-                async with aclosing(self.engine.stream(request)) as outputs:
+                async with aclosing(self.engine.stream(request, progress)) as outputs:
                     async for output in outputs:
                         queue.put_nowait((index, output))
             except Exception as exc:
                 queue.put_nowait((index, exc))
 
         tasks = [asyncio.ensure_future(follow(index, request)) for index, request in enumerate(requests)]
-        left = len(tasks)
+        left, accepted, silence = len(tasks), set[int](), SILENCE_SECONDS
+        latest: tuple[int, Output | Exception] = 0, PromptProgress(None, len(requests[0].tokens))
         try:
             while left:
-                index, output = await queue.get()
+                with suppress(asyncio.TimeoutError):
+                    latest = await asyncio.wait_for(queue.get(), silence)
+                index, output = latest
                 if isinstance(output, Exception):
                     raise output
-                if output.stats is not None:
-                    left -= 1
-                    self._remember(output.selection)
+                if isinstance(output, PromptProgress):
+                    accepted.add(index)
+                    if len(accepted) < len(tasks):
+                        continue
+                else:
+                    silence = None
+                    if output.stats is not None:
+                        left -= 1
+                        self._remember(output.selection)
                 yield index, output
         finally:
             for task in tasks:
@@ -230,12 +262,7 @@ class Service:
         figures = {name: getattr(stats, name, None) for name in Figures.model_fields}
         return {**figures, "active_parameters": active, "total_parameters": total}
 
-    def load_task(self, name: str) -> Selection:
-        """A saved selection. Reads its file, so call it in the encoding thread.
-
-        Raises:
-            RequestError: if there is no such task, or it is damaged.
-        """
+    def _load_task(self, name: str) -> Selection:
         known = [task.name for task in self._tasks.tasks()]
         if name not in known:
             there = f"there are {', '.join(known)}" if known else "there are none"

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ifprune_mlx.serving.engine.request import Request, RequestOutput, RequestStats, TokenLogprob
+from ifprune_mlx.serving.engine.request import PromptProgress, Request, RequestOutput, RequestStats, TokenLogprob
 from ifprune_mlx.serving.http.errors import RequestError, log_failure, to_request_error
 from ifprune_mlx.serving.http.service import Service
 from ifprune_mlx.serving.http.tools import ToolCall, ToolSplitter
@@ -68,6 +68,11 @@ class AnswerFormat(ABC):
         """The events before the first output."""
         return iter(())
 
+    def waiting(self, progress: PromptProgress) -> bytes:
+        """What is sent before the first token, so that clients and proxies wait: a comment, which clients skip."""
+        stage = "queued" if progress.read is None else f"reading {progress.read}/{progress.total}"
+        return f": {stage}\n\n".encode()
+
     @abstractmethod
     def events(self, answer: AnswerSoFar, parts: Sequence[str | ToolCall], output: RequestOutput) -> Iterator[bytes]:
         """The events of one more output, whose text and calls are `parts`."""
@@ -78,7 +83,7 @@ class AnswerFormat(ABC):
 
     @abstractmethod
     def error(self, error: RequestError) -> bytes:
-        """The event of a failure in the middle; clients raise it."""
+        """The event of a failure after the headers; clients raise it."""
 
     @abstractmethod
     def whole(self, answers: Sequence[AnswerSoFar]) -> BaseModel:
@@ -89,7 +94,8 @@ class AnswerFormat(ABC):
 class StreamingAnswer(Response):
     """The response that computes `requests` and sends their answers, as events if `stream` is set.
 
-    An error before the first output is raised, so that it gets an HTTP status.
+    A stream begins as soon as all requests are accepted. An error before that, or of an answer that is not streamed, is
+    raised, so that it gets an HTTP status.
     """
 
     service: Service
@@ -129,14 +135,17 @@ class StreamingAnswer(Response):
         try:
             async with aclosing(self.service.run(self.requests)) as outputs:
                 async for index, output in outputs:
+                    if self.stream and not started:
+                        started = True
+                        await send({"type": "http.response.start", "status": 200, "headers": headers})
+                        await send_events(self.format.start())
+                    if isinstance(output, PromptProgress):
+                        await send_events([self.format.waiting(output)] if self.stream else [])
+                        continue
                     parts = answers[index].add(output)
                     if output.stats is not None:
                         scope["state"]["outcome"] = _summary(output.stats)
                     if self.stream:
-                        if not started:
-                            started = True
-                            await send({"type": "http.response.start", "status": 200, "headers": headers})
-                            await send_events(self.format.start())
                         await send_events(self.format.events(answers[index], parts, output))
             if not self.stream:
                 whole = self.format.whole(answers).model_dump_json(exclude_unset=True)

@@ -82,7 +82,7 @@ def test_a_full_queue_refuses(tiny: Tiny) -> None:
         for outputs in await asyncio.gather(*waiting):
             assert stats_of(outputs).selection == B.hash
 
-    with serving(tiny, queue=2, patience=60) as engine:
+    with serving(tiny, concurrency=1, queue=2, patience=60) as engine:
         asyncio.run(fill(engine))
 
 

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ifprune_mlx import Model
+from ifprune_mlx import Model, Selection, load
+from ifprune_mlx.serving.engine import decoder as decoder_module
+from ifprune_mlx.serving.engine.active_selection import ActiveSelection
 from ifprune_mlx.serving.engine.decoder import BatchDecoder, SingleDecoder
 from ifprune_mlx.serving.engine.engine import Engine
 from ifprune_mlx.serving.engine.output_processor import OutputProcessor
 from ifprune_mlx.serving.engine.prefix_cache import PrefixCache
 from ifprune_mlx.serving.engine.request import (
     EngineClosedError,
+    EngineFullError,
     GenerationFailedError,
+    PromptProgress,
     Request,
     RequestOutput,
     SamplingParams,
+    SelectionParams,
 )
 from tests.ifprune_mlx.serving.engine.engines import (
     END,
+    A,
     B,
     Tiny,
     alone,
@@ -35,6 +43,7 @@ from tests.ifprune_mlx.serving.engine.engines import (
     together,
     until,
 )
+from tests.tiny import write_checkpoint
 
 DECODER = ("__init__", "insert", "step", "remove", "close")
 OTHERS = ((PrefixCache, "fetch"), (PrefixCache, "store"), (OutputProcessor, "add"), (Model, "switch"))
@@ -47,7 +56,7 @@ class Trouble:
         self.now, self.seen = False, 0
         self._patch = patch
 
-    def at(self, kind: type, name: str) -> None:
+    def at(self, kind: Any, name: str) -> None:
         method = getattr(kind, name)
 
         def failing(*given: Any, **options: Any) -> Any:
@@ -95,6 +104,90 @@ def test_every_step_of_a_decoder_can_fail(
 def test_what_the_decoder_is_used_with_can_fail(tiny: Tiny, trouble: Trouble, kind: type, name: str) -> None:
     trouble.at(kind, name)
     check(tiny, trouble)
+
+
+def test_detokenizing_can_fail(tiny: Tiny, trouble: Trouble) -> None:
+    trouble.at(type(tiny[1].detokenizer), "add_token")
+    check(tiny, trouble)
+
+
+STARTING = (
+    (ActiveSelection, "select"),
+    (ActiveSelection, "activate"),
+    (PrefixCache, "fetch"),
+    (OutputProcessor, "__init__"),
+    (decoder_module, "make_sampler"),
+    (decoder_module, "make_processors"),
+    (decoder_module, "BatchGenerator"),
+)
+
+
+@pytest.mark.parametrize(("owner", "name"), STARTING)
+@pytest.mark.parametrize("selection", [A, B])
+def test_what_starts_a_request_can_fail_beside_others(
+    tiny: Tiny, trouble: Trouble, owner: Any, name: str, selection: Selection
+) -> None:
+    """The others go on, and so does what is asked for later."""
+    goes_on = make_request(prompt(1), max_tokens=200)
+    expected, later = alone(tiny, goes_on), alone(tiny, make_request(prompt(2), selection))
+    trouble.at(owner, name)
+
+    async def all_at_once(engine: Engine) -> list[Any]:
+        running = engine.stream(goes_on)
+        begun = await anext(running)
+
+        async def rest() -> list[RequestOutput]:
+            return [begun, *[output async for output in running]]
+
+        first = asyncio.create_task(rest())
+        trouble.now = True
+        failing = [asyncio.create_task(outputs_of(engine, make_request(prompt(2), selection))) for _ in range(2)]
+        ends = await asyncio.wait_for(asyncio.gather(first, *failing, return_exceptions=True), 30)
+        trouble.now = False
+        return [*ends, await asyncio.wait_for(outputs_of(engine, make_request(prompt(2), selection)), 30)]
+
+    with serving(tiny, patience=60) as engine:
+        first, *failed, last = asyncio.run(all_at_once(engine))
+        assert text_of(first) == expected
+        assert text_of(last) == later
+        if trouble.seen:  # a batch that runs needs no new generator
+            assert [type(end) for end in failed] == [GenerationFailedError] * 2
+        else:
+            assert (owner, name, selection) == (decoder_module, "BatchGenerator", A)
+        assert (engine.counters().running, engine.counters().waiting) == (0, 0)
+
+
+@pytest.mark.parametrize("batches", [True, False])
+@pytest.mark.parametrize("selector", ["static", "activation"])
+def test_reading_a_long_prompt_can_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: Trouble, selector: str, batches: bool
+) -> None:
+    """In its second part; who waits behind it is answered."""
+    if not batches:
+        monkeypatch.setattr("ifprune_mlx.serving.engine.engine.can_batch", lambda model: False)
+    tiny = load(write_checkpoint(tmp_path / "checkpoint", max_position_embeddings=4096))
+    long = make_request(prompt(1, 2000), selection_params=SelectionParams(selector=selector, density=0.5))
+    behind = make_request(prompt(2), B)
+    expected = alone(tiny, behind)
+    trouble.at(type(tiny[0].layers[1]), "__call__")
+
+    async def ask_both(engine: Engine) -> list[Any]:
+        def progress(now: PromptProgress) -> None:
+            trouble.now = now.read is not None and 0 < now.read < now.total
+
+        reading = engine.stream(long, progress)
+        begun = asyncio.create_task(anext(reading))
+        other = asyncio.create_task(outputs_of(engine, behind))
+        [failed] = await asyncio.wait_for(asyncio.gather(begun, return_exceptions=True), 30)
+        trouble.now = False
+        return [failed, await asyncio.wait_for(other, 30)]
+
+    with serving(tiny, patience=60) as engine:
+        failed, other = asyncio.run(ask_both(engine))
+        assert str(failed) == "the model failed (out of memory); ask again"
+        assert text_of(other) == expected
+        assert ask(engine, behind)[0] == expected
+    tiny[0].close()
 
 
 def check(tiny: Tiny, trouble: Trouble) -> None:
@@ -176,3 +269,45 @@ def test_a_request_that_comes_while_the_last_batch_is_closed(
         else:
             assert text_of(second) == expected
         assert [text_of(outputs) for outputs in together(engine, make_request())] == [expected]
+
+
+def test_closing_tells_those_that_wait_before_the_current_step_ends(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, go_on = BatchDecoder.step, threading.Event()
+    stuck = threading.Event()
+
+    def long_step(self: BatchDecoder) -> Any:
+        stuck.set()
+        assert go_on.wait(30)
+        return step(self)
+
+    monkeypatch.setattr(BatchDecoder, "step", long_step)
+
+    async def close(engine: Engine) -> list[Any]:
+        runs = asyncio.create_task(outputs_of(engine, make_request(prompt(1), max_tokens=450)))
+        await asyncio.to_thread(stuck.wait, 30)
+        waits = [asyncio.create_task(outputs_of(engine, make_request(prompt(2), selection))) for selection in (A, B)]
+        while engine.counters().waiting < 2:
+            await asyncio.sleep(0)
+        closing = asyncio.create_task(asyncio.to_thread(engine.close))
+        ends = await asyncio.wait_for(asyncio.gather(*waits, return_exceptions=True), 30)
+        assert not runs.done()
+        go_on.set()
+        await closing
+        return [*ends, *await asyncio.gather(runs, return_exceptions=True)]
+
+    engine = Engine(*tiny)
+    assert [type(end) for end in asyncio.run(close(engine))] == [EngineClosedError] * 3
+    assert engine.counters().failed == 3
+
+
+def test_room_for_all_that_run_and_wait_and_no_more(tiny: Tiny) -> None:
+    requests = [make_request(prompt(seed), max_tokens=100) for seed in range(6)]
+
+    async def ask_all(engine: Engine) -> list[Any]:
+        return await asyncio.gather(*(outputs_of(engine, one) for one in requests), return_exceptions=True)
+
+    with serving(tiny, concurrency=2, queue=3) as engine:
+        ends = asyncio.run(ask_all(engine))
+    assert [isinstance(end, EngineFullError) for end in ends] == [False] * 5 + [True]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,6 +51,7 @@ def test_an_answer_under_way_does_not_hold_up_the_end(checkpoint: Path, tmp_path
         (["--port", "0", "--selector", "learned"], ["no trained predictor"]),
         (["--port", "0", "--prompt-cache-size", "lots"], ["--prompt-cache-size"]),
         (["--port", "0", "--temp", "-1"], ["temperature"]),
+        (["--port", "0", "--alias", ""], ["--alias is empty"]),
     ],
 )
 def test_what_cannot_be_is_one_line(checkpoint: Path, tmp_path: Path, options: list[str], words: list[str]) -> None:
@@ -101,3 +103,39 @@ def test_the_chat_template_can_be_ignored(checkpoint: Path, tmp_path: Path) -> N
     with serving(checkpoint, tmp_path, "--ignore-chat-template") as server:
         usage = server.post("/v1/chat/completions", body).json()["usage"]
         assert usage["prompt_tokens"] == len("Once upon")  # every byte is a token
+
+
+def hello(model: str, **fields: Any) -> dict[str, Any]:
+    return {"model": model, "messages": [{"role": "user", "content": "a"}], "max_tokens": 1, **fields}
+
+
+def statuses(server: Served, model: str) -> list[int]:
+    """How the endpoints that take a model's name answer."""
+    answers = [server.post(path, hello(model)) for path in ("/v1/chat/completions", "/v1/messages")]
+    answers.append(server.post("/v1/completions", {"model": model, "prompt": "a", "max_tokens": 1}))
+    answers.append(server.post("/v1/messages/count_tokens", hello(model)))
+    answers.append(server.get(f"/v1/models/{model}"))
+    return [answer.status_code for answer in answers]
+
+
+def test_aliases_are_names_of_the_model(checkpoint: Path, tmp_path: Path) -> None:
+    names = ("gpt-4o", "claude-sonnet", "owner/name")
+    options = [option for name in names for option in ("--alias", name)]
+    with serving(checkpoint, tmp_path, *options) as server:
+        for name in (*names, "checkpoint", "default", str(checkpoint)):
+            assert statuses(server, name) == [200] * 5, name
+        assert statuses(server, "gpt-4") == [404] * 5
+        listed = server.get("/v1/models").json()
+        assert [card["id"] for card in listed["data"]] == ["checkpoint", *names]
+        assert (listed["first_id"], listed["last_id"]) == ("checkpoint", "owner/name")
+        assert server.get("/v1/models/owner/name").json()["id"] == "owner/name"
+        refused = server.post("/v1/chat/completions", hello("gpt-4")).json()["error"]
+        assert refused["code"] == "model_not_found"
+        assert all(name in refused["message"] for name in (*names, "checkpoint", "default", "--alias"))
+
+
+def test_any_model_is_answered_if_told_so(checkpoint: Path, tmp_path: Path) -> None:
+    with serving(checkpoint, tmp_path, "--any-model") as server:
+        for name in ("gpt-4o", "claude-3-5-haiku-20241022", "a/b/c", "checkpoint"):
+            assert statuses(server, name) == [200] * 5, name
+        assert [card["id"] for card in server.get("/v1/models").json()["data"]] == ["checkpoint"]

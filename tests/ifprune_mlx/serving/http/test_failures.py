@@ -8,7 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import httpx
+import openai
 import pytest
 
 from tests.ifprune_mlx.serving.http.serving import Served, eventually, serving
@@ -69,7 +71,7 @@ def said(server: Served, reason: str) -> bool:
     [("/v1/chat/completions", "server_error"), ("/v1/messages", "api_error")],
     ids=["OpenAI", "Anthropic"],
 )
-def test_a_failure_is_a_500_and_the_next_request_is_answered(
+def test_a_failure_is_a_500_or_an_event_and_the_next_request_is_answered(
     frail: Served, trouble: Path, path: str, kind: str, stream: bool
 ) -> None:
     body = HELLO | {"stream": stream}
@@ -77,9 +79,18 @@ def test_a_failure_is_a_500_and_the_next_request_is_answered(
     failed = frail.metric("ifprune_jobs_failed_total")
     trouble.touch()
     refused = frail.post(path, body)
-    assert refused.status_code == 500
-    assert refused.headers["content-type"] == "application/json"
-    assert refused.json()["error"]["type"] == kind
+    if stream:  # its headers came before
+        assert refused.status_code == 200
+        assert refused.headers["content-type"].startswith("text/event-stream")
+        *_, last = [line for line in refused.text.splitlines() if line.startswith("data: ")]
+        error = json.loads(last.removeprefix("data: "))["error"]
+        assert "[DONE]" not in refused.text
+        assert "message_stop" not in refused.text
+    else:
+        assert refused.status_code == 500
+        assert refused.headers["content-type"] == "application/json"
+        error = refused.json()["error"]
+    assert error["type"] == kind
     assert REASON not in refused.text
     eventually(partial(said, frail, REASON))
     assert frail.metric("ifprune_jobs_failed_total") == failed + 1
@@ -87,6 +98,24 @@ def test_a_failure_is_a_500_and_the_next_request_is_answered(
     after = frail.post(path, HELLO).json()
     text = "choices" if "choices" in after else "content"
     assert after[text] == before[text]
+
+
+def test_the_clients_raise_what_fails_before_the_first_token(frail: Served, trouble: Path) -> None:
+    static = {"ifprune": HELLO["ifprune"]}
+    options: dict[str, Any] = {"model": "default", "messages": HELLO["messages"], "max_tokens": 8, "extra_body": static}
+    trouble.touch()
+    with (
+        openai.OpenAI(base_url=f"{frail.url}/v1", api_key="none", max_retries=0) as client,
+        client.chat.completions.create(stream=True, **options) as stream,
+        pytest.raises(openai.APIError, match="its log says why"),
+    ):
+        list(stream)
+    with (
+        anthropic.Anthropic(base_url=frail.url, api_key="none", max_retries=0) as other,
+        other.messages.stream(**options) as events,
+        pytest.raises(anthropic.APIStatusError, match="its log says why"),
+    ):
+        events.get_final_message()
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
