@@ -25,6 +25,8 @@ from ifprune_mlx.selection.selection import Selection
 from ifprune_mlx.selection.selectors import Instruction, Selector, make_selector
 
 REPREFILL, KEEP = "reprefill", "keep"
+# Below, float16 overflows or the filter keeps nothing, and tokens would be noise; above, all are about equally likely.
+_LEAST_TEMPERATURE, _LEAST_TOP_P, _MOST_TEMPERATURE = 1e-4, 1e-4, 1e4
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,13 @@ class GenerationRequest:
     keep: tuple[int, ...]
     on_switch: str = REPREFILL
     switch_below: float | None = None
+
+
+def usable_temperature(temperature: float, top_p: float = 1.0) -> float:
+    """The temperature to sample at: 0, the likeliest token, if either is too small to compute with; at most 10,000."""
+    if temperature < _LEAST_TEMPERATURE or top_p < _LEAST_TOP_P:
+        return 0.0
+    return min(temperature, _MOST_TEMPERATURE)
 
 
 class _Cancelled(Exception):

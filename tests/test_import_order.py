@@ -23,6 +23,7 @@ ORDER = (
     "selection",
     "model",
     "chat_template",
+    "constraint",
     "generation",
     "session",
     "data",
