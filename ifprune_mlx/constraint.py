@@ -22,7 +22,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ifprune_mlx.errors import IfpruneError, reason_of
 
 _MOST_CHARACTERS = 100_000
-_SECONDS = 5.0
+_SECONDS = 3.0
 _KEPT = 32
 # As `json.dumps` writes it. Models that are at a loss write more without end.
 _SPACE = "( |\\n {0,32})?"

@@ -29,7 +29,9 @@ def _value(chance: random.Random, depth: int) -> dict[str, Any]:
 
 
 def _object(chance: random.Random, depth: int) -> dict[str, Any]:
-    names = chance.sample(["id", "name", "größe", "tags", 'a "b"', "x/y", "on", "meta", "_k", "n1"], chance.randint(1, 4))
+    names = chance.sample(
+        ["id", "name", "größe", "tags", 'a "b"', "x/y", "on", "meta", "_k", "n1"], chance.randint(1, 4)
+    )
     properties = {name: _value(chance, depth - 1) for name in names}
     required = [name for name in names if chance.random() < 0.6]
     return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
@@ -61,7 +63,11 @@ def _string(chance: random.Random, depth: int) -> dict[str, Any]:
 
 def _number(chance: random.Random, depth: int) -> dict[str, Any]:
     low = chance.randint(-1000, 1000) / 8
-    return {"type": "number", "minimum": low, chance.choice(["maximum", "exclusiveMaximum"]): low + chance.randint(1, 90)}
+    return {
+        "type": "number",
+        "minimum": low,
+        chance.choice(["maximum", "exclusiveMaximum"]): low + chance.randint(1, 90),
+    }
 
 
 def _integer(chance: random.Random, depth: int) -> dict[str, Any]:
