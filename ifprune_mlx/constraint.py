@@ -24,6 +24,9 @@ from ifprune_mlx.errors import IfpruneError, reason_of
 _MOST_CHARACTERS = 100_000
 _SECONDS = 3.0
 _KEPT = 32
+# Keywords of JSON schemas that hold schemas by name, and those that hold any JSON.
+_NAMED = ("properties", "patternProperties", "$defs", "definitions")
+_VALUES = ("enum", "const", "default", "examples")
 # As `json.dumps` writes it. Models that are at a loss write more without end.
 _SPACE = "( |\\n {0,32})?"
 # llguidance bounds most of the work of a grammar, but some never end, and a thread cannot be ended.
@@ -46,19 +49,51 @@ class GrammarError(IfpruneError):
 
 
 def json_rule(schema: Mapping[str, Any], *, lenient: bool = False) -> str:
-    """The Lark rule body of the JSON texts that a schema allows; `lenient` ignores keywords that are not supported.
+    """The Lark rule body of JSON texts that a schema allows; `lenient` ignores keywords that are not supported.
+
+    Objects get no properties but those that the schema names, unless it says that they may.
 
     Raises:
         GrammarError: if the schema is too long.
     """
     options = {"whitespace_flexible": True, "whitespace_pattern": _SPACE, "lenient": lenient}
     try:
-        text = json.dumps({**schema, "x-guidance": options}, allow_nan=False)
+        closed = schema if _mixes(schema) else _closed(schema)
+        text = json.dumps({**closed, "x-guidance": options}, allow_nan=False)
     except (ValueError, RecursionError) as exc:
         raise GrammarError(f"the schema is not JSON ({exc})") from exc
     if len(text) > _MOST_CHARACTERS:
         raise GrammarError(f"the schema has {len(text)} characters; give at most {_MOST_CHARACTERS}")
     return f"%json {text}"
+
+
+def _mixes(value: Any) -> bool:
+    """Whether some object's properties come from several schemas, so that closing one would exclude the others."""
+    if isinstance(value, list):
+        return any(map(_mixes, value))
+    if not isinstance(value, Mapping):
+        return False
+    several = value.keys() & {"anyOf", "oneOf", "$ref"} and value.keys() & {"properties", "required"}
+    return "allOf" in value or bool(several) or any(map(_mixes, value.values()))
+
+
+def _closed(value: Any) -> Any:
+    """A schema that says `additionalProperties: false` where it says nothing about them."""
+    if isinstance(value, list):
+        return [_closed(one) for one in value]
+    if not isinstance(value, Mapping):
+        return value
+    closed: dict[str, Any] = {}
+    for key, one in value.items():
+        if key in _NAMED and isinstance(one, Mapping):
+            closed[key] = {name: _closed(each) for name, each in one.items()}
+        else:
+            closed[key] = one if key in _VALUES else _closed(one)
+    named, required = value.get("properties"), value.get("required", [])
+    says_so = value.keys() & {"additionalProperties", "patternProperties", "minProperties"}
+    if not says_so and isinstance(named, Mapping) and isinstance(required, list):
+        closed |= {"additionalProperties": False} if all(one in [*named] for one in required) else {}
+    return closed
 
 
 @dataclass(frozen=True, eq=False)

@@ -90,25 +90,26 @@ def _call(
 ) -> Iterator[str]:
     """The rules of a call of one tool."""
     head, tail = grammars.literal(call_head(dialect, function["name"])), grammars.literal(dialect.end.format())
-    schema = {"type": "object", **(function.get("parameters") or {})}
+    schema = {"type": "object", **(function.get("parameters") or {"properties": {}})}
     lenient = not function.get("strict")
     if not dialect.parameter:
         yield f"{rule}: {start} {head} {rule}_arguments {tail} {end}"
         yield f"{rule}_arguments: {json_rule(schema, lenient=lenient)}"
         return
-    required, parts = schema.get("required", []), []
-    for at, (key, value) in enumerate(schema.get("properties", {}).items()):
+    required, properties, parts = schema.get("required"), schema.get("properties"), []
+    for at, (key, given) in enumerate(properties.items() if isinstance(properties, dict) else ()):
         one = f"{rule}_{at}"
-        parts.append(one if key in required else f"{one}?")
+        parts.append(one if isinstance(required, list) and key in required else f"{one}?")
         before, close = grammars.literal(dialect.parameter.format(key=key)), grammars.literal(dialect.close)
+        value = given if isinstance(given, dict) else {}
         choices = [value["const"]] if "const" in value else value.get("enum")
-        if value.get("type") != "string" and not (choices and all(isinstance(one, str) for one in choices)):
+        if value.get("type") == "string" and choices is None:
+            yield f"{one}: {before} {one}_text"
+            yield f"{one}_text[suffix={json.dumps(dialect.close)}]: /(.|\\n)*/"
+        elif isinstance(choices, list) and all(isinstance(choice, str) for choice in choices):
+            yield f"{one}: {before} ({' | '.join(map(grammars.literal, choices))}) {close}"
+        else:
             definitions = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
             yield f"{one}: {before} {one}_json {close}"
             yield f"{one}_json: {json_rule({**definitions, **value}, lenient=lenient)}"
-        elif choices:
-            yield f"{one}: {before} ({' | '.join(map(grammars.literal, choices))}) {close}"
-        else:
-            yield f"{one}: {before} {one}_text"
-            yield f"{one}_text[suffix={json.dumps(dialect.close)}]: /(.|\\n)*/"
     yield f"{rule}: {start} {head} {' '.join(parts)} {tail} {end}"

@@ -221,3 +221,25 @@ def test_sampling_values_too_small_to_compute_with_take_the_likeliest_token(sett
     with serving(tiny) as engine:
         expected, got = together(engine, greedy, tiny_values)
     assert text_of(got) == text_of(expected)
+
+
+OPEN = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "accepted"),
+    [
+        (OPEN, '{"a": 1}', True),
+        (OPEN, '{"a": 1, "more": 2}', False),  # a model that is at a loss would add properties without end
+        (OPEN | {"additionalProperties": True}, '{"a": 1, "more": 2}', True),
+        (OPEN | {"required": ["more"]}, '{"a": 1, "more": 2}', True),
+        ({"allOf": [OPEN, {"properties": {"more": {}}}]}, '{"a": 1, "more": 2}', True),
+        ({"$ref": "#/$defs/a", "properties": {"more": {}}, "$defs": {"a": OPEN}}, '{"a": 1, "more": 2}', True),
+        ({"enum": [{"properties": {}}]}, '{"properties": {}}', True),
+        ({"properties": {"properties": {"type": "string"}}, "type": "object"}, '{"properties": "x"}', True),
+    ],
+)
+def test_objects_get_the_properties_that_the_schema_names(schema: Any, text: str, accepted: bool, tiny: Tiny) -> None:
+    matcher = Grammars(tiny[1]).compile(f"answer: {json_rule(schema)}", ()).matcher.deep_copy()
+    tokens = tiny[1].encode(text)
+    assert (matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()) == accepted
