@@ -6,11 +6,13 @@ import importlib
 import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import load_tokenizer
 
 from ifprune_mlx import load
 from ifprune_mlx.constraint import Grammars
@@ -18,7 +20,7 @@ from ifprune_mlx.serving.engine.call_grammar import answer_rules
 from ifprune_mlx.serving.engine.request import SamplingParams
 from ifprune_mlx.serving.http.tools import ToolCall, ToolSplitter
 from tests.ifprune_mlx.serving.engine.engines import Tiny, make_request, serving, stats_of, text_of, together
-from tests.tiny import write_checkpoint
+from tests.tiny import write_checkpoint, write_tokenizer
 
 PLACE = {"type": "object", "properties": {"x": {"type": "integer", "minimum": 0, "maximum": 9}}, "required": ["x"]}
 TOOLS: list[dict[str, Any]] = [
@@ -130,3 +132,32 @@ def test_answers_are_free_unless_something_is_asked_of_them(tiny: Tiny) -> None:
     for text, accepted in ((call, True), (f"{call}\n{call}", True), ('{"x": 3}', True), ("well", False)):
         matcher, tokens = grammar.matcher.deep_copy(), tokenizer.encode(text)
         assert (matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()) == accepted
+
+
+def test_arguments_of_strict_tools_are_held_to_their_schema_among_free_text(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    base = max(content["model"]["vocab"].values()) + 1
+    flags = dict.fromkeys(("special", "single_word", "lstrip", "rstrip", "normalized"), False)
+    markers = ["<tool_call>", "</tool_call>"]
+    content["added_tokens"] += [{"id": base + at, "content": text, **flags} for at, text in enumerate(markers)]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "config.json").write_text("{}")
+    tokenizer = speaking(load_tokenizer(tmp_path), "json_tools")
+    grammars = Grammars(tokenizer)
+    strict = {"type": "function", "function": {"name": "go", "parameters": PLACE, "strict": True}}
+    rules = answer_rules(grammars, tokenizer, [strict, TOOLS[1]], forced=False, single=False)
+    assert rules is not None
+    grammar = grammars.compile(rules, ())
+    good = '<tool_call>\n{"name": "go", "arguments": {"x": 5}}\n</tool_call>'
+    bad = '<tool_call>\n{"name": "go", "arguments": {"x": "5"}}\n</tool_call>'
+    other = '<tool_call>\n{"name": "stay", "arguments": {}}\n</tool_call>'
+    for text, accepted in (
+        ("Well { I say.", True),
+        (good, True),
+        (f"so\n{good}\n{other} and so on", True),
+        (bad, False),
+        (f"so {bad}", False),
+    ):
+        matcher, tokens = grammar.matcher.deep_copy(), tokenizer.encode(text)
+        assert (matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()) == accepted, text
