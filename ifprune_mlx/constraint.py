@@ -19,7 +19,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.hf import from_tokenizer
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ifprune_mlx.errors import IfpruneError, reason_of
+from ifprune_mlx.errors import GrammarError, reason_of
 
 _MOST_CHARACTERS = 100_000
 _SECONDS = 3.0
@@ -42,10 +42,6 @@ matcher = LLMatcher(LLTokenizer(TokenizerWrapper(Bytes())), sys.stdin.buffer.rea
 matcher.compute_bitmask()
 sys.stdout.buffer.write(matcher.get_error().encode())
 """
-
-
-class GrammarError(IfpruneError):
-    """A schema or grammar that cannot constrain an answer."""
 
 
 def json_rule(schema: Mapping[str, Any], *, lenient: bool = False) -> str:

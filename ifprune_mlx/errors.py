@@ -39,6 +39,10 @@ class PromptError(IfpruneError):
     """A prompt that cannot be answered: empty, or longer than the model's context."""
 
 
+class GrammarError(IfpruneError):
+    """A JSON schema that answers cannot be held to: wrong, not supported, or too large."""
+
+
 class ChatFileError(IfpruneError):
     """A saved chat that cannot be read back."""
 

@@ -14,7 +14,8 @@ import mlx.core as mx
 import pytest
 
 from ifprune_mlx import load
-from ifprune_mlx.constraint import Constraint, Grammar, GrammarError, Grammars, json_rule
+from ifprune_mlx.constraint import Constraint, Grammar, Grammars, json_rule
+from ifprune_mlx.errors import GrammarError
 from ifprune_mlx.serving.engine.request import GenerationFailedError, Request, SamplingParams
 from tests.ifprune_mlx.serving.engine.engines import Tiny, make_request, serving, stats_of, text_of, together
 from tests.random_schemas import random_schema
