@@ -15,6 +15,7 @@ EXPORTS = [
     "CheckpointError",
     "DataError",
     "GenerationResponse",
+    "GrammarError",
     "History",
     "IfpruneError",
     "Instruction",
