@@ -69,7 +69,7 @@ def answer_rules(
     strict = any(tool["function"].get("strict") for tool in tools)
     dialect = dialect_of(tokenizer)
     if dialect is None or not (forced or strict or (tools and schema is not None)):
-        return None if schema is None else f"answer: {json_rule(schema)}"
+        return None if schema is None or forced else f"answer: {json_rule(schema)}"
     start, end = grammars.literal(tokenizer.tool_call_start), grammars.literal(tokenizer.tool_call_end)
     calls = "call" if single else "call (BREAK call)*"
     lines = ["call: " + " | ".join(f"call_{at}" for at in range(len(tools))), "BREAK: /\\n?/"]
@@ -79,7 +79,7 @@ def answer_rules(
         return "\n".join([f"answer: {calls}", *lines])
     if schema is not None:
         return "\n".join([f"answer: {calls} | told", f"told: {json_rule(schema)}", *lines])
-    # The start marker is a token of its own, which free text does not hold, or the first text that looks like it.
+    # A start marker that is a token cannot be part of free text; for another one, text and calls cannot be told apart.
     if start.startswith("<["):
         return "\n".join([f"answer: (FREE? call){'?' if single else '*'} FREE?", "FREE: /(.|\\n)+/", *lines])
     return None
