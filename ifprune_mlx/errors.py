@@ -43,6 +43,10 @@ class ContextLengthError(PromptError):
     """A prompt that is longer than the model's context."""
 
 
+class GrammarError(IfpruneError):
+    """A JSON schema that answers cannot be held to: wrong, not supported, or too large."""
+
+
 class ChatFileError(IfpruneError):
     """A saved chat that cannot be read back."""
 

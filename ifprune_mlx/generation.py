@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from mlx_lm.sample_utils import make_sampler as lm_make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ifprune_mlx.chat_template import Prompt, check_prompt, encode_prompt, instruction_of
+from ifprune_mlx.constraint import Grammars, json_rule
 from ifprune_mlx.errors import IfpruneError, PromptError
 from ifprune_mlx.model import Model, Progress
 from ifprune_mlx.prompt_cache import DENSE, History, check_quantizable, quantize
@@ -171,6 +172,7 @@ def stream_generate(
     cancel: Callable[[], bool] | None = None,
     progress: Progress | None = None,
     max_kv_size: int | None = None,
+    json_schema: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Iterator[GenerationResponse]:
     """Select neurons for the prompt, switch to them, and stream the answer.
@@ -189,6 +191,7 @@ def stream_generate(
         cancel: called between tokens and prefill chunks; True ends the answer early.
         progress: called with (prompt tokens read, prompt tokens).
         max_kv_size: how many tokens a layer's KV cache may hold; see `ifprune_mlx.prompt_cache.make_cache`.
+        json_schema: the answer is JSON that this allows, after the thoughts of a model that thinks.
         kwargs: `sampler`, `logits_processors`, `kv_bits`, `kv_group_size`, `quantized_kv_start`,
             `prefill_step_size`, ..., as in `mlx_lm.stream_generate`, but no `draft_model`. `make_sampler` here makes
             samplers.
@@ -199,6 +202,7 @@ def stream_generate(
     Raises:
         PromptError: if the prompt is empty or longer than the context.
         BudgetError: if the budget cannot be met.
+        GrammarError: if the JSON schema cannot be used.
         SelectionError, PredictorError: if no selection can be made, or it does not fit the model.
         ModelBusyError: while another answer of the model is under way.
     """
@@ -220,6 +224,9 @@ def stream_generate(
         keep=model.keep(density, active_parameters, memory),
         on_switch=on_switch,
     )
+    if json_schema is not None:
+        grammar = Grammars(tokenizer).compile(f"answer: {json_rule(json_schema)}", request.tokens)
+        kwargs["logits_processors"] = [*(kwargs.get("logits_processors") or ()), grammar.constraint()]
     steps = answer(model, tokenizer, history, request, max_tokens, cancel=cancel, progress=progress, **kwargs)
     thread = threading.get_ident()
     try:

@@ -24,6 +24,7 @@ ORDER = (
     "selection",
     "model",
     "chat_template",
+    "constraint",
     "generation",
     "session",
     "data",

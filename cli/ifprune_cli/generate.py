@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -39,11 +40,15 @@ def generate(
     ignore_chat_template: Annotated[
         bool, typer.Option("--ignore-chat-template", help="Take the prompt as it is.")
     ] = False,
+    json_schema: Annotated[
+        Optional[Path], typer.Option("--json-schema", help="Answer with JSON that the JSON schema in this file allows.")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Answer one prompt on the neurons that it selects."""
     text = read_prompt(prompt)
     choice.check_exclusive(budget)
+    schema = None if json_schema is None else read_schema(json_schema)
     runtime = open_runtime(model, choice, budget, selecting, sampling)
     with progress("prefill", "tokens") as update:
         said, stats = answer(
@@ -53,6 +58,7 @@ def generate(
             max_tokens=max_tokens,
             instruction=text,
             progress=update,
+            json_schema=schema,
         )
     if json:
         result_json({"text": said, **asdict(stats)})
@@ -79,6 +85,14 @@ def answer(runtime: Runtime, prompt: Prompt, *, streams: bool = False, **options
             show_answer(response.text)
     assert stats is not None  # the last response has them
     return said, stats
+
+
+def read_schema(file: Path) -> dict[str, Any]:
+    """The JSON schema in a file; raises GrammarError if there is none."""
+    from ifprune_mlx.checkpoint.format import read_json_object
+    from ifprune_mlx.errors import GrammarError
+
+    return read_json_object(file, GrammarError)
 
 
 def read_prompt(prompt: str, option: str = "--prompt") -> str:

@@ -133,3 +133,29 @@ def test_the_predictor_is_the_default_where_there_is_one(tiny_checkpoint: Path, 
     one, other = (answer(succeed(*base, text)) for text in ("hello", "write a sonnet"))
     assert one["selector"] == other["selector"] == "learned"
     assert one["selection"] != other["selection"]
+
+
+def test_an_answer_that_a_json_schema_allows(command: Command, tmp_path: Path) -> None:
+    schema = {"type": "object", "properties": {"sure": {"type": "boolean"}}, "required": ["sure"]}
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
+    said = answer(
+        command("--prompt", "hello", "--json-schema", tmp_path / "schema.json", "--max-tokens", "99", "--json")
+    )
+    assert said["finish_reason"] == "stop"
+    assert isinstance(json.loads(said["text"])["sure"], bool)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [("{", "not valid JSON"), ("[]", "object"), ('{"type": "strin"}', "Invalid type"), (None, "cannot be read")],
+)
+def test_json_schemas_that_cannot_be_used(
+    content: str | None, reason: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "schema.json"
+    if content is not None:
+        file.write_text(content)
+    done = run_here("generate", "--model", tiny_checkpoint, "--prompt", "hello", "--json-schema", file)
+    assert done.returncode == 1
+    assert reason in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

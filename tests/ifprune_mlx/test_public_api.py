@@ -15,6 +15,7 @@ EXPORTS = [
     "CheckpointError",
     "DataError",
     "GenerationResponse",
+    "GrammarError",
     "History",
     "IfpruneError",
     "Instruction",
@@ -52,7 +53,7 @@ def test_every_export_is_documented() -> None:
 
 def test_every_error_is_an_ifprune_error() -> None:
     errors = [getattr(ifprune_mlx, name) for name in EXPORTS if name.endswith("Error")]
-    assert len(errors) == 11
+    assert len(errors) == 12
     assert all(issubclass(error, ifprune_mlx.IfpruneError) for error in errors)
 
 

@@ -77,7 +77,7 @@ class BatchDecoder:
             caches=[cache],
             all_tokens=[tokens[:read]],
             samplers=[make_sampler(sampling)],
-            logits_processors=[make_processors(sampling)],
+            logits_processors=[make_processors(sampling, state.constraint)],
         )
         self._reading[uids[0]] = state, read
         return int(uids[0])
@@ -138,7 +138,9 @@ class SingleDecoder:
             self._model.module,
             max_tokens=max_tokens,
             sampler=make_sampler(state.request.sampling),
-            logits_processors=[_SeesAllTokens(one, tokens[:-1]) for one in make_processors(state.request.sampling)],
+            logits_processors=[
+                _SeesAllTokens(one, tokens[:-1]) for one in make_processors(state.request.sampling, state.constraint)
+            ],
             prompt_cache=self._cache,
             prefill_step_size=_PREFILL_STEP,
             prompt_progress_callback=on_prefill,

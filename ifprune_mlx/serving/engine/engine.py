@@ -231,6 +231,7 @@ class Engine:
             else:
                 self._decoder = SingleDecoder(self._model, end)
         state.output_processor = OutputProcessor(request, self._tokenizer)
+        state.constraint = None if request.grammar is None else request.grammar.constraint()
         state.started = time.monotonic()
         state.has_read(read)
         room = (self._model.context_length or math.inf) - len(request.tokens)
@@ -254,6 +255,12 @@ class Engine:
     def _put_token(self, state: RequestState, token: Token) -> None:
         """Pass a token to its request, and end the request with the last one."""
         output, now = state.output_processor, time.monotonic()
+        if state.constraint is not None and state.constraint.error is not None:
+            self._scheduler.finish(state)
+            state.put(GenerationFailedError(f"the answer's grammar failed ({state.constraint.error}); ask again"))
+            if token.finish_reason is None and self._decoder is not None:
+                self._decoder.remove(token.uid, with_cache=False)
+            return
         if output.completion_tokens == 0:
             state.first_token = now
         text, logprobs = output.add(token.id, token.logprobs, token.finish_reason)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ifprune_mlx.constraint import Constraint, Grammar
 from ifprune_mlx.errors import IfpruneError
 from ifprune_mlx.prompt_cache import DENSE
 from ifprune_mlx.selection.selection import Selection
@@ -59,7 +60,7 @@ class SamplingParams:
     top_p: float = 1.0  # above 0, at most 1; 1 is off
     top_k: int = 0  # 0 is off
     min_p: float = 0.0  # from 0 to 1; 0 is off
-    repetition_penalty: float = 1.0  # above 0; 1 is off
+    repetition_penalty: float = 1.0  # from 0.01 to 100; 1 is off
     presence_penalty: float = 0.0  # from -2 to 2; 0 is off
     frequency_penalty: float = 0.0  # from -2 to 2; 0 is off
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id -> number added to its logit
@@ -77,6 +78,7 @@ class Request:
     max_tokens: int  # above 0; the answer is shorter if the context ends first
     stop: tuple[str, ...] = ()  # strings that end the answer; its text ends before them, whatever tokens they span
     logprobs: int | None = None  # top alternatives per token, 0 to 20; None gives no log-probabilities
+    grammar: Grammar | None = None  # the answer must satisfy it
     # The instruction's tokens where policy `system` selects by it alone; the selector `activation` reads them.
     instruction_tokens: tuple[int, ...] = ()
 
@@ -173,6 +175,7 @@ class RequestState:
     # request that runs alone. Empty until the request has selected.
     selection_key: str = ""
     uid: int = -1  # of its sequence in the decoder, once it runs
+    constraint: Constraint | None = None  # of its answer, once it runs
     output_processor: OutputProcessor = field(init=False)  # once it runs
     arrived: float = field(default_factory=time.monotonic)
     started: float = 0.0  # when prefill began

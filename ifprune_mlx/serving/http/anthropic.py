@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -42,8 +42,13 @@ class Anthropic:
 
     def _create(self, body: MessagesRequest, headers: HeaderOptions) -> Response:
         service, conversation = self._service, _conversation(body)
+        asked = body.output_format or (body.output_config and body.output_config.format)
+        if asked:
+            if conversation.prefill:
+                raise field_error("messages", "end with a beginning of the answer, which a JSON schema excludes")
+            conversation = replace(conversation, schema=asked.json_schema)
         stops = body.stop_sequences or []
-        render = partial(service.renderer.conversation, conversation)
+        render = partial(service.renderer.constrained, conversation)
         requests = service.requests(body, headers, render, max_tokens=body.max_tokens, stop=stops)
         splitter = service.renderer.splitter(conversation.tools)
         return StreamingAnswer(
@@ -219,7 +224,8 @@ def _tools(body: CountRequest) -> Tools:
     functions: list[dict[str, Any]] = []
     for tool in body.tools or []:
         described = {} if tool.description is None else {"description": tool.description}
-        function = {"name": tool.name, "parameters": tool.input_schema, **described}
+        strict = {"strict": True} if tool.strict else {}
+        function = {"name": tool.name, "parameters": tool.input_schema, **described, **strict}
         functions.append({"type": "function", "function": function})
     choice = body.tool_choice
     if choice is None:

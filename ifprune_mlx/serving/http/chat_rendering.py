@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ifprune_mlx.chat_template import check_prompt, encode_prompt, instruction_of, plain_text
+from ifprune_mlx.constraint import Grammar, Grammars
 from ifprune_mlx.errors import ContextLengthError, PromptError
 from ifprune_mlx.model import Model
+from ifprune_mlx.serving.engine.call_grammar import answer_rules
 from ifprune_mlx.serving.http.errors import RequestError, field_error
 from ifprune_mlx.serving.http.tools import ToolSplitter, beginning
 
@@ -61,6 +63,7 @@ class Conversation:
     messages: list[dict[str, Any]]  # role, content, and for tools tool_calls, tool_call_id and name
     tools: Tools = field(default_factory=Tools)
     prefill: str = ""  # the answer begins with it
+    schema: dict[str, Any] | None = None  # the answer is JSON that this allows
 
 
 class Prompt(NamedTuple):
@@ -70,6 +73,7 @@ class Prompt(NamedTuple):
     instruction: str  # the selector reads it
     stop: tuple[str, ...] = ()  # strings of the template that end the answer
     instruction_tokens: tuple[int, ...] = ()  # see `Request`
+    grammar: Grammar | None = None  # the answer must satisfy it
 
 
 class ChatRenderer:
@@ -81,15 +85,20 @@ class ChatRenderer:
 
     def __init__(self, model: Model, tokenizer: TokenizerWrapper) -> None:
         self._model, self._tokenizer = model, tokenizer
+        self._grammars = Grammars(tokenizer)
         # No token stands for more text than the vocabulary's longest.
         longest = max((len(token) for token in tokenizer.get_vocab()), default=1)
         limit = model.context_length
         self._most_characters = math.inf if limit is None else limit * longest
 
-    def prompts(self, prompts: Sequence[str | list[int]]) -> list[Prompt]:
+    def prompts(self, prompts: Sequence[str | list[int]], schema: dict[str, Any] | None = None) -> list[Prompt]:
         """Encode prompts without a template; the selector reads all of the text.
 
+        Args:
+            schema: the answers are JSON that this allows.
+
         Raises:
+            GrammarError: if the schema cannot be used.
             PromptError: if one is empty, or longer than the context.
         """
         rendered = []
@@ -98,8 +107,24 @@ class ChatRenderer:
                 self._check_length(len(prompt))
             tokens = encode_prompt(self._tokenizer, prompt)
             check_prompt(self._model, tokens)
-            rendered.append(Prompt(tuple(tokens), instruction_of(self._tokenizer, prompt)))
+            prompt_rendered = Prompt(tuple(tokens), instruction_of(self._tokenizer, prompt))
+            rendered.append(self._constrained(prompt_rendered, Tools(), schema))
         return rendered
+
+    def constrained(self, conversation: Conversation, policy: str = "first") -> list[Prompt]:
+        """As `conversation`, with the grammar that the schema and the tools ask for.
+
+        Raises:
+            GrammarError: if a schema cannot be used.
+        """
+        [prompt] = self.conversation(conversation, policy)
+        return [self._constrained(prompt, conversation.tools, conversation.schema)]
+
+    def _constrained(self, prompt: Prompt, tools: Tools, schema: dict[str, Any] | None) -> Prompt:
+        rules = answer_rules(
+            self._grammars, self._tokenizer, tools.offered, forced=tools.forced, single=tools.single, schema=schema
+        )
+        return prompt if rules is None else prompt._replace(grammar=self._grammars.compile(rules, prompt.tokens))
 
     def conversation(self, conversation: Conversation, policy: str = "first") -> list[Prompt]:
         """Render a conversation as one prompt, which includes the prefill or the beginning of a forced call.
@@ -118,7 +143,7 @@ class ChatRenderer:
             reason = "this model's chat template has no tools; ask without them"
             raise RequestError(reason, "tools", code="tools_not_supported")
         shown = json.dumps([tools.offered, calls], ensure_ascii=False) if tools.offered or calls else ""
-        begun = conversation.prefill + (beginning(tokenizer, tools.only) if tools.forced else "")
+        begun = conversation.prefill + (beginning(tokenizer) if tools.forced else "")
         self._check_length(len(begun) + len(shown) + sum(len(message["content"]) for message in messages))
         if tokenizer.has_chat_template:
             try:
@@ -143,8 +168,8 @@ class ChatRenderer:
         """The splitter for an answer's text and calls; None if no tool may be called."""
         if not tools.offered:
             return None
-        begun = beginning(self._tokenizer, tools.only) if tools.forced else ""
-        return ToolSplitter(self._tokenizer, tools.offered, begun, tools.only)
+        begun = tools.forced and bool(beginning(self._tokenizer))
+        return ToolSplitter(self._tokenizer, tools.offered, begun, tools.only if tools.forced else None)
 
     def _check_length(self, characters: int) -> None:
         """Refuse a prompt that must be too long, before the work of encoding it."""

@@ -55,7 +55,7 @@ class OpenAI:
         requests = service.requests(
             body,
             headers,
-            partial(service.renderer.conversation, conversation),
+            partial(service.renderer.constrained, conversation),
             n=_answers_per_prompt(body, 1, service.most_answers),
             max_tokens=body.max_completion_tokens or body.max_tokens,
             stop=body.stop_strings,
@@ -76,7 +76,7 @@ class OpenAI:
         requests = service.requests(
             body,
             headers,
-            lambda policy: service.renderer.prompts(prompts),
+            lambda policy: service.renderer.prompts(prompts, _schema(body)),
             n=_answers_per_prompt(body, len(prompts), service.most_answers),
             max_tokens=body.max_tokens,
             stop=body.stop_strings,
@@ -301,8 +301,22 @@ def _conversation(body: ChatRequest) -> Conversation:
     choice, single = body.tool_choice, body.parallel_tool_calls is False
     if isinstance(choice, ToolChoice):
         name, param = choice.function.name, "tool_choice.function.name"
-        return Conversation(messages, choose_tools(functions, "function", name, single=single, param=param))
-    return Conversation(messages, choose_tools(functions, choice, None, single=single, param="tool_choice"))
+        tools = choose_tools(functions, "function", name, single=single, param=param)
+    else:
+        tools = choose_tools(functions, choice, None, single=single, param="tool_choice")
+    return Conversation(messages, tools, schema=_schema(body))
+
+
+def _schema(body: CompletionRequest) -> dict[str, Any] | None:
+    """The JSON schema that the answers satisfy, if any."""
+    asked = body.response_format
+    if asked is None or asked.type == "text":
+        return None
+    if asked.type == "json_object":
+        return {"type": "object"}
+    if asked.json_schema is None:
+        raise field_error("response_format.json_schema", "is required", "missing_required_parameter")
+    return asked.json_schema.json_schema
 
 
 def _earlier_call(call: MadeCall, param: str) -> dict[str, Any]:

@@ -123,6 +123,20 @@ class StreamOptions(Schema):
     include_usage: bool | None = None
 
 
+class JsonFormat(Schema):
+    """A JSON schema that answers satisfy; `strict` makes no difference."""
+
+    name: str | None = None
+    description: str | None = None
+    json_schema: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class ResponseFormat(Schema):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonFormat | None = None
+
+
 class CompletionRequest(GenerationRequest):
     """The fields that both of OpenAI's completion APIs share."""
 
@@ -130,6 +144,7 @@ class CompletionRequest(GenerationRequest):
     stop: StopString | StopStrings | None = None
     max_tokens: TokenCount | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
 
     @property
     def stop_strings(self) -> list[str]:
@@ -195,6 +210,7 @@ class Function(Schema):
     name: Name
     description: str | None = None
     parameters: dict[str, Any] | None = None
+    strict: bool | None = None  # the arguments of every call satisfy `parameters`
 
 
 class Tool(Schema):
@@ -211,20 +227,11 @@ class ToolChoice(Schema):
     function: NamedFunction
 
 
-class ResponseFormat(Schema):
-    type: Annotated[
-        str,
-        _only("text", reason="only 'text' is supported; ask for JSON in words, or with a tool"),
-        WithJsonSchema({"const": "text"}),
-    ]
-
-
 class ChatRequest(CompletionRequest):
     messages: Annotated[Items[ChatMessage], Field(min_length=1)]
     max_completion_tokens: TokenCount | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Range(0, MAX_LOGPROBS)] | None = None
-    response_format: ResponseFormat | None = None
     tools: Items[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
@@ -296,6 +303,7 @@ class ClientTool(Schema):
     name: Name
     description: str | None = None
     input_schema: dict[str, Any]
+    strict: bool | None = None  # the input of every call satisfies it
 
 
 class ToolSelection(Schema):
@@ -312,6 +320,17 @@ class CountRequest(Schema):
     tool_choice: ToolSelection | None = None
 
 
+class OutputFormat(Schema):
+    type: Literal["json_schema"]
+    json_schema: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class OutputConfig(Schema):
+    format: OutputFormat | None = None
+
+
 class MessagesRequest(CountRequest, GenerationRequest):
     max_tokens: TokenCount
     stop_sequences: StopStrings | None = None
+    output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = None  # its name before

@@ -162,6 +162,7 @@ class Service:
                 stop=(*stop, *prompt.stop),
                 logprobs=logprobs,
                 instruction_tokens=prompt.instruction_tokens,
+                grammar=prompt.grammar,
             )
             for prompt in render(selection.policy)
             for seed in seeds

@@ -12,12 +12,7 @@ from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-# How a call begins after the start marker: of a given tool, and of any. In other dialects only the marker is known.
-_BEGINNINGS = {
-    "json_tools": ('\n{{"name": "{name}", "arguments": ', '\n{{"name": "'),
-    "qwen3_coder": ("\n<function={name}>\n", "\n<function="),
-    "pythonic": ("[{name}(", "["),
-}
+from ifprune_mlx.serving.engine.call_grammar import call_head, dialect_of
 
 
 @dataclass(frozen=True)
@@ -28,12 +23,9 @@ class ToolCall:
     arguments: str  # JSON text of an object; for a forced call, the model's text if that is not JSON
 
 
-def beginning(tokenizer: TokenizerWrapper, name: str | None) -> str:
-    """The beginning of a call, start marker included: of the tool `name`, or of any."""
-    dialect = getattr(tokenizer.tool_parser, "__module__", "").rsplit(".", 1)[-1]
-    named, unnamed = _BEGINNINGS.get(dialect, ("", ""))
-    after = unnamed.format() if name is None else named.format(name=name)
-    return f"{tokenizer.tool_call_start}{after}"
+def beginning(tokenizer: TokenizerWrapper) -> str:
+    """What a prompt holds of a call that must be made: the start marker, unless a grammar makes the answer a call."""
+    return "" if dialect_of(tokenizer) else str(tokenizer.tool_call_start)
 
 
 class ToolSplitter:
@@ -42,20 +34,21 @@ class ToolSplitter:
     Args:
         tokenizer: has the markers and the parser of its dialect.
         tools: the offered tools; some dialects need their parameter types.
-        begun: the beginning of a call that the prompt already holds, start marker included.
-        forced: the tool of that call, if it is known.
+        begun: the prompt already holds a start marker.
+        forced: the tool that the first call is of, if that is known.
     """
 
     def __init__(
-        self, tokenizer: TokenizerWrapper, tools: list[dict[str, Any]], begun: str = "", forced: str | None = None
+        self, tokenizer: TokenizerWrapper, tools: list[dict[str, Any]], begun: bool = False, forced: str | None = None
     ) -> None:
         self._start: str = tokenizer.tool_call_start
         self._end: str = tokenizer.tool_call_end
         self._parse: Callable[[str, Any], Any] = tokenizer.tool_parser
         self._tools = tools
+        dialect = dialect_of(tokenizer)
         self._forced = forced
-        self._begun = begun[len(self._start) :]
-        self._inside = bool(begun)
+        self._head = "" if dialect is None or forced is None else call_head(dialect, forced)
+        self._begun = self._inside = begun
         self._pending = ""
         self._after_call = False
 
@@ -96,16 +89,16 @@ class ToolSplitter:
             yield text
 
     def _call(self, body: str, end: str) -> Iterator[str | ToolCall]:
-        begun, forced = self._begun, self._forced
-        self._begun, self._forced, self._inside = "", None, False
-        calls = self._calls(begun + body)
-        if not calls and forced is not None and begun:
-            calls = [ToolCall(forced, _first_json(body))]
+        begun, forced, head = self._begun, self._forced, self._head
+        self._begun, self._forced, self._inside = False, None, False
+        calls = self._calls(body)
+        if not calls and forced is not None and head and body.startswith(head):  # the answer was cut
+            calls = [ToolCall(forced, _first_json(body[len(head) :]))]
         self._after_call = bool(calls)
         if calls:
             yield from calls
         else:
-            yield f"{'' if begun else self._start}{begun}{body}{end}"
+            yield f"{'' if begun else self._start}{body}{end}"
 
     def _calls(self, text: str) -> list[ToolCall]:
         """The calls in the text between two markers; empty if it cannot be parsed."""

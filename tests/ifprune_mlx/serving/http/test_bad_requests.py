@@ -99,7 +99,7 @@ CASES = {
     "bias large": chat("logit_bias.5: must be from -100 to 100", logit_bias={"5": 1000}),
     "top_logprobs alone": chat("needs logprobs", top_logprobs=2),
     "top_logprobs": chat("top_logprobs: must be from 0 to 20", logprobs=True, top_logprobs=21),
-    "JSON mode": chat("only 'text'", response_format={"type": "json_object"}),
+    "another format": chat("response_format.type: must be one of", response_format={"type": "xml"}),
     "tools": chat("has no tools", tools=[TOOL]),
     "tool without function": chat("function: is required", tools=[{"type": "function"}]),
     "tool of another kind": chat("must be 'function'", tools=[{"type": "retrieval"}]),

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from mlx_lm.tool_parsers import json_tools, mistral, qwen3_coder
+from mlx_lm.tool_parsers import json_tools, mistral, pythonic, qwen3_coder
 
 from ifprune_mlx.serving.http.tools import ToolCall, ToolSplitter, beginning
 
@@ -18,7 +17,10 @@ F = ToolCall("f", '{"x": 1}')
 
 def dialect(parser: Any) -> Any:
     return SimpleNamespace(
-        tool_call_start=parser.tool_call_start, tool_call_end=parser.tool_call_end, tool_parser=parser.parse_tool_call
+        tool_call_start=parser.tool_call_start,
+        tool_call_end=parser.tool_call_end,
+        tool_parser=parser.parse_tool_call,
+        get_vocab=dict,
     )
 
 
@@ -69,10 +71,11 @@ def test_other_dialects() -> None:
         assert split('[TOOL_CALLS][{"name": "f", "arguments": {"x": 1}}]', 5, mistral) == [F]
 
 
-def test_a_forced_call_goes_on_from_its_beginning() -> None:
-    begun = beginning(dialect(json_tools), "f")
-    assert split('{"x": 1}}\n</tool_call>', 2, begun=begun, forced="f") == [F]
-    assert split('{"x": 1}', 2, begun=begun, forced="f") == [F]  # its end is missing: the tool is known all the same
-    assert split("no JSON", 2, begun=begun, forced="f") == [ToolCall("f", "no JSON")]
-    unnamed = beginning(dialect(json_tools), None)
-    assert json.loads(unnamed.removeprefix("<tool_call>\n") + 'f"}') == {"name": "f"}
+def test_a_forced_call_is_known_even_if_it_is_cut() -> None:
+    begun = '<tool_call>\n{"name": "f", "arguments": '
+    assert split(begun + '{"x": 1}}\n</tool_call>', 2, forced="f") == [F]
+    assert split(begun + '{"x": 1}', 2, forced="f") == [F]  # its end is missing: the tool is known all the same
+    assert split(begun + '{"x": ', 2, forced="f") == [ToolCall("f", '{"x": ')]
+    # Where the grammar of calls is not known, the prompt holds the start marker.
+    assert (beginning(dialect(json_tools)), beginning(dialect(pythonic))) == ("", "<|tool_call_start|>")
+    assert split("[f(x=1)]<|tool_call_end|>", 2, pythonic, begun=True) == [F]
