@@ -39,6 +39,11 @@ def encode_prompt(tokenizer: TokenizerWrapper, prompt: Prompt) -> list[int]:
     return [int(item) for item in prompt if not isinstance(item, dict)]
 
 
+def is_chat(tokenizer: TokenizerWrapper, prompt: Prompt) -> bool:
+    """Whether a prompt goes through a chat template, so that its answer is a message of its own."""
+    return not isinstance(prompt, str) and bool(_messages(prompt)) and bool(tokenizer.has_chat_template)
+
+
 def render_messages(tokenizer: TokenizerWrapper, messages: Messages) -> list[int]:
     """Token ids of chat messages, ready for an answer; plain lines where the tokenizer has no chat template.
 

@@ -10,18 +10,22 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlx_lm.tokenizer_utils import StreamingDetokenizer, TokenizerWrapper
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 # A piece of a vocabulary that stands for one byte where no other piece spells a character.
 _BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
-_BYTE_LEVEL = {character: byte for byte, character in bytes_to_unicode().items()}
+_PART = "bytes:"
+_PARTS = re.compile(r"bytes:(\\x[0-9a-f]{2})+")
+# GPT-2's alphabet of bytes: printable ones stand for themselves, the others come behind them in order.
+_PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
+_OTHERS = (byte for byte in range(256) if byte not in _PRINTABLE)
+_BYTE_LEVEL = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + n): byte for n, byte in enumerate(_OTHERS)}
 # Text whose last space may go away with the next token, where a tokenizer cleans up spaces.
 _UNSETTLED = re.compile(r" (|'|n|n'|'v|'r)$")
 # The most tokens whose text is held back until a character is complete, and that are read before an answer.
 _LONGEST, _CONTEXT = 64, 8
 
 
-class Detokenizer(StreamingDetokenizer):  # type: ignore[misc]
+class Detokenizer(StreamingDetokenizer):
     """A streaming detokenizer for every kind of tokenizer, with mlx-lm's interface.
 
     Args:
@@ -37,6 +41,8 @@ class Detokenizer(StreamingDetokenizer):  # type: ignore[misc]
     def __init__(self, tokenizer: TokenizerWrapper, context: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._context = list(context[-_CONTEXT:])
+        if self._context and str(tokenizer.decode(self._context)).endswith("\ufffd"):
+            self._context = []  # it ends within a character
         self._cleans = getattr(tokenizer, "clean_up_tokenization_spaces", False)
         self.reset()
 
@@ -66,22 +72,26 @@ class Detokenizer(StreamingDetokenizer):  # type: ignore[misc]
         self.held = whole[len(self._before) :]
         # A run of byte pieces is decoded as one: a bad byte at its end changes all of it.
         changes = is_byte or whole.endswith("\ufffd") or (self._cleans and _UNSETTLED.search(whole))
-        if self.held and (not changes or len(self._window) - self._settled > _LONGEST):
+        if changes and len(self._window) - self._settled <= _LONGEST:
+            return
+        if self.held:
             self.text += self.held
             self.held = ""
             self._window = self._window[self._settled :]
             self._settle()
+        elif len(self._window) - self._settled > _LONGEST:
+            del self._window[self._settled :]  # tokens without text
 
     def _settle(self) -> None:
         self._settled = len(self._window)
         self._before = str(self._tokenizer.decode(self._window)) if self._window else ""
 
 
-class _Continuing(TokenizerWrapper):  # type: ignore[misc]
+class _Continuing(TokenizerWrapper):
     """A tokenizer whose detokenizers begin behind a context; mlx-lm asks it for them."""
 
     def __init__(self, tokenizer: TokenizerWrapper, context: Sequence[int]) -> None:
-        vars(self).update(vars(tokenizer))  # mlx-lm's class would look at the whole vocabulary again
+        self.__dict__.update(vars(tokenizer))  # mlx-lm's class would look at the whole vocabulary again
         self._context = context
 
     @property
@@ -96,7 +106,7 @@ def continuing(tokenizer: Any, context: Sequence[int] = ()) -> TokenizerWrapper:
 
 
 class TokenTexts:
-    """The text and the bytes of single tokens, as they are within a text."""
+    r"""The texts of single tokens, as they are within a text; `bytes:\xe6` for a part of a character, as OpenAI's."""
 
     def __init__(self, tokenizer: TokenizerWrapper) -> None:
         self._tokenizer = tokenizer
@@ -104,8 +114,8 @@ class TokenTexts:
         self._anchor = list(tokenizer.encode("a", add_special_tokens=False))[-1:]
         self._skipped = len(tokenizer.decode(self._anchor))
 
-    def text_and_bytes(self, token: int, *, first: bool = False) -> tuple[str, bytes]:
-        r"""A token's text and its bytes; the text of a part of a character is `bytes:\xe6`, as OpenAI writes it.
+    def text(self, token: int, *, first: bool = False) -> str:
+        """A token's text.
 
         Args:
             first: the token begins a text.
@@ -113,12 +123,12 @@ class TokenTexts:
         before, skipped = ([], 0) if first else (self._anchor, self._skipped)
         text = str(self._tokenizer.decode([*before, token]))[skipped:]
         if "\ufffd" not in text:
-            return text, text.encode()
+            return text
         raw = self._raw(token, text)
         try:
-            return raw.decode(), raw
+            return raw.decode()
         except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), raw
+            return _PART + "".join(f"\\x{byte:02x}" for byte in raw)
 
     def _raw(self, token: int, text: str) -> bytes:
         piece = str(self._tokenizer.convert_ids_to_tokens(token))
@@ -126,3 +136,10 @@ class TokenTexts:
             return bytes.fromhex(match[1])
         known = [_BYTE_LEVEL.get(character) for character in piece]
         return text.encode() if None in known else bytes(byte for byte in known if byte is not None)
+
+
+def bytes_of(text: str) -> bytes:
+    """The bytes of a text of `TokenTexts`."""
+    if _PARTS.fullmatch(text) is not None:
+        return bytes.fromhex(text.removeprefix(_PART).replace("\\x", ""))
+    return text.encode()

@@ -17,7 +17,8 @@ from mlx_lm.generate import GenerationResponse as LMResponse
 from mlx_lm.generate import stream_generate as lm_stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ifprune_mlx.chat_template import Prompt, check_prompt, encode_prompt, instruction_of
+from ifprune_mlx.chat_template import Prompt, check_prompt, encode_prompt, instruction_of, is_chat
+from ifprune_mlx.detokenizer import continuing
 from ifprune_mlx.errors import IfpruneError, PromptError
 from ifprune_mlx.model import Model, Progress
 from ifprune_mlx.prompt_cache import DENSE, History
@@ -80,6 +81,7 @@ class GenerationRequest:
         on_switch: `reprefill` recomputes history that another selection computed, `keep` continues from it.
         switch_below: keep `selection` unless the new one's agreement with it (`Selection.agreement`) is below this;
             None always switches.
+        continues: the answer continues the text of `tokens`, and is no message of its own.
     """
 
     tokens: list[int]
@@ -89,6 +91,7 @@ class GenerationRequest:
     keep: tuple[int, ...]
     on_switch: str = REPREFILL
     switch_below: float | None = None
+    continues: bool = False
 
 
 class _Cancelled(Exception):
@@ -168,6 +171,7 @@ def stream_generate(
         selection=selection,
         keep=model.keep(density, active_parameters, memory),
         on_switch=on_switch,
+        continues=not is_chat(tokenizer, prompt),
     )
     steps = answer(model, tokenizer, history, request, max_tokens, cancel=cancel, progress=progress, **kwargs)
     thread = threading.get_ident()
@@ -295,7 +299,7 @@ class _Run:
         start = first = time.perf_counter()
         stream = lm_stream_generate(
             self.model.module,
-            tokenizer,
+            continuing(tokenizer, tokens if self.request.continues else ()),
             mx.array(tokens[self.reused :]),
             max_tokens,
             prompt_cache=self.history.kv,

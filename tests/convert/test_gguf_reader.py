@@ -228,7 +228,7 @@ def test_the_rebuilt_tokenizer_round_trips_and_renders(
     assert tokenizer.eos_token_ids == {2}
     assert tokenizer.model_max_length == 256
     assert json.loads((folder / "generation_config.json").read_text()) == {
-        "bos_token_id": 1, "pad_token_id": 2, "eos_token_id": 2,
+        "bos_token_id": 1, "pad_token_id": 2, "eos_token_id": [2, 0],
     }  # fmt: skip
 
 

@@ -128,7 +128,7 @@ def end_ids(metadata: Metadata, special: dict[str, int], vocab_size: int) -> lis
     return list(dict.fromkeys(token for token in (*named, *(number for _, number in found)) if token is not None))
 
 
-def _end_texts(tokens: list[str]) -> set[str]:
+def _end_texts(tokens: list[str]) -> frozenset[str]:
     """Those tokens of a vocabulary that end an answer by their text."""
     found = (_ENDS | _FILE_ENDS).intersection(tokens)
     return found - {partial for whole, partial in _NO_END if whole <= found}

@@ -68,6 +68,7 @@ class Prompt(NamedTuple):
     tokens: tuple[int, ...]
     instruction: str  # the selector reads it
     stop: tuple[str, ...] = ()  # strings of the template that end the answer
+    continues: bool = False  # the answer continues the prompt's text
 
 
 class ChatRenderer:
@@ -96,7 +97,7 @@ class ChatRenderer:
                 self._check_length(len(prompt))
             tokens = encode_prompt(self._tokenizer, prompt)
             check_prompt(self._model, tokens)
-            rendered.append(Prompt(tuple(tokens), instruction_of(self._tokenizer, prompt)))
+            rendered.append(Prompt(tuple(tokens), instruction_of(self._tokenizer, prompt), continues=True))
         return rendered
 
     def conversation(self, conversation: Conversation, policy: str = "first") -> list[Prompt]:
@@ -131,7 +132,8 @@ class ChatRenderer:
         users = [message for message in messages if message["role"] == "user"] or messages
         instruction = users[0 if policy == "first" else -1]["content"]
         end = tokenizer.tool_call_end if tools.offered and tools.single else None
-        return [Prompt(tuple(tokens), instruction, (end,) if end else ())]
+        continues = bool(begun) or not tokenizer.has_chat_template
+        return [Prompt(tuple(tokens), instruction, (end,) if end else (), continues)]
 
     def splitter(self, tools: Tools) -> ToolSplitter | None:
         """The splitter for an answer's text and calls; None if no tool may be called."""
