@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ifprune_mlx.errors import PromptError, reason_of
+from ifprune_mlx.errors import PromptError
+from ifprune_mlx.tokenizer import encode_text, render_chat
 
 if TYPE_CHECKING:
     from ifprune_mlx.model import Model
@@ -17,13 +18,25 @@ Prompt = str | Sequence[int] | Messages
 
 
 def check_prompt(model: Model, tokens: Sequence[int]) -> None:
-    """Raise PromptError if there is nothing to read, or more than the model's context holds."""
+    """Raise PromptError if there is nothing to read, more than the model's context holds, or tokens it has not."""
     if not tokens:
         raise PromptError("the prompt is empty; write something to answer")
+    check_ids(model, tokens)
     limit = model.context_length
     if limit is not None and len(tokens) >= limit:
         raise PromptError(
             f"the prompt has {len(tokens)} tokens, the model's context holds {limit}; shorten it or start anew"
+        )
+
+
+def check_ids(model: Model, tokens: Sequence[int]) -> None:
+    """Raise PromptError unless the model has an embedding for every token: it would read beyond them in memory."""
+    rows = model.vocabulary
+    if tokens and rows is not None and not 0 <= min(tokens) <= max(tokens) < rows:
+        wrong = next(token for token in tokens if not 0 <= token < rows)
+        raise PromptError(
+            f"the prompt holds the token id {wrong}, and the model has ids from 0 to {rows - 1}; encode it with the "
+            "model's own tokenizer"
         )
 
 
@@ -33,7 +46,7 @@ def encode_prompt(tokenizer: TokenizerWrapper, prompt: Prompt) -> list[int]:
         if not prompt.strip():
             return []
         special = tokenizer.bos_token is None or not prompt.startswith(tokenizer.bos_token)
-        return list(tokenizer.encode(prompt, add_special_tokens=special))
+        return encode_text(tokenizer, prompt, add_special_tokens=special)
     if messages := _messages(prompt):
         return render_messages(tokenizer, messages)
     return [int(item) for item in prompt if not isinstance(item, dict)]
@@ -51,11 +64,9 @@ def render_messages(tokenizer: TokenizerWrapper, messages: Messages) -> list[int
         PromptError: if the template refuses the messages.
     """
     if not tokenizer.has_chat_template:
-        return list(tokenizer.encode("\n".join(str(message["content"]) for message in messages) + "\n"))
-    try:
-        return list(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True))
-    except Exception as exc:  # jinja and the templates themselves raise what they like
-        raise PromptError(f"the chat template refuses these messages ({reason_of(exc)})") from None
+        return encode_text(tokenizer, "\n".join(str(message["content"]) for message in messages) + "\n")
+    text = render_chat(tokenizer, messages, add_generation_prompt=True)
+    return encode_text(tokenizer, text, add_special_tokens=False)
 
 
 def instruction_of(tokenizer: TokenizerWrapper, prompt: Prompt) -> str:

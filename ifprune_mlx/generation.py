@@ -17,7 +17,7 @@ from mlx_lm.generate import GenerationResponse as LMResponse
 from mlx_lm.generate import stream_generate as lm_stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ifprune_mlx.chat_template import Prompt, check_prompt, encode_prompt, instruction_of, is_chat
+from ifprune_mlx.chat_template import Prompt, check_ids, check_prompt, encode_prompt, instruction_of, is_chat
 from ifprune_mlx.detokenizer import continuing
 from ifprune_mlx.errors import IfpruneError, PromptError
 from ifprune_mlx.model import Model, Progress
@@ -160,6 +160,7 @@ def stream_generate(
         ModelBusyError: while another answer of the model is under way.
     """
     tokens = encode_prompt(tokenizer, prompt)
+    check_ids(model, tokens)
     history = prompt_cache if prompt_cache is not None else History.empty(model, max_kv_size)
     if dense:
         selection = None

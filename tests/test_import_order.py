@@ -17,6 +17,8 @@ PACKAGES = {
 ORDER = (
     "errors",
     "detokenizer",
+    "chat_sandbox",
+    "tokenizer",
     "model_lock",
     "checkpoint",
     "sparse",

@@ -9,7 +9,9 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from ifprune_mlx.errors import SourceError
+from ifprune_mlx.tokenizer import DEFAULT
 
+from .chat_templates import put_templates
 from .gguf_header import AGAIN, ORIGINAL, Metadata
 from .spm_tokenizer import build_sentencepiece
 
@@ -71,13 +73,23 @@ def write_tokenizer(metadata: Metadata, config: dict[str, Any], folder: Path) ->
         "add_eos_token": _adds_eos(metadata),
     }
     settings |= {f"{role}_token": tokenizer.id_to_token(token) for role, token in special.items()}
-    if (template := metadata.optional("tokenizer.chat_template", str)) is not None:
-        settings["chat_template"] = template
     _write_json(folder / "tokenizer_config.json", settings)
+    if templates := _chat_templates(metadata):
+        put_templates(templates, folder)
     generation = {f"{role}_token_id": special[role] for role in ("bos", "pad") if role in special}
     if "eos_token_id" in config:
         generation["eos_token_id"] = config["eos_token_id"]
     _write_json(folder / "generation_config.json", generation)
+
+
+def _chat_templates(metadata: Metadata) -> dict[str, str]:
+    """The file's chat templates by name."""
+    key = "tokenizer.chat_template"
+    names = {name: name.removeprefix(f"{key}.") for name in metadata.values if name.startswith(f"{key}.")}
+    found = {short: metadata.optional(name, str) for name, short in names.items()}
+    if (plain := metadata.optional(key, str)) is not None:
+        found[DEFAULT] = plain
+    return found
 
 
 def check_tokenizer_kind(metadata: Metadata) -> None:

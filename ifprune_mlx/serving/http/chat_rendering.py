@@ -15,6 +15,7 @@ from ifprune_mlx.errors import PromptError
 from ifprune_mlx.model import Model
 from ifprune_mlx.serving.http.errors import RequestError, field_error
 from ifprune_mlx.serving.http.tools import ToolSplitter, beginning
+from ifprune_mlx.tokenizer import encode_text, render_chat
 
 
 @dataclass(frozen=True)
@@ -118,16 +119,10 @@ class ChatRenderer:
         begun = conversation.prefill + (beginning(tokenizer, tools.only) if tools.forced else "")
         self._check_length(len(begun) + len(shown) + sum(len(message["content"]) for message in messages))
         if tokenizer.has_chat_template:
-            try:
-                text = tokenizer.apply_chat_template(
-                    messages, tools=tools.offered or None, tokenize=False, add_generation_prompt=True
-                )
-            except Exception as exc:  # jinja and templates can raise anything
-                reason = " ".join(str(exc).split())[:200]
-                raise PromptError(f"the chat template refuses these messages ({reason})") from None
-            tokens = tokenizer.encode(text + begun, add_special_tokens=False)
+            text = render_chat(tokenizer, messages, tools=tools.offered or None, add_generation_prompt=True)
+            tokens = encode_text(tokenizer, text + begun, add_special_tokens=False)
         else:
-            tokens = tokenizer.encode("\n".join(message["content"] for message in messages) + "\n" + begun)
+            tokens = encode_text(tokenizer, "\n".join(message["content"] for message in messages) + "\n" + begun)
         check_prompt(self._model, tokens)
         users = [message for message in messages if message["role"] == "user"] or messages
         instruction = users[0 if policy == "first" else -1]["content"]

@@ -79,7 +79,7 @@ class Service:
         self.most_answers = most_answers
         self.started = int(time.time())
         self.renderer = ChatRenderer(model, tokenizer)
-        self.vocabulary = int(model.config.get("vocab_size") or model.config["text_config"]["vocab_size"])
+        self.vocabulary = model.vocabulary or len(tokenizer)
         self._names = {name, *aliases, *_ALIASES}
         self._tasks = TaskStore(model.checkpoint)
         self._used: OrderedDict[str, dict[str, Any]] = OrderedDict()
