@@ -6,7 +6,9 @@ within bounds (`ifprune_mlx.chat_sandbox`), and a vocabulary of bytes is decoded
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from ifprune_mlx.errors import IfpruneError, PromptError, reason_of
 
 DEFAULT, TOOL_USE = "default", "tool_use"
 """The names of the chat templates that are used; a model may have others."""
+# Far more than any tokenizer needs: the slowest read 100,000 characters a second.
+_SECONDS, _CHARACTERS_A_SECOND = 10.0, 10_000
 _NOT_OF_TOKENS = ("wpe", "position_embedding_table")
 
 
@@ -86,7 +90,8 @@ def encode_text(tokenizer: TokenizerWrapper, text: str, **options: Any) -> list[
     """Token ids of a text, as `tokenizer.encode` gives them.
 
     Raises:
-        PromptError: if the text cannot be encoded.
+        PromptError: if the text cannot be encoded, or not in time; the work then goes on in a thread of its own, as
+            nothing can end it.
     """
     try:
         text.encode()
@@ -95,10 +100,22 @@ def encode_text(tokenizer: TokenizerWrapper, text: str, **options: Any) -> list[
             f"the text holds half a character ({text[exc.start]!a} at {exc.start}), which no tokenizer reads; "
             "give valid Unicode"
         ) from exc
+    result: Future[list[int]] = Future()
+
+    def work() -> None:
+        try:
+            with _panics_as_errors():
+                result.set_result(list(tokenizer.encode(text, **options)))
+        except Exception as exc:  # tokenizers raises bare Exceptions
+            result.set_exception(exc)
+
+    threading.Thread(target=work, name="ifprune-encode", daemon=True).start()
+    seconds = _SECONDS + len(text) / _CHARACTERS_A_SECOND
+    if not wait([result], seconds).done:
+        raise PromptError(f"the tokenizer takes more than {seconds:.0f} s for this text; change it")
     try:
-        with _panics_as_errors():
-            return list(tokenizer.encode(text, **options))
-    except Exception as exc:  # tokenizers raises bare Exceptions
+        return result.result()
+    except Exception as exc:
         raise PromptError(f"the tokenizer fails on this text ({reason_of(exc)}); change it") from exc
 
 
