@@ -74,11 +74,19 @@ def _patterns(value: Any) -> Iterator[str]:
 
 def _watch() -> None:
     """End the process when it takes too much memory: macOS's kernel would not, whatever the limit."""
-    unit = 1 if sys.platform == "darwin" else 1024
     while True:
-        if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit > _MEMORY:
+        if _memory() > _MEMORY:
             os._exit(_FULL)
         time.sleep(0.02)
+
+
+def _memory() -> int:
+    """Bytes of memory of this process, now or at most so far."""
+    try:
+        # Linux hands the most that the parent had down to `ru_maxrss`.
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 def _main(file: Path) -> int:

@@ -66,8 +66,8 @@ def keep_used_templates(folder: Path) -> list[str]:
 
 def _named(value: Any, file: Path) -> dict[str, str]:
     """Templates by name, of one text, a list of named ones, or an object of them."""
-    if isinstance(value, list):
-        value = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
+    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        value = {entry.get("name"): entry.get("template") for entry in value}
     if value is None or isinstance(value, str):
         value = {} if value is None else {DEFAULT: value}
     if not isinstance(value, dict) or not all(isinstance(text, str) for pair in value.items() for text in pair):
