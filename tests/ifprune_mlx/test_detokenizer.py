@@ -43,7 +43,6 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TokenizerW
                 ",",
                 ".",
                 "!",
-                "'",
                 "n",
                 "t",
                 "\u2581a",

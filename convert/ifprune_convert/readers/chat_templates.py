@@ -12,9 +12,8 @@ from typing import Any
 from ifprune_mlx.errors import SourceError, reason_of
 from ifprune_mlx.tokenizer import DEFAULT, TOOL_USE
 
-_SETTINGS, _JINJA, _JSON, _MORE = (
-    "tokenizer_config.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates",
-)  # fmt: skip
+MORE_TEMPLATES = "additional_chat_templates"
+_SETTINGS, _JINJA, _JSON = "tokenizer_config.json", "chat_template.jinja", "chat_template.json"
 _LONGEST = 2_000_000
 
 
@@ -28,7 +27,7 @@ def gather_templates(source: Path, folder: Path) -> None:
         SourceError: if one of the files cannot be read.
     """
     settings = _read_json(source / _SETTINGS)
-    more = {file.stem: _read(file) for file in sorted((source / _MORE).glob("*.jinja")) if file.is_file()}
+    more = {file.stem: _read(file) for file in sorted((source / MORE_TEMPLATES).glob("*.jinja")) if file.is_file()}
     found = _named(settings.get("chat_template"), source / _SETTINGS) | more
     copied = isinstance(settings.get("chat_template"), str)  # as it is, and found by transformers
     if (source / _JINJA).is_file():
@@ -46,7 +45,7 @@ def put_templates(templates: dict[str, str], folder: Path) -> None:
     settings = _read_json(folder / _SETTINGS)
     every = [{"name": name, "template": text} for name, text in templates.items()]
     settings["chat_template"] = templates[DEFAULT] if set(templates) == {DEFAULT} else every
-    (folder / _SETTINGS).write_text(json.dumps(settings, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    (folder / _SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
 def keep_used_templates(folder: Path) -> list[str]:

@@ -77,9 +77,7 @@ def write_spm_tokenizer(source: Path, folder: Path) -> None:
         "add_eos_token": adds["eos"] and "eos" in special,
     }
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(settings, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
-    )
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
 def _build(file: Path, proto: Any, settings: dict[str, Any]) -> Tokenizer:
