@@ -38,22 +38,20 @@ class TemplateLimitError(TemplateRuntimeError):
 
 
 class ChatTemplate:
-    """A compiled chat template; mlx-lm's TokenizerWrapper calls it.
+    """A chat template, compiled when it is first needed; mlx-lm's TokenizerWrapper calls it.
 
     Args:
         template: Jinja source.
         for_tools: another source, for conversations with tools.
         tokens: names such as `bos_token` that templates use, with their texts.
-
-    Raises:
-        ValueError: if a template is no valid Jinja, or far too long.
     """
 
     def __init__(self, template: str, for_tools: str | None, tokens: Mapping[str, str]) -> None:
         self._environment = _Environment()
         self._tokens = dict(tokens)
-        self._plain = self._compile(template)
-        self._for_tools = None if for_tools is None else self._compile(for_tools)
+        self._plain = template
+        self._for_tools = template if for_tools is None else for_tools
+        self._compiled: dict[str, Any] = {}
 
     def __call__(
         self,
@@ -68,22 +66,26 @@ class ChatTemplate:
             variables: seen by the template, such as `enable_thinking`.
 
         Raises:
-            Exception: whatever the template raises; TemplateLimitError if it takes too long or makes too much text.
+            ValueError: if the template is no valid Jinja, or far too long.
+            TemplateLimitError: if it takes too long or makes too much text.
+            Exception: whatever the template raises.
         """
         given = {"messages": [_message(message) for message in _plain(list(messages))], "tools": _plain(tools)}
         given |= self._tokens | _plain(variables) | {"add_generation_prompt": add_generation_prompt}
-        template = self._for_tools if tools and self._for_tools is not None else self._plain
+        template = self._compile(self._for_tools if tools else self._plain)
         with self._environment.bounded(given):
             return str(template.render(given))
 
     def _compile(self, source: str) -> Any:
-        if len(source) > _LONGEST_TEMPLATE:
-            raise ValueError(f"the chat template has {len(source)} characters")
-        with self._environment.bounded({}):
-            try:
-                return self._environment.from_string(source)
-            except Exception as exc:  # jinja's and Python's own parsers
-                raise ValueError(f"the chat template is not valid Jinja: {exc}") from exc
+        if source not in self._compiled:
+            if len(source) > _LONGEST_TEMPLATE:
+                raise ValueError(f"it has {len(source)} characters")
+            with self._environment.bounded({}):
+                try:
+                    self._compiled[source] = self._environment.from_string(source)
+                except Exception as exc:  # jinja's and Python's own parsers
+                    raise ValueError(f"it is not valid Jinja: {exc}") from exc
+        return self._compiled[source]
 
 
 def _plain(value: Any) -> Any:

@@ -120,8 +120,8 @@ def test_what_a_template_may_not_do_is_an_ordinary_error(source: str) -> None:
     "source", ["{% if x %}", "{{ " + "(" * 5000, "{{ 'a'|nofilter }}", "{% for %}", "x" * 3_000_000]
 )
 def test_broken_sources_are_refused_at_once(source: str) -> None:
-    with pytest.raises(ValueError, match="the chat template"):
-        ChatTemplate(source, None, {})
+    with pytest.raises(ValueError, match=r"valid Jinja|characters"):
+        ChatTemplate(source, None, {})(MESSAGES)
 
 
 def test_long_conversations_are_no_attack() -> None:
