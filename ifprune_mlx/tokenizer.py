@@ -25,7 +25,7 @@ from ifprune_mlx.errors import IfpruneError, PromptError, reason_of
 DEFAULT, TOOL_USE = "default", "tool_use"
 """The names of the chat templates that are used; a model may have others."""
 # Far more than any tokenizer needs: the slowest read 100,000 characters a second.
-_SECONDS, _CHARACTERS_A_SECOND = 10.0, 10_000
+_SECONDS, _CHARACTERS_A_SECOND = 5.0, 10_000
 _NOT_OF_TOKENS = ("wpe", "position_embedding_table")
 
 
@@ -50,7 +50,7 @@ def load_tokenizer(
     """
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
-        with _panics_as_errors():
+        with panics_as_errors():
             tokenizer = lm_load_tokenizer(folder, options, eos_token_ids=eos_token_ids)
             if isinstance(tokenizer.chat_template, dict):
                 templates = {str(name): str(text) for name, text in tokenizer.chat_template.items()}
@@ -104,7 +104,7 @@ def encode_text(tokenizer: TokenizerWrapper, text: str, **options: Any) -> list[
 
     def work() -> None:
         try:
-            with _panics_as_errors():
+            with panics_as_errors():
                 result.set_result(list(tokenizer.encode(text, **options)))
         except Exception as exc:  # tokenizers raises bare Exceptions
             result.set_exception(exc)
@@ -132,7 +132,7 @@ def render_chat(tokenizer: TokenizerWrapper, messages: Sequence[Any], **options:
 
 
 @contextmanager
-def _panics_as_errors() -> Iterator[None]:
+def panics_as_errors() -> Iterator[None]:
     """Raise what tokenizers' Rust code panics with as a ValueError."""
     try:
         yield

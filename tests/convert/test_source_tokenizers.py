@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sentencepiece import sentencepiece_model_pb2
 
 from ifprune_convert import tokenizer_trial
 from ifprune_convert.pipeline import Options, convert
@@ -16,7 +17,7 @@ from ifprune_convert.readers import open_source
 from ifprune_mlx import PredictorError, SourceError, load
 from tests.ifprune_mlx.test_tokenizer import BEYOND, edit
 from tests.tiny import TEMPLATE, write_source, write_tokenizer
-from tests.tiny_gguf import CONFIG, TOKENS, make_model, write_gguf
+from tests.tiny_gguf import CONFIG, TOKENS, make_model, train_sentencepiece, write_gguf
 from tests.tiny_predictor import write_predictor
 
 CHAT = [{"role": "user", "content": "hi"}]
@@ -77,6 +78,17 @@ def test_convert_refuses_them_in_a_source_and_in_a_predictor(tmp_path: Path) -> 
     predictor = edit(write_predictor(tmp_path / "predictor"), lambda value: value.update(HOSTILE["nested repeats"]))
     with pytest.raises(PredictorError, match=f"{predictor}: its tokenizer cannot be used"):
         open_predictor(predictor, (128, 128))
+
+
+@pytest.mark.parametrize("charsmap", [b"\xff\xff\xff\xff\0\0\0\0", b"x", b"\x08\0\0\0abcdefgh", b"\x04\0\0\0\0\0\0\0"])
+def test_a_sentencepiece_model_with_a_damaged_map_is_refused(tmp_path: Path, charsmap: bytes) -> None:
+    source = write_source(tmp_path / "source", vocab_size=400)
+    proto = sentencepiece_model_pb2.ModelProto.FromString(train_sentencepiece(prefix=True).serialized_model_proto())
+    proto.normalizer_spec.precompiled_charsmap = charsmap
+    (source / "tokenizer.json").unlink()
+    (source / "tokenizer.model").write_bytes(proto.SerializeToString())
+    with pytest.raises(SourceError, match=f"{source}"):
+        convert(open_source(source), tmp_path / "out", Options())
 
 
 @pytest.mark.parametrize("kind", BEYOND)
