@@ -30,6 +30,7 @@ _WIDEST, _MOST_BITS = 1000, 10_000
 _WIDTHS = frozenset({"batch", "center", "indent", "round", "slice", "tojson", "wordwrap"})
 _WIDTH_METHODS = frozenset({"center", "ljust", "rjust", "zfill", "to_bytes"})
 _DROPPED_FILTERS = ("urlize", "xmlattr", "pprint", "random")
+_END = "CONTINUE_FINAL_MESSAGE_TAG "  # marks the end of a message that is to be continued
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of an earlier answer's thoughts
 
 
@@ -58,11 +59,13 @@ class ChatTemplate:
         messages: Iterable[Any],
         tools: Sequence[Any] | None = None,
         add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
         **variables: Any,
     ) -> str:
         """The text of a conversation.
 
         Args:
+            continue_final_message: end with the last message's text, which is to be continued.
             variables: seen by the template, such as `enable_thinking`.
 
         Raises:
@@ -70,11 +73,21 @@ class ChatTemplate:
             TemplateLimitError: if it takes too long or makes too much text.
             Exception: whatever the template raises.
         """
-        given = {"messages": [_message(message) for message in _plain(list(messages))], "tools": _plain(tools)}
+        chat = [_message(message) for message in _plain(list(messages))]
+        if continue_final_message:
+            chat[-1] = chat[-1] | {"content": chat[-1]["content"] + _END}
+        given = {"messages": chat, "tools": _plain(tools)}
         given |= self._tokens | _plain(variables) | {"add_generation_prompt": add_generation_prompt}
         template = self._compile(self._for_tools if tools else self._plain)
         with self._environment.bounded(given):
-            return str(template.render(given))
+            text = str(template.render(given))
+        if not continue_final_message:
+            return text
+        before, found, behind = text.rpartition(_END.strip())
+        if not found:
+            raise ValueError("it does not show the last message, which is to be continued")
+        # Without the space that `_END` ends with, the template strips messages.
+        return before if behind.startswith(" ") else before.rstrip()
 
     def _compile(self, source: str) -> Any:
         if source not in self._compiled:

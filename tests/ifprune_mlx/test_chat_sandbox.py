@@ -136,3 +136,13 @@ def test_conversations_with_tools_take_their_own_template() -> None:
         "plain",
         "tools",
     )
+
+
+@pytest.mark.parametrize("source", [TEMPLATE, TEMPLATE.replace("m['content']", "m['content'] | trim")])
+@pytest.mark.parametrize("content", ["Once upon", "Once upon ", " a\n"])
+def test_a_last_message_can_be_continued(source: str, content: str) -> None:
+    chat = [{"role": "user", "content": "Begin."}, {"role": "assistant", "content": content}]
+    (expected,), _ = render_jinja_template([chat], chat_template=source, continue_final_message=True)
+    assert ChatTemplate(source, None, {})(chat, continue_final_message=True) == expected
+    with pytest.raises(ValueError, match="last message"):
+        ChatTemplate("x", None, {})(chat, continue_final_message=True)
