@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ifprune_mlx.errors import ContextLengthError, PromptError, reason_of
+from ifprune_mlx.errors import ContextLengthError, PromptError
+from ifprune_mlx.tokenizer import encode_text, render_chat
 
 if TYPE_CHECKING:
     from ifprune_mlx.model import Model
@@ -21,7 +22,8 @@ Prompt = str | Sequence[int] | Messages
 
 
 def check_prompt(model: Model, tokens: Sequence[int]) -> None:
-    """Raise PromptError if there is nothing to read, ContextLengthError if it is more than the context holds.
+    """Raise PromptError if there is nothing to read, or tokens that the model has not, ContextLengthError if it is more
+    than the context holds.
 
     Raises:
         ModelClosedError: if the model was closed.
@@ -29,10 +31,22 @@ def check_prompt(model: Model, tokens: Sequence[int]) -> None:
     model.lock.check_open()
     if not tokens:
         raise PromptError("the prompt is empty; write something to answer")
+    check_ids(model, tokens)
     limit = model.context_length
     if limit is not None and len(tokens) >= limit:
         raise ContextLengthError(
             f"the prompt has {len(tokens)} tokens, the model's context holds {limit}; shorten it or start anew"
+        )
+
+
+def check_ids(model: Model, tokens: Sequence[int]) -> None:
+    """Raise PromptError unless the model has an embedding for every token: it would read beyond them in memory."""
+    rows = model.vocabulary
+    if tokens and rows is not None and not 0 <= min(tokens) <= max(tokens) < rows:
+        wrong = next(token for token in tokens if not 0 <= token < rows)
+        raise PromptError(
+            f"the prompt holds the token id {wrong}, and the model has ids from 0 to {rows - 1}; encode it with the "
+            "model's own tokenizer"
         )
 
 
@@ -42,10 +56,15 @@ def encode_prompt(tokenizer: TokenizerWrapper, prompt: Prompt) -> list[int]:
         if not prompt.strip():
             return []
         special = tokenizer.bos_token is None or not prompt.startswith(tokenizer.bos_token)
-        return list(tokenizer.encode(prompt, add_special_tokens=special))
+        return encode_text(tokenizer, prompt, add_special_tokens=special)
     if messages := _messages(prompt):
         return render_messages(tokenizer, messages)
     return [int(item) for item in prompt if not isinstance(item, dict)]
+
+
+def is_chat(tokenizer: TokenizerWrapper, prompt: Prompt) -> bool:
+    """Whether a prompt goes through a chat template, so that its answer is a message of its own."""
+    return not isinstance(prompt, str) and bool(_messages(prompt)) and bool(tokenizer.has_chat_template)
 
 
 def render_messages(tokenizer: TokenizerWrapper, messages: Messages) -> list[int]:
@@ -55,11 +74,9 @@ def render_messages(tokenizer: TokenizerWrapper, messages: Messages) -> list[int
         PromptError: if the template refuses the messages.
     """
     if not tokenizer.has_chat_template:
-        return list(tokenizer.encode(plain_text(tokenizer, messages)))
-    try:
-        return list(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True))
-    except Exception as exc:  # jinja and the templates themselves raise what they like
-        raise PromptError(f"the chat template refuses these messages ({reason_of(exc)})") from exc
+        return encode_text(tokenizer, plain_text(tokenizer, messages))
+    text = render_chat(tokenizer, messages, add_generation_prompt=True)
+    return encode_text(tokenizer, text, add_special_tokens=False)
 
 
 def plain_text(tokenizer: TokenizerWrapper, messages: Messages) -> str:

@@ -19,8 +19,9 @@ from mlx_lm.generate import stream_generate as lm_stream_generate
 from mlx_lm.sample_utils import make_sampler as lm_make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ifprune_mlx.chat_template import Prompt, check_prompt, encode_prompt, instruction_of
+from ifprune_mlx.chat_template import Prompt, check_ids, check_prompt, encode_prompt, instruction_of, is_chat
 from ifprune_mlx.constraint import Grammars, json_rule
+from ifprune_mlx.detokenizer import continuing
 from ifprune_mlx.errors import IfpruneError, PromptError
 from ifprune_mlx.model import Model, Progress
 from ifprune_mlx.prompt_cache import DENSE, History, check_quantizable, quantize
@@ -88,6 +89,7 @@ class GenerationRequest:
         on_switch: `reprefill` recomputes history that another selection computed, `keep` continues from it.
         switch_below: keep `selection` unless the new one's agreement with it (`Selection.agreement`) is below this;
             None always switches.
+        continues: the answer continues the text of `tokens`, and is no message of its own.
     """
 
     tokens: list[int]
@@ -97,6 +99,7 @@ class GenerationRequest:
     keep: tuple[int, ...]
     on_switch: str = REPREFILL
     switch_below: float | None = None
+    continues: bool = False
 
 
 def usable_temperature(temperature: float, top_p: float = 1.0) -> float:
@@ -207,6 +210,7 @@ def stream_generate(
         ModelBusyError: while another answer of the model is under way.
     """
     tokens = encode_prompt(tokenizer, prompt)
+    check_ids(model, tokens)
     history = prompt_cache if prompt_cache is not None else History.empty(model, max_kv_size)
     if max_kv_size not in (None, history.max_kv_size):
         raise IfpruneError(
@@ -223,6 +227,7 @@ def stream_generate(
         selection=selection,
         keep=model.keep(density, active_parameters, memory),
         on_switch=on_switch,
+        continues=not is_chat(tokenizer, prompt),
     )
     if json_schema is not None:
         grammar = Grammars(tokenizer).compile(f"answer: {json_rule(json_schema)}", request.tokens)
@@ -371,7 +376,7 @@ class _Run:
         start = first = time.perf_counter()
         stream = lm_stream_generate(
             self.model.module,
-            tokenizer,
+            continuing(tokenizer, tokens if self.request.continues else ()),
             mx.array(tokens[self.reused :]),
             max_tokens,
             prompt_cache=self.history.kv,

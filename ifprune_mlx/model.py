@@ -25,7 +25,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.generate import generation_stream
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import _get_classes, load_model, load_tokenizer
+from mlx_lm.utils import _get_classes, load_model
 
 from ifprune_mlx.checkpoint.budget import (
     RAM,
@@ -47,6 +47,7 @@ from ifprune_mlx.selection.predictor import SparsityPredictor, load_predictor
 from ifprune_mlx.selection.selection import Scores, Selection
 from ifprune_mlx.sparse.ffn import SlicedProjection, replace_leaves
 from ifprune_mlx.sparse.slots import FFNSlots
+from ifprune_mlx.tokenizer import embedding_rows, load_tokenizer
 
 # MLX may keep a 64th of the memory in freed buffers. Its own limit is the whole memory, too much on a Mac that is used.
 _CACHE_SHARE, _LEAST_CACHE = 64, 1 << 27
@@ -103,6 +104,7 @@ class Model:
         lock: lets one operation at a time use the model; the module checks it before every call.
         residency: `ram`, or `ssd`: only active neurons are in memory, and the model cannot be dense.
         memory: bytes that the weights may take; None if that was not limited.
+        vocabulary: tokens that it has embeddings for; None if its class does not show it.
     """
 
     def __init__(
@@ -123,6 +125,7 @@ class Model:
         self.lock = lock
         self.residency = residency
         self.memory = memory
+        self.vocabulary = embedding_rows(module)
         self.tokenizer: TokenizerWrapper | None = None
         self.selection: Selection | None = None
         self.selection_cache = SelectionCache()
@@ -195,7 +198,7 @@ class Model:
         self.lock.check_open()
         if not self.checkpoint.has_predictor:
             return None
-        tokenizer = self.tokenizer or _load_tokenizer(self.checkpoint, False)
+        tokenizer = self.tokenizer or _load_tokenizer(self.checkpoint, False, self.vocabulary)
         widths = [spec.d_ffn for spec in self.checkpoint.layout.ffns]
         folder = self.checkpoint.path / "predictor"
         predictor = load_predictor(folder, self.module, tokenizer, self.context_length, widths)
@@ -357,10 +360,13 @@ def load(
         else Checkpoint.open(resolve(path_or_repo, revision, residency=residency, memory=memory))
     )
     residency = choose_residency(checkpoint, residency, memory, None if dtype is None else dtype.size)
-    tokenizer = _load_tokenizer(checkpoint, trust_remote_code)
     model = load_checkpoint(checkpoint, dtype=dtype, residency=residency, memory=memory, progress=progress)
+    try:
+        model.tokenizer = tokenizer = _load_tokenizer(checkpoint, trust_remote_code, model.vocabulary)
+    except CheckpointError:
+        model.close()
+        raise
     _log.debug("loaded %s (%s, residency %s)", checkpoint.path, checkpoint.id, residency)
-    model.tokenizer = tokenizer
     return model, tokenizer
 
 
@@ -490,14 +496,12 @@ def _load_module(
     return module
 
 
-def _load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool) -> TokenizerWrapper:
-    try:
-        return load_tokenizer(
-            checkpoint.path,
-            {"trust_remote_code": trust_remote_code},
-            eos_token_ids=checkpoint.config.get("eos_token_id"),
-        )
-    except Exception as exc:  # transformers' parsers raise many types
-        raise CheckpointError(
-            f"{checkpoint.path}: the tokenizer cannot be loaded ({reason_of(exc)}); convert the source again"
-        ) from exc
+def _load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool, rows: int | None) -> TokenizerWrapper:
+    return load_tokenizer(
+        checkpoint.path,
+        CheckpointError,
+        "convert the source again",
+        rows=rows,
+        eos_token_ids=checkpoint.config.get("eos_token_id"),
+        trust_remote_code=trust_remote_code,
+    )

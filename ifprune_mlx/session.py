@@ -333,18 +333,19 @@ class Session:
 
     def _request(self, text: str, messages: list[dict[str, str]]) -> GenerationRequest:
         tokens = render_messages(self.tokenizer, messages)
+        continues = not self.tokenizer.has_chat_template
         selecting = not self.dense and (self.selection is None or self.policy in ("turn", "auto"))
         if self.policy == "system" and self.system_prompt:
             text = self.system_prompt
         kept = text if self._instruction is None else self._instruction
         if not selecting:
             selection = None if self.dense else self.selection
-            return GenerationRequest(tokens, kept, None, selection, self.keep, self.on_switch)
+            return GenerationRequest(tokens, kept, None, selection, self.keep, self.on_switch, None, continues)
         # There is an instruction but no selection after `reselect` and after a budget change.
         instruction = kept if self.selection is None else text
         threshold = self.switch_below if self.policy == "auto" else None
         return GenerationRequest(
-            tokens, instruction, self.selector, self.selection, self.keep, self.on_switch, threshold
+            tokens, instruction, self.selector, self.selection, self.keep, self.on_switch, threshold, continues
         )
 
 

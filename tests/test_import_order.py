@@ -17,6 +17,9 @@ PACKAGES = {
 ORDER = (
     "errors",
     "slow_paths",
+    "detokenizer",
+    "chat_sandbox",
+    "tokenizer",
     "model_lock",
     "checkpoint",
     "sparse",

@@ -13,7 +13,6 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import load_tokenizer
 
 from ifprune_mlx.chat_template import render_messages
 from ifprune_mlx.checkpoint.neuron_layout import FLOATS
@@ -23,6 +22,7 @@ from ifprune_mlx.errors import DataError, SourceError
 from ifprune_mlx.model import Model
 from ifprune_mlx.selection.selection import Scores
 from ifprune_mlx.sparse.importance import recorded
+from ifprune_mlx.tokenizer import encode_text, load_tokenizer
 
 from .skeleton import listing
 
@@ -65,7 +65,7 @@ def measure_prior(
     Raises:
         SourceError: if no chat has an answer within the first `MAX_TOKENS` tokens.
     """
-    tokenizer = load_tokenizer(tokenizer_folder, {"trust_remote_code": False})
+    tokenizer = load_tokenizer(tokenizer_folder, SourceError, "convert the source again")
     encoded = [pair for pair in (_encode(tokenizer, example) for example in examples) if pair[1] < len(pair[0])]
     if not encoded:
         raise SourceError(f"no calibration chat has an answer within its first {MAX_TOKENS} tokens; give shorter ones")
@@ -90,7 +90,7 @@ def measure_prior(
 def _encode(tokenizer: TokenizerWrapper, example: Record) -> tuple[list[int], int]:
     """Token ids of a chat, and where its last answer begins."""
     prompt = render_messages(tokenizer, example.messages[:-1])
-    answer = list(tokenizer.encode(example.messages[-1]["content"], add_special_tokens=False))
+    answer = encode_text(tokenizer, example.messages[-1]["content"], add_special_tokens=False)
     return (prompt + answer)[:MAX_TOKENS], len(prompt)
 
 

@@ -18,8 +18,8 @@ from typing import Any, NoReturn
 import mlx.core as mx
 import numpy as np
 from mlx import nn
-from mlx_lm.utils import load_tokenizer
 
+from ifprune_mlx.chat_sandbox import TemplateLimitError
 from ifprune_mlx.checkpoint.atomic_write import check_free, new_folder
 from ifprune_mlx.checkpoint.budget import keep_count
 from ifprune_mlx.checkpoint.ffn_spec import FFNSpec, split_fused
@@ -34,10 +34,11 @@ from ifprune_mlx.checkpoint.format import (
 )
 from ifprune_mlx.checkpoint.hub import hub_name
 from ifprune_mlx.data.dataset import Record
-from ifprune_mlx.errors import IfpruneError, SourceError, reason_of
+from ifprune_mlx.errors import IfpruneError, PromptError, SourceError
 from ifprune_mlx.model import load_checkpoint
 from ifprune_mlx.selection.selection import Scores
 from ifprune_mlx.sparse.ffn_detection import find_ffns
+from ifprune_mlx.tokenizer import embedding_rows, load_tokenizer, render_chat
 
 from . import layout
 from .adapter import Adapter, open_adapter
@@ -47,9 +48,11 @@ from .frequency import order_by_frequency
 from .packing import Packing, plan
 from .predictor import open_predictor
 from .readers import open_source
+from .readers.chat_templates import keep_used_templates
 from .readers.hub import locate_source
 from .skeleton import build_skeleton
 from .source import PackedSource, Source
+from .tokenizer_trial import try_tokenizer
 from .upload import check_upload, upload
 from .weight_files import Shards, write_neurons
 
@@ -179,7 +182,7 @@ def convert(
     with new_folder(out, overwrite=options.overwrite, error=SourceError) as folder:
         # These are quick and can fail, so they come before the long work.
         _write_config(folder, source, options, specs, packing)
-        _write_tokenizer(folder, source)
+        _write_tokenizer(folder, source, embedding_rows(skeleton), note)
         if write_predictor is not None:
             write_predictor(folder / "predictor")
             del write_predictor  # its head can be as large as an FFN, and would stay in memory
@@ -389,14 +392,37 @@ def _write_config(folder: Path, source: Source, options: Options, specs: list[FF
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
-def _write_tokenizer(folder: Path, source: Source) -> None:
+_SAMPLE = [
+    {"role": "user", "content": "Hello! How are you?"},
+    {"role": "assistant", "content": "Fine."},
+    {"role": "user", "content": "What is 12 + 34?"},
+]
+_ADVICE = "download the tokenizer files again"
+
+
+def _write_tokenizer(folder: Path, source: Source, rows: int | None, note: Note) -> None:
+    """Write the tokenizer files, and try out what they do.
+
+    Args:
+        rows: tokens that the model has embeddings for.
+    """
     source.write_tokenizer(folder)
+    if left_out := keep_used_templates(folder):
+        note(f"chat templates left out: {', '.join(left_out)}; the default one and the one for tools are used")
+    if (reason := try_tokenizer(folder)) is not None:
+        raise SourceError(f"{source.path}: its tokenizer cannot be used ({reason}); {_ADVICE}")
     try:
-        load_tokenizer(folder, {"trust_remote_code": False})
-    except Exception as exc:  # transformers raises whatever its parsers do
-        raise SourceError(
-            f"{source.path}: its tokenizer cannot be loaded ({reason_of(exc)}); download the tokenizer files again"
-        ) from exc
+        tokenizer = load_tokenizer(folder, SourceError, _ADVICE, rows=rows)
+    except SourceError as exc:
+        raise SourceError(str(exc).replace(str(folder), str(source.path))) from exc
+    if not tokenizer.has_chat_template:
+        return
+    try:
+        render_chat(tokenizer, _SAMPLE, add_generation_prompt=True)
+    except PromptError as exc:
+        if isinstance(exc.__cause__, TemplateLimitError):
+            raise SourceError(f"{source.path}: {exc}; {_ADVICE}") from exc
+        note(f"a chat cannot be rendered: {exc}")
 
 
 def _write_priors(folder: Path, prior: list[Scores], down_norms: list[Scores], method: str) -> None:

@@ -26,6 +26,7 @@ from ifprune_mlx.selection.predictor import Head, SparsityPredictor
 
 from .fusing import all_finite
 from .skeleton import build_skeleton, check_shapes, listing, parameter_shapes, sanitized, typed_reason, with_flat_rope
+from .tokenizer_trial import try_tokenizer
 from .weight_files import Shards, load_lazily
 
 Writer = Callable[[Path], None]
@@ -54,10 +55,12 @@ def open_predictor(folder: Path, widths: Sequence[int], bits: int | None = None)
     """
     if not folder.is_dir():
         raise PredictorError(f"{folder}: no such predictor folder; give the folder of a trained sparsity predictor")
+    if (reason := try_tokenizer(folder)) is not None:
+        raise PredictorError(f"{folder}: its tokenizer cannot be used ({reason}); download or export the folder again")
     if (folder / _HEAD).is_file():
         head = Head.load(folder / _HEAD)
         if head.layers is None:
-            SparsityPredictor.load(folder)
+            _check_reads(SparsityPredictor.load(folder), folder)
         head.check_widths(widths, folder)
         _check_bits(head, bits, folder)
         return partial(_write_ready, folder, bits)
@@ -115,10 +118,18 @@ def _write_torch(
             _check_numbers(folder, name, given)
     (head if bits is None else head.quantized(bits)).save(target / _HEAD)
     try:
-        SparsityPredictor.load(target)
+        _check_reads(SparsityPredictor.load(target), target)
     except PredictorError as exc:
         # What cannot be loaded there is what was given here.
         raise PredictorError(str(exc).replace(str(target), str(folder))) from exc
+
+
+def _check_reads(predictor: SparsityPredictor, folder: Path) -> None:
+    """Raise PredictorError if it cannot read an instruction."""
+    try:
+        predictor.tokens("What is 12 + 34?")
+    except PredictorError as exc:
+        raise PredictorError(f"{folder}: {str(exc).removeprefix(f'{folder}: ')}") from exc
 
 
 def _check_numbers(folder: Path, name: str, array: mx.array) -> None:

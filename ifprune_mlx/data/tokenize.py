@@ -13,6 +13,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ifprune_mlx.chat_template import plain_text, render_messages
 from ifprune_mlx.data.dataset import Message, Record
 from ifprune_mlx.errors import DataError, PromptError
+from ifprune_mlx.tokenizer import encode_text, render_chat
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +128,7 @@ def chunked(tokenizer: TokenizerWrapper, record: Record, size: int) -> list[Exam
     """
     if record.text is None:
         raise DataError(f"a chat in the data of domain {record.domain!r}, where plain text is needed; give text")
-    tokens = list(tokenizer.encode(record.text))
+    tokens = encode_text(tokenizer, record.text)
     if tokenizer.eos_token_id is not None and tokens[-1:] != [tokenizer.eos_token_id]:
         tokens.append(tokenizer.eos_token_id)
     pairs = []
@@ -171,11 +172,8 @@ def _render(tokenizer: TokenizerWrapper, messages: Sequence[Message], ready: boo
     """The text of messages, as `chat_template.render_messages` encodes it if they are to be answered (`ready`)."""
     if not tokenizer.has_chat_template:
         return plain_text(tokenizer, messages)
-    try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ready))
-    except Exception as exc:  # jinja and the templates themselves raise what they like
-        raise PromptError(f"the chat template refuses these messages ({' '.join(str(exc).split())[:200]})") from exc
+    return render_chat(tokenizer, messages, add_generation_prompt=ready)
 
 
 def _encode(tokenizer: TokenizerWrapper, text: str) -> list[int]:
-    return list(tokenizer.encode(text, add_special_tokens=False))
+    return encode_text(tokenizer, text, add_special_tokens=False)

@@ -24,13 +24,14 @@ import numpy as np
 from mlx import nn
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import load_model, load_tokenizer
+from mlx_lm.utils import load_model
 
 from ifprune_mlx.checkpoint.atomic_write import write_atomic
 from ifprune_mlx.checkpoint.format import PREDICTOR_SETTINGS, Quantization, read_json_object, refuse_custom_code
 from ifprune_mlx.checkpoint.safetensors_io import load_arrays, read_safetensors_header
-from ifprune_mlx.errors import PredictorError, reason_of
+from ifprune_mlx.errors import PredictorError, PromptError, reason_of
 from ifprune_mlx.selection.selection import Scores
+from ifprune_mlx.tokenizer import embedding_rows, encode_text, load_tokenizer, render_chat
 
 SELECT_WINDOW = 256
 """Default for the most tokens that a predictor reads, including those of its chat template."""
@@ -49,6 +50,7 @@ _GROUPS = (64, 32)
 _ROWS = 1 << 16
 POOLINGS = ("last", "mean", "both")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_AGAIN = "download or export its folder again"
 _ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
     "none": lambda x: x,
     "relu": nn.relu,
@@ -251,6 +253,7 @@ class SparsityPredictor:
         self.window = window
         self._last: tuple[str, int, list[int]] | None = None
         self._context_length = context_length
+        self._rows = embedding_rows(backbone)
         self._where = "" if folder is None else f"{folder}: "
         width = hidden_states(backbone, mx.array([[0]]), head.layers).shape[-1]
         if head.first.shape[1] != width * (2 if head.pooling == "both" else 1):
@@ -288,6 +291,11 @@ class SparsityPredictor:
         last, window = self._last, self.window
         if last is None or last[:2] != (text, window):
             tokens = instruction_tokens(self.tokenizer, text, self._context_length, window)
+            if self._rows is not None and max(tokens) >= self._rows:
+                raise PredictorError(
+                    f"{self._where}its tokenizer gives the token id {max(tokens)}, and the backbone has embeddings for "
+                    f"{self._rows} tokens; {_AGAIN}"
+                )
             self._last = last = (text, window, tokens)
         return last[2]
 
@@ -348,13 +356,11 @@ def load_backbone(folder: Path) -> tuple[nn.Module, TokenizerWrapper, int | None
         model, config = load_model(folder, lazy=True)
         backbone = inner_model(model)
         mx.eval(backbone)
-        tokenizer = load_tokenizer(folder, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id"))
     except PredictorError as exc:
         raise PredictorError(f"{folder}: {exc}") from exc
     except Exception as exc:  # the parsers of mlx-lm and transformers raise many types
-        raise PredictorError(
-            f"{folder}: the backbone cannot be loaded ({reason_of(exc)}); download or export its folder again"
-        ) from exc
+        raise PredictorError(f"{folder}: the backbone cannot be loaded ({reason_of(exc)}); {_AGAIN}") from exc
+    tokenizer = load_tokenizer(folder, PredictorError, _AGAIN, rows=embedding_rows(backbone))
     context = config.get("max_position_embeddings")
     return backbone, tokenizer, int(context) if context else None
 
@@ -393,9 +399,13 @@ def instruction_tokens(
 
 
 def _rendered(tokenizer: TokenizerWrapper, text: str) -> list[int]:
-    if not tokenizer.has_chat_template:
-        return list(tokenizer.encode(text))
-    return list(tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True))
+    try:
+        if not tokenizer.has_chat_template:
+            return encode_text(tokenizer, text)
+        rendered = render_chat(tokenizer, [{"role": "user", "content": text}], add_generation_prompt=True)
+        return encode_text(tokenizer, rendered, add_special_tokens=False)
+    except PromptError as exc:
+        raise PredictorError(f"the predictor cannot read the instruction: {exc}") from exc
 
 
 def _shared_ends(ids: Sequence[int], other: Sequence[int]) -> tuple[int, int]:

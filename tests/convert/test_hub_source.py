@@ -51,6 +51,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         mx.save_safetensors(str(folder / shard), {name: weights[name] for name in weights if placed[name] == shard})
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": placed}))
     (folder / "model.safetensors").unlink()
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     return folder
 
@@ -82,7 +84,9 @@ def test_a_model_of_the_hub(hub: HubStub, source: Path, tmp_path: Path) -> None:
     model, _ = load(out)
     model.close()
     assert not {one.file for one in hub.asked} & set(NEVER)
-    assert sorted(hub.fetched()) == sorted(file.name for file in source.iterdir())
+    assert sorted(hub.fetched()) == sorted(
+        str(file.relative_to(source)) for file in source.rglob("*") if file.is_file()
+    )
 
     # Without the hub.
     for change in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):

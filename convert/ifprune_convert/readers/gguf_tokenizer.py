@@ -9,15 +9,30 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from ifprune_mlx.errors import SourceError
+from ifprune_mlx.tokenizer import DEFAULT
 
+from .chat_templates import put_templates
 from .gguf_header import AGAIN, ORIGINAL, Metadata
 from .spm_tokenizer import build_sentencepiece
 
 _CONTROL, _USER_DEFINED = 3, 4
 # `tokenizer.ggml.model` of the two kinds.
 _BYTE_LEVEL, _SENTENCEPIECE = "gpt2", "llama"
-# Gemma's end of turn, which only some files name; llama.cpp finds it by this text, too.
-_TURN_END = "<end_of_turn>"
+# llama.cpp ends an answer at these tokens whatever the header names, and holds them for control tokens.
+_ENDS = frozenset({
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
+    "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>",
+    "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "[e~[",
+})  # fmt: skip
+# Of filling in the middle: padding, and where another file begins.
+_FILE_ENDS = frozenset({
+    "<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]", "<|fim_repo|>", "<|repo_name|>", "<fim-repo>",
+    "<REPO>", "<reponame>", "<|file_sep|>",
+})  # fmt: skip
+_END_KEYS = ("eot", "eom", "fim_pad", "fim_rep", "fim_sep")
+# Where all of the first are in the vocabulary, the second ends a part of an answer and not the whole.
+_NO_END = (({"<|return|>", "<|call|>"}, "<|end|>"), ({"<|calls|>", "<|flush|>"}, "<|end|>"),
+           ({"<|tool_response>"}, "</s>"))  # fmt: skip
 _GPT2_SPLIT = pre_tokenizers.ByteLevel(add_prefix_space=False)
 _LLAMA3 = "llama-bpe"
 # Digits stay single in Qwen's tokens and come in threes in Llama's; the rest of the expression is the same.
@@ -58,13 +73,23 @@ def write_tokenizer(metadata: Metadata, config: dict[str, Any], folder: Path) ->
         "add_eos_token": _adds_eos(metadata),
     }
     settings |= {f"{role}_token": tokenizer.id_to_token(token) for role, token in special.items()}
-    if (template := metadata.optional("tokenizer.chat_template", str)) is not None:
-        settings["chat_template"] = template
     _write_json(folder / "tokenizer_config.json", settings)
+    if templates := _chat_templates(metadata):
+        put_templates(templates, folder)
     generation = {f"{role}_token_id": special[role] for role in ("bos", "pad") if role in special}
     if "eos_token_id" in config:
         generation["eos_token_id"] = config["eos_token_id"]
     _write_json(folder / "generation_config.json", generation)
+
+
+def _chat_templates(metadata: Metadata) -> dict[str, str]:
+    """The file's chat templates by name."""
+    key = "tokenizer.chat_template"
+    names = {name: name.removeprefix(f"{key}.") for name in metadata.values if name.startswith(f"{key}.")}
+    found = {short: metadata.optional(name, str) for name, short in names.items()}
+    if (plain := metadata.optional(key, str)) is not None:
+        found[DEFAULT] = plain
+    return found
 
 
 def check_tokenizer_kind(metadata: Metadata) -> None:
@@ -98,20 +123,27 @@ def check_tokenizer_kind(metadata: Metadata) -> None:
 
 
 def special_ids(metadata: Metadata, vocab_size: int) -> dict[str, int]:
-    """The ids of the bos, eos, unk and pad tokens, those of them that the file names."""
+    """The ids of the bos, eos, unk and pad tokens, those of them that the file names; eos is found by its text, too."""
     keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     found = {role: _token_id(metadata, f"{key}_token_id", vocab_size) for role, key in keys.items()}
+    if found["eos"] is None:
+        found["eos"] = next(iter(end_ids(metadata, {}, vocab_size)), None)
     return {role: token for role, token in found.items() if token is not None}
 
 
 def end_ids(metadata: Metadata, special: dict[str, int], vocab_size: int) -> list[int]:
-    """The ids that end an answer: end of sequence, of turn and of message."""
-    turn, message = (_token_id(metadata, f"{key}_token_id", vocab_size) for key in ("eot", "eom"))
-    if turn is None and _is_sentencepiece(metadata):
-        tokens, types = (metadata.values[f"tokenizer.ggml.{key}"] for key in ("tokens", "token_type"))
-        pairs = enumerate(zip(tokens, types, strict=False))  # their lengths are compared when the tokenizer is built
-        turn = next((at for at, pair in pairs if at < vocab_size and pair == (_TURN_END, _CONTROL)), None)
-    return list(dict.fromkeys(token for token in (special.get("eos"), turn, message) if token is not None))
+    """The ids that end an answer, as llama.cpp finds them: those that the file names, and others by their text."""
+    named = [special.get("eos"), *(_token_id(metadata, f"{key}_token_id", vocab_size) for key in _END_KEYS)]
+    texts = _end_texts(metadata.values["tokenizer.ggml.tokens"])
+    tokens = enumerate(metadata.values["tokenizer.ggml.tokens"][:vocab_size])
+    found = sorted((token in _FILE_ENDS, number) for number, token in tokens if token in texts)
+    return list(dict.fromkeys(token for token in (*named, *(number for _, number in found)) if token is not None))
+
+
+def _end_texts(tokens: list[str]) -> frozenset[str]:
+    """Those tokens of a vocabulary that end an answer by their text."""
+    found = (_ENDS | _FILE_ENDS).intersection(tokens)
+    return found - {partial for whole, partial in _NO_END if whole <= found}
 
 
 def _is_sentencepiece(metadata: Metadata) -> bool:
@@ -151,7 +183,9 @@ def _build_tokenizer(metadata: Metadata, vocab_size: int) -> tuple[Tokenizer, di
             f"{path}: the vocabulary has {len(tokens)} tokens, {different} of them different, {len(types)} types "
             f"and {vocab_size} embeddings; {AGAIN}"
         )
-    special = special_ids(metadata, vocab_size)
+    ends, special = _end_texts(tokens), special_ids(metadata, vocab_size)
+    # Also where the file has them for plain text: a template's end of turn must become this token.
+    types = [_CONTROL if token in ends else kind for token, kind in zip(tokens, types, strict=True)]
     if _is_sentencepiece(metadata):
         prefix = metadata.optional("tokenizer.ggml.add_space_prefix", bool)
         unknown = tokens[special["unk"]] if "unk" in special else None

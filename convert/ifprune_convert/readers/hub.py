@@ -26,6 +26,7 @@ from ifprune_mlx.checkpoint.hub import (
 from ifprune_mlx.errors import IfpruneError, SourceError
 from ifprune_mlx.sparse.ffn_detection import find_ffns
 
+from .chat_templates import MORE_TEMPLATES
 from .safetensors import INDEX, VOCABULARIES, check_config, read_index
 
 # Small files at a repository's top: config, tokenizer, chat template, licence. No code: none of it is ever run.
@@ -81,6 +82,7 @@ def locate_source(
         return download(repository, [file], error=SourceError, progress=progress, room=room) / file
     _check_kind(repository)
     small = [one for one in repository.files if "/" not in one and any(fnmatch(one, pattern) for pattern in _SMALL)]
+    small += [one for one in repository.files if fnmatch(one, f"{MORE_TEMPLATES}/*.jinja")]
     folder = download(repository, small, error=SourceError, progress=progress, more_follow=True)
     _check_model(name, folder, trust_remote_code)
     weights = _weight_files(repository, folder)

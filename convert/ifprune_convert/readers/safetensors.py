@@ -32,6 +32,7 @@ from ifprune_mlx.checkpoint.format import Quantization
 from ifprune_mlx.checkpoint.safetensors_io import read_safetensors_header
 from ifprune_mlx.errors import SourceError, reason_of
 
+from .chat_templates import gather_templates
 from .spm_tokenizer import REPLACED, write_spm_tokenizer
 
 INDEX = "model.safetensors.index.json"
@@ -127,6 +128,7 @@ class SafetensorsSource:
             (folder / name).write_bytes(content)
         if sentencepiece:
             write_spm_tokenizer(self.path, folder)
+        gather_templates(self.path, folder)
 
 
 def check_config(path: Path, trust_remote_code: bool) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from ifprune_mlx.checkpoint.format import read_json_object
 from ifprune_mlx.errors import SourceError, reason_of
+from ifprune_mlx.tokenizer import panics_as_errors
 
 from .gguf_header import AGAIN
 
@@ -58,8 +59,9 @@ def write_spm_tokenizer(source: Path, folder: Path) -> None:
     for key, value in _read_json(source / "special_tokens_map.json").items():
         settings.setdefault(key, value)
     try:
-        tokenizer = _build(file, proto, settings)
-        _add_tokens(file, tokenizer, source, settings)
+        with panics_as_errors():
+            tokenizer = _build(file, proto, settings)
+            _add_tokens(file, tokenizer, source, settings)
         special = _special_tokens(proto, settings)
         adds = {"bos": bool(settings.get("add_bos_token", True)), "eos": bool(settings.get("add_eos_token", False))}
         _add_ends(tokenizer, {role: special[role] for role, added in adds.items() if added and role in special})
@@ -77,9 +79,7 @@ def write_spm_tokenizer(source: Path, folder: Path) -> None:
         "add_eos_token": adds["eos"] and "eos" in special,
     }
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(settings, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
-    )
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
 def _build(file: Path, proto: Any, settings: dict[str, Any]) -> Tokenizer:
@@ -101,6 +101,9 @@ def _build(file: Path, proto: Any, settings: dict[str, Any]) -> Tokenizer:
         tokenizer.model = models.Unigram(list(zip(pieces, scores, strict=True)), int(trained.unk_id), bytes_too)
     steps: list[normalizers.Normalizer] = []
     if normal.precompiled_charsmap:
+        # `tokenizers` ends the process where the table is said to be longer than what there is.
+        if int.from_bytes(normal.precompiled_charsmap[:4], "little") > len(normal.precompiled_charsmap) - 4:
+            raise SourceError(f"{file}: its normalization is damaged; {_ADVICE}")
         steps.append(normalizers.Precompiled(normal.precompiled_charsmap))
     if normal.remove_extra_whitespaces:
         steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]

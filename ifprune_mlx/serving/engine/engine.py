@@ -312,9 +312,6 @@ class Engine:
 def check_request(model: Model, request: Request) -> None:
     """Check what can be checked before selecting; raise IfpruneError if `model` cannot answer."""
     check_prompt(model, request.tokens)
-    vocabulary = model.config.get("vocab_size", model.config.get("text_config", {}).get("vocab_size"))
-    if vocabulary is not None and not 0 <= min(request.tokens) <= max(request.tokens) < vocabulary:
-        raise PromptError("the prompt holds token ids that the model does not have; encode it with its tokenizer")
     if request.max_tokens < 1:
         raise PromptError(f"max tokens is {request.max_tokens}; give a number above 0")
     if request.logprobs is not None and not 0 <= request.logprobs <= 20:
@@ -323,5 +320,5 @@ def check_request(model: Model, request: Request) -> None:
         raise IfpruneError("a stop string is empty; leave it out")
     if request.selection_params.policy not in POLICIES:
         raise IfpruneError(f"unknown policy {request.selection_params.policy!r}; choose one of {', '.join(POLICIES)}")
-    check_sampling(request.sampling, vocabulary)
+    check_sampling(request.sampling, model.vocabulary)
     check_selecting(model, request.selection_params)

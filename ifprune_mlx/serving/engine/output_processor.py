@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ifprune_mlx.detokenizer import Detokenizer, TokenTexts
 from ifprune_mlx.serving.engine.request import Request, TokenLogprob
 
 
@@ -27,8 +27,9 @@ class OutputProcessor:
         self.matched_stop: str | None = None
         self.completion_tokens = 0
         self._alternatives = request.logprobs
-        self._tokenizer = tokenizer
-        self._detokenizer: Any = tokenizer.detokenizer
+        self._continues = request.continues
+        self._detokenizer = Detokenizer(tokenizer, request.tokens if request.continues else ())
+        self._texts = None if request.logprobs is None else TokenTexts(tokenizer)
         self._stops = StopStrings(request.stop)
         # Tokens whose text is not final yet, each with the length of all text up to its end.
         self._held: deque[tuple[TokenLogprob, int]] = deque()
@@ -48,10 +49,12 @@ class OutputProcessor:
         self.completion_tokens += 1
         final = ""
         if finish_reason != "stop":
+            # A part of a character stands where the character will.
+            offset = self._seen + len(self._detokenizer.held.rstrip("\ufffd"))
             self._detokenizer.add_token(token)
             final = self._new_text()
-            if self._alternatives is not None:
-                self._held.append((self._logprob(token, logprobs, self._alternatives), self._seen))
+            if self._texts is not None:
+                self._held.append((self._logprob(self._texts, token, logprobs, offset), self._seen))
         if finish_reason is not None:
             self._detokenizer.finalize()
             final += self._new_text() + self._stops.flush()
@@ -68,12 +71,14 @@ class OutputProcessor:
         self._seen += len(segment)
         return self._stops.feed(segment)
 
-    def _logprob(self, token: int, logprobs: mx.array, alternatives: int) -> TokenLogprob:
+    def _logprob(self, texts: TokenTexts, token: int, logprobs: mx.array, offset: int) -> TokenLogprob:
+        alternatives = self._alternatives or 0
         values = np.array(logprobs.astype(mx.float32))
         best = np.argpartition(-values, alternatives)[:alternatives]
         best = best[np.argsort(-values[best], kind="stable")]
-        top = tuple((int(one), self._tokenizer.decode([int(one)]), float(values[one])) for one in best)
-        return TokenLogprob(token, self._tokenizer.decode([token]), float(values[token]), top)
+        first = self.completion_tokens == 1 and not self._continues
+        top = tuple((int(one), texts.text(int(one), first=first), float(values[one])) for one in best)
+        return TokenLogprob(token, texts.text(token, first=first), float(values[token]), top, offset)
 
 
 class StopStrings:

@@ -78,6 +78,7 @@ class Request:
     max_tokens: int  # above 0; the answer is shorter if the context ends first
     stop: tuple[str, ...] = ()  # strings that end the answer; its text ends before them, whatever tokens they span
     logprobs: int | None = None  # top alternatives per token, 0 to 20; None gives no log-probabilities
+    continues: bool = False  # the answer continues the prompt's text, and is no message of its own
     grammar: Grammar | None = None  # the answer must satisfy it
     # The instruction's tokens where policy `system` selects by it alone; the selector `activation` reads them.
     instruction_tokens: tuple[int, ...] = ()
@@ -96,9 +97,10 @@ class TokenLogprob:
     """A generated token with its natural-log probability, after penalties and bias, before temperature."""
 
     id: int
-    text: str
+    text: str  # see `ifprune_mlx.detokenizer.TokenTexts`
     logprob: float
     top: tuple[tuple[int, str, float], ...] = ()  # the most likely tokens as (id, text, logprob), the likeliest first
+    offset: int = 0  # characters of the answer before it
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ifprune_mlx.chat_template import check_prompt, encode_prompt, instruction_of, plain_text
 from ifprune_mlx.constraint import Grammar, Grammars
-from ifprune_mlx.errors import ContextLengthError, PromptError
+from ifprune_mlx.errors import ContextLengthError
 from ifprune_mlx.model import Model
 from ifprune_mlx.serving.engine.call_grammar import answer_rules
 from ifprune_mlx.serving.http.errors import RequestError, field_error
 from ifprune_mlx.serving.http.tools import ToolSplitter, beginning
+from ifprune_mlx.tokenizer import encode_text, render_chat
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Prompt(NamedTuple):
     stop: tuple[str, ...] = ()  # strings of the template that end the answer
     instruction_tokens: tuple[int, ...] = ()  # see `Request`
     grammar: Grammar | None = None  # the answer must satisfy it
+    continues: bool = False  # the answer continues the prompt's text
 
 
 class ChatRenderer:
@@ -107,8 +109,8 @@ class ChatRenderer:
                 self._check_length(len(prompt))
             tokens = encode_prompt(self._tokenizer, prompt)
             check_prompt(self._model, tokens)
-            prompt_rendered = Prompt(tuple(tokens), instruction_of(self._tokenizer, prompt))
-            rendered.append(self._constrained(prompt_rendered, Tools(), schema))
+            read = Prompt(tuple(tokens), instruction_of(self._tokenizer, prompt), continues=True)
+            rendered.append(self._constrained(read, Tools(), schema))
         return rendered
 
     def constrained(self, conversation: Conversation, policy: str = "first") -> list[Prompt]:
@@ -146,23 +148,20 @@ class ChatRenderer:
         begun = conversation.prefill + (beginning(tokenizer) if tools.forced else "")
         self._check_length(len(begun) + len(shown) + sum(len(message["content"]) for message in messages))
         if tokenizer.has_chat_template:
-            try:
-                text = tokenizer.apply_chat_template(
-                    messages, tools=tools.offered or None, tokenize=False, add_generation_prompt=True
-                )
-            except Exception as exc:  # jinja and templates can raise anything
-                reason = " ".join(str(exc).split())[:200]
-                raise PromptError(f"the chat template refuses these messages ({reason})") from exc
-            tokens = tokenizer.encode(text + begun, add_special_tokens=False)
+            text = render_chat(tokenizer, messages, tools=tools.offered or None, add_generation_prompt=True)
+            tokens = encode_text(tokenizer, text + begun, add_special_tokens=False)
         else:
-            tokens = tokenizer.encode(plain_text(tokenizer, messages) + begun)
+            tokens = encode_text(tokenizer, plain_text(tokenizer, messages) + begun)
         check_prompt(self._model, tokens)
         end = tokenizer.tool_call_end if tools.offered and tools.single else None
         stop = (end,) if end else ()
+        continues = bool(begun) or not tokenizer.has_chat_template
         if policy == "system" and (stable := _stable_part(conversation)):
-            return [Prompt(tuple(tokens), stable, stop, tuple(tokenizer.encode(stable, add_special_tokens=False)))]
+            read = tuple(encode_text(tokenizer, stable, add_special_tokens=False))
+            return [Prompt(tuple(tokens), stable, stop, read, continues=continues)]
         users = [message for message in messages if message["role"] == "user"] or messages
-        return [Prompt(tuple(tokens), users[-1 if policy in ("turn", "auto") else 0]["content"], stop)]
+        instruction = users[-1 if policy in ("turn", "auto") else 0]["content"]
+        return [Prompt(tuple(tokens), instruction, stop, continues=continues)]
 
     def splitter(self, tools: Tools) -> ToolSplitter | None:
         """The splitter for an answer's text and calls; None if no tool may be called."""

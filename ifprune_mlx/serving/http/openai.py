@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
-from itertools import accumulate
 from typing import Any, ClassVar
 
 from pydantic import BaseModel
 from starlette.responses import Response
 
+from ifprune_mlx.detokenizer import bytes_of
 from ifprune_mlx.serving.engine.request import Request, RequestOutput, RequestStats, TokenLogprob
 from ifprune_mlx.serving.http.chat_rendering import Conversation, choose_tools
 from ifprune_mlx.serving.http.errors import RequestError, error_body, field_error, to_json
@@ -239,13 +239,12 @@ class _TextFormat(_CompletionFormat):
         """The log-probabilities of an answer's tokens, from token `begin` on."""
         if not self.logprobs:
             return None
-        offsets = list(accumulate((len(token.text) for token in tokens), initial=0))[begin:-1]
         tokens = tokens[begin:]
         return {
             "tokens": [token.text for token in tokens],
             "token_logprobs": [max(token.logprob, _UNLIKELY) for token in tokens],
-            "top_logprobs": [{text: max(value, _UNLIKELY) for _, text, value in token.top} for token in tokens],
-            "text_offset": offsets,
+            "top_logprobs": [_by_text(token.top) for token in tokens],
+            "text_offset": [token.offset for token in tokens],
         }
 
 
@@ -256,8 +255,15 @@ def _finish_reason(answer: AnswerSoFar) -> str | None:
 
 
 def _logprob(text: str, logprob: float) -> dict[str, Any]:
-    whole = "\ufffd" not in text  # U+FFFD stands for half a character, whose bytes are unknown
-    return {"token": text, "logprob": max(logprob, _UNLIKELY), "bytes": list(text.encode()) if whole else None}
+    return {"token": text, "logprob": max(logprob, _UNLIKELY), "bytes": list(bytes_of(text))}
+
+
+def _by_text(tokens: Sequence[tuple[int, str, float]]) -> dict[str, float]:
+    """Log-probabilities by text; of tokens with equal texts, the less likely ones go by their ids."""
+    found: dict[str, float] = {}
+    for token, text, logprob in tokens:
+        found[f"token_id:{token}" if text in found else text] = max(logprob, _UNLIKELY)
+    return found
 
 
 def _call(call: ToolCall) -> dict[str, Any]:

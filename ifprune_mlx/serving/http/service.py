@@ -92,9 +92,9 @@ class Service:
         self.most_answers = most_answers
         self.started = int(time.time())
         self.renderer = ChatRenderer(model, tokenizer)
-        self.vocabulary = int(model.config.get("vocab_size") or model.config["text_config"]["vocab_size"])
         self.names = tuple(dict.fromkeys((name, *aliases)))
         self._accepted = None if any_model else {path, *self.names, *_ALIASES}
+        self.vocabulary = model.vocabulary or len(tokenizer)
         self._tasks = TaskStore(model.checkpoint)
         self._used: OrderedDict[str, dict[str, Any]] = OrderedDict()
         # Decoding, checking and encoding a long prompt must not block the event loop, nor other prompts. Only the fast
@@ -163,6 +163,7 @@ class Service:
                 logprobs=logprobs,
                 instruction_tokens=prompt.instruction_tokens,
                 grammar=prompt.grammar,
+                continues=prompt.continues,
             )
             for prompt in render(selection.policy)
             for seed in seeds
