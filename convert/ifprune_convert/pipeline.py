@@ -20,7 +20,7 @@ import numpy as np
 from mlx import nn
 from mlx_lm.utils import load_tokenizer
 
-from ifprune_mlx.checkpoint.atomic_write import check_free, new_folder
+from ifprune_mlx.checkpoint.atomic_write import check_free, foreign_files, new_folder
 from ifprune_mlx.checkpoint.budget import keep_count
 from ifprune_mlx.checkpoint.ffn_spec import FFNSpec, split_fused
 from ifprune_mlx.checkpoint.format import (
@@ -42,13 +42,13 @@ from ifprune_mlx.sparse.ffn_detection import find_ffns
 from . import layout
 from .adapter import Adapter, open_adapter
 from .calibrate import measure_prior, read_examples, read_prior
-from .card import write_card
+from .card import CARD, write_card
 from .frequency import order_by_frequency
 from .packing import Packing, plan
 from .predictor import open_predictor
 from .readers import open_source
 from .readers.hub import locate_source
-from .skeleton import build_skeleton
+from .skeleton import build_skeleton, listing
 from .source import PackedSource, Source
 from .upload import check_upload, upload
 from .weight_files import Shards, write_neurons
@@ -201,6 +201,8 @@ def convert(
             order_by_frequency(folder, order, partial(report, "order"))
         finish()
         write_card(Checkpoint.open(folder), out.absolute().name)
+        if options.overwrite:  # it has been hours, maybe
+            check_output(out, True)
     checkpoint, seconds = Checkpoint.open(out), time.perf_counter() - start
     if options.upload_repo is None:
         return Conversion(checkpoint, seconds)
@@ -222,7 +224,9 @@ def _ready_prior(prior: list[Scores] | Path | None, widths: list[int]) -> tuple[
 
 
 def _advise(source: Source, options: Options, note: Note) -> None:
-    """Suggest better options for this source."""
+    """Say what is odd about the source, and suggest better options for it."""
+    for line in source.notes:
+        note(line)
     if options.calibration is None and options.prior is None and options.predictor is None:
         note(
             "without --calibrate, which neurons matter is guessed from the weights, and for some families (Gemma 3) "
@@ -367,15 +371,20 @@ def _apart(spec: FFNSpec, arrays: list[mx.array]) -> tuple[mx.array, mx.array]:
 
 
 def check_output(out: Path, overwrite: bool) -> None:
-    """Raise SourceError if `out` must not be replaced: only the output of a conversion may be."""
+    """Raise SourceError if `out` must not be replaced: only a whole checkpoint, and nothing beside it, may be."""
     check_free(out, overwrite, SourceError)
-    if not out.exists():
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    made_here = (out / MANIFEST).is_file() or any(out.glob("neurons-*.safetensors"))
-    if not out.is_dir() or (not made_here and any(out.iterdir())):
+    elsewhere = "choose another folder, or remove this one first"
+    try:
+        checkpoint = Checkpoint.open(out)
+    except IfpruneError as exc:
         raise SourceError(
-            f"{out}: is not an IFP checkpoint, so --overwrite does not replace it; "
-            "choose another folder, or remove this one first"
+            f"{out}: is not an IFP checkpoint, or not a whole one, so --overwrite does not replace it; {elsewhere}"
+        ) from exc
+    if foreign := foreign_files(out, [*checkpoint.manifest["files"], MANIFEST, CARD]):
+        raise SourceError(
+            f"{out}: holds {listing(foreign)} beside the checkpoint, so --overwrite does not replace it; {elsewhere}"
         )
 
 

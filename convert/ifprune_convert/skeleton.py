@@ -6,8 +6,9 @@ flat, and a class that does not know `rope_parameters` ignores it without a word
 
 from __future__ import annotations
 
+import copy
 import re
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -57,7 +58,7 @@ def build_skeleton(path: Path, config: dict[str, Any], tensor_count: int) -> Mod
             "try again"
         ) from None
     try:
-        model = model_class(args_class.from_dict(config))
+        model = model_class(args_class.from_dict(copy.deepcopy(config)))  # some write into its sections
     except Exception as exc:  # a wrong config can fail anywhere inside the model class
         raise SourceError(
             f"{path}: mlx-lm cannot build a {model_type} model from the config ({typed_reason(exc)}); "
@@ -128,7 +129,7 @@ def _flat(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     given = config.get("rope_parameters")
     if not isinstance(given, dict):
         return config
-    names = _fields(config)
+    names = arguments_of(config)
     if names is not None and "rope_parameters" in names:
         return config
     if any(isinstance(value, dict) for value in given.values()):
@@ -155,10 +156,11 @@ def _flattened(given: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _fields(config: dict[str, Any]) -> set[str] | None:
-    """The fields of mlx-lm's `ModelArgs` for a config; None if its type is not known, which its builder will tell."""
+def arguments_of(config: dict[str, Any]) -> dict[str, Any] | None:
+    """The fields of mlx-lm's `ModelArgs` for a config, with their defaults, `...` for none; None if its type is not
+    known, which its builder will tell."""
     try:
         _, arguments = _get_classes(config)
     except (KeyError, ValueError, AttributeError, TypeError, SystemExit):
         return None
-    return {field.name for field in fields(arguments)}
+    return {field.name: ... if field.default is MISSING else field.default for field in fields(arguments)}

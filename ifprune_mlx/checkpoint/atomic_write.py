@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
@@ -17,6 +17,7 @@ from ifprune_mlx.errors import IfpruneError, reason_of
 _ADVICE = "check permissions and free space, or write elsewhere"
 # Both words follow the folder's name and precede the id of the process that works on it.
 _PARTIAL, _ASIDE = "partial", "old"
+_SYSTEM_FILES = (".DS_Store", ".gitattributes")
 # The process's own: it can only be read by setting it, which other threads must not notice.
 _UMASK = os.umask(0)
 os.umask(_UMASK)
@@ -72,6 +73,12 @@ def check_free(path: Path, overwrite: bool, error: type[IfpruneError] = IfpruneE
     restore_folder(path)
     if os.path.lexists(path) and not overwrite:
         raise error(f"{path}: already exists; choose another folder, or pass --overwrite to replace it")
+
+
+def foreign_files(folder: Path, ours: Iterable[str]) -> list[str]:
+    """The files below a folder, by their paths in it, that are not among `ours`, nor put there by the system."""
+    there = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(set(there) - {*ours, *_SYSTEM_FILES})
 
 
 @contextmanager
