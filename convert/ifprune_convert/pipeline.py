@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -44,6 +44,7 @@ from .adapter import Adapter, open_adapter
 from .calibrate import measure_prior, read_examples, read_prior
 from .card import CARD, write_card
 from .frequency import order_by_frequency
+from .fusing import all_finite
 from .packing import Packing, plan
 from .predictor import open_predictor
 from .readers import open_source
@@ -63,6 +64,7 @@ Note = Callable[[str], None]
 DEFAULT_DENSITY = 0.9
 _FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 _SLOW_WEIGHTS = 50_000_000
+_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -280,7 +282,9 @@ class _Writer:
         prior = layout.weight_prior(gate, up, norms)
         del gate, up
         if not np.isfinite(prior).all():
-            self._refuse_weights(spec)
+            raise SourceError(
+                f"{self.source.path}: the weights of {spec.path} are too large to multiply; get them again"
+            )
         tensors |= layout.packed("down", down, self.packing.down)
         del down
         if spec.bias:
@@ -335,15 +339,26 @@ class _Writer:
         if dtype is not None:
             arrays = {part: array.astype(dtype) if array.dtype in _FLOATS else array for part, array in arrays.items()}
             mx.eval(arrays)
+        for part, array in arrays.items():
+            self._check_finite(f"{path}.{part}", array)
+        # A scale of one byte has a NaN too, and a finite scale may give numbers that are too large.
+        packing = self.source.packed[path]
+        step = max(_ROWS // math.prod(arrays["weight"].shape[1:-1]), 1)
+        for start in range(0, len(arrays["weight"]), step):
+            rows = {part: array[start : start + step] for part, array in arrays.items()}
+            self._check_finite(path, layout.unpacked(rows, packing, dtype or mx.float32))
         self._count(f"{path}.weight")
         return arrays
 
-    def _refuse_weights(self, spec: FFNSpec) -> NoReturn:
-        what = f"{self.source.path}: the weights of {spec.path} contain NaN or infinity"
-        if self.options.dtype is not None:
-            name = str(self.options.dtype).removeprefix("mlx.core.")
-            raise SourceError(f"{what} as {name}; choose another --dtype, or get the weights again")
-        raise SourceError(f"{what}; get them again")
+    def _check_finite(self, name: str, array: mx.array) -> None:
+        """Raise SourceError if an array of a source holds NaN or infinity, once it is cast."""
+        if array.dtype not in _FLOATS or all_finite(array):
+            return
+        what = f"{self.source.path}: {name} contains NaN or infinity"
+        if self.options.dtype is not None or (self.source.dequantizes and array.dtype == mx.float16):
+            cast = str(array.dtype).removeprefix("mlx.core.")
+            raise SourceError(f"{what} as {cast}; choose another --dtype, or get the weights again")
+        raise SourceError(f"{what}; get the weights again")
 
     def _take(self, name: str) -> mx.array:
         array = self.source.take(name)
@@ -355,6 +370,7 @@ class _Writer:
         elif dtype is not None and array.dtype in _FLOATS:
             array = array.astype(dtype)
         mx.eval(array)
+        self._check_finite(name, array)
         self._count(name)
         return array
 
