@@ -35,6 +35,7 @@ from ifprune_mlx.checkpoint.budget import (
     resolve_keep,
     spare_slots,
 )
+from ifprune_mlx.checkpoint.context_length import context_length
 from ifprune_mlx.checkpoint.format import Checkpoint, Layout
 from ifprune_mlx.checkpoint.hub import resolve
 from ifprune_mlx.checkpoint.neuron_reader import RowReader, read_rows
@@ -155,9 +156,7 @@ class Model:
     @property
     def context_length(self) -> int | None:
         """The model's maximum number of tokens, if its config has one."""
-        text = self.config.get("text_config", {})
-        length = self.config.get("max_position_embeddings", text.get("max_position_embeddings"))
-        return int(length) if length else None
+        return context_length(self.config)
 
     @property
     def total_parameters(self) -> int:
@@ -304,7 +303,9 @@ class Model:
 
     def _priors(self, kind: str) -> list[Scores]:
         arrays = load_arrays(self.checkpoint.priors_file)
-        return [np.array(arrays[f"{kind}.{index}"]) for index in range(len(self.checkpoint.layout.ffns))]
+        priors = [np.array(arrays[f"{kind}.{index}"]) for index in range(len(self.checkpoint.layout.ffns))]
+        self.checkpoint.check_unchanged(self.checkpoint.priors_file)
+        return priors
 
 
 def load(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from datetime import datetime, timezone
@@ -21,7 +22,7 @@ from ifprune_mlx.checkpoint.atomic_write import restore_folder, sha256_file
 from ifprune_mlx.checkpoint.budget import keep_count
 from ifprune_mlx.checkpoint.ffn_spec import FFNSpec
 from ifprune_mlx.checkpoint.neuron_layout import FLOATS, READABLE, RECORDS, Strip, strips_of
-from ifprune_mlx.checkpoint.safetensors_io import DTYPE_BYTES, SafetensorsHeader, read_safetensors_header
+from ifprune_mlx.checkpoint.safetensors_io import DTYPE_BYTES, SafetensorsHeader, read_safetensors_header, stamp_of
 from ifprune_mlx.errors import BudgetError, CheckpointError, IfpruneError, SelectionError, reason_of
 
 if TYPE_CHECKING:
@@ -337,6 +338,22 @@ class Checkpoint:
             if progress is not None:
                 progress(index, len(files))
         return damaged
+
+    def check_unchanged(self, file: Path, descriptor: int | None = None) -> None:
+        """Raise CheckpointError if a top-level safetensors file was written to since the checkpoint was opened.
+
+        Args:
+            descriptor: of the open file; None looks at what is at its path now.
+        """
+        try:
+            status = file.stat() if descriptor is None else os.fstat(descriptor)
+        except OSError as exc:
+            raise CheckpointError(f"{file}: cannot be read ({reason_of(exc)}); copy the checkpoint again") from exc
+        if stamp_of(status) != self.headers[file.name].stamp:
+            raise CheckpointError(
+                f"{file}: was written to while it was in use, so that its neurons are not the model's; "
+                "load the model again, and replace checkpoints by renaming, not in place"
+            )
 
     def _model_headers(self) -> list[SafetensorsHeader]:
         return [header for name, header in self.headers.items() if name.startswith("model-")]

@@ -53,7 +53,7 @@ class SafetensorsHeader:
 
 def stamp_of(status: os.stat_result) -> tuple[int, ...]:
     """What changes when a file is replaced, or written to in place: its inode, size and time of change."""
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def read_safetensors_header(path: Path, error: type[IfpruneError] = IfpruneError) -> SafetensorsHeader:

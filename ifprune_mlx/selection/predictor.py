@@ -27,6 +27,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model, load_tokenizer
 
 from ifprune_mlx.checkpoint.atomic_write import write_atomic
+from ifprune_mlx.checkpoint.context_length import context_length
 from ifprune_mlx.checkpoint.format import PREDICTOR_SETTINGS, Quantization, read_json_object, refuse_custom_code
 from ifprune_mlx.checkpoint.safetensors_io import load_arrays, read_safetensors_header
 from ifprune_mlx.errors import PredictorError, reason_of
@@ -355,8 +356,7 @@ def load_backbone(folder: Path) -> tuple[nn.Module, TokenizerWrapper, int | None
         raise PredictorError(
             f"{folder}: the backbone cannot be loaded ({reason_of(exc)}); download or export its folder again"
         ) from None
-    context = config.get("max_position_embeddings")
-    return backbone, tokenizer, int(context) if context else None
+    return backbone, tokenizer, context_length(config)
 
 
 def instruction_tokens(
