@@ -35,12 +35,13 @@ from ifprune_mlx.checkpoint.budget import (
     resolve_keep,
     spare_slots,
 )
+from ifprune_mlx.checkpoint.config_check import check_config
 from ifprune_mlx.checkpoint.context_length import context_length
 from ifprune_mlx.checkpoint.format import Checkpoint, Layout
 from ifprune_mlx.checkpoint.hub import resolve
 from ifprune_mlx.checkpoint.neuron_reader import RowReader, read_rows
 from ifprune_mlx.checkpoint.safetensors_io import load_arrays
-from ifprune_mlx.errors import BudgetError, CheckpointError, reason_of
+from ifprune_mlx.errors import BudgetError, CheckpointError, IfpruneError, reason_of
 from ifprune_mlx.model_lock import ModelLock, begin_worker
 from ifprune_mlx.selection.cache import SelectionCache
 from ifprune_mlx.selection.predictor import SparsityPredictor, load_predictor
@@ -432,6 +433,7 @@ def _load_module(
 
     def classes(config: dict[str, Any]) -> tuple[type[nn.Module], type]:
         base, arguments = _get_classes(config)
+        check_config(config, arguments, checkpoint.path, CheckpointError)
 
         class Sliced(base):  # type: ignore[misc, valid-type]
             """The family's own class; its projections are replaced before any weight is loaded."""
@@ -461,7 +463,9 @@ def _load_module(
 
     try:
         module, _ = load_model(checkpoint.path, get_model_classes=classes)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, OSError) as exc:
+    except IfpruneError:
+        raise
+    except Exception as exc:  # a wrong config can fail anywhere inside the family's class
         if "alloc" in str(exc).lower():  # out of memory is no fault of the files
             raise
         raise CheckpointError(

@@ -18,6 +18,7 @@ from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 
+from ifprune_mlx.checkpoint.config_check import check_config, check_names
 from ifprune_mlx.checkpoint.context_length import rope_kind, rope_scaling
 from ifprune_mlx.errors import SourceError, reason_of
 
@@ -42,6 +43,7 @@ def build_skeleton(path: Path, config: dict[str, Any], tensor_count: int) -> Mod
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not re.fullmatch(r"[\w-]+", model_type):
         raise SourceError(f"{path}: the config names no model_type; download the model's own config.json again")
+    check_names(config, path, SourceError)
     layers = config.get("num_hidden_layers")
     if isinstance(layers, int) and layers > tensor_count:
         raise SourceError(
@@ -60,6 +62,10 @@ def build_skeleton(path: Path, config: dict[str, Any], tensor_count: int) -> Mod
             f"{path}: mlx-lm needs another package for a {model_type} model; see what it printed, install it and "
             "try again"
         ) from None
+    check_config(config, args_class, path, SourceError)
+    nested = config.get("text_config")
+    if isinstance(nested, dict):
+        check_config(nested, _arguments(nested), path, SourceError)
     try:
         model = model_class(args_class.from_dict(copy.deepcopy(config)))  # some write into its sections
     except Exception as exc:  # a wrong config can fail anywhere inside the model class
@@ -218,8 +224,14 @@ def _flattened(given: dict[str, Any]) -> dict[str, Any]:
 def arguments_of(config: dict[str, Any]) -> dict[str, Any] | None:
     """The fields of mlx-lm's `ModelArgs` for a config, with their defaults, `...` for none; None if its type is not
     known, which its builder will tell."""
-    try:
-        _, arguments = _get_classes(config)
-    except (KeyError, ValueError, AttributeError, TypeError, SystemExit):
+    arguments = _arguments(config)
+    if arguments is None:
         return None
     return {field.name: ... if field.default is MISSING else field.default for field in fields(arguments)}
+
+
+def _arguments(config: dict[str, Any]) -> Any:
+    try:
+        return _get_classes(config)[1]
+    except (KeyError, ValueError, AttributeError, TypeError, SystemExit):
+        return None

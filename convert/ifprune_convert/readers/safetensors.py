@@ -29,7 +29,8 @@ from ifprune_convert.skeleton import (
     with_flat_rope,
 )
 from ifprune_convert.weight_files import load_lazily
-from ifprune_mlx.checkpoint.format import Quantization
+from ifprune_mlx.checkpoint.format import LARGEST_TEXT, Quantization, check_ordinary
+from ifprune_mlx.checkpoint.regular_file import open_regular, read_bounded
 from ifprune_mlx.errors import SourceError, reason_of
 
 from .left_out import check_nothing_left_out, with_output_layer
@@ -50,6 +51,7 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 _MAX_LICENCE_LINE = 80
+_MOST_READ = 1 << 20  # bytes of a readme or a licence
 
 
 class SafetensorsSource:
@@ -137,7 +139,7 @@ class SafetensorsSource:
             if not file.is_file():
                 continue
             try:
-                content = file.read_bytes()
+                content = read_bounded(file, LARGEST_TEXT)
                 if file.suffix == ".json":
                     json.loads(content)
             except OSError as exc:
@@ -162,6 +164,7 @@ def check_config(path: Path, trust_remote_code: bool) -> dict[str, Any]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
+    check_ordinary(path, SourceError)
     try:
         # mlx-lm's own reader: it decodes the floats that transformers tags, and takes eos ids from generation_config.
         config = load_config(path)
@@ -295,6 +298,7 @@ def _read_licence(path: Path) -> str | None:
 
 def _read_text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8", errors="replace")
+        with open_regular(file) as opened:
+            return opened.read(_MOST_READ).decode("utf-8", errors="replace")
     except OSError:
         return ""
