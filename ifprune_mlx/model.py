@@ -36,11 +36,13 @@ from ifprune_mlx.checkpoint.budget import (
     resolve_keep,
     spare_slots,
 )
+from ifprune_mlx.checkpoint.config_check import check_config
+from ifprune_mlx.checkpoint.context_length import context_length
 from ifprune_mlx.checkpoint.format import Checkpoint, Layout
 from ifprune_mlx.checkpoint.hub import resolve
 from ifprune_mlx.checkpoint.neuron_reader import RowReader, read_rows
 from ifprune_mlx.checkpoint.safetensors_io import load_arrays
-from ifprune_mlx.errors import BudgetError, CheckpointError, reason_of
+from ifprune_mlx.errors import BudgetError, CheckpointError, IfpruneError, reason_of
 from ifprune_mlx.model_lock import ModelLock, begin_worker
 from ifprune_mlx.selection.cache import SelectionCache
 from ifprune_mlx.selection.predictor import SparsityPredictor, load_predictor
@@ -168,9 +170,7 @@ class Model:
     @property
     def context_length(self) -> int | None:
         """The model's maximum number of tokens, if its config has one."""
-        text = self.config.get("text_config", {})
-        length = self.config.get("max_position_embeddings", text.get("max_position_embeddings"))
-        return int(length) if length else None
+        return context_length(self.config)
 
     @property
     def total_parameters(self) -> int:
@@ -326,7 +326,9 @@ class Model:
     def _priors(self, kind: str) -> list[Scores]:
         self.lock.check_open()
         arrays = load_arrays(self.checkpoint.priors_file)
-        return [np.array(arrays[f"{kind}.{index}"]) for index in range(len(self.checkpoint.layout.ffns))]
+        priors = [np.array(arrays[f"{kind}.{index}"]) for index in range(len(self.checkpoint.layout.ffns))]
+        self.checkpoint.check_unchanged(self.checkpoint.priors_file)
+        return priors
 
 
 def load(
@@ -457,6 +459,7 @@ def _load_module(
 
     def classes(config: dict[str, Any]) -> tuple[type[nn.Module], type]:
         base, arguments = _get_classes(config)
+        check_config(config, arguments, checkpoint.path, CheckpointError)
 
         class Sliced(base):  # type: ignore[misc, valid-type]
             """The family's own class; its projections are replaced before any weight is loaded."""
@@ -486,7 +489,9 @@ def _load_module(
 
     try:
         module, _ = load_model(checkpoint.path, get_model_classes=classes)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, OSError) as exc:
+    except IfpruneError:
+        raise
+    except Exception as exc:  # a wrong config can fail anywhere inside the family's class
         if "alloc" in str(exc).lower():  # out of memory is no fault of the files
             raise
         raise CheckpointError(

@@ -45,7 +45,7 @@ def model_card(checkpoint: Checkpoint, name: str) -> str:
         "selector": f"{layout.selector}, density {layout.density:g} unless told otherwise",
         "prior": checkpoint.prior_method,
         "id": checkpoint.id,
-        "written by": f"ifprune-mlx {manifest['versions']['ifprune-mlx']}",
+        "written by": f"ifprune-mlx {manifest['versions'].get('ifprune-mlx', '')}",
     }
     about = [
         "An IFP checkpoint: a language model whose feed-forward neurons lie in rows of their own, so that",

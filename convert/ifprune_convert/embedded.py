@@ -71,6 +71,8 @@ def ensure_embedded(note: Note, report: Report = lambda stage, done, total: None
         except CheckpointError as exc:
             note(f"The converted model in the cache is damaged and is made again ({exc})")
     source = _locate(note)
+    if target.is_dir():
+        shutil.rmtree(target)
     note(f"Converting SmolLM2-135M-Instruct into {target}")
     options = Options(dtype=dtype, prior=_DATA / "smollm2-135m-instruct-prior.safetensors", overwrite=True)
     if trained:

@@ -23,7 +23,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model, save_config
 
 from ifprune_mlx.chat_template import check_prompt, render_messages
-from ifprune_mlx.checkpoint.atomic_write import check_free, new_folder
+from ifprune_mlx.checkpoint.atomic_write import check_free, foreign_files, new_folder
 from ifprune_mlx.checkpoint.ffn_spec import FFNSpec, join_fused
 from ifprune_mlx.checkpoint.format import SECTION, Checkpoint, Quantization
 from ifprune_mlx.checkpoint.neuron_reader import read_rows, unreadable
@@ -35,6 +35,8 @@ from ifprune_mlx.selection.selectors import Instruction, make_selector
 
 from . import layout
 from .card import CARD, plain_card
+from .readers.safetensors import TOKENIZER_FILES
+from .readers.shards import INDEX, read_index
 from .skeleton import build_skeleton, listing, parameter_shapes
 from .weight_files import Shards
 
@@ -45,6 +47,8 @@ _FLOATS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 # Metadata of the shards; it marks a folder as an export, which may be overwritten.
 _MARK = "ifprune_selection"
 _COPIED = {".json", ".jinja", ".model", ".txt"}
+_OTHERS = {*TOKENIZER_FILES, "config.json", INDEX, CARD}
+"""What is in an export beside the weights."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ def export_selection(
         parameters = checkpoint.active_parameters(selection.keep)
         totals = {"total_size": shards.bytes, "total_parameters": parameters}
         index = {"metadata": totals, "weight_map": dict(sorted(shards.finish().items()))}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
         (folder / CARD).write_text(plain_card(checkpoint, selection, out.absolute().name), encoding="utf-8")
         save_config(config, folder / "config.json")  # last: without it no loader takes a folder for a model
         _check_loads(checkpoint, folder)
@@ -152,9 +156,12 @@ def check_output(out: Path, overwrite: bool) -> None:
 
 
 def _is_export(folder: Path) -> bool:
-    shards = sorted(folder.glob("model-*.safetensors"))
+    """Whether a folder holds a whole export, and nothing beside it."""
     try:
-        return bool(shards) and all(_MARK in read_safetensors_header(shard).metadata for shard in shards)
+        shards = set(read_index(folder / INDEX))
+        return not foreign_files(folder, shards | _OTHERS) and all(
+            _MARK in read_safetensors_header(folder / shard).metadata for shard in shards
+        )
     except IfpruneError:
         return False
 
@@ -238,8 +245,7 @@ def _shapes(checkpoint: Checkpoint, config: dict[str, Any]) -> dict[str, tuple[i
 
 def _skeleton(checkpoint: Checkpoint, config: dict[str, Any]) -> nn.Module:
     tensors = sum(len(header.tensors) for header in checkpoint.headers.values())
-    # A copy, since some model classes write into the sections of their config.
-    return build_skeleton(checkpoint.path, copy.deepcopy(config), tensors)
+    return build_skeleton(checkpoint.path, config, tensors)
 
 
 def _tensors(
@@ -306,7 +312,7 @@ def _check_loads(checkpoint: Checkpoint, folder: Path) -> None:
     """Let stock mlx-lm build the model and match every tensor, without reading one."""
     try:
         load_model(folder, lazy=True)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, OSError) as exc:
+    except Exception as exc:  # as in `ifprune_mlx.model`
         raise CheckpointError(
             f"{checkpoint.path}: mlx-lm cannot load what it holds ({reason_of(exc)}); its files do not "
             "belong together, convert the source again"

@@ -13,14 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx import nn
 
 from ifprune_mlx.chat_sandbox import TemplateLimitError
-from ifprune_mlx.checkpoint.atomic_write import check_free, new_folder
+from ifprune_mlx.checkpoint.atomic_write import check_free, foreign_files, new_folder
 from ifprune_mlx.checkpoint.budget import keep_count
 from ifprune_mlx.checkpoint.ffn_spec import FFNSpec, split_fused
 from ifprune_mlx.checkpoint.format import (
@@ -43,14 +43,15 @@ from ifprune_mlx.tokenizer import embedding_rows, load_tokenizer, render_chat
 from . import layout
 from .adapter import Adapter, open_adapter
 from .calibrate import measure_prior, read_examples, read_prior
-from .card import write_card
+from .card import CARD, write_card
 from .frequency import order_by_frequency
+from .fusing import all_finite
 from .packing import Packing, plan
 from .predictor import open_predictor
 from .readers import open_source
 from .readers.chat_templates import keep_used_templates
 from .readers.hub import locate_source
-from .skeleton import build_skeleton
+from .skeleton import build_skeleton, listing
 from .source import PackedSource, Source
 from .tokenizer_trial import try_tokenizer
 from .upload import check_upload, upload
@@ -66,6 +67,7 @@ Note = Callable[[str], None]
 DEFAULT_DENSITY = 0.9
 _FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 _SLOW_WEIGHTS = 50_000_000
+_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,8 @@ def convert(
             order_by_frequency(folder, order, partial(report, "order"))
         finish()
         write_card(Checkpoint.open(folder), out.absolute().name)
+        if options.overwrite:  # it has been hours, maybe
+            check_output(out, True)
     checkpoint, seconds = Checkpoint.open(out), time.perf_counter() - start
     if options.upload_repo is None:
         return Conversion(checkpoint, seconds)
@@ -225,7 +229,9 @@ def _ready_prior(prior: list[Scores] | Path | None, widths: list[int]) -> tuple[
 
 
 def _advise(source: Source, options: Options, note: Note) -> None:
-    """Suggest better options for this source."""
+    """Say what is odd about the source, and suggest better options for it."""
+    for line in source.notes:
+        note(line)
     if options.calibration is None and options.prior is None and options.predictor is None:
         note(
             "without --calibrate, which neurons matter is guessed from the weights, and for some families (Gemma 3) "
@@ -279,7 +285,9 @@ class _Writer:
         prior = layout.weight_prior(gate, up, norms)
         del gate, up
         if not np.isfinite(prior).all():
-            self._refuse_weights(spec)
+            raise SourceError(
+                f"{self.source.path}: the weights of {spec.path} are too large to multiply; get them again"
+            )
         tensors |= layout.packed("down", down, self.packing.down)
         del down
         if spec.bias:
@@ -334,15 +342,26 @@ class _Writer:
         if dtype is not None:
             arrays = {part: array.astype(dtype) if array.dtype in _FLOATS else array for part, array in arrays.items()}
             mx.eval(arrays)
+        for part, array in arrays.items():
+            self._check_finite(f"{path}.{part}", array)
+        # A scale of one byte has a NaN too, and a finite scale may give numbers that are too large.
+        packing = self.source.packed[path]
+        step = max(_ROWS // math.prod(arrays["weight"].shape[1:-1]), 1)
+        for start in range(0, len(arrays["weight"]), step):
+            rows = {part: array[start : start + step] for part, array in arrays.items()}
+            self._check_finite(path, layout.unpacked(rows, packing, dtype or mx.float32))
         self._count(f"{path}.weight")
         return arrays
 
-    def _refuse_weights(self, spec: FFNSpec) -> NoReturn:
-        what = f"{self.source.path}: the weights of {spec.path} contain NaN or infinity"
-        if self.options.dtype is not None:
-            name = str(self.options.dtype).removeprefix("mlx.core.")
-            raise SourceError(f"{what} as {name}; choose another --dtype, or get the weights again")
-        raise SourceError(f"{what}; get them again")
+    def _check_finite(self, name: str, array: mx.array) -> None:
+        """Raise SourceError if an array of a source holds NaN or infinity, once it is cast."""
+        if array.dtype not in _FLOATS or all_finite(array):
+            return
+        what = f"{self.source.path}: {name} contains NaN or infinity"
+        if self.options.dtype is not None or (self.source.dequantizes and array.dtype == mx.float16):
+            cast = str(array.dtype).removeprefix("mlx.core.")
+            raise SourceError(f"{what} as {cast}; choose another --dtype, or get the weights again")
+        raise SourceError(f"{what}; get the weights again")
 
     def _take(self, name: str) -> mx.array:
         array = self.source.take(name)
@@ -354,6 +373,7 @@ class _Writer:
         elif dtype is not None and array.dtype in _FLOATS:
             array = array.astype(dtype)
         mx.eval(array)
+        self._check_finite(name, array)
         self._count(name)
         return array
 
@@ -370,15 +390,20 @@ def _apart(spec: FFNSpec, arrays: list[mx.array]) -> tuple[mx.array, mx.array]:
 
 
 def check_output(out: Path, overwrite: bool) -> None:
-    """Raise SourceError if `out` must not be replaced: only the output of a conversion may be."""
+    """Raise SourceError if `out` must not be replaced: only a whole checkpoint, and nothing beside it, may be."""
     check_free(out, overwrite, SourceError)
-    if not out.exists():
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    made_here = (out / MANIFEST).is_file() or any(out.glob("neurons-*.safetensors"))
-    if not out.is_dir() or (not made_here and any(out.iterdir())):
+    elsewhere = "choose another folder, or remove this one first"
+    try:
+        checkpoint = Checkpoint.open(out)
+    except IfpruneError as exc:
         raise SourceError(
-            f"{out}: is not an IFP checkpoint, so --overwrite does not replace it; "
-            "choose another folder, or remove this one first"
+            f"{out}: is not an IFP checkpoint, or not a whole one, so --overwrite does not replace it; {elsewhere}"
+        ) from exc
+    if foreign := foreign_files(out, [*checkpoint.manifest["files"], MANIFEST, CARD]):
+        raise SourceError(
+            f"{out}: holds {listing(foreign)} beside the checkpoint, so --overwrite does not replace it; {elsewhere}"
         )
 
 

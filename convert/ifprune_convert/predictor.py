@@ -17,7 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ifprune_mlx.checkpoint.format import read_json_object, refuse_custom_code
+from ifprune_mlx.checkpoint.format import check_ordinary, read_json_object, refuse_custom_code
 from ifprune_mlx.checkpoint.hub import PICKLES
 from ifprune_mlx.checkpoint.neuron_layout import FLOATS
 from ifprune_mlx.checkpoint.safetensors_io import read_safetensors_header
@@ -55,6 +55,7 @@ def open_predictor(folder: Path, widths: Sequence[int], bits: int | None = None)
     """
     if not folder.is_dir():
         raise PredictorError(f"{folder}: no such predictor folder; give the folder of a trained sparsity predictor")
+    check_ordinary(folder, PredictorError)
     if (reason := try_tokenizer(folder)) is not None:
         raise PredictorError(f"{folder}: its tokenizer cannot be used ({reason}); download or export the folder again")
     if (folder / _HEAD).is_file():

@@ -6,8 +6,9 @@ flat, and a class that does not know `rope_parameters` ignores it without a word
 
 from __future__ import annotations
 
+import copy
 import re
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -17,9 +18,13 @@ from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 
+from ifprune_mlx.checkpoint.config_check import check_config, check_names
+from ifprune_mlx.checkpoint.context_length import rope_kind, rope_scaling
 from ifprune_mlx.errors import SourceError, reason_of
 
 _FLAT = ("rope_theta", "partial_rotary_factor")
+_MOST_FREQUENCIES = 1 << 16
+_ORIGINAL = "original_max_position_embeddings"
 _BY_LAYER = {"full_attention", "sliding_attention"}
 
 
@@ -38,6 +43,7 @@ def build_skeleton(path: Path, config: dict[str, Any], tensor_count: int) -> Mod
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not re.fullmatch(r"[\w-]+", model_type):
         raise SourceError(f"{path}: the config names no model_type; download the model's own config.json again")
+    check_names(config, path, SourceError)
     layers = config.get("num_hidden_layers")
     if isinstance(layers, int) and layers > tensor_count:
         raise SourceError(
@@ -56,15 +62,65 @@ def build_skeleton(path: Path, config: dict[str, Any], tensor_count: int) -> Mod
             f"{path}: mlx-lm needs another package for a {model_type} model; see what it printed, install it and "
             "try again"
         ) from exc
+    check_config(config, args_class, path, SourceError)
+    nested = config.get("text_config")
+    if isinstance(nested, dict):
+        check_config(nested, _arguments(nested), path, SourceError)
     try:
-        model = model_class(args_class.from_dict(config))
+        model = model_class(args_class.from_dict(copy.deepcopy(config)))  # some write into its sections
     except Exception as exc:  # a wrong config can fail anywhere inside the model class
         raise SourceError(
             f"{path}: mlx-lm cannot build a {model_type} model from the config ({typed_reason(exc)}); "
             "compare it with the model's own config.json"
         ) from exc
     assert isinstance(model, Module)
+    _check_rope(path, config, model)
     return model
+
+
+def _check_rope(path: Path, config: dict[str, Any], model: Module) -> None:
+    """Raise SourceError if the config scales rotary positions, and the model's class does not: several do not look."""
+    nested = config.get("text_config")
+    inner: dict[str, Any] = nested if isinstance(nested, dict) else config
+    scaling = rope_scaling(inner)
+    wider: dict[str, Any] = {}
+    for name in ("factor", "alpha", "short_factor", "long_factor"):
+        value = scaling.get(name)
+        if isinstance(value, int | float) and (name != "factor" or value != 1):
+            wider[name] = 2.0 * value
+        elif isinstance(value, list) and all(isinstance(number, int | float) for number in value):
+            wider[name] = [2.0 * number for number in value]
+    before = _rotary(model)
+    if not wider or not before or rope_kind(scaling) in ("default", "mrope", "proportional"):
+        return
+    other = copy.deepcopy(config)
+    rope_scaling(other["text_config"] if inner is nested else other).update(wider)
+    try:
+        model_class, args_class = _get_classes(other)
+        after = _rotary(model_class(args_class.from_dict(other)))
+    except Exception:  # then it looks
+        return
+    if before == after:
+        raise SourceError(
+            f"{path}: scales its rotary positions ({rope_kind(scaling)}), for which mlx-lm's {config['model_type']} "
+            "has no place; long texts would come out wrong: remove rope_scaling from config.json for the unscaled "
+            "length, or take another model"
+        )
+
+
+def _rotary(model: Any) -> list[tuple[str, dict[str, Any]]]:
+    """The settings of every rotary position embedding of a model."""
+
+    def plain(value: Any) -> Any:
+        small = isinstance(value, mx.array) and value.size <= _MOST_FREQUENCIES
+        return value.tolist() if small else value
+
+    return [
+        (f"{path} {type(module).__name__}", {key: plain(value) for key, value in settings.items()})
+        for path, module in model.named_modules()
+        if "rope" in type(module).__name__.lower()
+        for settings in ({**vars(module), **module},)
+    ]
 
 
 def parameter_shapes(model: Any) -> dict[str, tuple[int, ...]]:
@@ -127,8 +183,8 @@ def with_flat_rope(path: Path, config: dict[str, Any]) -> dict[str, Any]:
 def _flat(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     given = config.get("rope_parameters")
     if not isinstance(given, dict):
-        return config
-    names = _fields(config)
+        return _with_original(config)
+    names = arguments_of(config)
     if names is not None and "rope_parameters" in names:
         return config
     if any(isinstance(value, dict) for value in given.values()):
@@ -145,7 +201,17 @@ def _flat(path: Path, config: dict[str, Any]) -> dict[str, Any]:
             flat["rope_local_base_freq"] = given["sliding_attention"]["rope_theta"]
     else:
         flat = _flattened(given)
-    return config | {key: value for key, value in flat.items() if config.get(key) is None}
+    return _with_original(config | {key: value for key, value in flat.items() if config.get(key) is None})
+
+
+def _with_original(config: dict[str, Any]) -> dict[str, Any]:
+    """A config that says of what length its scaled positions were: mlx-lm's classes take one of their own else."""
+    scaling = config.get("rope_scaling")
+    if not isinstance(scaling, dict) or scaling.get(_ORIGINAL) or rope_kind(scaling) not in ("yarn", "longrope"):
+        return config
+    # As transformers has it.
+    original = config.get(_ORIGINAL) or config.get("max_position_embeddings")
+    return config | {"rope_scaling": scaling | {_ORIGINAL: original}} if original else config
 
 
 def _flattened(given: dict[str, Any]) -> dict[str, Any]:
@@ -155,10 +221,17 @@ def _flattened(given: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _fields(config: dict[str, Any]) -> set[str] | None:
-    """The fields of mlx-lm's `ModelArgs` for a config; None if its type is not known, which its builder will tell."""
+def arguments_of(config: dict[str, Any]) -> dict[str, Any] | None:
+    """The fields of mlx-lm's `ModelArgs` for a config, with their defaults, `...` for none; None if its type is not
+    known, which its builder will tell."""
+    arguments = _arguments(config)
+    if arguments is None:
+        return None
+    return {field.name: ... if field.default is MISSING else field.default for field in fields(arguments)}
+
+
+def _arguments(config: dict[str, Any]) -> Any:
     try:
-        _, arguments = _get_classes(config)
+        return _get_classes(config)[1]
     except (KeyError, ValueError, AttributeError, TypeError, SystemExit):
         return None
-    return {field.name for field in fields(arguments)}

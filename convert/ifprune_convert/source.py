@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,6 +20,8 @@ class Source(Protocol):
     """What mlx-lm's `ModelArgs.from_dict` reads, `model_type` included."""
     licence: str | None
     """The licence that the source names, if it names one."""
+    notes: Sequence[str]
+    """Lines for the user on what is odd about it, and was put right."""
     dequantizes: bool
     """Whether its float32 tensors were unpacked from fewer bits, so that float16 holds them."""
 

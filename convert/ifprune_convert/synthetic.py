@@ -8,7 +8,7 @@ the predictor the paper gives the size, 302M, and the head's, width -> 128 -> ne
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,7 @@ class NoiseSource:
 
     licence: str | None = None
     dequantizes = False
+    notes: Sequence[str] = ()
 
     def __init__(self, shape: Shape, dtype: mx.Dtype) -> None:
         self.path = Path("noise")

@@ -8,7 +8,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
@@ -20,6 +20,7 @@ _ADVICE = "check permissions and free space, or write elsewhere"
 _PARTIAL, _ASIDE = "partial", "old"
 _TEMPORARY = re.compile(rf"^\..*\.{_PARTIAL}-(\d+)-[0-9a-f]{{8}}(?:\.[^.]*)?$", re.DOTALL)
 _NAMED_BYTES = 100  # of a file's own name in its temporary one, which a file system bounds
+_SYSTEM_FILES = (".DS_Store", ".gitattributes")
 
 
 def sha256_file(path: Path) -> str:
@@ -96,6 +97,12 @@ def check_free(path: Path, overwrite: bool, error: type[IfpruneError] = IfpruneE
     restore_folder(path)
     if os.path.lexists(path) and not overwrite:
         raise error(f"{path}: already exists; choose another folder, or pass --overwrite to replace it")
+
+
+def foreign_files(folder: Path, ours: Iterable[str]) -> list[str]:
+    """The files below a folder, by their paths in it, that are not among `ours`, nor put there by the system."""
+    there = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(set(there) - {*ours, *_SYSTEM_FILES})
 
 
 @contextmanager

@@ -36,6 +36,11 @@ class FFNSpec:
     fused: str | None = None
 
     def __post_init__(self) -> None:
+        texts, sizes = (self.path, self.gate, self.up, self.down), (self.d_model, self.d_ffn)
+        flags = (self.bias, self.down_bias)
+        for values, kind in ((texts, str), (sizes, int), (flags, bool)):
+            if wrong := [value for value in values if type(value) is not kind]:
+                raise TypeError(f"{wrong[0]!r} is no {kind.__name__}")
         if self.fused not in (None, HALVES, INTERLEAVED) or (self.gate == self.up) != (self.fused is not None):
             raise ValueError(f"fused {self.fused!r} does not go with leaves {self.gate!r} and {self.up!r}")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from datetime import datetime, timezone
@@ -19,9 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 from ifprune_mlx.checkpoint.atomic_write import restore_folder, sha256_file
 from ifprune_mlx.checkpoint.budget import keep_count
+from ifprune_mlx.checkpoint.config_check import check_names
 from ifprune_mlx.checkpoint.ffn_spec import FFNSpec
 from ifprune_mlx.checkpoint.neuron_layout import FLOATS, READABLE, RECORDS, Strip, strips_of
-from ifprune_mlx.checkpoint.safetensors_io import DTYPE_BYTES, SafetensorsHeader, read_safetensors_header
+from ifprune_mlx.checkpoint.regular_file import read_bounded
+from ifprune_mlx.checkpoint.safetensors_io import DTYPE_BYTES, SafetensorsHeader, read_safetensors_header, stamp_of
 from ifprune_mlx.errors import BudgetError, CheckpointError, IfpruneError, SelectionError, reason_of
 
 if TYPE_CHECKING:
@@ -32,6 +35,13 @@ MANIFEST = "manifest.json"
 PREDICTOR_SETTINGS = "ifprune_predictor"
 """The key of a predictor's settings in the metadata of its head."""
 SECTION = "ifpruning"
+LARGEST_JSON = 1 << 24
+"""Bytes of a config or a manifest."""
+LARGEST_TEXT = 1 << 28
+"""Bytes of any tokenizer file."""
+_TEXTS = (".json", ".jinja", ".model", ".txt", ".tiktoken")
+# What mlx-lm and transformers read by themselves beside the weights, and is small.
+_CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 _MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
 ORDERS = ("frequency",)
 SELECTOR_NAMES = ("learned", "activation", "static", "random")
@@ -131,7 +141,7 @@ class Layout:
                 )
         except BudgetError as exc:
             raise CheckpointError(f"{where}: {exc}") from exc
-        except (TypeError, ValueError, AttributeError) as exc:
+        except (AttributeError, OverflowError, TypeError, ValueError) as exc:
             raise CheckpointError(f"{where}: section {SECTION} is malformed ({exc}); convert the source again") from exc
         return cls(tuple(specs), density, section["selector"], gate_up, down, section.get("order"))
 
@@ -180,14 +190,16 @@ class Checkpoint:
         config_file = path / "config.json"
         if not config_file.is_file():
             raise CheckpointError(f"{path}: has no config.json; give the folder of an IFP checkpoint")
+        check_ordinary(path, CheckpointError)
         config = read_json_object(config_file)
         layout = Layout.from_dict(config.get(SECTION), config_file)
         refuse_custom_code(config, config_file, CheckpointError)
+        check_names(config, config_file, CheckpointError)
         if not (path / MANIFEST).is_file():
             raise CheckpointError(
                 f"{path}: has no {MANIFEST}, so its conversion did not finish; convert the source again"
             )
-        manifest = read_json_object(path / MANIFEST)
+        manifest = _with_origin(path, read_json_object(path / MANIFEST))
         files = _checked_manifest(path, manifest)
         headers = {
             name: read_safetensors_header(path / name, CheckpointError)
@@ -196,6 +208,12 @@ class Checkpoint:
         }
         checkpoint = cls(path, config, layout, manifest, headers)
         checkpoint._check_shapes()
+        try:
+            _ = checkpoint.parameters
+        except (AttributeError, KeyError, TypeError, ZeroDivisionError) as exc:
+            raise CheckpointError(
+                f"{config_file}: its section `quantization` is malformed; convert the source again"
+            ) from exc
         return checkpoint
 
     @cached_property
@@ -313,7 +331,7 @@ class Checkpoint:
         header = read_safetensors_header(self.path / "predictor" / "head.safetensors", CheckpointError)
         try:
             return int(json.loads(header.metadata[PREDICTOR_SETTINGS])["layers"] or 0)
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, OverflowError, RecursionError, TypeError, ValueError):
             return 0  # loading the predictor says what is wrong
 
     @property
@@ -335,6 +353,22 @@ class Checkpoint:
             if progress is not None:
                 progress(index, len(files))
         return damaged
+
+    def check_unchanged(self, file: Path, descriptor: int | None = None) -> None:
+        """Raise CheckpointError if a top-level safetensors file was written to since the checkpoint was opened.
+
+        Args:
+            descriptor: of the open file; None looks at what is at its path now.
+        """
+        try:
+            status = file.stat() if descriptor is None else os.fstat(descriptor)
+        except OSError as exc:
+            raise CheckpointError(f"{file}: cannot be read ({reason_of(exc)}); copy the checkpoint again") from exc
+        if stamp_of(status) != self.headers[file.name].stamp:
+            raise CheckpointError(
+                f"{file}: was written to while it was in use, so that its neurons are not the model's; "
+                "load the model again, and replace checkpoints by renaming, not in place"
+            )
 
     def _model_headers(self) -> list[SafetensorsHeader]:
         return [header for name, header in self.headers.items() if name.startswith("model-")]
@@ -412,7 +446,7 @@ def read_json_object(file: Path, error: type[IfpruneError] = CheckpointError) ->
         IfpruneError: (the given subclass) naming the file.
     """
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(read_bounded(file, LARGEST_JSON).decode("utf-8"))
     except OSError as exc:
         raise error(f"{file}: cannot be read ({reason_of(exc)})") from exc
     except (ValueError, RecursionError) as exc:
@@ -422,10 +456,38 @@ def read_json_object(file: Path, error: type[IfpruneError] = CheckpointError) ->
     return value
 
 
+def check_ordinary(folder: Path, error: type[IfpruneError]) -> None:
+    """Refuse what nobody could read to its end, before a library opens the folder's files by itself.
+
+    Raises:
+        IfpruneError: (the given subclass) if there is a pipe, socket or device in the folder, or a text without end.
+    """
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir() or not entry.exists():  # a dangling link is as good as nothing
+            continue
+        if not entry.is_file():
+            raise error(f"{entry}: is no ordinary file; remove it, or get the model again")
+        most = LARGEST_JSON if entry.name in _CONFIGS else LARGEST_TEXT
+        if entry.suffix in _TEXTS and (size := entry.stat().st_size) > most:
+            raise error(f"{entry}: has {size} bytes, more than any model's; get the model again")
+
+
 def refuse_custom_code(config: Mapping[str, Any], where: Path, error: type[IfpruneError]) -> None:
     """Raise `error` if a config names a Python file: some releases of mlx-lm would run it."""
     if config.get("model_file") is not None:
         raise error(f"{where}: wants to run code that comes with it ({config['model_file']!r}); this is not supported")
+
+
+def _with_origin(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest that says where the checkpoint comes from, also where it was left out."""
+    full = {"source": "unknown", "licence": None, "versions": {}} | manifest
+    versions = full["versions"]
+    texts = (full["source"], full["licence"] or "", *(versions.values() if isinstance(versions, dict) else [None]))
+    if not all(isinstance(text, str) for text in texts):
+        raise CheckpointError(
+            f"{path / MANIFEST}: its source, licence or versions are no texts; convert the source again"
+        )
+    return full
 
 
 def _checked_manifest(path: Path, manifest: dict[str, Any]) -> list[str]:
@@ -436,7 +498,11 @@ def _checked_manifest(path: Path, manifest: dict[str, Any]) -> list[str]:
     for name, entry in files.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise CheckpointError(f"{path / MANIFEST}: the file name {name!r} leaves the checkpoint; do not use it")
-        if not isinstance(entry, dict) or not isinstance(entry.get("size"), int) or "sha256" not in entry:
+        if (
+            not isinstance(entry, dict)
+            or type(entry.get("size")) is not int
+            or not isinstance(entry.get("sha256"), str)
+        ):
             raise CheckpointError(f"{path / MANIFEST}: the entry for {name} is malformed; convert the source again")
         file = path / name
         if not file.is_file():

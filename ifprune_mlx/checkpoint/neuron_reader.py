@@ -66,6 +66,7 @@ def read_rows(checkpoint: Checkpoint, index: int, dtype: mx.Dtype | None = None)
         if down_bias is not None:
             down_bias = _cast(down_bias, dtype)
             mx.eval(down_bias)
+        checkpoint.check_unchanged(file)
     except RuntimeError as exc:
         raise unreadable(file, exc) from exc
     return rows, down_bias
@@ -97,7 +98,7 @@ class RowReader:
         position: the row of each neuron in the file, int32 `[d_ffn]`.
 
     Raises:
-        CheckpointError: if the file cannot be read.
+        CheckpointError: if the file cannot be read, or was written to since the checkpoint was opened.
     """
 
     _descriptor = -1
@@ -107,6 +108,7 @@ class RowReader:
         self._dtype = dtype
         # The file stays open: if the checkpoint is replaced, the new file has other neurons at the same places.
         self._descriptor = _open(self._file)
+        self._checkpoint = checkpoint
         tensors = checkpoint.headers[self._file.name].tensors
         self._strips = checkpoint.strips(index)
         self.position = read_positions(checkpoint, index)
@@ -115,6 +117,7 @@ class RowReader:
             stored = _DTYPES[info.dtype]
             self.down_bias = _cast(from_raw(_read_tensor(self._file, info, raw_dtype(stored)), stored), dtype)
             mx.eval(self.down_bias)
+        checkpoint.check_unchanged(self._file, self._descriptor)
 
     def empty(self, slots: int) -> Rows:
         """Evaluated arrays for `slots` neurons, with the names and types of `read_rows`."""
@@ -135,7 +138,7 @@ class RowReader:
             neurons: int32 `[n]`, in the source's numbering, each once.
 
         Raises:
-            CheckpointError: if the file cannot be read.
+            CheckpointError: if the file cannot be read, or was written to since the checkpoint was opened.
         """
         places = self.position[neurons]
         at = np.argsort(places, kind="stable")
@@ -151,6 +154,8 @@ class RowReader:
                     else:
                         gate, up = _memory_names(part.name)
                         found |= {gate: values[:, 0], up: values[:, 1]}
+            # Afterwards, so that no write during it goes unnoticed.
+            self._checkpoint.check_unchanged(self._file, self._descriptor)
         except OSError as exc:
             raise unreadable(self._file, exc) from exc
         return found

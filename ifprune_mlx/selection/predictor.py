@@ -24,10 +24,18 @@ import numpy as np
 from mlx import nn
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import load_model
+from mlx_lm.utils import _get_classes, load_model
 
 from ifprune_mlx.checkpoint.atomic_write import write_atomic
-from ifprune_mlx.checkpoint.format import PREDICTOR_SETTINGS, Quantization, read_json_object, refuse_custom_code
+from ifprune_mlx.checkpoint.config_check import check_config, check_names
+from ifprune_mlx.checkpoint.context_length import context_length
+from ifprune_mlx.checkpoint.format import (
+    PREDICTOR_SETTINGS,
+    Quantization,
+    check_ordinary,
+    read_json_object,
+    refuse_custom_code,
+)
 from ifprune_mlx.checkpoint.safetensors_io import load_arrays, read_safetensors_header
 from ifprune_mlx.errors import PredictorError, PromptError, reason_of
 from ifprune_mlx.selection.selection import Scores
@@ -213,7 +221,7 @@ class Head:
             pooling, activation = str(settings["pooling"]), str(settings["activation"])
             layers = None if settings.get("layers") is None else int(settings["layers"])
             packing = Quantization(**settings["quantization"]) if version == _PACKED_FORMAT else None
-        except (KeyError, TypeError, ValueError) as exc:
+        except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as exc:
             raise PredictorError(
                 f"{path}: has no predictor settings in its metadata ({reason_of(exc)}); export it again"
             ) from exc
@@ -346,13 +354,17 @@ def load_backbone(folder: Path) -> tuple[nn.Module, TokenizerWrapper, int | None
     Raises:
         PredictorError: naming the folder or the file, if something is missing or damaged.
     """
-    refuse_custom_code(read_json_object(folder / "config.json", PredictorError), folder, PredictorError)
+    check_ordinary(folder, PredictorError)
+    config = read_json_object(folder / "config.json", PredictorError)
+    refuse_custom_code(config, folder, PredictorError)
+    check_names(config, folder, PredictorError)
     for file in sorted(folder.glob("model*.safetensors")):
         read_safetensors_header(file, PredictorError)
     # transformers makes up an empty tokenizer where there is none.
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         raise PredictorError(f"{folder}: has no tokenizer ({', '.join(_TOKENIZERS)}); copy it there")
     try:
+        check_config(config, _get_classes(config)[1], folder, PredictorError)
         model, config = load_model(folder, lazy=True)
         backbone = inner_model(model)
         mx.eval(backbone)
@@ -361,8 +373,7 @@ def load_backbone(folder: Path) -> tuple[nn.Module, TokenizerWrapper, int | None
     except Exception as exc:  # the parsers of mlx-lm and transformers raise many types
         raise PredictorError(f"{folder}: the backbone cannot be loaded ({reason_of(exc)}); {_AGAIN}") from exc
     tokenizer = load_tokenizer(folder, PredictorError, _AGAIN, rows=embedding_rows(backbone))
-    context = config.get("max_position_embeddings")
-    return backbone, tokenizer, int(context) if context else None
+    return backbone, tokenizer, context_length(config)
 
 
 def instruction_tokens(

@@ -338,10 +338,6 @@ def test_only_a_checkpoint_is_overwritten(tmp_path: Path, source: Path) -> None:
             converted(source, out, overwrite=True)
     (work / "thesis.txt").unlink()
     assert converted(source, work, overwrite=True).path == work
-    # A damaged checkpoint may be replaced.
-    (work / "config.json").write_text("{")
-    (work / "manifest.json").unlink()
-    assert converted(source, work, overwrite=True).path == work
     # Of a link to a checkpoint, only the link is replaced.
     converted(source, tmp_path / "real")
     (tmp_path / "link").symlink_to(tmp_path / "real")

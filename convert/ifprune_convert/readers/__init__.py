@@ -39,6 +39,8 @@ def open_source(path: Path, *, trust_remote_code: bool = False) -> Source:
             return _open_file(path)
     except OSError as exc:
         raise SourceError(f"{path}: cannot be read ({reason_of(exc)}); check its permissions") from exc
+    if path.exists():
+        raise SourceError(f"{path}: is no ordinary file; give a GGUF file, or a folder of safetensors")
     raise SourceError(
         f"{path}: no such file or folder; a model of the hub is named by its id, ORG/NAME, "
         "or by the folder that `hf download` put it into"

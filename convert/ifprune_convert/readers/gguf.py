@@ -6,7 +6,7 @@ The package `gguf` supplies the dequantization and the names of tensors; mlx-lm'
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class GGUFSource:
                 this reader does not know.
         """
         self.path = path
+        self.notes: Sequence[str] = ()
         metadata, self._tensors = read_header(path)
         self._metadata = Metadata(path, metadata)
         self._architecture = architecture = architecture_of(self._metadata)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from ifprune_mlx.checkpoint.regular_file import open_regular
 from ifprune_mlx.errors import SourceError, reason_of
 
 AGAIN = "download or copy the file again"
@@ -26,7 +27,8 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _FLOAT32, _STRING, _ARRAY = 6, 8, 9
 # Far above any real file; they keep a damaged length from claiming gigabytes.
 _MAX_STRING_BYTES = 1 << 24
-_MAX_ARRAY_ITEMS = 10_000_000
+_MAX_ARRAY_ITEMS = 10_000_000  # of all arrays together
+_MAX_ENTRIES = 1 << 16  # tensors, and values
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class _Cursor:
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self._path = path
         self._data = data
+        self._items = 0
         self.offset = 0
 
     def _advance(self, size: int) -> int:
@@ -61,6 +64,13 @@ class _Cursor:
 
     def integer(self, code: str) -> int:
         return int(self.numbers(code, 1)[0])
+
+    def count(self, what: str) -> int:
+        """A number of entries."""
+        count = self.integer("Q")
+        if count > _MAX_ENTRIES:
+            raise self.damaged(f"{count} {what}")
+        return count
 
     def padding(self, end: int) -> bytes:
         """What lies from here to `end` and is not zero: nothing, in a sound file."""
@@ -87,7 +97,8 @@ class _Cursor:
         if kind != _ARRAY:
             raise self.damaged(f"a value of the unknown type {kind}")
         kind, count = self.integer("I"), self.integer("Q")
-        if count > _MAX_ARRAY_ITEMS:
+        self._items += count
+        if self._items > _MAX_ARRAY_ITEMS:
             raise self.damaged(f"an array of {count} items")
         if kind == _STRING:
             return [self.text() for _ in range(count)]
@@ -105,7 +116,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         size = path.stat().st_size
         if size == 0:
             raise SourceError(f"{path}: is empty; {AGAIN}")
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with open_regular(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _parse_header(path, _Cursor(path, data), size)
     except OSError as exc:
         raise SourceError(f"{path}: cannot be read ({reason_of(exc)})") from exc
@@ -119,7 +130,7 @@ def _parse_header(path: Path, cursor: _Cursor, size: int) -> tuple[dict[str, Any
         # A small number in the upper half is version 3 as a big-endian machine writes it.
         what = "is big-endian" if version and version & 0xFFFF == 0 else f"has GGUF version {version}"
         raise SourceError(f"{path}: {what}, and this reader knows little-endian versions 2 and 3; {ORIGINAL}")
-    tensor_count, value_count = cursor.integer("Q"), cursor.integer("Q")
+    tensor_count, value_count = cursor.count("tensors"), cursor.count("values")
     metadata: dict[str, Any] = {}
     for _ in range(value_count):
         key = cursor.text()

@@ -27,7 +27,8 @@ from ifprune_mlx.errors import IfpruneError, SourceError
 from ifprune_mlx.sparse.ffn_detection import find_ffns
 
 from .chat_templates import MORE_TEMPLATES
-from .safetensors import INDEX, VOCABULARIES, check_config, read_index
+from .safetensors import VOCABULARIES, check_config
+from .shards import INDEX, missing_shards, read_index
 
 # Small files at a repository's top: config, tokenizer, chat template, licence. No code: none of it is ever run.
 _SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "README.md", "LICENSE*")
@@ -152,12 +153,15 @@ def _check_whole(name: str, file: str) -> None:
 def _weight_files(repository: Repository, folder: Path) -> list[str]:
     """The weight files that the safetensors reader reads: those in the index, else `model*`, else all at the top."""
     top = [file for file in repository.files if "/" not in file and file.endswith(".safetensors")]
+    models = [file for file in top if file.startswith("model")] or top
     if INDEX in repository.files:
         placed = sorted(read_index(folder / INDEX))
-        if missing := [name for name in placed if name not in top]:
+        missing = [name for name in placed if name not in top]
+        if not missing:
+            return placed
+        if not models or missing_shards(models):  # else the index is stale, and the model may be whole without it
             raise SourceError(f"{repository.name}: lacks {listing(missing)}, which its index names")
-        return placed
-    return [file for file in top if file.startswith("model")] or top
+    return models
 
 
 def _weights_size(repository: Repository, bits: float) -> int:

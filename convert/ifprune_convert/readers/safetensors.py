@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +29,19 @@ from ifprune_convert.skeleton import (
     with_flat_rope,
 )
 from ifprune_convert.weight_files import load_lazily
-from ifprune_mlx.checkpoint.format import Quantization
-from ifprune_mlx.checkpoint.safetensors_io import read_safetensors_header
+from ifprune_mlx.checkpoint.format import LARGEST_TEXT, Quantization, check_ordinary
+from ifprune_mlx.checkpoint.regular_file import open_regular, read_bounded
 from ifprune_mlx.errors import SourceError, reason_of
 
 from .chat_templates import gather_templates
+from .left_out import check_nothing_left_out, with_output_layer
+from .shards import Placed, find_weights, place_tensors
 from .spm_tokenizer import REPLACED, write_spm_tokenizer
 
-INDEX = "model.safetensors.index.json"
 _FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 # A folder can be tokenized if it has one of these; the others only refine it.
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     *VOCABULARIES,
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -50,6 +52,7 @@ _TOKENIZER_FILES = (
     "generation_config.json",
 )
 _MAX_LICENCE_LINE = 80
+_MOST_READ = 1 << 20  # bytes of a readme or a licence
 
 
 class SafetensorsSource:
@@ -65,15 +68,34 @@ class SafetensorsSource:
                 kind that cannot be converted.
         """
         self.path = path
+        self.notes: Sequence[str] = ()
         self.config = with_flat_rope(path, check_config(path, trust_remote_code))
         if not any((path / name).is_file() for name in VOCABULARIES):
             raise SourceError(f"{path}: has no tokenizer; download {', '.join(VOCABULARIES[:2])} (or vocab.json) too")
-        shards = _find_shards(path)
-        _check_shards(path, shards)
         self.licence = _read_licence(path)
-        self._arrays, self._shapes, self.packed = _load_lazily(path, self.config, shards)
+        self._open_weights()
         types = Counter(array.dtype for array in self._arrays.values() if array.dtype in _FLOATS)
         self._float = types.most_common(1)[0][0] if types else mx.float16
+
+    def _open_weights(self) -> None:
+        """Take the first choice of weight files that is the whole model, and no other."""
+        failures: list[str] = []
+        for choice in find_weights(self.path):
+            failures += [] if choice.doubt is None else [choice.doubt]
+            notes: list[str] = []
+            try:
+                tensors = place_tensors(self.path, choice.files, notes)
+                config, unneeded = with_output_layer(self.path, self.config, tensors)
+                tensors = {name: placed for name, placed in tensors.items() if name not in unneeded}
+                self._arrays, self._shapes, self.packed = _load_lazily(self.path, config, tensors)
+            except SourceError as exc:
+                failures.append(str(exc))
+                continue
+            if failures:
+                notes.append(f"{failures[0]}: without it, {listing(list(choice.files))} are the whole model")
+            self.config, self.notes = config, notes
+            return
+        raise SourceError(failures[0])
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -111,14 +133,14 @@ class SafetensorsSource:
             SourceError: if one of them cannot be read, or is JSON in name only, or of an unknown kind.
         """
         sentencepiece = not any((self.path / name).is_file() for name in ("tokenizer.json", "vocab.json"))
-        for name in _TOKENIZER_FILES:
+        for name in TOKENIZER_FILES:
             if sentencepiece and name in REPLACED:
                 continue
             file = self.path / name
             if not file.is_file():
                 continue
             try:
-                content = file.read_bytes()
+                content = read_bounded(file, LARGEST_TEXT)
                 if file.suffix == ".json":
                     json.loads(content)
             except OSError as exc:
@@ -144,6 +166,7 @@ def check_config(path: Path, trust_remote_code: bool) -> dict[str, Any]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
+    check_ordinary(path, SourceError)
     try:
         # mlx-lm's own reader: it decodes the floats that transformers tags, and takes eos ids from generation_config.
         config = load_config(path)
@@ -179,89 +202,31 @@ def _refuse_unsupported(path: Path, config: dict[str, Any], trust_remote_code: b
         )
 
 
-def read_index(file: Path) -> dict[str, set[str]]:
-    """The weight files that an index names, each with the tensors that it places there.
-
-    Raises:
-        SourceError: if it is no such index, or names files elsewhere.
-    """
-    shards: dict[str, set[str]] = {}
-    try:
-        for tensor, name in json.loads(file.read_bytes())["weight_map"].items():
-            shards.setdefault(name, set()).add(tensor)
-        if shards and all(Path(name).name == name and name.endswith(".safetensors") for name in shards):
-            return shards
-    except OSError as exc:
-        raise SourceError(f"{file}: cannot be read ({reason_of(exc)})") from exc
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        pass
-    raise SourceError(f"{file}: is not an index of safetensors files; download it again")
-
-
-def _find_shards(path: Path) -> dict[str, set[str] | None]:
-    """The weight files by name, each with the tensors that the index places there, or None without an index."""
-    shards: dict[str, set[str] | None]
-    if (path / INDEX).is_file():
-        shards = dict(read_index(path / INDEX))
-        missing = sorted(name for name in shards if not (path / name).is_file())
-    else:
-        names = sorted(file.name for file in path.glob("*.safetensors") if not file.name.startswith("."))
-        # As mlx-lm and transformers: `consolidated`, `adapters` and the like beside `model*` are not the model.
-        names = [name for name in names if name.startswith("model")] or names
-        missing = sorted(name for name in names if not (path / name).is_file())
-        numbered = [match for name in names if (match := re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})\.safetensors", name))]
-        for match in numbered:
-            stem, total = match[1], match[3]
-            wanted = (f"{stem}{number:05d}-of-{total}.safetensors" for number in range(1, int(total) + 1))
-            missing += [name for name in wanted if name not in names and name not in missing]
-        if len(names) > 1 and len(numbered) != len(names):
-            raise SourceError(
-                f"{path}: has several weight files and no {INDEX} to say which belong together "
-                f"({listing(names)}); download the index, or remove what is not the model"
-            )
-        shards = dict.fromkeys(names)
-    if missing:
-        raise SourceError(f"{path}: lacks {listing(missing)}; download the missing weight files")
-    return shards
-
-
-def _check_shards(path: Path, shards: dict[str, set[str] | None]) -> None:
-    """Check every shard's header and length, and that each tensor lies just where it should."""
-    home: dict[str, str] = {}
-    for shard, placed in shards.items():
-        header = read_safetensors_header(path / shard, SourceError)
-        if placed is not None and (absent := sorted(placed - header.tensors.keys())):
-            raise SourceError(f"{path / shard}: lacks {listing(absent)}, which {INDEX} places there; download both")
-        for tensor in header.tensors:
-            if tensor in home:
-                raise SourceError(
-                    f"{path}: tensor {tensor} is in both {home[tensor]} and {shard}; remove the stale one"
-                )
-            home[tensor] = shard
-
-
 _Shapes = dict[str, tuple[int, ...]]
 
 
 def _load_lazily(
-    path: Path, config: dict[str, Any], shards: Iterable[str]
+    path: Path, config: dict[str, Any], tensors: dict[str, Placed]
 ) -> tuple[dict[str, mx.array], _Shapes, dict[str, Quantization]]:
     """All tensors as lazy arrays under mlx-lm's names, checked against mlx-lm's model.
 
     Returns:
         The arrays; the shapes of the model's parameters, as floats; and which modules' weights are packed, and how.
     """
-    weights: dict[str, mx.array] = {}
-    for shard in shards:
-        weights |= load_lazily(path / shard, SourceError, "download it again")
-    model = build_skeleton(path, config, len(weights))
+    given: dict[str, mx.array] = {}
+    for file in dict.fromkeys(placed.file for placed in tensors.values()):
+        loaded = load_lazily(file, SourceError, "download it again")
+        given |= {name: array for name, array in loaded.items() if name in tensors and name not in given}
+    build = partial(build_skeleton, path, config, len(given))
+    model = build()
     try:
-        weights = sanitized(model, weights)
+        weights = sanitized(model, dict(given))
     except Exception as exc:  # it indexes and reshapes what a complete model would have
         raise SourceError(
             f"{path}: mlx-lm cannot arrange the tensors of this {config['model_type']} model ({typed_reason(exc)}); "
             "one may be missing or of a wrong shape: download the model again"
         ) from exc
+    check_nothing_left_out(path, config, build, given, weights)
     expected = parameter_shapes(model)
     packed = _packed_modules(path, config, weights)
     parts = {f"{stem}.{part}": stem for stem, packing in packed.items() for part in packing.parts}
@@ -335,6 +300,7 @@ def _read_licence(path: Path) -> str | None:
 
 def _read_text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8", errors="replace")
+        with open_regular(file) as opened:
+            return opened.read(_MOST_READ).decode("utf-8", errors="replace")
     except OSError:
         return ""

@@ -172,7 +172,7 @@ def test_a_file_that_vanishes_is_one_clear_error_and_no_wrong_answer(tmp_path: P
     expected = generate(model, tokenizer, "hello", selection=other, max_tokens=6)
     generate(model, tokenizer, "hello", selection=one, max_tokens=6)
     file = model.checkpoint.neurons_file(1)
-    content = file.read_bytes()
+    content, before = file.read_bytes(), file.stat()
     os.truncate(file, 20000)
     for _ in range(2):
         with pytest.raises(CheckpointError, match="ends at byte"):
@@ -181,6 +181,7 @@ def test_a_file_that_vanishes_is_one_clear_error_and_no_wrong_answer(tmp_path: P
             model(mx.array([PROMPT]))
     with file.open("r+b") as opened:
         opened.write(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # else it counts as another file
     assert generate(model, tokenizer, "hello", selection=other, max_tokens=6) == expected
 
 
@@ -360,3 +361,47 @@ def test_rows_in_place_are_seen_by_what_is_computed_next(tmp_path: Path) -> None
     slots.restore()
     assert slots.order.tolist() == list(range(64))
     assert (slots.rows["gate.weight"] @ mx.ones((8,)))[5].item() == 8
+
+
+def other_numbers(file: Path) -> None:
+    """Write over a file in place, at the same size, as `cp` or `rsync --inplace` do."""
+    length = int.from_bytes(file.read_bytes()[:8], "little")
+    with file.open("r+b") as opened:
+        opened.seek(8 + length)
+        opened.write(os.urandom(file.stat().st_size - 8 - length))
+
+
+@pytest.mark.parametrize("residency", ["ram", "ssd"])
+@pytest.mark.parametrize("order", ["source", "frequency"])
+def test_a_file_that_is_written_over_in_place_is_noticed(tmp_path: Path, residency: str, order: str) -> None:
+    folder = write_checkpoint(tmp_path / "checkpoint", options=Options(order=CHATS if order == "frequency" else None))
+    model = load_checkpoint(Checkpoint.open(folder), residency=residency)
+    model.switch(random_selection(WIDTHS, (64, 64), seed=1))
+    expected = logits(model, PROMPT)
+    for file in (*folder.glob("neurons-*"), folder / "priors.safetensors"):
+        other_numbers(file)
+    assert np.array_equal(logits(model, PROMPT), expected)  # what is in memory stays right
+    if residency == "ssd":
+        for _ in range(2):
+            model.switch(random_selection(WIDTHS, (64, 64), seed=2))
+            with pytest.raises(CheckpointError, match=r"neurons-.*was written to while it was in use"):
+                model(mx.array([PROMPT]))
+    with pytest.raises(CheckpointError, match=r"priors.*was written to while it was in use"):
+        _ = model.prior
+
+
+@pytest.mark.parametrize("how", ["in place", "renamed", "shorter"])
+def test_a_file_that_changes_between_opening_and_loading(tmp_path: Path, how: str) -> None:
+    folder = write_checkpoint(tmp_path / "checkpoint")
+    checkpoint = Checkpoint.open(folder)
+    file = checkpoint.neurons_file(1)
+    if how == "renamed":
+        write_checkpoint(tmp_path / "other", seed=9)
+        (tmp_path / "other" / file.name).replace(file)
+    elif how == "in place":
+        other_numbers(file)
+    else:
+        os.truncate(file, file.stat().st_size - 4)
+    for residency in ("ram", "ssd"):
+        with pytest.raises(CheckpointError, match=file.name):
+            load_checkpoint(checkpoint, residency=residency)
