@@ -62,16 +62,25 @@ def load_tokenizer(
             _decode_bytes(tokenizer)
             largest = max(tokenizer.encode("a"), default=0)
             vocabulary: dict[str, int] = tokenizer.get_vocab()
+            added: dict[str, int] = tokenizer.get_added_vocab()
     except Exception as exc:  # transformers' parsers raise many types
         raise error(f"{folder}: the tokenizer cannot be loaded ({reason_of(exc)}); {advice}") from exc
-    token, number = max(vocabulary.items(), key=lambda item: item[1], default=("", 0))
+    # Gemma 3's text models have an added token without an embedding: prompts without it are fine (`tokens_beyond`).
+    own = ((token, number) for token, number in vocabulary.items() if token not in added)
+    token, number = max(own, key=lambda item: item[1], default=("", 0))
     if rows is not None and max(number, largest) >= rows:
         what = f"gives {token[:80]!r} the id {number}" if number >= rows else f"puts the id {largest} around texts"
         raise error(
             f"{folder}: the tokenizer {what}, and the model has embeddings for {rows} tokens only; they do not belong "
-            f"together, or a token was added to the tokenizer alone: {advice}"
+            f"together: {advice}"
         )
     return tokenizer
+
+
+def tokens_beyond(tokenizer: TokenizerWrapper, rows: int | None) -> list[str]:
+    """Added tokens that the model has no embeddings for; a prompt that holds one is refused."""
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    return [] if rows is None else sorted(token for token, number in vocabulary.items() if number >= rows)
 
 
 def embedding_rows(module: nn.Module) -> int | None:

@@ -38,7 +38,7 @@ from ifprune_mlx.errors import IfpruneError, PromptError, SourceError
 from ifprune_mlx.model import load_checkpoint
 from ifprune_mlx.selection.selection import Scores
 from ifprune_mlx.sparse.ffn_detection import find_ffns
-from ifprune_mlx.tokenizer import embedding_rows, load_tokenizer, render_chat
+from ifprune_mlx.tokenizer import embedding_rows, load_tokenizer, render_chat, tokens_beyond
 
 from . import layout
 from .adapter import Adapter, open_adapter
@@ -440,6 +440,8 @@ def _write_tokenizer(folder: Path, source: Source, rows: int | None, note: Note)
         tokenizer = load_tokenizer(folder, SourceError, _ADVICE, rows=rows)
     except SourceError as exc:
         raise SourceError(str(exc).replace(str(folder), str(source.path))) from exc
+    if beyond := tokens_beyond(tokenizer, rows):
+        note(f"the model has no embeddings for {listing(beyond)}; prompts with such tokens will be refused")
     if not tokenizer.has_chat_template:
         return
     try:

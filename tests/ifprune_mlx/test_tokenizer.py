@@ -70,9 +70,8 @@ def around_texts(tokenizer: dict[str, Any]) -> None:
     }  # fmt: skip
 
 
-BEYOND: dict[str, Edit] = {
-    "the next": added(VOCABULARY), "far": added(VOCABULARY + 300), "a word": in_vocabulary, "around": around_texts,
-}  # fmt: skip
+ADDED: dict[str, Edit] = {"the next": added(VOCABULARY), "far": added(VOCABULARY + 300)}
+BEYOND: dict[str, Edit] = {"a word": in_vocabulary, "around": around_texts}
 
 
 @pytest.mark.parametrize("kind", BEYOND)
@@ -88,6 +87,25 @@ def test_a_checkpoint_whose_tokenizer_has_more_tokens_than_the_model_does_not_lo
         assert done.returncode == 1
         assert "embeddings" in done.stderr
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("kind", ADDED)
+def test_an_added_token_that_the_model_has_not_is_refused_where_it_is_used(
+    tiny_checkpoint: Path, tmp_path: Path, kind: str
+) -> None:
+    """Of the model's tokenizer and of a predictor's own; other prompts are answered."""
+    folder = edit(Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")), ADDED[kind])
+    write_manifest(folder, source="test", licence=None)
+    for command in ("generate", "select"):
+        assert run_here(command, "--model", folder, "--prompt", "the").returncode == 0
+        done = run_here(command, "--model", folder, "--prompt", "[PAD]the")
+        assert done.returncode == 1
+        assert "token id" in done.stderr
+        assert "Traceback" not in done.stderr
+    predictor = SparsityPredictor.load(edit(write_predictor(tmp_path / "predictor"), ADDED[kind]))
+    predictor.scores("the")
+    with pytest.raises(PredictorError, match="embeddings for"):
+        predictor.scores("[PAD]the")
 
 
 @pytest.mark.parametrize("kind", BEYOND)
