@@ -489,6 +489,8 @@ def _load_module(
 
     try:
         module, _ = load_model(checkpoint.path, get_model_classes=classes)
+        for name in checkpoint.headers:
+            checkpoint.check_unchanged(checkpoint.path / name)
     except IfpruneError:
         raise
     except Exception as exc:  # a wrong config can fail anywhere inside the family's class

@@ -101,7 +101,7 @@ OrderOption = Annotated[
         "small set that ships) first, one record each, which --residency ssd reads faster.",
     ),
 ]
-OverwriteOption = Annotated[bool, _output("--overwrite", help="Replace an existing output folder.")]
+OverwriteOption = Annotated[bool, _output("--overwrite", help="Replace an earlier checkpoint.")]
 UploadOption = Annotated[
     Optional[str],
     _output(

@@ -266,6 +266,7 @@ def _tensors(
                     array = array.astype(dtype)
                 mx.eval(array)
                 yield {name: array}, info.end - info.start
+            checkpoint.check_unchanged(checkpoint.path / file)
         except RuntimeError as exc:
             raise unreadable(checkpoint.path / file, exc) from exc
 

@@ -25,6 +25,8 @@ from ifprune_mlx.errors import PredictorError, SourceError, reason_of
 from ifprune_mlx.selection.predictor import Head, SparsityPredictor
 
 from .fusing import all_finite
+from .readers.left_out import check_nothing_left_out
+from .readers.shards import Placed, equal_tensors
 from .skeleton import build_skeleton, check_shapes, listing, parameter_shapes, sanitized, typed_reason, with_flat_rope
 from .tokenizer_trial import try_tokenizer
 from .weight_files import Shards, load_lazily
@@ -195,11 +197,12 @@ def _open_torch(folder: Path, files: list[Path], widths: Sequence[int], bits: in
 
 def _load_lazily(folder: Path, files: list[Path]) -> dict[str, mx.array]:
     tensors: dict[str, mx.array] = {}
+    places: dict[str, Placed] = {}
     for file in files:
         infos = read_safetensors_header(file, PredictorError).tensors
         for name, info in infos.items():
-            if name in tensors:
-                raise PredictorError(f"{folder}: tensor {name} is in two files; remove the stale one")
+            if not equal_tensors(places.setdefault(name, Placed(file, info)), Placed(file, info)):
+                raise PredictorError(f"{folder}: tensor {name} is in two files, and they differ; remove the stale one")
             if info.dtype not in FLOATS:
                 raise PredictorError(
                     f"{file}: tensor {name} has type {info.dtype}; save it in float32, float16 or bfloat16"
@@ -217,7 +220,7 @@ def _arrange(folder: Path, config: dict[str, Any], tensors: dict[str, mx.array])
     Raises:
         SourceError: if mlx-lm does not know the family, or the tensors are not just those that it wants.
     """
-    best: tuple[int, dict[str, tuple[int, ...]], dict[str, mx.array]] | None = None
+    best: tuple[int, dict[str, tuple[int, ...]], dict[str, mx.array], dict[str, mx.array]] | None = None
     failure = ""
     for prefix in ("", "model."):
         for dropped in (_OUTPUT, ""):
@@ -226,16 +229,18 @@ def _arrange(folder: Path, config: dict[str, Any], tensors: dict[str, mx.array])
             kept = {name: mx.contiguous(array) for name, array in tensors.items() if name != dropped}
             given = {name if name == _OUTPUT else prefix + name: array for name, array in kept.items()}
             try:
-                arranged = sanitized(model, given)
+                arranged = sanitized(model, dict(given))
             except Exception as exc:  # it indexes and reshapes what a complete model would have
                 failure = failure or typed_reason(exc)
                 continue
             expected = parameter_shapes(model)
             fits = len(expected.keys() & arranged.keys())
             if best is None or fits > best[0]:
-                best = fits, expected, arranged
+                best = fits, expected, arranged, given
     if best is None:
         raise SourceError(f"{folder}: mlx-lm cannot arrange the backbone's tensors ({failure}); save it again")
-    _, expected, arranged = best
+    _, expected, arranged, given = best
+    without = {name: array for name, array in given.items() if name != _OUTPUT}
+    check_nothing_left_out(folder, config, partial(build_skeleton, folder, config, len(tensors)), without, arranged)
     check_shapes(folder, expected, {name: tuple(array.shape) for name, array in arranged.items()})
     return arranged

@@ -366,7 +366,7 @@ class Checkpoint:
             raise CheckpointError(f"{file}: cannot be read ({reason_of(exc)}); copy the checkpoint again") from exc
         if stamp_of(status) != self.headers[file.name].stamp:
             raise CheckpointError(
-                f"{file}: was written to while it was in use, so that its neurons are not the model's; "
+                f"{file}: was written to while it was in use, and is no longer what was opened; "
                 "load the model again, and replace checkpoints by renaming, not in place"
             )
 
@@ -462,7 +462,7 @@ def check_ordinary(folder: Path, error: type[IfpruneError]) -> None:
     Raises:
         IfpruneError: (the given subclass) if there is a pipe, socket or device in the folder, or a text without end.
     """
-    for entry in sorted(folder.iterdir()):
+    for entry in (*sorted(folder.iterdir()), *sorted((folder / "additional_chat_templates").glob("*"))):
         if entry.is_dir() or not entry.exists():  # a dangling link is as good as nothing
             continue
         if not entry.is_file():

@@ -216,9 +216,9 @@ DEFECTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         ),
         "cut short",
     ),
-    "twice": (
-        lambda folder: shutil.copyfile(folder / "predictor.safetensors", folder / "other.safetensors"),
-        "is in two files",
+    "two of one name": (
+        lambda folder: mx.save_safetensors(str(folder / "other.safetensors"), {"prediction_head2.bias": mx.ones(256)}),
+        "is in two files, and they differ",
     ),
     "no first head": (rename("prediction_head1.weight", "prediction_head1.0.weight"), "prediction_head1.weight"),
     "a third head": (put("prediction_head3.weight", mx.ones((2, 2))), "holds prediction_head3.weight"),
@@ -257,6 +257,14 @@ def test_what_is_refused_in_one_line(tmp_path: Path, defect: str) -> None:
         converted(folder)
     assert str(caught.value).startswith(str(folder))
     assert "\n" not in str(caught.value)
+
+
+def test_tensors_that_lie_in_two_files_and_are_equal(tmp_path: Path) -> None:
+    folder = write_torch(tmp_path / "torch")
+    once = converted(folder)
+    shutil.copyfile(folder / "predictor.safetensors", folder / "other.safetensors")
+    shutil.move(once, tmp_path / "once")
+    assert (converted(folder) / "head.safetensors").read_bytes() == (tmp_path / "once/head.safetensors").read_bytes()
 
 
 # A quantized head.
