@@ -16,6 +16,7 @@ PACKAGES = {
 # for annotations alone (`if TYPE_CHECKING`) do not count.
 ORDER = (
     "errors",
+    "thinking",
     "model_lock",
     "checkpoint",
     "sparse",

@@ -18,6 +18,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from ifprune_mlx.model import Model
 from ifprune_mlx.serving.engine.request import EngineClosedError, RequestState
 from ifprune_mlx.serving.engine.sampling import Processor, make_processors, make_sampler
+from ifprune_mlx.serving.engine.thinking_budget import ThinkingLimit
 
 _PREFILL_STEP = 512  # other sequences wait meanwhile
 _CONTEXT = 64  # mlx-lm's penalties look back at 20 tokens
@@ -74,7 +75,7 @@ class BatchDecoder:
             caches=[cache],
             all_tokens=[tokens[:read]],
             samplers=[make_sampler(sampling)],
-            logits_processors=[make_processors(sampling)],
+            logits_processors=[_processors(state)],
         )
         return int(uids[0])
 
@@ -126,7 +127,7 @@ class SingleDecoder:
             self._model.module,
             max_tokens=max_tokens,
             sampler=make_sampler(state.request.sampling),
-            logits_processors=[_SeesAllTokens(one, tokens[:-1]) for one in make_processors(state.request.sampling)],
+            logits_processors=[_SeesAllTokens(one, tokens[:-1]) for one in _processors(state)],
             prompt_cache=self._cache,
             prefill_step_size=_PREFILL_STEP,
             prompt_progress_callback=on_prefill,
@@ -161,6 +162,12 @@ class SingleDecoder:
 
 
 Decoder = BatchDecoder | SingleDecoder
+
+
+def _processors(state: RequestState) -> list[Processor]:
+    budget = state.request.thinking_budget
+    limits = [] if budget is None else [ThinkingLimit(budget)]
+    return [*make_processors(state.request.sampling), *limits]
 
 
 class _SeesAllTokens:

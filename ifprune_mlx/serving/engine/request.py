@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ifprune_mlx.errors import IfpruneError
 from ifprune_mlx.prompt_cache import DENSE
 from ifprune_mlx.selection.selection import Selection
+from ifprune_mlx.thinking import Thinking
 
 if TYPE_CHECKING:
     from ifprune_mlx.serving.engine.output_processor import OutputProcessor
@@ -66,6 +67,16 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
+class ThinkingBudget:
+    """A bound on a model's thoughts, which are then closed. All tuples hold token ids."""
+
+    tokens: int  # the most tokens of thoughts, above 0
+    start: tuple[int, ...]  # the mark of thoughts; empty if the answer begins with thoughts
+    end: tuple[int, ...]  # the mark of their end
+    closing: tuple[int, ...]  # what closes them
+
+
+@dataclass(frozen=True)
 class Request:
     """One answer to compute."""
 
@@ -76,6 +87,8 @@ class Request:
     max_tokens: int  # above 0; the answer is shorter if the context ends first
     stop: tuple[str, ...] = ()  # strings that end the answer; its text ends before them, whatever tokens they span
     logprobs: int | None = None  # top alternatives per token, 0 to 20; None gives no log-probabilities
+    thinking: Thinking | None = None  # stop strings do not count within thoughts
+    thinking_budget: ThinkingBudget | None = None
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from transformers import PreTrainedTokenizerBase
 
 from ifprune_mlx.chat_template import check_prompt, encode_prompt, instruction_of
 from ifprune_mlx.errors import PromptError
 from ifprune_mlx.model import Model
+from ifprune_mlx.serving.engine.call_formats import call_format
+from ifprune_mlx.serving.engine.request import ThinkingBudget
 from ifprune_mlx.serving.http.errors import RequestError, field_error
+from ifprune_mlx.serving.http.template_fitting import Messages, forms, probe_of_parallel_calls, with_fitting_ids
 from ifprune_mlx.serving.http.tools import ToolSplitter, beginning
+from ifprune_mlx.thinking import Thinking, template_text, thinking_of
+
+# Tokens of thoughts for models whose templates know no effort; others may take as many as they like.
+_EFFORTS = {"minimal": 256, "low": 1024, "medium": 4096}
+# What templates get from elsewhere: clients must not set it.
+_OWN_VARIABLES = {"messages", *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters} - {
+    "documents"
+}
 
 
 @dataclass(frozen=True)
@@ -54,12 +69,24 @@ def choose_tools(functions: list[dict[str, Any]], choice: Any, name: str | None,
 
 
 @dataclass(frozen=True)
+class ThinkingOptions:
+    """Whether, and how much, the model thinks before it answers."""
+
+    enabled: bool | None = None  # None leaves it to the chat template
+    effort: str | None = None  # `minimal`, `low`, `medium`, `high`, ...
+    budget: int | None = None  # the most tokens of thoughts
+    variables: Mapping[str, Any] = field(default_factory=dict)  # more variables of the chat template
+
+
+@dataclass(frozen=True)
 class Conversation:
     """A conversation to answer, in the chat template's form."""
 
-    messages: list[dict[str, Any]]  # role, content, and for tools tool_calls, tool_call_id and name
+    # role, content, for answers of thinking models reasoning_content, and for tools tool_calls, tool_call_id and name
+    messages: list[dict[str, Any]]
     tools: Tools = field(default_factory=Tools)
     prefill: str = ""  # the answer begins with it
+    thinking: ThinkingOptions = field(default_factory=ThinkingOptions)
 
 
 class Prompt(NamedTuple):
@@ -68,6 +95,8 @@ class Prompt(NamedTuple):
     tokens: tuple[int, ...]
     instruction: str  # the selector reads it
     stop: tuple[str, ...] = ()  # strings of the template that end the answer
+    thinking: Thinking | None = None  # None if no thoughts can come
+    budget: ThinkingBudget | None = None
 
 
 class ChatRenderer:
@@ -75,10 +104,17 @@ class ChatRenderer:
 
     Args:
         model, tokenizer: from `ifprune_mlx.load`.
+
+    Attributes:
+        thinks: the model can think before it answers.
     """
 
     def __init__(self, model: Model, tokenizer: TokenizerWrapper) -> None:
         self._model, self._tokenizer = model, tokenizer
+        self._template = template_text(tokenizer)
+        self._marks = thinking_of(tokenizer)
+        self._has_tools = call_format(tokenizer) is not None
+        self.thinks = self._marks is not None or self.knows("reasoning_effort")
         # No token stands for more text than the vocabulary's longest.
         longest = max((len(token) for token in tokenizer.get_vocab()), default=1)
         limit = model.context_length
@@ -110,20 +146,17 @@ class ChatRenderer:
         """
         tokenizer, messages, tools = self._tokenizer, conversation.messages, conversation.tools
         calls = [message for message in messages if message["role"] == "tool" or "tool_calls" in message]
-        if (tools.offered or calls) and not tokenizer.has_tool_calling:
+        if (tools.offered or calls) and not self._has_tools:
             reason = "this model's chat template has no tools; ask without them"
             raise RequestError(reason, "tools", code="tools_not_supported")
         shown = json.dumps([tools.offered, calls], ensure_ascii=False) if tools.offered or calls else ""
         begun = conversation.prefill + (beginning(tokenizer, tools.only) if tools.forced else "")
-        self._check_length(len(begun) + len(shown) + sum(len(message["content"]) for message in messages))
+        self._check_length(len(begun) + len(shown) + sum(map(_length, messages)))
+        thinking, options = None, conversation.thinking
         if tokenizer.has_chat_template:
-            try:
-                text = tokenizer.apply_chat_template(
-                    messages, tools=tools.offered or None, tokenize=False, add_generation_prompt=True
-                )
-            except Exception as exc:  # jinja and templates can raise anything
-                reason = " ".join(str(exc).split())[:200]
-                raise PromptError(f"the chat template refuses these messages ({reason})") from None
+            text = self._rendered(messages, tools.offered, self._variables(options))
+            if self._marks is not None:
+                text, thinking = self._before_answer(text, conversation, begun)
             tokens = tokenizer.encode(text + begun, add_special_tokens=False)
         else:
             tokens = tokenizer.encode("\n".join(message["content"] for message in messages) + "\n" + begun)
@@ -131,17 +164,103 @@ class ChatRenderer:
         users = [message for message in messages if message["role"] == "user"] or messages
         instruction = users[0 if policy == "first" else -1]["content"]
         end = tokenizer.tool_call_end if tools.offered and tools.single else None
-        return [Prompt(tuple(tokens), instruction, (end,) if end else ())]
+        budget = None if thinking is None else self._budget(thinking, options)
+        return [Prompt(tuple(tokens), instruction, (end,) if end else (), thinking, budget)]
+
+    def knows(self, variable: str) -> bool:
+        """Whether the chat template uses a variable."""
+        return re.search(rf"\b{re.escape(variable)}\b", self._template) is not None
+
+    def check_variables(self, given: Mapping[str, Any], param: str) -> None:
+        """Raise RequestError if a client must not, or cannot, set one of these variables of the chat template."""
+        for name in given:
+            if name in _OWN_VARIABLES or name.endswith("_token"):
+                raise field_error(f"{param}.{name[:64]}", "is set by the server")
+            if name != "enable_thinking" and not self.knows(name):
+                raise field_error(f"{param}.{name[:64]}", "is no variable of this model's chat template")
+
+    def _variables(self, options: ThinkingOptions) -> dict[str, Any]:
+        effort = {} if options.effort is None else {"reasoning_effort": options.effort}
+        switch = {} if options.enabled is None else {"enable_thinking": options.enabled, "thinking": options.enabled}
+        return {**effort, **switch, **options.variables}
+
+    def _rendered(self, messages: Messages, tools: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
+        """The prompt, from the first form of the messages that the chat template accepts.
+
+        Raises:
+            PromptError: if it accepts none.
+        """
+        refusal: PromptError | None = None
+        for form in forms(with_fitting_ids(messages), lambda: self._shows_parallel_calls):
+            try:
+                return self._apply_template(form, tools, variables)
+            except PromptError as exc:
+                refusal = refusal or exc
+        assert refusal is not None
+        raise refusal
+
+    def _apply_template(self, messages: Messages, tools: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                messages, tools=tools or None, tokenize=False, add_generation_prompt=True, **variables
+            )
+        except Exception as exc:  # jinja and templates can raise anything
+            reason = " ".join(str(exc).split())[:200]
+            raise PromptError(f"the chat template refuses these messages ({reason})") from None
+        return text
+
+    @cached_property
+    def _shows_parallel_calls(self) -> bool:
+        messages, names = probe_of_parallel_calls()
+        try:
+            text = self._apply_template(messages, [], {})
+        except PromptError:
+            return False
+        return all(name in text for name in names)
+
+    def _before_answer(self, text: str, conversation: Conversation, begun: str) -> tuple[str, Thinking | None]:
+        """The prompt with its thoughts closed where none are wanted, and how thoughts are marked if some may come.
+
+        Args:
+            begun: the beginning of the answer, which no thoughts can follow.
+        """
+        marks, options = self._marks, conversation.thinking
+        assert marks is not None
+        opened = text.rstrip().endswith(marks.start)
+        closing = f"\n\n{marks.end}\n\n"
+        if opened and (begun or options.enabled is False):
+            text, opened = text.rstrip() + closing, False
+        elif options.enabled is False and not text.rstrip().endswith(marks.end) and marks.end in self._template:
+            thinks = self._variables(replace(options, enabled=True))
+            if text == self._rendered(conversation.messages, conversation.tools.offered, thinks):  # not switched off
+                text += marks.start + closing
+        return text, None if begun else replace(marks, begun=opened)
+
+    def _budget(self, thinking: Thinking, options: ThinkingOptions) -> ThinkingBudget | None:
+        effort = None if self.knows("reasoning_effort") else _EFFORTS.get(options.effort or "")
+        limit = min((given for given in (options.budget, effort) if given is not None), default=None)
+        if limit is None:
+            return None
+
+        def ids(text: str) -> tuple[int, ...]:
+            return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+
+        start = () if thinking.begun else ids(thinking.start)
+        return ThinkingBudget(limit, start, ids(thinking.end), ids(f"\n{thinking.end}\n\n"))
 
     def splitter(self, tools: Tools) -> ToolSplitter | None:
         """The splitter for an answer's text and calls; None if no tool may be called."""
         if not tools.offered:
             return None
         begun = beginning(self._tokenizer, tools.only) if tools.forced else ""
-        return ToolSplitter(self._tokenizer, tools.offered, begun, tools.only)
+        return ToolSplitter(self._tokenizer, tools.offered, begun, tools.only, single=tools.single)
 
     def _check_length(self, characters: int) -> None:
         """Refuse a prompt that must be too long, before the work of encoding it."""
         if characters > self._most_characters:
             limit = f"the model's context holds {self._model.context_length} tokens"
             raise PromptError(f"the prompt has {characters} characters, {limit}; shorten it")
+
+
+def _length(message: dict[str, Any]) -> int:
+    return len(message["content"]) + len(message.get("reasoning_content", ""))

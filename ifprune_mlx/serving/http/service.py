@@ -145,6 +145,8 @@ class Service:
                 max_tokens=max_tokens or self.defaults.max_tokens,
                 stop=(*stop, *prompt.stop),
                 logprobs=logprobs,
+                thinking=prompt.thinking,
+                thinking_budget=prompt.budget,
             )
             for prompt in await self.in_thread(render, selection.policy)
             for seed in seeds
