@@ -1,0 +1,146 @@
+"""Servers of tiny models that say what a test wants, with chat templates in the shape of real families.
+
+Everything is real but the choice of tokens: in the server's process, a logits processor allows only the scripted ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.utils import load_tokenizer
+
+from ifprune_convert.pipeline import Options, convert
+from ifprune_convert.readers import open_source
+from tests.ifprune_mlx.serving.http.serving import Served, serving
+from tests.tiny import write_source
+
+END = "<|im_end|>"
+_QWEN_CALLS = (
+    "{% for call in m.tool_calls or [] %}{% set tool_call = call.function or call %}\n<tool_call>\n"
+    '{"name": "{{ tool_call.name }}", "arguments": {% if tool_call.arguments is string %}{{ tool_call.arguments }}'
+    "{% else %}{{ tool_call.arguments | tojson }}{% endif %}}\n</tool_call>{% endfor %}"
+)
+_QWEN = (
+    "{% for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
+    "{{ m.content }}" + _QWEN_CALLS + "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+)
+# Mistral: ids of nine characters, tools before the last message of the user, roles that alternate.
+_MISTRAL = (
+    "{% if messages[0].role == 'system' %}{% set system, messages = messages[0].content, messages[1:] %}{% endif %}"
+    "{% set ns = namespace(users=0) %}{% for m in messages %}"
+    "{% if m.role == 'system' %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}"
+    "{% if m.role != 'tool' and not m.tool_calls %}{% if (m.role == 'user') != (ns.users % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant!') }}{% endif %}"
+    "{% set ns.users = ns.users + 1 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{% if loop.last and tools %}[AVAILABLE_TOOLS] {{ tools | tojson }}"
+    "[/AVAILABLE_TOOLS]{% endif %}[INST] {% if loop.last and system %}{{ system }}\n\n{% endif %}{{ m.content }}[/INST]"
+    "{% elif m.tool_calls %}[TOOL_CALLS] [{% for call in m.tool_calls %}{% if call.id | length != 9 %}"
+    "{{ raise_exception('Tool call IDs should be alphanumeric strings with length 9!') }}{% endif %}"
+    '{{ (call.function | tojson)[:-1] }}, "id": "{{ call.id }}"}{% if not loop.last %}, {% endif %}{% endfor %}]'
+    "{% elif m.role == 'tool' %}{% if m.tool_call_id | length != 9 %}"
+    "{{ raise_exception('Tool call IDs should be alphanumeric strings with length 9!') }}{% endif %}"
+    '[TOOL_RESULTS] {"content": {{ m.content }}, "call_id": "{{ m.tool_call_id }}"}[/TOOL_RESULTS]'
+    "{% else %} {{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+)
+# Llama 3: one call at a time, which is JSON without marks; results are of the role `ipython`.
+_LLAMA = (
+    "{% macro head(role) %}<|im_start|>{{ role }}\n\n{% endmacro %}{% for tool in tools or [] %}"
+    'Respond in the format {"name": function name, "parameters": dictionary}.\n{{ tool | tojson }}\n{% endfor %}'
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ head('ipython') }}{{ m.content }}<|im_end|>"
+    "{% elif 'tool_calls' in m %}{% if m.tool_calls | length != 1 %}"
+    "{{ raise_exception('This model only supports single tool-calls at once!') }}{% endif %}"
+    "{% set call = m.tool_calls[0].function %}{{ head('assistant') }}"
+    '{"name": "{{ call.name }}", "parameters": {{ call.arguments | tojson }}}<|im_end|>'
+    "{% else %}{{ head(m.role) }}{{ m.content | trim }}<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ head('assistant') }}{% endif %}"
+)
+TEMPLATES = {
+    # Qwen3: thinks unless `enable_thinking` is false.
+    "thinking": _QWEN + "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}",
+    # QwQ, DeepSeek-R1: the template opens the thoughts, and there is no switch.
+    "opened": _QWEN + "<think>\n{% endif %}",
+    # Models that begin their thoughts themselves, without a switch; of a version of Mistral's, without its tools.
+    "unswitched": "{{ style }}" + _QWEN + "{% endif %}{# </think> #}",
+    "bracketed": _QWEN + "{% endif %}{# [THINK] thoughts [/THINK] #}",
+    "mistral": _MISTRAL,
+    "llama": _LLAMA,
+}
+
+
+def write_family(folder: Path, template: str, marks: tuple[str, ...] = ("<think>", "</think>")) -> Path:
+    """A checkpoint of a tiny random model with a chat template, in whose vocabulary `marks` are tokens."""
+    source = write_source(folder.with_name(f"source-of-{folder.name}"), max_position_embeddings=16384)
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    first = max(tokenizer["model"]["vocab"].values()) + 1
+    fields = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    tokenizer["added_tokens"] += [{"id": first + at, "content": mark, **fields} for at, mark in enumerate(marks)]
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer))
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+    convert(open_source(source), folder, Options())
+    return folder
+
+
+class Scripted:
+    """A server under way whose next answers are given.
+
+    Attributes:
+        served: the server.
+    """
+
+    def __init__(self, served: Served, checkpoint: Path, script: Path) -> None:
+        self.served = served
+        self._tokenizer: Any = load_tokenizer(checkpoint)
+        self._script = script
+
+    def say(self, text: str, *, end: bool = True) -> None:
+        """All answers are this from now on; without `end` they go on with the model's own tokens."""
+        ids = self._tokenizer.encode(text + (END if end else ""), add_special_tokens=False)
+        self._script.write_text(json.dumps(ids))
+
+    @property
+    def prompt(self) -> str:
+        """What the model has read before its last answer."""
+        text: str = self._tokenizer.decode(json.loads(self._script.with_suffix(".prompt").read_text()))
+        return text
+
+
+@contextmanager
+def scripted(
+    folder: Path, template: str, *options: str, marks: tuple[str, ...] = ("<think>", "</think>")
+) -> Iterator[Scripted]:
+    """A server of `write_family`'s model."""
+    checkpoint, script = write_family(folder / "checkpoint", template, marks), folder / "script.json"
+    prelude = "from tests.ifprune_mlx.serving.http.scripted import install; install()"
+    env = {"IFPRUNE_TEST_SCRIPT": str(script)}
+    with serving(checkpoint, folder / "cache", "--dense", *options, env=env, prelude=prelude) as served:
+        yield Scripted(served, checkpoint, script)
+
+
+def install() -> None:
+    """In the server's process: every answer follows the script as it is when the answer begins."""
+    from ifprune_mlx.serving.engine import decoder
+
+    plain = decoder.make_processors
+    decoder.make_processors = lambda *given: [*plain(*given), _Script(Path(os.environ["IFPRUNE_TEST_SCRIPT"]))]
+
+
+class _Script:
+    def __init__(self, script: Path) -> None:
+        self._left: list[int] | None = None
+        self._script = script
+
+    def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
+        if self._left is None:
+            self._left = json.loads(self._script.read_text())
+            self._script.with_suffix(".prompt").write_text(json.dumps(tokens.tolist()))
+        if not self._left:
+            return logits
+        return mx.where(mx.arange(logits.shape[-1]) == self._left.pop(0), logits, -mx.inf)
