@@ -35,13 +35,13 @@ class Reasoning:
 
 def template_text(tokenizer: TokenizerWrapper) -> str:
     """The source of the chat template, or of all that have names; empty if there is none."""
-    template = tokenizer.chat_template
+    template = tokenizer.chat_template if tokenizer.has_chat_template else None
     return "\n".join(map(str, template.values())) if isinstance(template, dict) else str(template or "")
 
 
 def thinking_of(tokenizer: TokenizerWrapper) -> Thinking | None:
-    """The marks of the model's thoughts; None if it does not think."""
-    if tokenizer.has_thinking:
+    """The marks of the model's thoughts; None if it does not think, as no model does without a chat template."""
+    if tokenizer.has_thinking and tokenizer.has_chat_template:
         return Thinking(tokenizer.think_start, tokenizer.think_end)
     template = template_text(tokenizer)
     return next((Thinking(start, end) for start, end in _MARKS if start in template and end in template), None)

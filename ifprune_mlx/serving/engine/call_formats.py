@@ -54,7 +54,7 @@ def call_format(tokenizer: TokenizerWrapper) -> CallFormat | None:
     """The format of the model's calls; None if its chat template has no tools."""
     start, end = tokenizer.tool_call_start, tokenizer.tool_call_end
     if start is None:
-        template = template_text(tokenizer) if tokenizer.has_chat_template else ""
+        template = template_text(tokenizer)
         bare = '"parameters"' in template and "tool_calls" in template
         return CallFormat("bare", "", "", _scan_bare, _parse_bare, repeats=True) if bare else None
     name = tokenizer.tool_parser.__module__.rsplit(".", 1)[-1]

@@ -163,7 +163,10 @@ class ChatRenderer:
         rules = answer_rules(
             self._grammars, self._tokenizer, tools.offered, forced=tools.forced, single=tools.single, schema=schema
         )
-        return prompt if rules is None else prompt._replace(grammar=self._grammars.compile(rules, prompt.tokens))
+        if rules is None:
+            return prompt
+        grammar = self._grammars.compile(rules, prompt.tokens, continues=prompt.continues)
+        return prompt._replace(grammar=grammar)
 
     def conversation(self, conversation: Conversation, policy: str = "first") -> list[Prompt]:
         """Render a conversation as one prompt, which includes the prefill or the beginning of a forced call.

@@ -76,6 +76,10 @@ def test_a_forced_call_is_known_even_if_it_is_cut() -> None:
     assert split(begun + '{"x": 1}}\n</tool_call>', 2, forced="f") == [F]
     assert split(begun + '{"x": 1}', 2, forced="f") == [F]  # its end is missing: the tool is known all the same
     assert split(begun + '{"x": ', 2, forced="f") == [ToolCall("f", '{"x": ')]
-    # Where the grammar of calls is not known, the prompt holds the start marker.
-    assert (beginning(dialect(json_tools)), beginning(dialect(pythonic))) == ("", "<|tool_call_start|>")
-    assert split("[f(x=1)]<|tool_call_end|>", 2, pythonic, begun=True) == [F]
+    # Where the grammar of calls is not known, the prompt holds the beginning.
+    assert beginning(dialect(json_tools), "f") == beginning(dialect(json_tools), None) == ""
+    begun = beginning(dialect(pythonic), "f")
+    assert begun == "<|tool_call_start|>[f("
+    assert split("x=1)]<|tool_call_end|>", 2, pythonic, begun=begun, forced="f") == [F]
+    unnamed = beginning(dialect(pythonic), None)
+    assert split("f(x=1)]<|tool_call_end|>", 2, pythonic, begun=unnamed) == [F]
