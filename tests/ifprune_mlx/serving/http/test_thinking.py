@@ -199,3 +199,64 @@ def test_tokens_are_counted_as_they_are_read(scripted_server: Servers) -> None:
         for kind in ("disabled", "adaptive")
     ]
     assert counts[0] - counts[1] == len("\n\n\n\n") + 2  # the marks are tokens
+
+
+FORCED: dict[str, tuple[str, dict[str, Any]]] = {
+    "a chat": (CHAT, {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False}),
+    "a named tool": (CHAT, {"tools": TOOLS, "tool_choice": TOOLS[0] | {"function": {"name": "clock"}}}),
+    "messages": (MESSAGES, {"tools": [{"name": "clock", "input_schema": {}}], "tool_choice": {"type": "any"}}),
+}
+
+
+def called(server: Scripted, path: str, **fields: Any) -> tuple[str, list[str]]:
+    """Thoughts, and the names of the called tools."""
+    body = post(server.served, path, **fields).json()
+    if path == CHAT:
+        message = body["choices"][0]["message"]
+        assert not message["content"]
+        return message.get("reasoning_content", ""), [call["function"]["name"] for call in message["tool_calls"]]
+    thoughts = "".join(block.get("thinking", "") for block in body["content"])
+    return thoughts, [block["name"] for block in body["content"] if block["type"] != "thinking"]
+
+
+@pytest.mark.parametrize("way", FORCED)
+@pytest.mark.parametrize("family", ["thinking", "opened", "unswitched", "bracketed"])
+def test_a_forced_call_comes_after_the_thoughts(scripted_server: Servers, family: str, way: str) -> None:
+    server, (path, fields) = scripted_server(family), FORCED[way]
+    start, end = ("[THINK]", "[/THINK]") if family == "bracketed" else ("<think>", "</think>")
+    opening = "" if family == "opened" else f"{start}\n"
+    server.say(f"{opening}What time?\n{end}\n\n", end=False)  # then the model's own tokens
+    assert called(server, path, **fields) == ("What time?", ["clock"])
+
+
+@pytest.mark.parametrize("family", ["thinking", "opened", "bracketed", "llama"])
+def test_a_forced_call_without_thoughts(scripted_server: Servers, family: str) -> None:
+    server = scripted_server(family)
+    server.say("", end=False)
+    for path, fields in FORCED.values():
+        switch = {"thinking": {"type": "disabled"}}
+        assert called(server, path, **switch, **fields) == ("", ["clock"])
+
+
+@pytest.mark.parametrize("family", ["thinking", "opened"])
+def test_a_budget_closes_the_thoughts_before_a_constrained_answer(scripted_server: Servers, family: str) -> None:
+    server = scripted_server(family)
+    server.say("I" if family == "opened" else "<think>I", end=False)
+    thinking = {"type": "enabled", "budget_tokens": 9}
+    thoughts, calls = called(server, CHAT, thinking=thinking, **FORCED["a chat"][1])
+    assert thoughts
+    assert calls == ["clock"]
+    kind = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["yes", "no"]}}}
+    text, thoughts = answered(server, CHAT, thinking=thinking, response_format=kind)
+    assert thoughts
+    assert text in ('"yes"', '"no"')
+
+
+def test_a_begun_answer_that_is_constrained_has_no_thoughts(scripted_server: Servers) -> None:
+    server = scripted_server("thinking")
+    server.say("", end=False)
+    kind = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["yes", "no"]}}}
+    response = server.served.post(
+        "/v1/completions", {"prompt": "Yes or no?", "response_format": kind, "logit_bias": {"2": -100}}
+    )
+    assert response.json()["choices"][0]["text"] in ('"yes"', '"no"')
