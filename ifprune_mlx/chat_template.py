@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ifprune_mlx.errors import PromptError, reason_of
+from ifprune_mlx.thinking import Thinking, thinking_of
 
 if TYPE_CHECKING:
     from ifprune_mlx.model import Model
@@ -51,6 +54,27 @@ def render_messages(tokenizer: TokenizerWrapper, messages: Messages) -> list[int
         return list(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True))
     except Exception as exc:  # jinja and the templates themselves raise what they like
         raise PromptError(f"the chat template refuses these messages ({reason_of(exc)})") from None
+
+
+def with_variables(tokenizer: TokenizerWrapper, variables: Mapping[str, Any]) -> TokenizerWrapper:
+    """The same tokenizer, whose chat template gets these variables; the given one stays as it is."""
+    changed: TokenizerWrapper = object.__new__(type(tokenizer))
+    apply = partial(tokenizer.apply_chat_template, **variables)
+    vars(changed).update(vars(tokenizer), apply_chat_template=apply)
+    return changed
+
+
+def thinking_in_chats(tokenizer: TokenizerWrapper) -> Thinking | None:
+    """How thoughts are marked in the answers of a chat; None if the model does not think before it answers."""
+    thinking = thinking_of(tokenizer)
+    if thinking is None or not tokenizer.has_chat_template:
+        return None
+    asked = [{"role": "user", "content": "Hello"}]
+    try:
+        text = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    except Exception:  # a template that wants more; the chat's own messages will say so
+        return thinking
+    return replace(thinking, begun=str(text).rstrip().endswith(thinking.start))
 
 
 def instruction_of(tokenizer: TokenizerWrapper, prompt: Prompt) -> str:

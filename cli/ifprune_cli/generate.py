@@ -18,6 +18,7 @@ from .options import (
     Selecting,
     SelectionOptions,
     SystemPromptOption,
+    TemplateVariablesOption,
 )
 
 if TYPE_CHECKING:
@@ -39,12 +40,13 @@ def generate(
     ignore_chat_template: Annotated[
         bool, typer.Option("--ignore-chat-template", help="Take the prompt as it is.")
     ] = False,
+    chat_template_config: TemplateVariablesOption = None,
     json: JsonOption = False,
 ) -> None:
     """Answer one prompt on the neurons that it selects."""
     text = read_prompt(prompt)
     choice.check_exclusive(budget)
-    runtime = open_runtime(model, choice, budget, selecting, sampling)
+    runtime = open_runtime(model, choice, budget, selecting, sampling, variables=chat_template_config)
     with progress("prefill", "tokens") as update:
         said, stats = answer(
             runtime,
