@@ -6,13 +6,11 @@ Everything is real but the choice of tokens: in the server's process, a logits p
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 from mlx_lm.utils import load_tokenizer
 
 from ifprune_convert.pipeline import Options, convert
@@ -117,29 +115,7 @@ class Scripted:
 def scripted(folder: Path, family: str) -> Iterator[Scripted]:
     """A server of a tiny model with the tokenizer of a family."""
     checkpoint, script = write_templated(folder / "checkpoint", *FAMILIES[family]), folder / "script.json"
-    prelude = "from tests.ifprune_mlx.serving.http.scripted import install; install()"
+    prelude = "from tests.ifprune_mlx.serving.http.script_tokens import install; install()"
     env = {"IFPRUNE_TEST_SCRIPT": str(script)}
     with serving(checkpoint, folder / "cache", "--dense", env=env, prelude=prelude) as served:
         yield Scripted(served, checkpoint, script)
-
-
-def install() -> None:
-    """In the server's process: every answer follows the script as it is when the answer begins."""
-    from ifprune_mlx.serving.engine import decoder
-
-    plain = decoder.make_processors
-    decoder.make_processors = lambda *given: [*plain(*given), _Script(Path(os.environ["IFPRUNE_TEST_SCRIPT"]))]
-
-
-class _Script:
-    def __init__(self, script: Path) -> None:
-        self._left: list[int] | None = None
-        self._script = script
-
-    def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
-        if self._left is None:
-            self._left = json.loads(self._script.read_text())
-            self._script.with_suffix(".prompt").write_text(json.dumps(tokens.tolist()))
-        if not self._left:
-            return logits
-        return logits + 1000.0 * (mx.arange(logits.shape[-1]) == self._left.pop(0))
