@@ -77,7 +77,7 @@ def json_end(text: str) -> int | None:
         cut = (
             not rest.strip()
             or exc.msg.startswith("Unterminated string")
-            or (exc.msg.startswith("Invalid \\u") and len(rest) < 6)
+            or (exc.msg.startswith("Invalid \\u") and len(rest) <= 6)
             or any(word.startswith(rest) for word in ("true", "false", "null", "-"))
             or re.fullmatch(r"[.eE][+-]?", rest)
             or (exc.msg.startswith("Illegal trailing comma") and not rest[1:].strip())

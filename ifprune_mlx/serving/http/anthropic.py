@@ -238,7 +238,7 @@ def _conversation(body: CountRequest) -> Conversation:
     prefill = ""
     if messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]:
         prefill = messages.pop()["content"]
-    if not any(message["role"] == "user" for message in messages):
+    if not any(message["role"] in ("user", "tool") for message in messages):
         raise field_error("messages", "need a message of the user to answer")
     return Conversation(messages, _tools(body), prefill)
 
@@ -267,7 +267,7 @@ def _assistant_message(given: AssistantTurn, names: dict[str, str]) -> dict[str,
     calls, thoughts = [], ""
     for block in given.content:
         if isinstance(block, ThinkingBlock):
-            thoughts += block.thinking
+            thoughts += block.thinking or ""
         elif isinstance(block, ToolUse):
             names[block.id] = block.name
             calls.append(earlier_call(block.id, block.name, block.input))

@@ -29,8 +29,8 @@ from ifprune_mlx.serving.http.tools import ToolSplitter, beginning
 from ifprune_mlx.thinking import Thinking, template_text, thinking_of
 from ifprune_mlx.tokenizer import encode_text, render_chat
 
-# Tokens of thoughts for models whose templates know no effort; others may take as many as they like.
-_EFFORTS = {"minimal": 256, "low": 1024, "medium": 4096}
+# The most tokens of thoughts where the chat template knows no efforts; None is as many as the model likes.
+EFFORTS = {"none": 0, "minimal": 256, "low": 1024, "medium": 4096, "high": None, "xhigh": None, "max": None}
 # What templates get from elsewhere: clients must not set it.
 _OWN_VARIABLES = {"messages", *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters} - {
     "documents"
@@ -282,7 +282,7 @@ class ChatRenderer:
         return text, None if begun else replace(marks, begun=opened)
 
     def _budget(self, thinking: Thinking, options: ThinkingOptions) -> ThinkingBudget | None:
-        effort = None if self.knows("reasoning_effort") else _EFFORTS.get(options.effort or "")
+        effort = None if self.knows("reasoning_effort") else EFFORTS.get(options.effort or "")
         limit = min((given for given in (options.budget, effort) if given is not None), default=None)
         if limit is None:
             return None

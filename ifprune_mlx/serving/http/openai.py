@@ -16,7 +16,13 @@ from starlette.responses import Response
 
 from ifprune_mlx.detokenizer import bytes_of
 from ifprune_mlx.serving.engine.request import Request, RequestOutput, RequestStats, TokenLogprob
-from ifprune_mlx.serving.http.chat_rendering import ChatRenderer, Conversation, ThinkingOptions, choose_tools
+from ifprune_mlx.serving.http.chat_rendering import (
+    EFFORTS,
+    ChatRenderer,
+    Conversation,
+    ThinkingOptions,
+    choose_tools,
+)
 from ifprune_mlx.serving.http.errors import RequestError, error_body, field_error, to_json
 from ifprune_mlx.serving.http.schemas_requests import (
     AssistantMessage,
@@ -340,6 +346,8 @@ def _thinking(body: ChatRequest, renderer: ChatRenderer) -> ThinkingOptions:
     template_switch, effort = variables.pop("enable_thinking", None), body.reasoning_effort
     if not isinstance(template_switch, bool | None):
         raise field_error("chat_template_kwargs.enable_thinking", "must be true or false")
+    if effort is not None and effort not in EFFORTS and not renderer.knows("reasoning_effort"):
+        raise field_error("reasoning_effort", f"must be one of {', '.join(EFFORTS)}")
     switch = None if body.thinking is None else body.thinking.enabled
     wishes = {
         "chat_template_kwargs.enable_thinking": template_switch,

@@ -325,7 +325,7 @@ class ToolResult(Schema):
 
 class ThinkingBlock(Schema):
     type: Literal["thinking"]
-    thinking: str = ""
+    thinking: str | None = None
 
 
 _UserBlock = Annotated[_Text | Annotated[ToolResult, Tag("tool_result")] | _Other, _by_type("text", "tool_result")]

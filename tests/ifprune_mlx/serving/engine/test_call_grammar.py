@@ -46,7 +46,16 @@ TOOLS: list[dict[str, Any]] = [
 ]
 # mlx-lm 0.31, the last for Python 3.10, has fewer parsers, and simpler ones.
 NEW = sys.version_info >= (3, 11)
-DIALECTS = ["json_tools", "bare", "qwen3_coder", "minimax_m2", "longcat", "kimi_k2", "glm47", *(["mistral"] if NEW else [])]
+DIALECTS = [
+    "json_tools",
+    "bare",
+    "qwen3_coder",
+    "minimax_m2",
+    "longcat",
+    "kimi_k2",
+    "glm47",
+    *(["mistral"] if NEW else []),
+]
 
 
 @pytest.fixture(scope="module")

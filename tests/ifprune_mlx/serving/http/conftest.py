@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ifprune_mlx.serving.http.scripted import TEMPLATES, Scripted, scripted
+from tests.ifprune_mlx.serving.http.scripted import Scripted, scripted
 from tests.ifprune_mlx.serving.http.serving import Served, serving, write_tool_checkpoint
 from tests.tiny import write_checkpoint
 
@@ -33,12 +33,12 @@ def served_tools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 @pytest.fixture(scope="session")
 def scripted_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Scripted]]:
-    """Servers whose answers are given, by the family of their chat template (see `TEMPLATES`)."""
+    """Servers whose answers are given, by the family of their chat template (see `FAMILIES`)."""
     with ExitStack() as servers:
 
         @cache
         def of(family: str) -> Scripted:
-            return servers.enter_context(scripted(tmp_path_factory.mktemp(family), TEMPLATES[family]))
+            return servers.enter_context(scripted(tmp_path_factory.mktemp(family), family))
 
         yield of
 

@@ -1,24 +1,22 @@
 """Servers of tiny models that say what a test wants, with chat templates in the shape of real families.
 
-Everything is real but the choice of tokens: in the server's process, a logits processor allows only the scripted ones.
+Everything is real but the choice of tokens: in the server's process, a logits processor raises the scripted ones.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 from mlx_lm.utils import load_tokenizer
 
 from ifprune_convert.pipeline import Options, convert
 from ifprune_convert.readers import open_source
 from tests.ifprune_mlx.serving.http.serving import Served, serving
-from tests.tiny import write_source
+from tests.tiny import TEMPLATE, write_source
 
 END = "<|im_end|>"
 _QWEN_CALLS = (
@@ -61,20 +59,22 @@ _LLAMA = (
     "{% else %}{{ head(m.role) }}{{ m.content | trim }}<|im_end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ head('assistant') }}{% endif %}"
 )
-TEMPLATES = {
+_THINK = ("<think>", "</think>")
+# Chat templates, and the marks of thoughts in the vocabulary.
+FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     # Qwen3: thinks unless `enable_thinking` is false.
-    "thinking": _QWEN + "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}",
+    "thinking": (_QWEN + "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}", _THINK),
     # QwQ, DeepSeek-R1: the template opens the thoughts, and there is no switch.
-    "opened": _QWEN + "<think>\n{% endif %}",
-    # Models that begin their thoughts themselves, without a switch; of a version of Mistral's, without its tools.
-    "unswitched": "{{ style }}" + _QWEN + "{% endif %}{# </think> #}",
-    "bracketed": _QWEN + "{% endif %}{# [THINK] thoughts [/THINK] #}",
-    "mistral": _MISTRAL,
-    "llama": _LLAMA,
+    "opened": (_QWEN + "<think>\n{% endif %}", _THINK),
+    # Models that begin their thoughts themselves, without a switch; and with marks that are no tokens of their own.
+    "unswitched": ("{{ style }}" + _QWEN + "{% endif %}{# </think> #}", _THINK),
+    "bracketed": (TEMPLATE + "{# [THINK] thoughts [/THINK] #}", ()),
+    "mistral": (_MISTRAL, ()),
+    "llama": (_LLAMA, ()),
 }
 
 
-def write_family(folder: Path, template: str, marks: tuple[str, ...] = ("<think>", "</think>")) -> Path:
+def write_templated(folder: Path, template: str, marks: tuple[str, ...] = ()) -> Path:
     """A checkpoint of a tiny random model with a chat template, in whose vocabulary `marks` are tokens."""
     source = write_source(folder.with_name(f"source-of-{folder.name}"), max_position_embeddings=16384)
     tokenizer = json.loads((source / "tokenizer.json").read_text())
@@ -100,10 +100,9 @@ class Scripted:
         self._tokenizer: Any = load_tokenizer(checkpoint)
         self._script = script
 
-    def say(self, text: str, *, end: bool = True) -> None:
-        """All answers are this from now on; without `end` they go on with the model's own tokens."""
-        ids = self._tokenizer.encode(text + (END if end else ""), add_special_tokens=False)
-        self._script.write_text(json.dumps(ids))
+    def say(self, text: str) -> None:
+        """All answers are this from now on, where nothing else decides."""
+        self._script.write_text(json.dumps(self._tokenizer.encode(text + END, add_special_tokens=False)))
 
     @property
     def prompt(self) -> str:
@@ -113,34 +112,10 @@ class Scripted:
 
 
 @contextmanager
-def scripted(
-    folder: Path, template: str, *options: str, marks: tuple[str, ...] = ("<think>", "</think>")
-) -> Iterator[Scripted]:
-    """A server of `write_family`'s model."""
-    checkpoint, script = write_family(folder / "checkpoint", template, marks), folder / "script.json"
-    prelude = "from tests.ifprune_mlx.serving.http.scripted import install; install()"
+def scripted(folder: Path, family: str) -> Iterator[Scripted]:
+    """A server of a tiny model with the tokenizer of a family."""
+    checkpoint, script = write_templated(folder / "checkpoint", *FAMILIES[family]), folder / "script.json"
+    prelude = "from tests.ifprune_mlx.serving.http.script_tokens import install; install()"
     env = {"IFPRUNE_TEST_SCRIPT": str(script)}
-    with serving(checkpoint, folder / "cache", "--dense", *options, env=env, prelude=prelude) as served:
+    with serving(checkpoint, folder / "cache", "--dense", env=env, prelude=prelude) as served:
         yield Scripted(served, checkpoint, script)
-
-
-def install() -> None:
-    """In the server's process: every answer follows the script as it is when the answer begins."""
-    from ifprune_mlx.serving.engine import decoder
-
-    plain = decoder.make_processors
-    decoder.make_processors = lambda *given: [*plain(*given), _Script(Path(os.environ["IFPRUNE_TEST_SCRIPT"]))]
-
-
-class _Script:
-    def __init__(self, script: Path) -> None:
-        self._left: list[int] | None = None
-        self._script = script
-
-    def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
-        if self._left is None:
-            self._left = json.loads(self._script.read_text())
-            self._script.with_suffix(".prompt").write_text(json.dumps(tokens.tolist()))
-        if not self._left:
-            return logits
-        return mx.where(mx.arange(logits.shape[-1]) == self._left.pop(0), logits, -mx.inf)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.ifprune_mlx.serving.http.scripted import Scripted
+from ifprune_mlx import load
+from ifprune_mlx.serving.http.chat_rendering import ChatRenderer, Conversation, ThinkingOptions
+from ifprune_mlx.thinking import Thinking
+from tests.ifprune_mlx.serving.http.scripted import FAMILIES, Scripted, write_templated
 from tests.ifprune_mlx.serving.http.serving import Served
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
@@ -41,14 +45,13 @@ def answered(server: Scripted, path: str, **fields: Any) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("way", OFF)
-@pytest.mark.parametrize("family", ["thinking", "opened", "unswitched", "bracketed"])
+@pytest.mark.parametrize("family", ["thinking", "opened"])
 def test_off(scripted_server: Servers, family: str, way: str) -> None:
     server = scripted_server(family)
     server.say("Hi")
     path, fields = OFF[way]
     assert answered(server, path, **fields) == ("Hi", "")
-    start, end = ("[THINK]", "[/THINK]") if family == "bracketed" else ("<think>", "</think>")
-    assert server.prompt.endswith(f"assistant\n{start}\n\n{end}\n\n")
+    assert server.prompt.endswith("assistant\n<think>\n\n</think>\n\n")
 
 
 @pytest.mark.parametrize(
@@ -64,12 +67,10 @@ def test_off(scripted_server: Servers, family: str, way: str) -> None:
         (MESSAGES, {"thinking": {"type": "adaptive"}}),
     ],
 )
-@pytest.mark.parametrize("family", ["thinking", "opened", "unswitched", "bracketed"])
+@pytest.mark.parametrize("family", ["thinking", "opened"])
 def test_on(scripted_server: Servers, family: str, path: str, fields: dict[str, Any]) -> None:
     server = scripted_server(family)
     thoughts = THOUGHTS.removeprefix("<think>\n") if family == "opened" else THOUGHTS
-    if family == "bracketed":
-        thoughts = thoughts.replace("think>", "THINK]").replace("<THINK", "[THINK").replace("</THINK", "[/THINK")
     server.say(f"{thoughts}Hi </think>")
     said = answered(server, path, **fields)
     assert said == ("Hi </think>", 'I could <tool_call>\n{"name": "clock"}\n</tool_call>.')
@@ -83,6 +84,8 @@ def test_on(scripted_server: Servers, family: str, path: str, fields: dict[str, 
         ({"chat_template_kwargs": {"enable_thinking": True}}, "chat_template_kwargs.enable_thinking: cannot be had"),
         ({"reasoning_effort": "high"}, "reasoning_effort: cannot be had"),
         ({"thinking": {"type": "enabled"}}, "thinking.type: cannot be had"),
+        ({"reasoning_effort": "some"}, "reasoning_effort: must be one of none, minimal, low"),
+        ({"reasoning_effort": 3}, "reasoning_effort: must be a string"),
         ({"thinking": {"type": "often"}}, "thinking.type: must be one of"),
         ({"enable_thinking": False, "reasoning_effort": "high"}, "reasoning_effort: contradicts enable_thinking"),
         ({"chat_template_kwargs": {"enable_thinking": "no"}}, "must be true or false"),
@@ -111,44 +114,45 @@ def test_agents_ask_models_that_do_not_think(scripted_server: Servers, kind: str
     assert kind != "enabled" or lines
 
 
-def test_variables_of_the_template(scripted_server: Servers) -> None:
-    server = scripted_server("unswitched")
-    server.say("Hi")
-    answered(server, CHAT, chat_template_kwargs={"style": "Terse."})
-    assert server.prompt.startswith("Terse.")
+@pytest.mark.parametrize(
+    ("family", "start", "end"), [("unswitched", "<think>", "</think>"), ("bracketed", "[THINK]", "[/THINK]")]
+)
+def test_models_that_begin_their_thoughts_themselves(tmp_path: Path, family: str, start: str, end: str) -> None:
+    model, tokenizer = load(write_templated(tmp_path / "checkpoint", *FAMILIES[family]))
+    renderer = ChatRenderer(model, tokenizer)
+    for enabled in (None, True, False):
+        options = ThinkingOptions(enabled, variables={"style": "Terse."} if family == "unswitched" else {})
+        [prompt] = renderer.conversation(Conversation(HELLO, thinking=options))
+        text = tokenizer.decode(list(prompt.tokens))
+        assert text.endswith(f"assistant\n{start}\n\n{end}\n\n" if enabled is False else "assistant\n")
+        assert text.startswith("Terse." if family == "unswitched" else "<|im_start|>")
+        assert prompt.thinking == Thinking(start, end)
 
 
-@pytest.mark.parametrize("stream", [False, True])
+LETTERS = "".join(chr(ord("a") + at % 26) for at in range(300))
+CLOSING = 4  # tokens: a line break, the mark, two line breaks
+
+
 @pytest.mark.parametrize("budget", [1, 5, 40])
-def test_a_budget_closes_the_thoughts(scripted_server: Servers, budget: int, stream: bool) -> None:
+def test_a_budget_closes_the_thoughts(scripted_server: Servers, budget: int) -> None:
     server = scripted_server("opened")
-    server.say("I", end=False)  # the model's own tokens follow
+    server.say(LETTERS[: budget + 10])
     thinking = {"type": "enabled", "budget_tokens": budget}
-    fields = {"logit_bias": {"2": -100}, "max_tokens": budget + 20, "stream": stream, "thinking": thinking}
-    response = post(server.served, MESSAGES, **fields)
-    assert response.status_code == 200, response.text
-    if stream:
-        events = response.text
-        assert events.index("thinking_delta") < events.index("signature_delta") < events.index("text_delta")
-        return
-    thought, said = response.json()["content"]
-    assert thought["type"] == "thinking"
-    assert 1 <= len(thought["thinking"].encode()) <= budget * 8
-    assert said["type"] == "text"
-    assert response.json()["usage"]["output_tokens"] == budget + 20
+    said, thoughts = answered(server, MESSAGES, thinking=thinking)
+    assert (thoughts, said) == (LETTERS[:budget], LETTERS[budget + CLOSING : budget + 10])
+    server.say(f"{LETTERS[:budget]}</think>Hi")  # they end in time
+    assert answered(server, MESSAGES, thinking={**thinking, "budget_tokens": budget + 1}) == ("Hi", LETTERS[:budget])
 
 
-def test_effort_bounds_thoughts(scripted_server: Servers) -> None:
+@pytest.mark.parametrize(("effort", "most"), [("minimal", 256), ("low", 1024), ("medium", 4096), ("high", 8000)])
+def test_effort_bounds_thoughts(scripted_server: Servers, effort: str, most: int) -> None:
     server = scripted_server("thinking")
-    server.say("<think>\n", end=False)
-    fields = {"logit_bias": {"2": -100}, "max_tokens": 300}
-    text, thoughts = answered(server, CHAT, reasoning_effort="minimal", **fields)
-    assert text
-    assert thoughts
-    server.say("Hi", end=False)  # no thoughts, so there is nothing to close
-    text, thoughts = answered(server, CHAT, reasoning_effort="minimal", **fields)
-    assert not thoughts
-    assert "</think>" not in text
+    server.say(f"<think>{'ab' * 150}</think>Hi")
+    said, thoughts = answered(server, CHAT, reasoning_effort=effort, max_tokens=8000)
+    assert len(thoughts) == min(most - 1, 300)  # the first mark is a token
+    assert said.endswith("Hi")
+    server.say(LETTERS)  # no thoughts, so there is nothing to close
+    assert answered(server, CHAT, reasoning_effort=effort, max_tokens=8000) == (LETTERS, "")
 
 
 @pytest.mark.parametrize("family", ["thinking", "opened"])
@@ -178,9 +182,9 @@ def test_one_call_at_most_and_none_that_was_drafted(scripted_server: Servers, fa
 @pytest.mark.parametrize("family", ["thinking", "opened"])
 def test_an_answer_that_is_begun_has_no_thoughts(scripted_server: Servers, family: str) -> None:
     server = scripted_server(family)
-    server.say(" so.")
+    server.say("so.")
     begun = [*HELLO, {"role": "assistant", "content": "I say"}]
-    assert answered(server, MESSAGES, messages=begun) == (" so.", "")
+    assert answered(server, MESSAGES, messages=begun) == ("so.", "")
     assert server.prompt.endswith("</think>\n\nI say" if family == "opened" else "assistant\nI say")
     thinking = {"type": "enabled", "budget_tokens": 1024}
     for fields in (
