@@ -118,7 +118,7 @@ def with_variables(tokenizer: TokenizerWrapper, variables: Mapping[str, Any]) ->
 def thinking_in_chats(tokenizer: TokenizerWrapper) -> Thinking | None:
     """How thoughts are marked in the answers of a chat; None if the model does not think before it answers."""
     thinking = thinking_of(tokenizer)
-    if thinking is None:
+    if thinking is None or not tokenizer.has_chat_template:
         return None
     try:
         text = render_chat(tokenizer, [{"role": "user", "content": "Hello"}], add_generation_prompt=True)

@@ -40,8 +40,8 @@ def template_text(tokenizer: TokenizerWrapper) -> str:
 
 
 def thinking_of(tokenizer: TokenizerWrapper) -> Thinking | None:
-    """The marks of the model's thoughts; None if it does not think, as no model does without a chat template."""
-    if tokenizer.has_thinking and tokenizer.has_chat_template:
+    """The marks of the model's thoughts; None if it does not think."""
+    if tokenizer.has_thinking:
         return Thinking(tokenizer.think_start, tokenizer.think_end)
     template = template_text(tokenizer)
     return next((Thinking(start, end) for start, end in _MARKS if start in template and end in template), None)

@@ -122,7 +122,7 @@ class ChatRenderer:
         self._model, self._tokenizer = model, tokenizer
         self._grammars = Grammars(tokenizer)
         self._template = template_text(tokenizer)
-        self._marks = thinking_of(tokenizer)
+        self._marks = thinking_of(tokenizer) if tokenizer.has_chat_template else None
         self._has_tools = call_format(tokenizer) is not None
         self.thinks = self._marks is not None or self.knows("reasoning_effort")
         # No token stands for more text than the vocabulary's longest.
