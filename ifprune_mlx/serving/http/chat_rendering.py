@@ -112,7 +112,7 @@ class ChatRenderer:
     def __init__(self, model: Model, tokenizer: TokenizerWrapper) -> None:
         self._model, self._tokenizer = model, tokenizer
         self._template = template_text(tokenizer)
-        self._marks = thinking_of(tokenizer)
+        self._marks = thinking_of(tokenizer) if tokenizer.has_chat_template else None
         self._has_tools = call_format(tokenizer) is not None
         self.thinks = self._marks is not None or self.knows("reasoning_effort")
         # No token stands for more text than the vocabulary's longest.
