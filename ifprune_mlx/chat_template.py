@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ifprune_mlx.errors import ContextLengthError, PromptError
+from ifprune_mlx.thinking import Thinking, thinking_of
 from ifprune_mlx.tokenizer import encode_text, render_chat
 
 if TYPE_CHECKING:
@@ -103,6 +105,26 @@ def without_template(tokenizer: TokenizerWrapper) -> TokenizerWrapper:
     # Tools are shown by the template.
     vars(plain).update(vars(tokenizer), has_chat_template=False, _tool_call_start=None)
     return plain
+
+
+def with_variables(tokenizer: TokenizerWrapper, variables: Mapping[str, Any]) -> TokenizerWrapper:
+    """The same tokenizer, whose chat template gets these variables; the given one stays as it is."""
+    changed: TokenizerWrapper = object.__new__(type(tokenizer))
+    apply = partial(tokenizer.apply_chat_template, **variables)
+    vars(changed).update(vars(tokenizer), apply_chat_template=apply)
+    return changed
+
+
+def thinking_in_chats(tokenizer: TokenizerWrapper) -> Thinking | None:
+    """How thoughts are marked in the answers of a chat; None if the model does not think before it answers."""
+    thinking = thinking_of(tokenizer)
+    if thinking is None or not tokenizer.has_chat_template:
+        return None
+    try:
+        text = render_chat(tokenizer, [{"role": "user", "content": "Hello"}], add_generation_prompt=True)
+    except PromptError:  # a template that wants more; the chat's own messages will say so
+        return thinking
+    return replace(thinking, begun=text.rstrip().endswith(thinking.start))
 
 
 def instruction_of(tokenizer: TokenizerWrapper, prompt: Prompt) -> str:

@@ -20,10 +20,12 @@ from llguidance.hf import from_tokenizer
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ifprune_mlx.errors import GrammarError, reason_of
+from ifprune_mlx.thinking import thinking_of
 
 _MOST_CHARACTERS = 100_000
 _SECONDS, _PATIENCE = 3, 30  # of computing; and on a clock, as a busy machine is slow
 _KEPT = 32
+_LAST_TOKENS = 64  # of a prompt: enough for a mark, and the space behind it
 # Keywords of JSON schemas that hold schemas by name, and those that hold any JSON.
 _NAMED = ("properties", "patternProperties", "$defs", "definitions")
 _VALUES = ("enum", "const", "default", "examples")
@@ -150,17 +152,18 @@ class Grammars:
         parts = re.split(f"({'|'.join(map(re.escape, self._marks))})", text) if self._marks else [text]
         return " ".join(f"<[{self._marks[p]}]>" if p in self._marks else json.dumps(p) for p in parts if p) or '""'
 
-    def compile(self, answer: str, prompt: Sequence[int]) -> Grammar:
+    def compile(self, answer: str, prompt: Sequence[int], *, continues: bool = False) -> Grammar:
         """Compile a grammar.
 
         Args:
             answer: Lark rules, `answer` among them. It is what follows the model's thoughts, if it thinks.
             prompt: the tokens that the answer follows; they tell whether the model thinks.
+            continues: the answer continues the prompt's text, so that no thoughts begin with it.
 
         Raises:
             GrammarError: if the grammar cannot be compiled, or not soon enough.
         """
-        text = f"%llguidance {{}}\n{self._beginning(prompt)}\n{answer}\n"
+        text = f"%llguidance {{}}\n{self._beginning(prompt, continues)}\n{answer}\n"
         with self._lock:
             if text in self._compiled:
                 self._compiled.move_to_end(text)
@@ -175,20 +178,22 @@ class Grammars:
                 self._compiled.popitem(last=False)
             return self._compiled[text]
 
-    def _beginning(self, prompt: Sequence[int]) -> str:
+    def _beginning(self, prompt: Sequence[int], continues: bool) -> str:
         """The rules of what comes before `answer`."""
-        tokenizer = self._tokenizer
-        if not tokenizer.has_thinking:
+        marks = thinking_of(self._tokenizer)
+        if marks is None:
             return "start: answer"
-        opened, closed = tokenizer.rfind_think_start(prompt), tokenizer.rfind_think_end(prompt)
-        start, end = self.literal(tokenizer.think_start), self.literal(tokenizer.think_end)
-        rules = f"thoughts: TEXT {end} SPACE\nTEXT: /(.|\\n)*/\nSPACE: /[ \\n]{{0,4}}/"
-        if opened > closed:
-            return f"start: thoughts answer\n{rules}"
-        after = prompt[closed + len(tokenizer.think_end_tokens) :]
-        if closed >= 0 and not tokenizer.decode(list(after)).strip():  # the template has closed the thoughts
+        text = self._tokenizer.decode(list(prompt[-_LAST_TOKENS:])).rstrip()
+        opened = text.endswith(marks.start)
+        if not opened and (continues or text.endswith(marks.end)):
             return "start: answer"
-        return f"start: ({start} thoughts)? answer\n{rules}"
+        end = self.literal(marks.end)
+        rules = "SPACE: /[ \\n]{0,4}/\n"
+        if "<[" in end:  # a token
+            rules += f"thoughts: TEXT {end} SPACE\nTEXT: /(.|\\n)*/"
+        else:
+            rules += f"thoughts: told SPACE\ntold[suffix={end}]: /(.|\\n)*/"
+        return f"start: {'thoughts' if opened else f'({self.literal(marks.start)} thoughts)?'} answer\n{rules}"
 
     @cached_property
     def _ll_tokenizer(self) -> LLTokenizer:

@@ -230,7 +230,8 @@ def stream_generate(
         continues=not is_chat(tokenizer, prompt),
     )
     if json_schema is not None:
-        grammar = Grammars(tokenizer).compile(f"answer: {json_rule(json_schema)}", request.tokens)
+        rule, continues = f"answer: {json_rule(json_schema)}", request.continues
+        grammar = Grammars(tokenizer).compile(rule, request.tokens, continues=continues)
         kwargs["logits_processors"] = [*(kwargs.get("logits_processors") or ()), grammar.constraint()]
     steps = answer(model, tokenizer, history, request, max_tokens, cancel=cancel, progress=progress, **kwargs)
     thread = threading.get_ident()

@@ -20,6 +20,7 @@ ORDER = (
     "detokenizer",
     "chat_sandbox",
     "tokenizer",
+    "thinking",
     "model_lock",
     "checkpoint",
     "sparse",

@@ -7,6 +7,7 @@ and nothing else.
 from __future__ import annotations
 
 import io
+import os
 import signal
 import sys
 from collections.abc import Iterable
@@ -29,12 +30,14 @@ from .options import (
     Selecting,
     SelectionOptions,
     SystemPromptOption,
+    TemplateVariablesOption,
     check_exclusive,
     selection_option,
 )
 
 if TYPE_CHECKING:
     from ifprune_mlx import Session, Stats
+    from ifprune_mlx.thinking import Thinking
 
     from .chat_commands import Commands
     from .chat_input import LineEditor
@@ -54,6 +57,7 @@ class _Conversing:
     ] = 512
     system_prompt: SystemPromptOption = None
     ignore_chat_template: IgnoreTemplateOption = False
+    chat_template_config: TemplateVariablesOption = None
     load: Annotated[Optional[Path], typer.Option("--load", metavar="FILE", help="Go on with a saved chat.")] = None
     policy: Annotated[
         Optional[Literal["first", "turn", "auto", "system"]],
@@ -90,7 +94,17 @@ def chat(
         raise ChatFileError(f"{load}: no such saved chat")
     replace(choice, dense=False).check_exclusive(budget)  # /dense off goes back to the selection
     check_exclusive({"--selection": choice.selection, "--task": choice.task, "--policy": conversing.policy})
-    runtime = open_runtime(model, choice, budget, selecting, sampling, template=not conversing.ignore_chat_template)
+    template = {"--ignore-chat-template": conversing.ignore_chat_template}
+    check_exclusive({**template, "--chat-template-config": conversing.chat_template_config})
+    runtime = open_runtime(
+        model,
+        choice,
+        budget,
+        selecting,
+        sampling,
+        template=not conversing.ignore_chat_template,
+        variables=conversing.chat_template_config,
+    )
     from .chat_commands import Commands
     from .chat_input import LineEditor, piped
 
@@ -144,7 +158,10 @@ class _Conversation:
     """The loop: takes messages, answers them or runs them as commands, and survives what goes wrong with one."""
 
     def __init__(self, session: Session, commands: Commands, max_tokens: int, editor: LineEditor | None = None) -> None:
+        from ifprune_mlx.chat_template import thinking_in_chats
+
         self._session = session
+        self._thinking = thinking_in_chats(session.tokenizer)
         self._commands = commands
         self._max_tokens = max_tokens
         self._editor = editor
@@ -197,15 +214,17 @@ class _Conversation:
         """Stream one answer, then its figures."""
         said = False
         stats = None
+        shown = _Shown(self._thinking)
         self._interrupts, self._answering = 0, True
         try:
             with progress("prefill", "tokens") as update:
                 for response in self._session.stream(text, max_tokens=self._max_tokens, progress=update):
                     said = said or bool(response.text)
-                    show_answer(response.text)
+                    shown.write(response.text)
                     stats = response.stats
         finally:
             self._answering = False
+            shown.finish()
             if said or stats is not None:
                 show()
             if self._interrupts and self._editor is not None:
@@ -237,3 +256,34 @@ class _Conversation:
             note("\nstopping after the step in work; Ctrl-C again leaves the chat at once")
         if self._interrupts > 2:
             raise KeyboardInterrupt
+
+
+class _Shown:
+    """Writes an answer to stdout. Thoughts are dim on a terminal; elsewhere their marks tell them apart."""
+
+    def __init__(self, thinking: Thinking | None) -> None:
+        from ifprune_mlx.thinking import ThoughtFinder
+
+        dims = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        self._finder = ThoughtFinder(thinking) if thinking is not None and dims else None
+        self._mark = f"{thinking.start}\n" if thinking is not None and thinking.begun and not dims else ""
+
+    def write(self, text: str) -> None:
+        """Write what is final of one more piece of text."""
+        if text and self._mark:  # which stands in the prompt
+            text, self._mark = self._mark + text, ""
+        for thought, piece in [(False, text)] if self._finder is None else self._finder.feed(text):
+            self._put(piece, dim=thought)
+
+    def finish(self) -> None:
+        """Write the rest, after the last text."""
+        if self._finder is not None:
+            thought, rest = self._finder.finish()
+            self._put(rest, dim=thought)
+
+    def _put(self, text: str, *, dim: bool) -> None:
+        if text:
+            sys.stdout.write("\x1b[2m" if dim else "")
+            show_answer(text)
+            sys.stdout.write("\x1b[0m" if dim else "")
+            sys.stdout.flush()

@@ -19,6 +19,7 @@ from .options import (
     Selecting,
     SelectionOptions,
     SystemPromptOption,
+    TemplateVariablesOption,
 )
 
 if TYPE_CHECKING:
@@ -43,13 +44,14 @@ def generate(
     json_schema: Annotated[
         Optional[Path], typer.Option("--json-schema", help="Answer with JSON that the JSON schema in this file allows.")
     ] = None,
+    chat_template_config: TemplateVariablesOption = None,
     json: JsonOption = False,
 ) -> None:
     """Answer one prompt on the neurons that it selects."""
     text = read_prompt(prompt)
     choice.check_exclusive(budget)
     schema = None if json_schema is None else read_schema(json_schema)
-    runtime = open_runtime(model, choice, budget, selecting, sampling)
+    runtime = open_runtime(model, choice, budget, selecting, sampling, variables=chat_template_config)
     with progress("prefill", "tokens") as update:
         said, stats = answer(
             runtime,

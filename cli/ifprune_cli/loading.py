@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .console import note, progress
-from .options import Budget, DtypeName, ModelOptions, Residency, Sampling, Selecting, SelectionOptions
+from .options import (
+    Budget,
+    DtypeName,
+    ModelOptions,
+    Residency,
+    Sampling,
+    Selecting,
+    SelectionOptions,
+    template_variables,
+)
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -130,11 +139,13 @@ def open_runtime(
     sampling: Sampling | None = None,
     *,
     template: bool = True,
+    variables: str | None = None,
 ) -> Runtime:
     """Load a model as the options say. What can be checked without its weights is checked before they are loaded.
 
     Args:
         template: False reads messages as plain text, whatever chat template the model has.
+        variables: of the chat template, as JSON.
 
     Raises:
         IfpruneError: if an option is out of range, or the model, the selection or the task cannot be used.
@@ -145,7 +156,7 @@ def open_runtime(
     selection = None if choice.selection is None else Selection.load(choice.selection)
     if choice.task is not None:
         check_task_name(choice.task)
-    limits = budget.arguments()
+    limits, given = budget.arguments(), template_variables(variables)
     generation: dict[str, Any] = {} if sampling is None else sampling.arguments()
     checkpoint = Checkpoint.open(checkpoint_path(model.model, residency=model.residency, memory=limits["memory"]))
     if sampling is not None:
@@ -160,6 +171,10 @@ def open_runtime(
         from ifprune_mlx.chat_template import without_template
 
         tokenizer = without_template(tokenizer)
+    if given:
+        from ifprune_mlx.chat_template import with_variables
+
+        tokenizer = with_variables(tokenizer, given)
     name = EMBEDDED if model.model is None else Path(model.model).name or Path(model.model).resolve().name
     selector = None if choice.selector is None else choice.selector.value
     return Runtime(loaded, tokenizer, name, selector, selection, choice.dense, limits, generation)

@@ -193,6 +193,39 @@ IgnoreTemplateOption = Annotated[
 ]
 
 
+TemplateVariablesOption = Annotated[
+    Optional[str],
+    typer.Option(
+        "--chat-template-config",
+        "--chat-template-args",
+        metavar="JSON",
+        help="Give the chat template these variables, such as '{\"enable_thinking\": false}'.",
+    ),
+]
+
+
+def template_variables(text: str | None) -> dict[str, Any]:
+    """The variables of `--chat-template-config`.
+
+    Raises:
+        IfpruneError: if it is not a JSON object.
+    """
+    import json
+
+    from ifprune_mlx.errors import IfpruneError
+
+    try:
+        variables = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        variables = None
+    if not isinstance(variables, dict):
+        example = "'{\"enable_thinking\": false}'"
+        raise IfpruneError(f"--chat-template-config is no JSON object; give one such as {example}")
+    if "tokenize" in variables or "add_generation_prompt" in variables:
+        raise IfpruneError("--chat-template-config: tokenize and add_generation_prompt are no variables to give")
+    return variables
+
+
 @dataclass(frozen=True)
 class Budget:
     """The three ways to say how much to keep."""

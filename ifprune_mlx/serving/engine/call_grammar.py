@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ifprune_mlx.constraint import Grammars, json_rule
+from ifprune_mlx.serving.engine.call_formats import call_format
 
 
 class Dialect(NamedTuple):
@@ -24,6 +25,7 @@ _JSON = Dialect('\n{{"name": "{name}", "arguments": ', "}}\n")
 _DIALECTS = {
     "json_tools": _JSON,
     "longcat": _JSON,
+    "bare": Dialect('{{"name": "{name}", "parameters": ', "}}"),
     "mistral": Dialect(' [{{"name": "{name}", "arguments": ', "}}]"),
     "mistral with [ARGS]": Dialect("{name}[ARGS]"),
     "kimi_k2": Dialect("<|tool_call_begin|>functions.{name}:0<|tool_call_argument_begin|>", "<|tool_call_end|>"),
@@ -35,7 +37,8 @@ _DIALECTS = {
 
 def dialect_of(tokenizer: TokenizerWrapper) -> Dialect | None:
     """The dialect of the model's calls; None if it has none, or one whose grammar is not known."""
-    name = getattr(tokenizer.tool_parser, "__module__", "").rsplit(".", 1)[-1]
+    calls = call_format(tokenizer)
+    name = "" if calls is None else calls.name
     if name == "mistral" and "[ARGS]" in tokenizer.get_vocab():
         name = "mistral with [ARGS]"
     return _DIALECTS.get("glm47" if name == "laguna" else name)
@@ -67,10 +70,10 @@ def answer_rules(
         GrammarError: if a schema is too long.
     """
     strict = any(tool["function"].get("strict") for tool in tools)
-    dialect = dialect_of(tokenizer)
-    if dialect is None or not (forced or strict or (tools and schema is not None)):
+    dialect, marks = dialect_of(tokenizer), call_format(tokenizer)
+    if dialect is None or marks is None or not (forced or strict or (tools and schema is not None)):
         return None if schema is None or forced else f"answer: {json_rule(schema)}"
-    start, end = grammars.literal(tokenizer.tool_call_start), grammars.literal(tokenizer.tool_call_end)
+    start, end = grammars.literal(marks.start), grammars.literal(marks.end)
     calls = "call" if single else "call (BREAK call)*"
     lines = ["call: " + " | ".join(f"call_{at}" for at in range(len(tools))), "BREAK: /\\n?/"]
     for at, tool in enumerate(tools):

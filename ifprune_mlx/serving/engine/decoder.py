@@ -18,6 +18,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from ifprune_mlx.model import Model
 from ifprune_mlx.serving.engine.request import EngineClosedError, RequestState
 from ifprune_mlx.serving.engine.sampling import Processor, make_processors, make_sampler
+from ifprune_mlx.serving.engine.thinking_budget import ThinkingLimit
 from ifprune_mlx.slow_paths import ONE_AT_A_TIME, note_slow_path
 
 _PREFILL_STEP = 512  # other sequences wait meanwhile
@@ -70,14 +71,14 @@ class BatchDecoder:
             read: how many prompt tokens `cache` holds; at least one must be left.
             max_tokens: the most tokens to generate.
         """
-        tokens, sampling = list(state.request.tokens), state.request.sampling
+        tokens = list(state.request.tokens)
         uids = self._generator.insert(
             [tokens[read:]],
             [max_tokens],
             caches=[cache],
             all_tokens=[tokens[:read]],
-            samplers=[make_sampler(sampling)],
-            logits_processors=[make_processors(sampling, state.constraint)],
+            samplers=[make_sampler(state.request.sampling)],
+            logits_processors=[_processors(state)],
         )
         self._reading[uids[0]] = state, read
         return int(uids[0])
@@ -138,9 +139,7 @@ class SingleDecoder:
             self._model.module,
             max_tokens=max_tokens,
             sampler=make_sampler(state.request.sampling),
-            logits_processors=[
-                _SeesAllTokens(one, tokens[:-1]) for one in make_processors(state.request.sampling, state.constraint)
-            ],
+            logits_processors=[_SeesAllTokens(one, tokens[:-1]) for one in _processors(state)],
             prompt_cache=self._cache,
             prefill_step_size=_PREFILL_STEP,
             prompt_progress_callback=on_prefill,
@@ -175,6 +174,12 @@ class SingleDecoder:
 
 
 Decoder = BatchDecoder | SingleDecoder
+
+
+def _processors(state: RequestState) -> list[Processor]:
+    budget = state.request.thinking_budget
+    limits = [] if budget is None else [ThinkingLimit(budget)]
+    return [*make_processors(state.request.sampling, state.constraint), *limits]
 
 
 class _SeesAllTokens:

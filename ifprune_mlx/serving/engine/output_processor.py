@@ -11,6 +11,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ifprune_mlx.detokenizer import Detokenizer, TokenTexts
 from ifprune_mlx.serving.engine.request import Request, TokenLogprob
+from ifprune_mlx.thinking import ThoughtFinder
 
 
 class OutputProcessor:
@@ -31,6 +32,7 @@ class OutputProcessor:
         self._detokenizer = Detokenizer(tokenizer, request.tokens if request.continues else ())
         self._texts = None if request.logprobs is None else TokenTexts(tokenizer)
         self._stops = StopStrings(request.stop)
+        self._thoughts = ThoughtFinder(request.thinking) if request.thinking and request.stop else None
         # Tokens whose text is not final yet, each with the length of all text up to its end.
         self._held: deque[tuple[TokenLogprob, int]] = deque()
         self._seen = self._given = 0  # characters: detokenized, and final
@@ -57,7 +59,7 @@ class OutputProcessor:
                 self._held.append((self._logprob(self._texts, token, logprobs, offset), self._seen))
         if finish_reason is not None:
             self._detokenizer.finalize()
-            final += self._new_text() + self._stops.flush()
+            final += self._new_text() + self._rest()
         self.matched_stop = self._stops.matched
         self.finish_reason = "stop" if self.matched_stop is not None else finish_reason
         self._given += len(final)
@@ -69,7 +71,20 @@ class OutputProcessor:
     def _new_text(self) -> str:
         segment: str = self._detokenizer.last_segment
         self._seen += len(segment)
-        return self._stops.feed(segment)
+        if self._thoughts is None:
+            return self._stops.feed(segment)
+        return "".join(self._outside(*piece) for piece in self._thoughts.feed(segment))
+
+    def _outside(self, thought: bool, text: str) -> str:
+        """What is final of a text; no stop string ends thoughts."""
+        if not thought:
+            return self._stops.feed(text)
+        return text if self._stops.matched is None else ""
+
+    def _rest(self) -> str:
+        """What was held back, after the last token."""
+        rest = "" if self._thoughts is None else self._outside(*self._thoughts.finish())
+        return rest + self._stops.flush()
 
     def _logprob(self, texts: TokenTexts, token: int, logprobs: mx.array, offset: int) -> TokenLogprob:
         alternatives = self._alternatives or 0

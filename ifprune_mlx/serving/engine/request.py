@@ -12,6 +12,7 @@ from ifprune_mlx.constraint import Constraint, Grammar
 from ifprune_mlx.errors import IfpruneError
 from ifprune_mlx.prompt_cache import DENSE
 from ifprune_mlx.selection.selection import Selection
+from ifprune_mlx.thinking import Thinking
 
 if TYPE_CHECKING:
     from ifprune_mlx.serving.engine.output_processor import OutputProcessor
@@ -68,6 +69,16 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
+class ThinkingBudget:
+    """A bound on a model's thoughts, which are then closed. All tuples hold token ids."""
+
+    tokens: int  # the most tokens of thoughts, above 0
+    start: tuple[int, ...]  # the mark of thoughts; empty if the answer begins with thoughts
+    end: tuple[int, ...]  # the mark of their end
+    closing: tuple[int, ...]  # what closes them
+
+
+@dataclass(frozen=True)
 class Request:
     """One answer to compute."""
 
@@ -82,6 +93,8 @@ class Request:
     grammar: Grammar | None = None  # the answer must satisfy it
     # The instruction's tokens where policy `system` selects by it alone; the selector `activation` reads them.
     instruction_tokens: tuple[int, ...] = ()
+    thinking: Thinking | None = None  # stop strings do not count within thoughts
+    thinking_budget: ThinkingBudget | None = None
 
 
 @dataclass(frozen=True)

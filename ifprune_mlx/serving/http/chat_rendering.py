@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import takewhile
 from typing import Any, NamedTuple
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from transformers import PreTrainedTokenizerBase
 
+from ifprune_mlx.chat_sandbox import TemplateLimitError
 from ifprune_mlx.chat_template import check_prompt, encode_prompt, instruction_of, plain_text
 from ifprune_mlx.constraint import Grammar, Grammars
-from ifprune_mlx.errors import ContextLengthError
+from ifprune_mlx.errors import ContextLengthError, PromptError
 from ifprune_mlx.model import Model
+from ifprune_mlx.serving.engine.call_formats import call_format
 from ifprune_mlx.serving.engine.call_grammar import answer_rules
+from ifprune_mlx.serving.engine.request import ThinkingBudget
 from ifprune_mlx.serving.http.errors import RequestError, field_error
+from ifprune_mlx.serving.http.template_fitting import Messages, forms, probe_of_parallel_calls, with_fitting_ids
 from ifprune_mlx.serving.http.tools import ToolSplitter, beginning
+from ifprune_mlx.thinking import Thinking, template_text, thinking_of
 from ifprune_mlx.tokenizer import encode_text, render_chat
+
+# The most tokens of thoughts where the chat template knows no efforts; None is as many as the model likes.
+EFFORTS = {"none": 0, "minimal": 256, "low": 1024, "medium": 4096, "high": None, "xhigh": None, "max": None}
+# What templates get from elsewhere: clients must not set it.
+_OWN_VARIABLES = {"messages", *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters} - {
+    "documents"
+}
 
 
 @dataclass(frozen=True)
@@ -58,13 +74,25 @@ def choose_tools(functions: list[dict[str, Any]], choice: Any, name: str | None,
 
 
 @dataclass(frozen=True)
+class ThinkingOptions:
+    """Whether, and how much, the model thinks before it answers."""
+
+    enabled: bool | None = None  # None leaves it to the chat template
+    effort: str | None = None  # `minimal`, `low`, `medium`, `high`, ...
+    budget: int | None = None  # the most tokens of thoughts
+    variables: Mapping[str, Any] = field(default_factory=dict)  # more variables of the chat template
+
+
+@dataclass(frozen=True)
 class Conversation:
     """A conversation to answer, in the chat template's form."""
 
-    messages: list[dict[str, Any]]  # role, content, and for tools tool_calls, tool_call_id and name
+    # role, content, for answers of thinking models reasoning_content, and for tools tool_calls, tool_call_id and name
+    messages: list[dict[str, Any]]
     tools: Tools = field(default_factory=Tools)
     prefill: str = ""  # the answer begins with it
     schema: dict[str, Any] | None = None  # the answer is JSON that this allows
+    thinking: ThinkingOptions = field(default_factory=ThinkingOptions)
 
 
 class Prompt(NamedTuple):
@@ -76,6 +104,8 @@ class Prompt(NamedTuple):
     instruction_tokens: tuple[int, ...] = ()  # see `Request`
     grammar: Grammar | None = None  # the answer must satisfy it
     continues: bool = False  # the answer continues the prompt's text
+    thinking: Thinking | None = None  # None if no thoughts can come
+    budget: ThinkingBudget | None = None
 
 
 class ChatRenderer:
@@ -83,11 +113,18 @@ class ChatRenderer:
 
     Args:
         model, tokenizer: from `ifprune_mlx.load`.
+
+    Attributes:
+        thinks: the model can think before it answers.
     """
 
     def __init__(self, model: Model, tokenizer: TokenizerWrapper) -> None:
         self._model, self._tokenizer = model, tokenizer
         self._grammars = Grammars(tokenizer)
+        self._template = template_text(tokenizer)
+        self._marks = thinking_of(tokenizer) if tokenizer.has_chat_template else None
+        self._has_tools = call_format(tokenizer) is not None
+        self.thinks = self._marks is not None or self.knows("reasoning_effort")
         # No token stands for more text than the vocabulary's longest.
         longest = max((len(token) for token in tokenizer.get_vocab()), default=1)
         limit = model.context_length
@@ -126,7 +163,10 @@ class ChatRenderer:
         rules = answer_rules(
             self._grammars, self._tokenizer, tools.offered, forced=tools.forced, single=tools.single, schema=schema
         )
-        return prompt if rules is None else prompt._replace(grammar=self._grammars.compile(rules, prompt.tokens))
+        if rules is None:
+            return prompt
+        grammar = self._grammars.compile(rules, prompt.tokens, continues=prompt.continues)
+        return prompt._replace(grammar=grammar)
 
     def conversation(self, conversation: Conversation, policy: str = "first") -> list[Prompt]:
         """Render a conversation as one prompt, which includes the prefill or the beginning of a forced call.
@@ -141,34 +181,124 @@ class ChatRenderer:
         """
         tokenizer, messages, tools = self._tokenizer, conversation.messages, conversation.tools
         calls = [message for message in messages if message["role"] == "tool" or "tool_calls" in message]
-        if (tools.offered or calls) and not tokenizer.has_tool_calling:
+        if (tools.offered or calls) and not self._has_tools:
             reason = "this model's chat template has no tools; ask without them"
             raise RequestError(reason, "tools", code="tools_not_supported")
         shown = json.dumps([tools.offered, calls], ensure_ascii=False) if tools.offered or calls else ""
-        begun = conversation.prefill + (beginning(tokenizer) if tools.forced else "")
-        self._check_length(len(begun) + len(shown) + sum(len(message["content"]) for message in messages))
+        begun = conversation.prefill + (beginning(tokenizer, tools.only) if tools.forced else "")
+        self._check_length(len(begun) + len(shown) + sum(map(_length, messages)))
+        thinking, options = None, conversation.thinking
         if tokenizer.has_chat_template:
-            text = render_chat(tokenizer, messages, tools=tools.offered or None, add_generation_prompt=True)
+            text = self._rendered(messages, tools.offered, self._variables(options))
+            if self._marks is not None:
+                text, thinking = self._before_answer(text, conversation, begun)
             tokens = encode_text(tokenizer, text + begun, add_special_tokens=False)
         else:
             tokens = encode_text(tokenizer, plain_text(tokenizer, messages) + begun)
         check_prompt(self._model, tokens)
         end = tokenizer.tool_call_end if tools.offered and tools.single else None
-        stop = (end,) if end else ()
-        continues = bool(begun) or not tokenizer.has_chat_template
+        instruction, read = self._read_by_selector(conversation, policy)
+        prompt = Prompt(
+            tuple(tokens),
+            instruction,
+            (end,) if end else (),
+            read,
+            continues=bool(begun) or not tokenizer.has_chat_template,
+            thinking=thinking,
+            budget=None if thinking is None else self._budget(thinking, options),
+        )
+        return [prompt]
+
+    def _read_by_selector(self, conversation: Conversation, policy: str) -> tuple[str, tuple[int, ...]]:
+        """The instruction, and its tokens if policy `system` selects by it alone."""
         if policy == "system" and (stable := _stable_part(conversation)):
-            read = tuple(encode_text(tokenizer, stable, add_special_tokens=False))
-            return [Prompt(tuple(tokens), stable, stop, read, continues=continues)]
+            return stable, tuple(encode_text(self._tokenizer, stable, add_special_tokens=False))
+        messages = conversation.messages
         users = [message for message in messages if message["role"] == "user"] or messages
-        instruction = users[-1 if policy in ("turn", "auto") else 0]["content"]
-        return [Prompt(tuple(tokens), instruction, stop, continues=continues)]
+        return users[-1 if policy in ("turn", "auto") else 0]["content"], ()
+
+    def knows(self, variable: str) -> bool:
+        """Whether the chat template uses a variable."""
+        return re.search(rf"\b{re.escape(variable)}\b", self._template) is not None
+
+    def check_variables(self, given: Mapping[str, Any], param: str) -> None:
+        """Raise RequestError if a client must not, or cannot, set one of these variables of the chat template."""
+        for name in given:
+            if name in _OWN_VARIABLES or name.endswith("_token"):
+                raise field_error(f"{param}.{name[:64]}", "is set by the server")
+            if name != "enable_thinking" and not self.knows(name):
+                raise field_error(f"{param}.{name[:64]}", "is no variable of this model's chat template")
+
+    def _variables(self, options: ThinkingOptions) -> dict[str, Any]:
+        effort = {} if options.effort is None else {"reasoning_effort": options.effort}
+        switch = {} if options.enabled is None else {"enable_thinking": options.enabled, "thinking": options.enabled}
+        return {**effort, **switch, **options.variables}
+
+    def _rendered(self, messages: Messages, tools: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
+        """The prompt, from the first form of the messages that the chat template accepts.
+
+        Raises:
+            PromptError: if it accepts none.
+        """
+        refusal: PromptError | None = None
+        for form in forms(with_fitting_ids(messages), lambda: self._shows_parallel_calls):
+            try:
+                return self._apply_template(form, tools, variables)
+            except PromptError as exc:
+                if isinstance(exc.__cause__, TemplateLimitError):
+                    raise
+                refusal = refusal or exc
+        assert refusal is not None
+        raise refusal
+
+    def _apply_template(self, messages: Messages, tools: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
+        return render_chat(self._tokenizer, messages, tools=tools or None, add_generation_prompt=True, **variables)
+
+    @cached_property
+    def _shows_parallel_calls(self) -> bool:
+        messages, names = probe_of_parallel_calls()
+        try:
+            text = self._apply_template(messages, [], {})
+        except PromptError:
+            return False
+        return all(name in text for name in names)
+
+    def _before_answer(self, text: str, conversation: Conversation, begun: str) -> tuple[str, Thinking | None]:
+        """The prompt with its thoughts closed where none are wanted, and how thoughts are marked if some may come.
+
+        Args:
+            begun: the beginning of the answer, which no thoughts can follow.
+        """
+        marks, options = self._marks, conversation.thinking
+        assert marks is not None
+        opened = text.rstrip().endswith(marks.start)
+        closing = f"\n\n{marks.end}\n\n"
+        if opened and (begun or options.enabled is False):
+            text, opened = text.rstrip() + closing, False
+        elif options.enabled is False and not text.rstrip().endswith(marks.end) and marks.end in self._template:
+            thinks = self._variables(replace(options, enabled=True))
+            if text == self._rendered(conversation.messages, conversation.tools.offered, thinks):  # not switched off
+                text += marks.start + closing
+        return text, None if begun else replace(marks, begun=opened)
+
+    def _budget(self, thinking: Thinking, options: ThinkingOptions) -> ThinkingBudget | None:
+        effort = None if self.knows("reasoning_effort") else EFFORTS.get(options.effort or "")
+        limit = min((given for given in (options.budget, effort) if given is not None), default=None)
+        if limit is None:
+            return None
+
+        def ids(text: str) -> tuple[int, ...]:
+            return tuple(encode_text(self._tokenizer, text, add_special_tokens=False))
+
+        start = () if thinking.begun else ids(thinking.start)
+        return ThinkingBudget(limit, start, ids(thinking.end), ids(f"\n{thinking.end}\n\n"))
 
     def splitter(self, tools: Tools) -> ToolSplitter | None:
         """The splitter for an answer's text and calls; None if no tool may be called."""
         if not tools.offered:
             return None
-        begun = tools.forced and bool(beginning(self._tokenizer))
-        return ToolSplitter(self._tokenizer, tools.offered, begun, tools.only if tools.forced else None)
+        begun, only = (beginning(self._tokenizer, tools.only), tools.only) if tools.forced else ("", None)
+        return ToolSplitter(self._tokenizer, tools.offered, begun, only, single=tools.single)
 
     def _check_length(self, characters: int) -> None:
         """Refuse a prompt that must be too long, before the work of encoding it."""
@@ -182,3 +312,7 @@ def _stable_part(conversation: Conversation) -> str:
     system = takewhile(lambda message: message["role"] == "system", conversation.messages)
     names = sorted(tool["function"]["name"] for tool in conversation.tools.offered)
     return "\n".join([*(message["content"] for message in system), *names]).strip()
+
+
+def _length(message: dict[str, Any]) -> int:
+    return len(message["content"]) + len(message.get("reasoning_content", ""))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
 from typing import Any, ClassVar
@@ -17,22 +16,29 @@ from starlette.responses import Response
 
 from ifprune_mlx.detokenizer import bytes_of
 from ifprune_mlx.serving.engine.request import Request, RequestOutput, RequestStats, TokenLogprob
-from ifprune_mlx.serving.http.chat_rendering import Conversation, choose_tools
+from ifprune_mlx.serving.http.chat_rendering import (
+    EFFORTS,
+    ChatRenderer,
+    Conversation,
+    ThinkingOptions,
+    choose_tools,
+)
 from ifprune_mlx.serving.http.errors import RequestError, error_body, field_error, to_json
 from ifprune_mlx.serving.http.schemas_requests import (
     AssistantMessage,
     ChatRequest,
     CompletionRequest,
     HeaderOptions,
-    MadeCall,
     TextRequest,
     ToolChoice,
     ToolMessage,
 )
 from ifprune_mlx.serving.http.schemas_responses import ChatCompletion, TextCompletion
 from ifprune_mlx.serving.http.service import Service
-from ifprune_mlx.serving.http.streaming import AnswerFormat, AnswerSoFar, StreamingAnswer, sse
+from ifprune_mlx.serving.http.streaming import AnswerFormat, AnswerSoFar, Part, StreamingAnswer, sse
+from ifprune_mlx.serving.http.template_fitting import call_id, earlier_call, text_of
 from ifprune_mlx.serving.http.tools import ToolCall
+from ifprune_mlx.thinking import Reasoning
 
 Choice = dict[str, Any]
 _UNLIKELY = -9999.0  # OpenAI's log-probability of an impossible token
@@ -50,6 +56,7 @@ class OpenAI:
 
     def _chat(self, body: ChatRequest, headers: HeaderOptions) -> Response:
         service, conversation = self._service, _conversation(body)
+        conversation = replace(conversation, thinking=_thinking(body, service.renderer))
         if body.top_logprobs and not body.logprobs:
             raise field_error("top_logprobs", "needs logprobs to be true")
         requests = service.requests(
@@ -138,14 +145,14 @@ class _CompletionFormat(AnswerFormat):
         self.include_usage = bool(self.body.stream_options and self.body.stream_options.include_usage)
 
     @abstractmethod
-    def choices(self, answer: AnswerSoFar, parts: Sequence[str | ToolCall], output: RequestOutput) -> Iterator[Choice]:
+    def choices(self, answer: AnswerSoFar, parts: Sequence[Part], output: RequestOutput) -> Iterator[Choice]:
         """The choices for the chunks of one more output."""
 
     @abstractmethod
     def choice(self, answer: AnswerSoFar) -> Choice:
         """The choice of a complete answer."""
 
-    def events(self, answer: AnswerSoFar, parts: Sequence[str | ToolCall], output: RequestOutput) -> Iterator[bytes]:
+    def events(self, answer: AnswerSoFar, parts: Sequence[Part], output: RequestOutput) -> Iterator[bytes]:
         for choice in self.choices(answer, parts, output):
             yield self.chunk(answer.index, choice, output.stats if choice.get("finish_reason") else None)
 
@@ -190,12 +197,14 @@ class _ChatFormat(_CompletionFormat):
         for index in range(len(self.requests)):
             yield self.chunk(index, {"delta": {"role": "assistant", "content": ""}})
 
-    def choices(self, answer: AnswerSoFar, parts: Sequence[str | ToolCall], output: RequestOutput) -> Iterator[Choice]:
+    def choices(self, answer: AnswerSoFar, parts: Sequence[Part], output: RequestOutput) -> Iterator[Choice]:
         tokens = output.tokens
         called = len(answer.calls) - sum(isinstance(part, ToolCall) for part in parts)
         for part in parts:
             if isinstance(part, str):
                 delta: dict[str, Any] = {"content": part}
+            elif isinstance(part, Reasoning):
+                delta = {"reasoning_content": part.text}
             else:
                 delta = {"tool_calls": [{"index": called, **_call(part)}]}
                 called += 1
@@ -208,6 +217,8 @@ class _ChatFormat(_CompletionFormat):
 
     def choice(self, answer: AnswerSoFar) -> Choice:
         message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+        if answer.reasoning:
+            message["reasoning_content"] = answer.reasoning
         if answer.calls:
             message |= {"content": answer.text or None, "tool_calls": [_call(call) for call in answer.calls]}
         logprobs = self._content(answer.tokens)
@@ -226,7 +237,7 @@ class _ChatFormat(_CompletionFormat):
 class _TextFormat(_CompletionFormat):
     whole_model, chunk_kind = TextCompletion, "text_completion"
 
-    def choices(self, answer: AnswerSoFar, parts: Sequence[str | ToolCall], output: RequestOutput) -> Iterator[Choice]:
+    def choices(self, answer: AnswerSoFar, parts: Sequence[Part], output: RequestOutput) -> Iterator[Choice]:
         if output.text or (output.tokens and self.logprobs) or output.stats is not None:
             logprobs = self._content(answer.tokens, len(answer.tokens) - len(output.tokens))
             yield {"text": output.text, "logprobs": logprobs, "finish_reason": _finish_reason(answer)}
@@ -268,7 +279,7 @@ def _by_text(tokens: Sequence[tuple[int, str, float]]) -> dict[str, float]:
 
 def _call(call: ToolCall) -> dict[str, Any]:
     function = {"name": call.name, "arguments": call.arguments}
-    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+    return {"id": call_id(uuid.uuid4().bytes), "type": "function", "function": function}
 
 
 def _answers_per_prompt(body: CompletionRequest, prompts: int, most: int) -> int:
@@ -286,18 +297,17 @@ def _conversation(body: ChatRequest) -> Conversation:
     messages: list[dict[str, Any]] = []
     names: dict[str, str] = {}
     for index, given in enumerate(body.messages):
-        content = given.content or ""
-        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        text = text_of(given.content)
         message: dict[str, Any] = {"role": "system" if given.role == "developer" else given.role, "content": text}
         if isinstance(given, AssistantMessage):
             if given.tool_calls:
                 message["tool_calls"] = [
-                    _earlier_call(call, f"messages[{index}].tool_calls[{at}]")
+                    earlier_call(call.id or f"{index} {at}", call.function.name, call.function.arguments)
                     for at, call in enumerate(given.tool_calls)
                 ]
                 names |= {call.id or "": call.function.name for call in given.tool_calls}
-            elif given.content is None:
-                raise field_error(f"messages[{index}].content", "is required", "missing_required_parameter")
+            if given.reasoning_content:
+                message["reasoning_content"] = given.reasoning_content
         elif isinstance(given, ToolMessage):
             message["tool_call_id"] = given.tool_call_id
             if given.tool_call_id in names:
@@ -325,14 +335,35 @@ def _schema(body: CompletionRequest) -> dict[str, Any] | None:
     return asked.json_schema.json_schema
 
 
-def _earlier_call(call: MadeCall, param: str) -> dict[str, Any]:
-    try:
-        arguments = json.loads(call.function.arguments or "{}")
-    except (ValueError, RecursionError):
-        arguments = None
-    if not isinstance(arguments, dict):
-        raise field_error(f"{param}.function.arguments", "must be the JSON text of an object")
-    return {"type": "function", "id": call.id or "", "function": {"name": call.function.name, "arguments": arguments}}
+def _thinking(body: ChatRequest, renderer: ChatRenderer) -> ThinkingOptions:
+    """What the request says of thinking, in any of its ways.
+
+    Raises:
+        RequestError: if two contradict each other, or the model cannot do it.
+    """
+    variables = dict(body.chat_template_kwargs or {})
+    renderer.check_variables(variables, "chat_template_kwargs")
+    template_switch, effort = variables.pop("enable_thinking", None), body.reasoning_effort
+    if not isinstance(template_switch, bool | None):
+        raise field_error("chat_template_kwargs.enable_thinking", "must be true or false")
+    if effort is not None and effort not in EFFORTS and not renderer.knows("reasoning_effort"):
+        raise field_error("reasoning_effort", f"must be one of {', '.join(EFFORTS)}")
+    switch = None if body.thinking is None else body.thinking.enabled
+    wishes = {
+        "chat_template_kwargs.enable_thinking": template_switch,
+        "enable_thinking": body.enable_thinking,
+        "thinking.type": switch,
+        "reasoning_effort": None if effort is None else effort != "none",
+    }
+    given = {param: value for param, value in wishes.items() if value is not None}
+    first = next(iter(given), None)
+    for param, value in given.items():
+        if value is not given[first or param]:
+            raise field_error(param, f"contradicts {first}")
+        if value and not renderer.thinks:
+            raise field_error(param, "cannot be had: this model does not think before it answers")
+    budget = body.thinking.budget_tokens if body.thinking else None
+    return ThinkingOptions(given[first] if first else None, None if effort == "none" else effort, budget, variables)
 
 
 def _prompts(prompt: Any, vocabulary: int) -> list[str | list[int]]:

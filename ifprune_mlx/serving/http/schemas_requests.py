@@ -7,10 +7,19 @@ Lists stop at their first error, so that a body full of errors costs no memory.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from fastapi import Depends, Header
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    Tag,
+)
 from pydantic.json_schema import JsonSchemaValue, SkipJsonSchema, WithJsonSchema
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
@@ -152,9 +161,28 @@ class CompletionRequest(GenerationRequest):
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 
+class ThinkingSwitch(Schema):
+    """Whether the model thinks before it answers; `adaptive` leaves it to the model."""
+
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: TokenCount | None = None  # the most tokens of thoughts
+
+    @property
+    def enabled(self) -> bool | None:
+        """Whether it thinks; None leaves it to the model."""
+        return {"enabled": True, "disabled": False}.get(self.type)
+
+
 class TextPart(Schema):
     type: Literal["text"]
     text: str
+
+
+class OtherBlock(Schema):
+    """A part of a message that this model cannot read; a line of text stands for it."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
+    type: Name
 
 
 class RefusalPart(Schema):
@@ -167,12 +195,28 @@ class RefusalPart(Schema):
         return self.refusal
 
 
+def _by_type(*known: str) -> Discriminator:
+    """Tells blocks apart by their type; those of other types, and what has none, are `OtherBlock`."""
+
+    def tag(block: Any) -> str:
+        kind = block.get("type") if isinstance(block, dict) else getattr(block, "type", None)
+        return kind if kind in known else "other"
+
+    return Discriminator(tag)
+
+
+_Text: TypeAlias = Annotated[TextPart, Tag("text")]
+_Other: TypeAlias = Annotated[OtherBlock, Tag("other")]
 ChatContent = str | Items[Annotated[TextPart | RefusalPart, Field(discriminator="type")]]
+# What was said before may hold what only other models read: refusing it would end the conversation.
+PastContent = (
+    str | Items[Annotated[_Text | Annotated[RefusalPart, Tag("refusal")] | _Other, _by_type("text", "refusal")]]
+)
 
 
 class CalledFunction(Schema):
     name: str
-    arguments: str | None = None  # the JSON text of an object
+    arguments: Any = None  # the JSON text of an object; models and clients also write other text, or the object
 
 
 class MadeCall(Schema):
@@ -187,16 +231,17 @@ class InputMessage(Schema):
 
 
 class AssistantMessage(Schema):
-    """An earlier answer: text, calls or both."""
+    """An earlier answer: text, calls or both, and what was thought before."""
 
     role: Literal["assistant"]
-    content: ChatContent | None = None
+    content: PastContent | None = None
+    reasoning_content: str | None = None
     tool_calls: Items[MadeCall] | None = None
 
 
 class ToolMessage(Schema):
     role: Literal["tool"]
-    content: ChatContent | None = None
+    content: PastContent | None = None
     tool_call_id: str
 
 
@@ -235,6 +280,10 @@ class ChatRequest(CompletionRequest):
     tools: Items[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    enable_thinking: bool | None = None
+    reasoning_effort: Annotated[str, Field(min_length=1, max_length=20)] | None = None
+    thinking: ThinkingSwitch | None = None
+    chat_template_kwargs: dict[str, Any] | None = None  # more variables of the chat template
     functions: SkipJsonSchema[Annotated[Any, _unsupported("use tools")]] = None
     function_call: SkipJsonSchema[Annotated[Any, _unsupported("use tool_choice")]] = None
 
@@ -258,14 +307,14 @@ class TextRequest(CompletionRequest):
 
 # Anthropic's.
 
-TextContent = str | Items[TextPart]
+TextContent = str | Items[Annotated[_Text | _Other, _by_type("text")]]
 
 
 class ToolUse(Schema):
     type: Literal["tool_use"]
     id: str
     name: str
-    input: dict[str, Any]
+    input: Any = None  # an object
 
 
 class ToolResult(Schema):
@@ -274,12 +323,21 @@ class ToolResult(Schema):
     content: TextContent | None = None
 
 
-class Thinking(Schema):
-    type: Literal["thinking", "redacted_thinking"]
+class ThinkingBlock(Schema):
+    type: Literal["thinking"]
+    thinking: str | None = None
 
 
-_UserBlock = Annotated[TextPart | ToolResult, Field(discriminator="type")]
-_AssistantBlock = Annotated[TextPart | ToolUse | Thinking, Field(discriminator="type")]
+_UserBlock = Annotated[_Text | Annotated[ToolResult, Tag("tool_result")] | _Other, _by_type("text", "tool_result")]
+_AssistantBlock = Annotated[
+    _Text | Annotated[ToolUse, Tag("tool_use")] | Annotated[ThinkingBlock, Tag("thinking")] | _Other,
+    _by_type("text", "tool_use", "thinking"),
+]
+
+
+class SystemMessage(Schema):
+    role: Literal["system"]
+    content: TextContent
 
 
 class UserMessage(Schema):
@@ -295,15 +353,20 @@ class AssistantTurn(Schema):
 
 
 class ClientTool(Schema):
-    type: Annotated[
-        str | None,
-        _only(None, "custom", reason="only tools of your own are supported: type 'custom', with input_schema"),
-        WithJsonSchema({"enum": ["custom", None]}),
-    ] = None
+    type: Literal["custom"] | None = None
     name: Name
     description: str | None = None
     input_schema: dict[str, Any]
     strict: bool | None = None  # the input of every call satisfies it
+
+
+def _tool_tag(tool: Any) -> str:
+    kind = tool.get("type") if isinstance(tool, dict) else getattr(tool, "type", None)
+    return "custom" if kind in (None, "custom") else "other"
+
+
+# Tools of other types run on Anthropic's servers, or are known to Anthropic's models alone.
+OfferedTool = Annotated[Annotated[ClientTool, Tag("custom")] | _Other, Discriminator(_tool_tag)]
 
 
 class ToolSelection(Schema):
@@ -314,10 +377,13 @@ class ToolSelection(Schema):
 
 class CountRequest(Schema):
     model: str | None = None
-    messages: Annotated[Items[Annotated[UserMessage | AssistantTurn, Field(discriminator="role")]], Field(min_length=1)]
+    messages: Annotated[
+        Items[Annotated[SystemMessage | UserMessage | AssistantTurn, Field(discriminator="role")]], Field(min_length=1)
+    ]
     system: TextContent | None = None
-    tools: Items[ClientTool] | None = None
+    tools: Items[OfferedTool] | None = None
     tool_choice: ToolSelection | None = None
+    thinking: ThinkingSwitch | None = None
 
 
 class OutputFormat(Schema):

@@ -39,6 +39,7 @@ class Usage(BaseModel):
 class AnswerMessage(BaseModel):
     role: Literal["assistant"]
     content: str | None
+    reasoning_content: str = ""
     refusal: None
     tool_calls: list[dict[str, Any]] = []
 
@@ -82,10 +83,12 @@ class TextCompletion(Completion):
 
 
 class AnswerBlock(BaseModel):
-    """Text, or a tool call with its id, name and input."""
+    """Text, thoughts with a signature, or a tool call with its id, name and input."""
 
-    type: Literal["text", "tool_use"]
+    type: Literal["text", "thinking", "tool_use"]
     text: str = ""
+    thinking: str = ""
+    signature: str = ""
     id: str = ""
     name: str = ""
     input: dict[str, Any] = {}

@@ -164,6 +164,8 @@ class Service:
                 instruction_tokens=prompt.instruction_tokens,
                 grammar=prompt.grammar,
                 continues=prompt.continues,
+                thinking=prompt.thinking,
+                thinking_budget=prompt.budget,
             )
             for prompt in render(selection.policy)
             for seed in seeds

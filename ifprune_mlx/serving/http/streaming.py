@@ -19,6 +19,9 @@ from ifprune_mlx.serving.engine.request import PromptProgress, Request, RequestO
 from ifprune_mlx.serving.http.errors import RequestError, log_failure, to_request_error
 from ifprune_mlx.serving.http.service import Service
 from ifprune_mlx.serving.http.tools import ToolCall, ToolSplitter
+from ifprune_mlx.thinking import Reasoning, ThinkingSplitter
+
+Part = str | Reasoning | ToolCall
 
 
 @dataclass
@@ -26,19 +29,21 @@ class AnswerSoFar:
     """What has been computed of one answer."""
 
     index: int  # among the answers to one HTTP request
+    thoughts: ThinkingSplitter | None  # None if none can come
     splitter: ToolSplitter | None  # None if no tool may be called
-    parts: list[str | ToolCall] = field(default_factory=list)  # text and calls, in order
+    parts: list[Part] = field(default_factory=list)  # in order
     tokens: list[TokenLogprob] = field(default_factory=list)  # empty unless the request wants log-probabilities
     stats: RequestStats | None = None  # set when the answer is complete
 
-    def add(self, output: RequestOutput) -> list[str | ToolCall]:
-        """Add an output; returns the text and calls that are final now."""
-        if self.splitter is None:
-            parts: list[str | ToolCall] = [output.text] if output.text else []
-        else:
-            parts = list(self.splitter.feed(output.text))
-            if output.stats is not None:
-                parts += self.splitter.finish()
+    def add(self, output: RequestOutput) -> list[Part]:
+        """Add an output; returns the parts that are final now."""
+        ended, texts = output.stats is not None, [output.text] if output.text else []
+        parts: list[Part] = []
+        for part in texts if self.thoughts is None else _fed(self.thoughts, texts, ended):
+            # A call that is drafted in thoughts is none.
+            parts += [part] if self.splitter is None or isinstance(part, Reasoning) else self.splitter.feed(part)
+        if self.splitter is not None and ended:
+            parts += self.splitter.finish()
         self.parts += parts
         self.tokens += output.tokens
         self.stats = output.stats
@@ -54,6 +59,11 @@ class AnswerSoFar:
     def text(self) -> str:
         """All of the text."""
         return "".join(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def reasoning(self) -> str:
+        """All of the thoughts."""
+        return "".join(part.text for part in self.parts if isinstance(part, Reasoning))
 
     @property
     def calls(self) -> list[ToolCall]:
@@ -74,8 +84,8 @@ class AnswerFormat(ABC):
         return f": {stage}\n\n".encode()
 
     @abstractmethod
-    def events(self, answer: AnswerSoFar, parts: Sequence[str | ToolCall], output: RequestOutput) -> Iterator[bytes]:
-        """The events of one more output, whose text and calls are `parts`."""
+    def events(self, answer: AnswerSoFar, parts: Sequence[Part], output: RequestOutput) -> Iterator[bytes]:
+        """The events of one more output, which consists of `parts`."""
 
     @abstractmethod
     def end(self, answers: Sequence[AnswerSoFar]) -> Iterator[bytes]:
@@ -124,7 +134,10 @@ class StreamingAnswer(Response):
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         splitters = self.splitters or [None] * len(self.requests)
-        answers = [AnswerSoFar(index, splitter) for index, splitter in enumerate(splitters)]
+        answers = [
+            AnswerSoFar(index, None if request.thinking is None else ThinkingSplitter(request.thinking), splitter)
+            for index, (request, splitter) in enumerate(zip(self.requests, splitters, strict=True))
+        ]
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         started = False
 
@@ -160,6 +173,13 @@ class StreamingAnswer(Response):
                 log_failure("an answer failed", exc)
             await send_events([self.format.error(error)])
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _fed(splitter: ThinkingSplitter, texts: Iterable[str], ended: bool) -> Iterator[str | Reasoning]:
+    for text in texts:
+        yield from splitter.feed(text)
+    if ended:
+        yield from splitter.finish()
 
 
 def _summary(stats: RequestStats) -> str:

@@ -1,18 +1,21 @@
 """Splits the text of an answer into plain text and tool calls, while it streams.
 
-Each model family writes calls in its own dialect. mlx-lm has a parser for each.
+Each model family writes calls in its own format. Only what parses as calls is a call; other text goes on as soon as it
+cannot become one.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ifprune_mlx.serving.engine.call_formats import NO_CALL, call_format
 from ifprune_mlx.serving.engine.call_grammar import call_head, dialect_of
+from ifprune_mlx.thinking import overhang
 
 
 @dataclass(frozen=True)
@@ -23,106 +26,141 @@ class ToolCall:
     arguments: str  # JSON text of an object; for a forced call, the model's text if that is not JSON
 
 
-def beginning(tokenizer: TokenizerWrapper) -> str:
-    """What a prompt holds of a call that must be made: the start marker, unless a grammar makes the answer a call."""
-    return "" if dialect_of(tokenizer) else str(tokenizer.tool_call_start)
+def beginning(tokenizer: TokenizerWrapper, name: str | None) -> str:
+    """What a prompt holds of a call of the tool `name`, or of any, that must be made: nothing if a grammar makes it."""
+    calls = call_format(tokenizer)
+    if calls is None or dialect_of(tokenizer):
+        return ""
+    return calls.start + {"pythonic": "[" if name is None else f"[{name}("}.get(calls.name, "")
 
 
 class ToolSplitter:
     """Splits the text of an answer into plain text and calls.
 
     Args:
-        tokenizer: has the markers and the parser of its dialect.
-        tools: the offered tools; some dialects need their parameter types.
-        begun: the prompt already holds a start marker.
+        tokenizer: its chat template has tools.
+        tools: the offered tools; some formats need their parameter types.
+        begun: the beginning of a call that the prompt already holds, start marker included.
         forced: the tool that the first call is of, if that is known.
+        single: there is one call at most; what comes after it is left out.
     """
 
     def __init__(
-        self, tokenizer: TokenizerWrapper, tools: list[dict[str, Any]], begun: bool = False, forced: str | None = None
+        self,
+        tokenizer: TokenizerWrapper,
+        tools: list[dict[str, Any]],
+        begun: str = "",
+        forced: str | None = None,
+        *,
+        single: bool = False,
     ) -> None:
-        self._start: str = tokenizer.tool_call_start
-        self._end: str = tokenizer.tool_call_end
-        self._parse: Callable[[str, Any], Any] = tokenizer.tool_parser
-        self._tools = tools
-        dialect = dialect_of(tokenizer)
-        self._forced = forced
-        self._head = "" if dialect is None or forced is None else call_head(dialect, forced)
-        self._begun = self._inside = begun
-        self._pending = ""
+        calls = call_format(tokenizer)
+        assert calls is not None
+        self._format, self._tools, self._single = calls, tools, single
+        self._pending = self._head = begun[len(calls.start) :]
+        if forced is not None and (dialect := dialect_of(tokenizer)):
+            self._head = call_head(dialect, forced)
+        self._forced = forced if self._head else None
+        # A call may begin, or has begun; the text that stands before `_pending` if it turns out to be none.
+        self._inside = bool(begun) or not calls.start
+        self._before = ""
+        self._called = False
         self._after_call = False
 
     def feed(self, text: str) -> Iterator[str | ToolCall]:
         """Add text; yields the parts that are final now, never an empty string."""
         self._pending += text
-        while True:
+        start = self._format.start
+        while not self._ended:
             if self._inside:
-                at = self._pending.find(self._end) if self._end else -1
-                if at < 0:
+                length = self._format.scan(self._pending)
+                if length is None or (length == NO_CALL and self._forced is not None):
                     return
-                body, self._pending = self._pending[:at], self._pending[at + len(self._end) :]
-                yield from self._call(body, self._end)
+                calls = self._calls(self._pending[:length].removesuffix(self._format.end)) if length > 0 else []
+                if calls:
+                    self._pending = self._pending[length:]
+                    yield from self._made(calls)
+                else:
+                    yield from self._no_call()
             else:
-                at = self._pending.find(self._start)
-                keep = len(self._pending) - at if at >= 0 else self._overhang()
+                at = self._pending.find(start) if start else -1
+                keep = len(self._pending) - at if at >= 0 else overhang(self._pending, start)
                 final = len(self._pending) - keep
                 text, self._pending = self._pending[:final], self._pending[final:]
                 yield from self._plain(text)
                 if at < 0:
                     return
-                self._pending = self._pending[len(self._start) :]
-                self._inside = True
+                self._pending = self._pending[len(start) :]
+                self._before, self._inside = start, True
 
     def finish(self) -> Iterator[str | ToolCall]:
         """The rest, after the last text."""
-        pending, self._pending = self._pending, ""
+        if self._ended:
+            return
         if self._inside:
-            yield from self._call(pending, "")
-        else:
-            yield from self._plain(pending)
+            # The end marker may be missing, or be cut.
+            ends = (len(self._pending), len(self._pending) - overhang(self._pending, self._format.end))
+            calls = next((found for end in ends if (found := self._calls(self._pending[:end]))), [])
+            if not calls and self._forced is not None and self._pending.startswith(self._head):  # the answer was cut
+                calls = [ToolCall(self._forced, _first_json(self._pending.removeprefix(self._head)))]
+            if calls:
+                yield from self._made(calls)
+                return
+            yield from self._no_call()
+        pending, self._pending = self._pending, ""
+        yield from self._plain(pending)
+
+    @property
+    def _ended(self) -> bool:
+        return self._single and self._called
 
     def _plain(self, text: str) -> Iterator[str]:
-        if self._after_call:  # dialects put a line break between calls
+        if self._after_call:  # formats put a line break between calls
             text = text.lstrip()
         if text:
             self._after_call = False
             yield text
 
-    def _call(self, body: str, end: str) -> Iterator[str | ToolCall]:
-        begun, forced, head = self._begun, self._forced, self._head
-        self._begun, self._forced, self._inside = False, None, False
-        calls = self._calls(body)
-        if not calls and forced is not None and head and body.startswith(head):  # the answer was cut
-            calls = [ToolCall(forced, _first_json(body[len(head) :]))]
-        self._after_call = bool(calls)
-        if calls:
-            yield from calls
-        else:
-            yield f"{'' if begun else self._start}{body}{end}"
+    def _made(self, calls: list[ToolCall]) -> Iterator[ToolCall]:
+        yield from calls[:1] if self._single else calls
+        self._called = self._after_call = True
+        self._head, self._forced, self._before = "", None, ""
+        self._inside = self._format.repeats
+
+    def _no_call(self) -> Iterator[str]:
+        """What stands pending is text."""
+        before, self._before, self._head, self._inside = self._before, "", "", False
+        yield from self._plain(before)
 
     def _calls(self, text: str) -> list[ToolCall]:
         """The calls in the text between two markers; empty if it cannot be parsed."""
+        offered = {tool["function"]["name"] for tool in self._tools}
+        if self._before and (named := text.strip().removesuffix("[ARGS]")) in offered:
+            return [ToolCall(named, "{}")]
         try:
-            parsed = self._parse(text, self._tools)
+            parsed = self._format.parse(text, self._tools)
             found = parsed if isinstance(parsed, list) else [parsed]
-            calls = [ToolCall(call["name"], _object(call["arguments"])) for call in found]
-        except Exception:  # mlx-lm's parsers can raise anything on text that is not a call
+            calls = [_call(call) for call in found]
+        except Exception:  # parsers can raise anything on text that is not a call
             return []
-        return calls if all(isinstance(call.name, str) and call.name for call in calls) else []
-
-    def _overhang(self) -> int:
-        """How many characters at the end of the pending text may begin the start marker."""
-        for length in range(min(len(self._start) - 1, len(self._pending)), 0, -1):
-            if self._start.startswith(self._pending[-length:]):
-                return length
-        return 0
+        return calls if self._format.start or offered.issuperset(call.name for call in calls) else []
 
 
-def _object(arguments: Any) -> str:
-    value = json.loads(arguments) if isinstance(arguments, str) else arguments
+def _call(call: dict[str, Any]) -> ToolCall:
+    """A call as models write it; raises anything if it is none."""
+    call = call["function"] if isinstance(call.get("function"), dict) else call
+    name = call.get("name", call.get("function"))
+    if not isinstance(name, str) or not name:
+        raise ValueError("the call has no name")
+    written = [call[key] for key in ("arguments", "parameters") if key in call]
+    if not written and not call.keys() <= {"name", "function", "type", "id"}:
+        raise ValueError("the arguments stand elsewhere")
+    arguments = written[0] if written else None
+    value = json.loads(arguments or "null") if isinstance(arguments, str) else arguments
+    value = {} if value is None else value
     if not isinstance(value, dict):
         raise ValueError("the arguments are no object")
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return ToolCall(name, json.dumps(value, ensure_ascii=False, allow_nan=False))
 
 
 def _first_json(text: str) -> str:

@@ -62,13 +62,16 @@ function append(turn, text) {
   if (atEnd) conversation.scrollTop = conversation.scrollHeight;
 }
 
-function addEnding(turn, text) {
-  const ending = document.createElement("span");
-  ending.className = "ending";
-  ending.textContent = text;
-  turn.append(ending);
+function addSpan(turn, kind, text) {
+  const span = document.createElement("span");
+  span.className = kind;
+  span.textContent = text;
+  turn.append(span);
   conversation.scrollTop = conversation.scrollHeight;
+  return span;
 }
+
+const addEnding = (turn, text) => addSpan(turn, "ending", text);
 
 function whatSelects() {
   const { value } = choice;
@@ -84,7 +87,7 @@ async function ask(text) {
   conversation.setAttribute("aria-busy", "true");
   running = new AbortController();
   setRunning(true);
-  let said = "", finish = null, figures = null, stopped = false;
+  let said = "", thoughts = null, finish = null, figures = null, stopped = false;
   try {
     const body = JSON.stringify({
       model, stream: true, messages: [...messages, question], stream_options: { include_usage: true },
@@ -94,6 +97,10 @@ async function ask(text) {
     for await (const event of events(response)) {
       if (event.error) throw new Error(event.error.message);
       const [first] = event.choices ?? [];
+      if (first?.delta?.reasoning_content) {
+        thoughts ??= addSpan(turn, "thoughts", "");
+        append(thoughts, first.delta.reasoning_content);
+      }
       if (first?.delta?.content) {
         said += first.delta.content;
         append(turn, first.delta.content);

@@ -6,6 +6,7 @@ import importlib
 import json
 import sys
 from collections.abc import Iterator
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,16 @@ TOOLS: list[dict[str, Any]] = [
 ]
 # mlx-lm 0.31, the last for Python 3.10, has fewer parsers, and simpler ones.
 NEW = sys.version_info >= (3, 11)
-DIALECTS = ["json_tools", "qwen3_coder", "minimax_m2", "longcat", "kimi_k2", "glm47", *(["mistral"] if NEW else [])]
+DIALECTS = [
+    "json_tools",
+    "bare",
+    "qwen3_coder",
+    "minimax_m2",
+    "longcat",
+    "kimi_k2",
+    "glm47",
+    *(["mistral"] if NEW else []),
+]
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +67,10 @@ def roomy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
 
 
 def speaking(tokenizer: TokenizerWrapper, dialect: str) -> TokenizerWrapper:
+    if dialect == "bare":  # Llama's, which mlx-lm does not know
+        bare = copy(tokenizer._tokenizer)
+        bare.chat_template = '{# {"name": function name, "parameters": dictionary} and m.tool_calls #}'
+        return TokenizerWrapper(bare, eos_token_ids=tokenizer.eos_token_ids)
     parser = importlib.import_module(f"mlx_lm.tool_parsers.{dialect}")
     return TokenizerWrapper(
         tokenizer._tokenizer,

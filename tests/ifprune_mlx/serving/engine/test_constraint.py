@@ -12,6 +12,7 @@ from typing import Any
 import jsonschema
 import mlx.core as mx
 import pytest
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ifprune_mlx import load
 from ifprune_mlx.constraint import Constraint, Grammar, Grammars, json_rule
@@ -194,6 +195,9 @@ TEXT = '{"name": "Ada", "age": 36}'
         ("hi<think>\n\n</think>\n\n", TEXT, True),
         ("hi<think>\n\n</think>\n\n", f"<think>no</think>{TEXT}", False),
         ("a<think>b</think>c", f"<think>so</think>{TEXT}", True),  # thoughts of an earlier turn
+        ("What does <think> mean?", TEXT, True),
+        ("What does <think> mean?", f"<think>so</think>{TEXT}", True),
+        ("What does <think> mean?", f"well</think>{TEXT}", False),
     ],
 )
 def test_thoughts_are_free_and_the_answer_after_them_is_not(
@@ -202,6 +206,33 @@ def test_thoughts_are_free_and_the_answer_after_them_is_not(
     tokenizer = thinking_tokenizer(tmp_path)
     assert tokenizer.has_thinking
     grammar = Grammars(tokenizer).compile(f"answer: {json_rule(PERSON)}", tokenizer.encode(prompt))
+    matcher, tokens = grammar.matcher.deep_copy(), tokenizer.encode(answer)
+    assert (matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()) == accepted
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "continues", "accepted"),
+    [
+        ("hi", f"[THINK]I say [/TH and more[/THINK]\n{TEXT}", False, True),
+        ("hi", f"[THINK]I say{TEXT}", False, False),
+        ("hi[THINK]\n", f"well[/THINK]{TEXT}", False, True),
+        ("hi[THINK]\n", TEXT, False, False),
+        ("hi[THINK]\n[/THINK]\n", f"[THINK]no[/THINK]{TEXT}", False, False),
+        ("I say: ", TEXT, True, True),
+        ("I say: ", f"[THINK]no[/THINK]{TEXT}", True, False),  # the answer has begun before
+    ],
+)
+def test_marks_of_thoughts_that_are_no_tokens(
+    prompt: str, answer: str, continues: bool, accepted: bool, tiny: Tiny
+) -> None:
+    plain = tiny[1]
+    tokenizer = TokenizerWrapper(plain._tokenizer, eos_token_ids=plain.eos_token_ids)
+    tokenizer.chat_template, before = "{# [THINK] [/THINK] #}", plain.chat_template
+    try:
+        rule = f"answer: {json_rule(PERSON)}"
+        grammar = Grammars(tokenizer).compile(rule, tokenizer.encode(prompt), continues=continues)
+    finally:
+        plain.chat_template = before
     matcher, tokens = grammar.matcher.deep_copy(), tokenizer.encode(answer)
     assert (matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()) == accepted
 

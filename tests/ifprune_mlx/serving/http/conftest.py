@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 
 import pytest
 
+from tests.ifprune_mlx.serving.http.scripted import Scripted, scripted
 from tests.ifprune_mlx.serving.http.serving import Served, serving, write_tool_checkpoint
 from tests.tiny import write_checkpoint
 
@@ -26,6 +29,18 @@ def served_tools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("tools")
     with serving(write_tool_checkpoint(folder / "checkpoint"), folder / "cache", "--dense") as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def scripted_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Scripted]]:
+    """Servers whose answers are given, by the family of their chat template (see `FAMILIES`)."""
+    with ExitStack() as servers:
+
+        @cache
+        def of(family: str) -> Scripted:
+            return servers.enter_context(scripted(tmp_path_factory.mktemp(family), family))
+
+        yield of
 
 
 @pytest.fixture(scope="session")

@@ -71,9 +71,8 @@ CASES = {
     "part without text": said("text: is required", {"role": "user", "content": [{"type": "text"}]}),
     "tool without id": said("tool_call_id: is required", {"role": "tool", "content": "x"}),
     "tool message": said("has no tools", *HELLO, {"role": "tool", "content": "x", "tool_call_id": "a"}),
-    "call without JSON": said(
-        "arguments: must be the JSON text",
-        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]},
+    "call without function": said(
+        "tool_calls[0].function: is required", {"role": "assistant", "tool_calls": [{"type": "function"}]}
     ),
     "another model": chat("not served", 404, model="gpt-9"),
     "model a number": chat("model: must be a string", model=1),
@@ -138,10 +137,16 @@ CASES = {
     "best_of": text("best_of", best_of=5),
     "no max_tokens": Bad(MESSAGES, {"messages": HELLO}, "max_tokens: is required"),
     "system number": message("system: must be a string", system=1),
-    "system role": message("messages[0].role: must be one of", messages=[{"role": "system", "content": "x"}]),
+    "another role": message("messages[0].role: must be one of", messages=[{"role": "king", "content": "x"}]),
+    "system alone": message("message of the user", messages=[{"role": "system", "content": "x"}]),
     "assistant alone": message("message of the user", messages=[{"role": "assistant", "content": "x"}]),
-    "document": message("text only", messages=[{"role": "user", "content": [{"type": "document"}]}]),
-    "server tool": message("of your own", tools=[{"type": "web_search_20250305", "name": "web_search"}]),
+    "block without type": message("type: is required", messages=[{"role": "user", "content": [{"text": "x"}]}]),
+    "block no object": message(
+        "messages[0].content[0]: must be an object", messages=[{"role": "user", "content": [1]}]
+    ),
+    "forced server tool": message(
+        "needs tools", tools=[{"type": "web_search_20250305", "name": "web_search"}], tool_choice={"type": "any"}
+    ),
     "stop_sequences": message("stop_sequences", stop_sequences=[1]),
     "choice": message("tool_choice.type", tool_choice={"type": "some"}),
     "unknown path": Bad("/v1/nothing", {}, "no such path", 404),
