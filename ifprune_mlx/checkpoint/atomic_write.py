@@ -59,7 +59,8 @@ def write_atomic(path: Path, write: Callable[[Path], object], error: type[Ifprun
         _raise_unless_bug(exc, error(f"{path}: cannot be written ({reason_of(exc)}); {_ADVICE}"))
     finally:
         if temporary is not None:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # it may not be there
+                temporary.unlink()
 
 
 def check_replaceable(path: Path, where: str = "", error: type[IfpruneError] = IfpruneError) -> None:

@@ -405,7 +405,7 @@ class Terminal:
         """Enter a message at the prompt, and press Ctrl-C once its answer has begun."""
         self.expect(PROMPT)
         self.send(f"{keys}\r")
-        self.expect(PROMPT_LEFT + b".{200}")
+        self.expect(PROMPT_LEFT + b".{20}")
         self.send("\x03")
         self.expect(rb"\] stopped")
 

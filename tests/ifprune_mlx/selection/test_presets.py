@@ -186,7 +186,7 @@ def test_a_data_folder_that_cannot_be_made(copy: Path, tmp_path: Path) -> None:
 def test_a_folder_of_tasks_that_cannot_be_written_keeps_what_it_has(store: TaskStore) -> None:
     store.save("poetry", selection(1))
     (store.folder / "code.safetensors").mkdir()
-    with pytest.raises(TaskError, match=r"task code: .* cannot be written .*IFPRUNE_DATA sets the folder") as caught:
+    with pytest.raises(TaskError, match=r"task code: .* cannot be written.*IFPRUNE_DATA sets the folder") as caught:
         store.save("code", selection(2))
     assert "\n" not in str(caught.value)
     assert files(store.folder) == ["poetry.safetensors"]

@@ -46,7 +46,7 @@ def test_what_cannot_be_answered_fails_alone(tiny: Tiny) -> None:
         ),
         (make_request(selection=wrong), SelectionError, ""),
         (make_request(()), PromptError, "empty"),
-        (make_request((VOCABULARY,)), PromptError, "token ids"),
+        (make_request((VOCABULARY,)), PromptError, "token id"),
         (make_request(max_tokens=0), PromptError, "max tokens"),
         (make_request(stop=("",)), IfpruneError, "stop string"),
         (make_request(logprobs=21), IfpruneError, "from 0 to 20"),
