@@ -62,7 +62,7 @@ def call_format(tokenizer: TokenizerWrapper) -> CallFormat | None:
         return CallFormat(name, start, end, partial(_scan_json, end), _parse_json)
     if name == "mistral":
         return CallFormat(name, start, end, _scan_mistral, _parse_mistral, repeats=True)
-    pattern = regex.compile(f"(?s:{_PATTERNS.get(name, '.*?')})\\s*{regex.escape(end)}")
+    pattern = regex.compile(f"(?s:{_PATTERNS.get(name, '.*?')}){regex.escape(end)}")
     return CallFormat(name, start, end, partial(_scan_pattern, pattern), partial(_parse_pattern, tokenizer.tool_parser))
 
 
@@ -148,32 +148,33 @@ def _parse_pattern(parser: Callable[[str, list[dict[str, Any]]], Any], text: str
 
 def _arguments(key: str, close_key: str, value: str, close_value: str) -> str:
     """The pattern of arguments of which each is written by itself."""
-    return f"(?:{key}(?>.*?{close_key})\\s*{value}(?>.*?{close_value})\\s*)*"
+    return f"(?:{key}(?>.*?{close_key})\\s*+{value}(?>.*?{close_value})\\s*+)*+"
 
 
 def _invokes(prefix: str) -> str:
     """The pattern of calls as `<invoke name="f"><parameter name="x">1</parameter></invoke>`."""
-    parameter = f"<{prefix}parameter\\b[^>]*>(?>.*?</{prefix}parameter>)\\s*"
-    return f"\\s*(?:<{prefix}invoke\\b[^>]*>\\s*(?:{parameter})*</{prefix}invoke>\\s*)+"
+    parameter = f"<{prefix}parameter\\b[^>]*>(?>.*?</{prefix}parameter>)\\s*+"
+    return f"\\s*+(?:<{prefix}invoke\\b[^>]*>\\s*+(?:{parameter})*+</{prefix}invoke>\\s*+)++"
 
 
-# What stands between the marks, by mlx-lm's parser. The calls of other parsers end at the end mark.
-_JSON_OR_NAME = r"\s*(?:\{.*?\}|\w[\w.:/-]*\s*(?:\{.*?\}|%s))"
+# What stands between the marks, by mlx-lm's parser. The calls of other parsers end at the end mark. Nothing is tried
+# twice (`(?>`, `++`): answers must not take time without end.
+_JSON_OR_NAME = r"\s*+(?:\{.*?\}|\w[\w.:/-]*+\s*+(?:\{.*?\}|%s))\s*+"
 _GLM = _JSON_OR_NAME % _arguments("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
-_GEMMA = r"\s*(?:call:[\w.-]+\{.*?\}\s*)+"
+_GEMMA = r"\s*+call:[\w.-]+\{.*?\}\s*+"
 _PATTERNS = {
     "function_gemma": _GEMMA,
     "gemma4": _GEMMA,
     "glm47": _GLM,
     "laguna": _GLM,
-    "kimi_k2": r"\s*(?:<\|tool_call_begin\|>\s*[^\s<>{}]+\s*"
-    r"<\|tool_call_argument_begin\|>(?>.*?<\|tool_call_end\|>)\s*)+",
-    "kimi_k3": r"\s*<\|open\|>call\b.*?",
+    "kimi_k2": r"\s*+(?:<\|tool_call_begin\|>\s*+[^\s<>{}]+\s*+"
+    r"<\|tool_call_argument_begin\|>(?>.*?<\|tool_call_end\|>)\s*+)++",
+    "kimi_k3": r"\s*+<\|open\|>call\b.*?",
     "longcat": _JSON_OR_NAME
     % _arguments("<longcat_arg_key>", "</longcat_arg_key>", "<longcat_arg_value>", "</longcat_arg_value>"),
-    "minicpm5": r"""\s*["']?[^"'<>\s]+["']?\s*>\s*(?:<param\s[^>]*>(?>.*?</param>)\s*)*""",
+    "minicpm5": r"""\s*+["']?[^"'<>\s]+["']?\s*+>\s*+(?:<param\s[^>]*>(?>.*?</param>)\s*+)*+""",
     "minimax_m2": _invokes(""),
     "muse_spark": _invokes("atem:"),
-    "pythonic": r"\s*\[\s*[\w.]+\s*\(.*?\)\s*\]",
-    "qwen3_coder": r"\s*<function=[^\s<>]+>?\s*(?:<parameter=[^<>]+>(?>.*?</parameter>)\s*)*</function>",
+    "pythonic": r"\s*+\[\s*+[\w.]+\s*+\(.*?\)\s*+\]\s*+",
+    "qwen3_coder": r"\s*+<function=[^\s<>]+>?\s*+(?:<parameter=[^<>]+>(?>.*?</parameter>)\s*+)*+</function>\s*+",
 }

@@ -90,7 +90,7 @@ class Anthropic:
             # Agents ask all models for it. They may think, and need not.
             self._say_once("a client asks for thinking, but this model does not think before it answers")
             enabled = None
-        if enabled and (conversation.prefill or conversation.tools.forced):
+        if enabled and (conversation.prefill or conversation.tools.forced):  # Anthropic refuses both, too
             param = "messages" if conversation.prefill else "tool_choice"
             raise field_error(param, "says how the answer begins, so the model cannot think before; disable thinking")
         return replace(conversation, thinking=ThinkingOptions(enabled, budget=switch.budget_tokens))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from mlx_lm.tool_parsers import json_tools, mistral, pythonic, qwen3_coder
 
-from ifprune_mlx.serving.engine.call_formats import NO_CALL, json_end
+from ifprune_mlx.serving.engine.call_formats import NO_CALL, call_format, json_end
 from ifprune_mlx.serving.http.tools import ToolCall, ToolSplitter, beginning
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
@@ -255,3 +255,12 @@ def test_every_beginning_of_json_may_go_on(indent: int | None, ascii_only: bool)
     assert json_end(f"  {text} and more") == len(text) + 2
     for broken in ("{x", '{"a" 1', "[1 2", '{"a": 1 "b"', "no", '{"a": no', '{"a": "\\x', "[" * 100_000):
         assert json_end(broken) == NO_CALL
+
+
+@pytest.mark.parametrize("name", sorted(WITHOUT_ARGUMENTS))
+def test_texts_that_repeat_themselves_take_no_time_without_end(name: str) -> None:
+    calls = call_format(family(name))
+    assert calls is not None
+    inner = WITHOUT_ARGUMENTS[name][0].removeprefix(calls.start).removesuffix(calls.end)
+    for text in (inner * 500, inner + " " * 5000 + "x", inner + "}" * 5000, inner[:-1] * 500, inner + "<" * 5000):
+        assert calls.scan(text) in (None, NO_CALL) or calls.end == ""
