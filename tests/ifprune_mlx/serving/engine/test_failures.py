@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from ifprune_mlx import Model, Selection, load
+from ifprune_mlx.detokenizer import Detokenizer
 from ifprune_mlx.serving.engine import decoder as decoder_module
 from ifprune_mlx.serving.engine.active_selection import ActiveSelection
 from ifprune_mlx.serving.engine.decoder import BatchDecoder, SingleDecoder
@@ -107,7 +108,7 @@ def test_what_the_decoder_is_used_with_can_fail(tiny: Tiny, trouble: Trouble, ki
 
 
 def test_detokenizing_can_fail(tiny: Tiny, trouble: Trouble) -> None:
-    trouble.at(type(tiny[1].detokenizer), "add_token")
+    trouble.at(Detokenizer, "add_token")
     check(tiny, trouble)
 
 
