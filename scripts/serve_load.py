@@ -183,7 +183,7 @@ class Load:
 
     def _figures(self) -> dict[str, int]:
         text = httpx.get(f"{self._url}/metrics", timeout=60).text
-        pairs = (line.split() for line in text.splitlines() if not line.startswith("#"))
+        pairs = (line.rsplit(maxsplit=1) for line in text.splitlines() if not line.startswith("#"))
         return {name: int(float(value)) for name, value in pairs}
 
 
