@@ -47,7 +47,7 @@ def check_ids(model: Model, tokens: Sequence[int]) -> None:
     if tokens and rows is not None and not 0 <= min(tokens) <= max(tokens) < rows:
         wrong = next(token for token in tokens if not 0 <= token < rows)
         raise PromptError(
-            f"the prompt holds the token id {wrong}, and the model has ids from 0 to {rows - 1}; encode it with the "
+            f"the prompt holds the token {wrong}, and the model has token ids from 0 to {rows - 1}; encode it with the "
             "model's own tokenizer"
         )
 
