@@ -273,17 +273,10 @@ class _Shown:
         if text and self._mark:  # which stands in the prompt
             text, self._mark = self._mark + text, ""
         for thought, piece in [(False, text)] if self._finder is None else self._finder.feed(text):
-            self._put(piece, dim=thought)
+            show_answer(piece, dim=thought)
 
     def finish(self) -> None:
         """Write the rest, after the last text."""
         if self._finder is not None:
             thought, rest = self._finder.finish()
-            self._put(rest, dim=thought)
-
-    def _put(self, text: str, *, dim: bool) -> None:
-        if text:
-            sys.stdout.write("\x1b[2m" if dim else "")
-            show_answer(text)
-            sys.stdout.write("\x1b[0m" if dim else "")
-            sys.stdout.flush()
+            show_answer(rest, dim=thought)

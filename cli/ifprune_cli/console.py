@@ -55,9 +55,10 @@ def show(text: object = "", end: str = "\n") -> None:
     print(printable(str(text)), end=end, flush=True)
 
 
-def show_answer(text: str) -> None:
+def show_answer(text: str, *, dim: bool = False) -> None:
     """A piece of a model's answer, on stdout: a pipe gets it as it is, a terminal without control characters."""
-    sys.stdout.write(_UNPRINTABLE.sub("", text) if sys.stdout.isatty() else text)
+    text = _UNPRINTABLE.sub("", text) if sys.stdout.isatty() else text
+    sys.stdout.write(f"\x1b[2m{text}\x1b[0m" if dim and text else text)
     sys.stdout.flush()
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from .console import one_line
+from .console import note, one_line
 
 VerboseOption = Annotated[
     bool,
@@ -55,4 +55,4 @@ def be_verbose() -> None:
 def show_cause(exc: BaseException) -> None:
     """Print where an error comes from, with all its causes, if everything is logged."""
     if logging.getLogger(_LIBRARIES[0]).isEnabledFor(logging.DEBUG):
-        traceback.print_exception(exc, file=sys.stderr)
+        note("".join(traceback.format_exception(exc)).rstrip())
