@@ -11,9 +11,9 @@ from typing import Any, Literal, get_args
 from ifprune_mlx.errors import DataError, IfpruneError
 
 Stage = Literal["calibrate", "distill", "pretrain", "sft"]
-ArmName = Literal["learned", "static", "none"]
+ArmName = Literal["learned", "static", "static-learned", "none"]
 Pooling = Literal["last", "mean", "both"]
-FineTuneType = Literal["lora", "full"]
+FineTuneType = Literal["lora", "full", "none"]
 Dtype = Literal["float16", "bfloat16", "float32"]
 ARMS: tuple[ArmName, ...] = get_args(ArmName)
 _CHOICES = {"stage": Stage, "pooling": Pooling, "fine_tune_type": FineTuneType, "dtype": Dtype}
@@ -24,7 +24,8 @@ _COUNTS = (
 BOUNDS: dict[str, tuple[type, float, float]] = {
     **dict.fromkeys(_COUNTS, (int, 1, math.inf)),
     **dict.fromkeys(("warmup", "eval_prompts"), (int, 0, math.inf)),
-    **dict.fromkeys(("learning_rate", "head_learning_rate", "clip", "margin"), (float, 0, math.inf)),
+    **dict.fromkeys(("learning_rate", "head_learning_rate", "scores_learning_rate"), (float, 0, math.inf)),
+    **dict.fromkeys(("gain_learning_rate", "clip", "margin"), (float, 0, math.inf)),
     **dict.fromkeys(("head_start", "teacher", "eval_density"), (float, 0, 1)),
     "held_out": (float, 0, 0.9),
     "lora_scale": (float, -math.inf, math.inf),
@@ -36,7 +37,7 @@ BOUNDS: dict[str, tuple[type, float, float]] = {
 _OBJECTIVE = dict.fromkeys(
     ("teacher", "epsilon", "margin"), "give a teacher from 0 to 1, an epsilon above 0 and a margin of 0 or more"
 )
-_LEARNING_RATES = {"lora": 5e-4, "full": 1e-4}
+_LEARNING_RATES = {"lora": 5e-4, "full": 1e-4, "none": 0.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +75,10 @@ class TrainConfig:
     # pretrain and sft
     selector: tuple[ArmName, ...] = ("learned", "static")  # the arms
     predictor: Path | None = None  # folder of the predictor to begin with; None: that of start, or the checkpoint's
+    scores: Path | None = None  # file of scores that static-learned begins with; None: that of start, or the prior
     start: Path | None = None  # folder of an earlier run whose adapters, prior and predictor the arms begin with
     densities: str = "0.5"  # numbers and ranges, such as 0.27,0.2-0.8; a sequence draws from one, each as likely
-    fine_tune_type: FineTuneType = "lora"  # train adapters, or whole weights
+    fine_tune_type: FineTuneType = "lora"  # train adapters, whole weights, or neither
     lora_rank: int = 16
     lora_scale: float = 2.0
     teacher: float = 0.5  # share of KL(dense base model || arm) in the loss, the rest is cross-entropy; 0: no teacher
@@ -86,12 +88,15 @@ class TrainConfig:
     batch_size: int = 8  # sequences of a step, over all processes
     learning_rate: float | None = None  # at its peak, of adapters or weights; None: 5e-4, whole weights 1e-4
     head_learning_rate: float = 0.0  # at its peak, of the predictor's head; 0 keeps the head as it is
-    head_start: float = 0.2  # share of the steps before the head begins to learn, so that weights settle
+    scores_learning_rate: float = 0.0  # at its peak, of the scores of static-learned; 0 keeps them as they are
+    gain_learning_rate: float = 0.0  # at its peak, of a gain for every neuron of the arms that choose; 0: no gains
+    head_start: float = 0.2  # share of the steps before head and scores begin to learn, so that weights settle
     warmup: int = 20  # steps until the peak; then the rate falls by a cosine to a tenth
     clip: float = 1.0  # largest global norm of a gradient
     grad_checkpoint: bool = False  # recompute activations in the backward pass: less memory, more time
     steps_per_report: int = 10
     steps_per_eval: int = 200
+    eval_data: Mapping[str, Path] = field(default_factory=dict)  # held-out chats by domain; none: those of data
     eval_density: float | None = None  # None: the middle of the last of densities
     eval_prompts: int = 10  # held-out prompts of each domain to evaluate on, at least 2; 0 is off
     save_every: int = 50  # steps between states on disk
@@ -137,10 +142,11 @@ class TrainConfig:
                 bounds = f"give at least {least:g}" + ("" if most == math.inf else f" and at most {most:g}")
                 raise DataError(f"{_flag(name)} {value}: {_OBJECTIVE.get(name, bounds)}")
             object.__setattr__(self, name, number)
-        for name in ("output", "backbone", "predictor", "start"):
+        for name in ("output", "backbone", "predictor", "scores", "start"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, Path(getattr(self, name)))
-        object.__setattr__(self, "data", {name: Path(file) for name, file in self.data.items()})
+        for name in ("data", "eval_data"):
+            object.__setattr__(self, name, {domain: Path(file) for domain, file in getattr(self, name).items()})
         for name, share in self.weight.items():
             try:
                 float(share)
@@ -209,6 +215,10 @@ class TrainConfig:
             "densities": self.density_ranges,
             "seed": self.seed,
         }
+        # Left out where they are off, so that runs of releases without them go on.
+        for name in ("scores_learning_rate", "gain_learning_rate"):
+            if getattr(self, name):
+                settings[name] = getattr(self, name)
         objective = {"teacher": self.teacher, "epsilon": self.epsilon, "margin": self.margin}
         return {"settings": settings, "objective": objective}
 
