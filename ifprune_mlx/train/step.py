@@ -29,7 +29,7 @@ from ifprune_mlx.selection.selection import Scores
 from ifprune_mlx.sparse.soft_topk import hard_top_k, soft_top_k
 from ifprune_mlx.train.config import TrainConfig
 from ifprune_mlx.train.gradients import recomputed
-from ifprune_mlx.train.loss import answer_logits, answer_rows, log_softmax
+from ifprune_mlx.train.loss import answer_logits, answer_rows, cross_entropy, log_softmax
 from ifprune_mlx.train.trainable import Parameters, TrainableModel
 
 GROUPS = ("adapter", "head", "scores", "gains")
@@ -330,10 +330,12 @@ class TrainStep:
     def _loss(self, examples: Sequence[Example], teacher: TeacherOutput | None) -> tuple[mx.array, mx.array, mx.array]:
         """The loss, and cross-entropy and divergence of every token to be predicted, `[a]`."""
         tokens, rows, wanted = answer_rows(examples)
-        log_probs = log_softmax(answer_logits(self._trainable.model.module, tokens, rows))
-        ce = -mx.take_along_axis(log_probs, wanted[:, None], axis=-1)[:, 0]
+        logits = answer_logits(self._trainable.model.module, tokens, rows)
         if teacher is None:
+            ce = cross_entropy(logits, wanted)
             return ce.sum(), ce, mx.zeros_like(ce)
+        log_probs = log_softmax(logits)
+        ce = -mx.take_along_axis(log_probs, wanted[:, None], axis=-1)[:, 0]
         kl = -(teacher.probabilities * log_probs).sum(axis=-1) - teacher.entropy
         share = self._config.teacher
         return (1 - share) * ce.sum() + share * kl.sum(), ce, kl
