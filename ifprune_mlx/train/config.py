@@ -88,7 +88,7 @@ class TrainConfig:
     batch_size: int = 8  # sequences of a step, over all processes
     learning_rate: float | None = None  # at its peak, of adapters or weights; None: 5e-4, whole weights 1e-4
     head_learning_rate: float = 0.0  # at its peak, of the predictor's head; 0 keeps the head as it is
-    scores_learning_rate: float = 0.0  # at its peak, of the scores of static-learned; 0 keeps them as they are
+    scores_learning_rate: float = 0.0  # at its peak, of the scores of static-learned, and of the head's bias if above 0
     gain_learning_rate: float = 0.0  # at its peak, of a gain for every neuron of the arms that choose; 0: no gains
     head_start: float = 0.2  # share of the steps before head and scores begin to learn, so that weights settle
     warmup: int = 20  # steps until the peak; then the rate falls by a cosine to a tenth

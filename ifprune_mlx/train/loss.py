@@ -75,7 +75,8 @@ def cross_entropy(logits: mx.array, wanted: mx.array) -> mx.array:
         logits: float32 `[a, vocabulary]`.
         wanted: int `[a]`.
     """
-    return _cross_entropy(logits, wanted)[0]
+    losses: mx.array = _cross_entropy(logits, wanted)[0]  # type: ignore[index]
+    return losses
 
 
 @mx.custom_function

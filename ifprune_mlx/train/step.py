@@ -33,11 +33,11 @@ from ifprune_mlx.train.loss import answer_logits, answer_rows, cross_entropy, lo
 from ifprune_mlx.train.trainable import Parameters, TrainableModel
 
 GROUPS = ("adapter", "head", "scores", "gains")
-"""What an arm's parameters belong to; each group has an optimizer of its own. A parameter's name begins with its group,
-but for those of the adapter, which have mlx-lm's names."""
+"""What an arm's parameters belong to. A name begins with its group; those of the adapter have mlx-lm's names."""
 SCORES, GAINS = "scores.neurons", "gains.neurons"
 _CHOOSING = ("learned", "static-learned")
 _HEAD = "head."
+_BIAS = "head.second_bias"
 _HEAD_ARRAYS = ("first", "first_bias", "second", "second_bias")
 _Choice = tuple["list[mx.array] | None", "list[mx.array] | None"]
 """The ids and masks that `TrainableModel.choose` takes."""
@@ -49,7 +49,7 @@ class Arm:
 
     name: str  # from `train.config.ARMS`
     parameters: Parameters  # adapter or model weights, under `head.` the head's; `SCORES` and `GAINS`, `[neurons]`
-    optimizers: Mapping[str, optimizers.Optimizer]  # by group
+    optimizers: Mapping[str, optimizers.Optimizer]  # by group; with one for `scores` it trains a head's bias as well
     gradients: Parameters = field(default_factory=dict)  # accumulated since the last step
 
     @property
@@ -76,10 +76,9 @@ class Arm:
         Raises:
             IfpruneError: if a gradient is not a number; nothing is changed then.
         """
-        parts = {
-            group: {name: value for name, value in self.gradients.items() if group_of(name) == group}
-            for group in GROUPS
-        }
+        parts: dict[str, Parameters] = {group: {} for group in self.optimizers}
+        for name, value in self.gradients.items():
+            parts[self._optimizer_of(name)][name] = value
         clipped = [(self.optimizers[group], *_clipped(part, clip)) for group, part in parts.items() if part]
         norms = [float(norm) for _, _, norm in clipped]
         if not np.isfinite(norms).all():
@@ -96,6 +95,10 @@ class Arm:
             del gradients
         mx.eval(self.parameters, [optimizer.state for optimizer in self.optimizers.values()])
         return norms[0]
+
+    def _optimizer_of(self, name: str) -> str:
+        """The bias of a head is what `static-learned` has for scores, and is trained like it where that arm is."""
+        return "scores" if name == _BIAS and "scores" in self.optimizers else group_of(name)
 
     def state(self) -> Parameters:
         """The arm's parameters and optimizer states, by name."""

@@ -264,9 +264,11 @@ class Trainer:
         rates = {
             "adapter": (config.peak_learning_rate, config.iters),
             "head": (config.head_learning_rate, late),
-            "scores": (config.scores_learning_rate, late),
-            "gains": (config.gain_learning_rate, config.iters),
         }
+        if config.scores_learning_rate or name == "static-learned":
+            rates["scores"] = (config.scores_learning_rate, late)
+        if config.gain_learning_rate:
+            rates["gains"] = (config.gain_learning_rate, config.iters)
         optimizers = {
             group: AdamW(
                 _schedule(rate, steps, config.warmup), betas=[0.9, 0.98], weight_decay=0.0, bias_correction=True

@@ -62,7 +62,7 @@ class Bench:
         return Arm(
             name,
             held | (head_parameters(self.head) if name == "learned" else {}),
-            {group: SGD(1.0) for group in GROUPS},
+            {group: SGD(1.0) for group in GROUPS if group != "scores" or name == "static-learned"},
         )
 
     def dense(self, *, adapter: bool = True) -> Any:
