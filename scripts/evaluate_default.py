@@ -1,36 +1,64 @@
-"""Evaluates the shipped default beside its controls, from what the repository holds.
+"""Evaluates the shipped default beside its controls, on prompts of seen and of unseen sources side by side.
 
     python scripts/evaluate_default.py --limit 30        # minutes
     python scripts/evaluate_default.py --out docs        # the full table, and the plot in the docs
+    python scripts/evaluate_default.py --data mine=chats.jsonl --sets unseen
     python scripts/evaluate_default.py --before-healing  # a predictor alone: an hour or two
 
-Two checkpoints of SmolLM2-135M-Instruct are made in the cache at first use: the shipped default (predictor, and the
-adapter healed along with it), and healed static (`scripts/controls`: the adapter of a fixed selection, trained on the
-same batches). `ifprune evaluate` prints the loss of the model as published, dense; then, per density, the losses of all
-rows with paired intervals. `dense` is there the healed model with all its neurons, for which it was not tuned.
+Training reads other prompts of the seen sources (scripts/held_out) and nothing of the unseen ones
+(scripts/held_out/unseen). A density's tables are printed as soon as it is measured. Rows:
 
-Before healing there is one checkpoint: the published weights and the predictor in `scripts/controls/before-healing`,
-whose mean over training instructions is the static selection it is compared with (docs/log.md says how it was trained).
+    published      SmolLM2-135M-Instruct as published, dense
+    dense          the default's weights with all neurons, for which they were not tuned
+    learned        the default: each prompt's own selection
+    mismatched     the default under the selection of another prompt of the same file
+    oracle         selected by the answer's own activations (with --oracle)
+    healed-static  one fixed selection, the mean of the predictor's over training instructions, and weights tuned for
+                   it on the same batches (scripts/controls/healed-static)
+
+Checkpoints are made in the cache at first use. Before healing there is one: the published weights and the predictor in
+`scripts/controls/before-healing`, whose mean over training instructions is the static selection that it is compared
+with (docs/log.md says how it was trained).
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
 
+from ifprune_cli.console import note, progress
+from ifprune_cli.options import named_files
 from ifprune_convert.embedded import cache_folder, embedded_gguf, ensure_embedded
 from ifprune_convert.pipeline import Options, convert
 from ifprune_convert.readers import open_source
+from ifprune_mlx import load
 from ifprune_mlx.checkpoint.atomic_write import sha256_file
+from ifprune_mlx.errors import IfpruneError
+from ifprune_mlx.eval import EvalConfig, evaluate
+from ifprune_mlx.eval.analysis import Quality, quality_chart
+from ifprune_mlx.eval.losses import Evaluation
+from ifprune_mlx.eval.metrics import POOLED
+from ifprune_mlx.eval.plots import write_figure
 
 HERE = Path(__file__).parent
 DATA = HERE.parent / "convert" / "ifprune_convert" / "data" / "smollm2-135m-instruct"
-SELECTORS = "dense,learned,mismatched"
-BEFORE_HEALING = "static,static-own,learned,mismatched,oracle"
+SETS = {"seen": HERE / "held_out", "unseen": HERE / "held_out" / "unseen"}
+SELECTORS = ("dense", "learned", "mismatched")
+BEFORE_HEALING = ("dense", "static", "static-own", "learned", "mismatched", "oracle")
+PAIRS = (
+    ("learned", "healed-static"),
+    ("learned", "static"),
+    ("learned", "static-own"),
+    ("learned", "mismatched"),
+    ("oracle", "static"),
+    ("learned", "published"),
+)
 
 
 def healed_static() -> Path:
@@ -55,35 +83,104 @@ def before_healing() -> Path:
     return target
 
 
+def tables(found: Evaluation, groups: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """Lines: losses and acceptance of every row, then the differences.
+
+    Args:
+        groups: by title (seen, unseen, own), names of domains; the evaluation calls them "title name".
+    """
+    parts = {title: _only(found, [f"{title} {name}" for name in names]) for title, names in groups.items()}
+    heads, titles = [], []
+    for title, names in groups.items():
+        heads.append("".join(f"{name:>9}" for name in [*names, "mean"]))
+        titles.append(f"{f'{title} sources':>{len(heads[-1])}}")
+    yield f"density {found.density:.3f}; nats per answer token, mean over prompts; all domains count the same in a mean"
+    yield f"{'':24}{' |'.join(titles)}"
+    yield f"{'':24}{' |'.join(heads)}"
+    columns = {title: [*part.keys, POOLED] for title, part in parts.items()}
+    for row in found.selectors:
+        cells = ["".join(f"{part.nll(row, name):9.3f}" for name in columns[title]) for title, part in parts.items()]
+        yield f"{row:24}{' |'.join(cells)}"
+    for row in found.selectors:
+        shares = [[part.acceptance(row, name) for name in columns[title]] for title, part in parts.items()]
+        if row not in ("published", "dense") and None not in shares[0]:
+            yield f"{f'accepted: {row}':24}{' |'.join(''.join(f'{share:9.3f}' for share in of) for of in shares)}"
+    yield "differences, mean [95 % interval]; below 0 the first is better"
+    for title, names in groups.items():
+        yield f"{f'{title} sources':24}" + "".join(f"{name:>25}" for name in [*names, "mean"])
+        for a, b in PAIRS:
+            if a in found.selectors and b in found.selectors:
+                gaps = [parts[title].difference(a, b, name) for name in columns[title]]
+                cells = ["" if d is None else f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]" for d in gaps]
+                yield f"{f'{a} - {b}':24}" + "".join(f"{cell:>25}" for cell in cells)
+
+
+def _only(found: Evaluation, domains: Sequence[str]) -> Evaluation:
+    rows = tuple(row for row in found.rows if row.domain in domains)
+    return replace(found, rows=rows, keys={name: found.keys[name] for name in domains})
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Numbers with commas between; ValueError for anything else."""
+    return tuple(float(part) for part in text.split(","))
+
+
 def main() -> None:
-    """Run `ifprune evaluate` on every checkpoint."""
+    """Evaluate every checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--limit", type=int)
-    parser.add_argument("--densities", help="default: 0.27,0.5; before healing 0.5")
+    parser.add_argument("--sets", default="seen,unseen", help="of the repository's: seen, unseen, both (default), none")
+    parser.add_argument("--domains", default="code,maths,general", help="of the sets; default: all three")
+    parser.add_argument(
+        "--data", action="append", default=[], metavar="NAME=FILE", help="chats of your own; repeatable"
+    )
+    parser.add_argument("--limit", type=int, help="prompts per file; default: all")
+    parser.add_argument("--densities", type=numbers, help="default: 0.27,0.5; before healing 0.5")
+    parser.add_argument("--oracle", action="store_true", help="one row more")
     parser.add_argument("--before-healing", action="store_true")
     parser.add_argument("--out", type=Path, help="folder for quality.json and quality.svg")
     arguments = parser.parse_args()
-    shared = ["--dtype", "float32", "--max-length", "256" if arguments.before_healing else "192"]
-    for file in sorted((HERE / "held_out").glob("*.jsonl")):
-        shared += ["--data", f"{file.stem}={file}"]
-    if arguments.limit is not None:
-        shared += ["--limit", str(arguments.limit)]
-    evaluate = [sys.executable, "-m", "ifprune_cli.main", "evaluate"]
-    if arguments.before_healing:
-        if arguments.out is not None:
-            parser.error("--out is for the shipped default; leave it out with --before-healing")
-        command = [*evaluate, "--model", str(before_healing()), *shared, "--selectors", BEFORE_HEALING]
-        command += ["--densities", arguments.densities or "0.5"]
-        raise SystemExit(subprocess.run(command, check=False).returncode)
-    print("SmolLM2-135M-Instruct as published:", flush=True)
-    base = ["--model", str(ensure_embedded(print, trained=False)), "--selectors", "dense"]
-    subprocess.run([*evaluate, *base, *shared], check=True)
-    print("\nThe shipped default beside its controls:", flush=True)
-    command = [*evaluate, "--model", str(ensure_embedded(print)), "--healed-static", str(healed_static()), *shared]
-    command += ["--selectors", SELECTORS, "--densities", arguments.densities or "0.27,0.5"]
+    try:
+        measure(arguments)
+    except IfpruneError as exc:
+        raise SystemExit(f"error: {exc}") from None
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Measure all rows on all sets, and print each density's tables."""
+    groups: dict[str, dict[str, str | Path]] = {}
+    for title in arguments.sets.split(",") if arguments.sets != "none" else ():
+        if title not in SETS:
+            raise IfpruneError(f"--sets {title}: choose from {', '.join(SETS)} and none")
+        groups[title] = {name: SETS[title] / f"{name}.jsonl" for name in arguments.domains.split(",")}
+    if arguments.data:
+        groups["own"] = dict(named_files(arguments.data))
+    before = arguments.before_healing
+    config = EvalConfig(
+        model=before_healing() if before else ensure_embedded(print),
+        data={f"{title} {name}": file for title, files in groups.items() for name, file in files.items()},
+        selectors=BEFORE_HEALING if before else (*SELECTORS, *(["oracle"] if arguments.oracle else [])),
+        densities=arguments.densities or ((0.5,) if before else (0.27, 0.5)),
+        healed_static=None if before else healed_static(),
+        limit=arguments.limit,
+        max_length=256 if before else 192,
+    )
+    run = partial(evaluate, load=partial(load, dtype=mx.float32), progress=progress, report=note)
+    published = None  # before healing the row `dense` is that
+    if not before:
+        base = replace(config, model=ensure_embedded(print, trained=False), selectors=("dense",), densities=(None,))
+        (published,) = run(replace(base, healed_static=None)).evaluations
+    titles = {title: list(files) for title, files in groups.items()}
+    complete: list[Evaluation] = []
+
+    def show(found: Evaluation) -> None:
+        complete.append(found if published is None else found.with_rows(published, {"published": "dense"}))
+        print("\n".join(tables(complete[-1], titles)), end="\n\n", flush=True)
+
+    result = replace(run(config, on_evaluation=show), evaluations=tuple(complete))
     if arguments.out is not None:
-        command += ["--json", str(arguments.out / "quality.json"), "--plot", str(arguments.out / "quality.svg")]
-    raise SystemExit(subprocess.run(command, check=False).returncode)
+        value = result.to_dict()
+        (arguments.out / "quality.json").write_text(json.dumps(value) + "\n", encoding="utf-8")
+        write_figure(quality_chart(result.model, Quality.of(value, "--out")), arguments.out / "quality.svg")
 
 
 if __name__ == "__main__":

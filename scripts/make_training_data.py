@@ -7,6 +7,12 @@ authors hold out: MBPP tasks 11 to 510, GSM8K test) and general-test.jsonl: thos
 `ifprune train --held-out 0.15` (the default) never trains on, without T0, whose texts keep terms of their own and are
 not given on. `--sample N` keeps N chats of each test file (scripts/held_out holds 200).
 Only data whose licence allows training shipped weights is read: MIT, Apache-2.0, BSD, CC-BY, CC-BY-SA, ODC-By.
+
+Left out of the mix, from now on and for good, are the sources of scripts/held_out/unseen: APIBench (apibench), the
+calls of Glaive (llamafactory), all of llm_foundry_eval (PIQA and others), all of redpajama_sample (Stack Exchange and
+others), the advising queries of text2sql; and of what is not in DATA_FOLDER, TheAlgorithms/Python, TAL-SCQ5K and
+ProofNet. A path in one of them is refused, and so is a chat that shares its prompt or 13 words in a row with those
+sets, before its file is written (scripts/check_leakage.py).
 """
 
 from __future__ import annotations
@@ -20,6 +26,8 @@ import re
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
+
+from check_leakage import HeldOut, TrainingData
 
 from ifprune_mlx.data.dataset import Record, split
 
@@ -52,7 +60,7 @@ def plain(text: str) -> str:
     return text.replace("\\n", "\n")
 
 
-def code(data: Path) -> Iterator[Chat]:
+def code(data: TrainingData) -> Iterator[Chat]:
     """GPTeacher codegen (MIT), MBPP outside its test split (CC-BY-4.0), Exercism (MIT), and up to 700 each of CodeI/O
     (Apache-2.0), nl2bash (MIT), tldr pages (CC-BY-4.0) and WikiSQL (BSD)."""
     for record in json.loads((data / "gpteacher/codegen-instruct.json").read_text(encoding="utf-8")):
@@ -95,7 +103,7 @@ def mbpp(record: dict) -> Chat:
     return record["text"], record["code"].replace("\r\n", "\n")
 
 
-def maths(data: Path) -> Iterator[Chat]:
+def maths(data: TrainingData) -> Iterator[Chat]:
     """GSM8K train (MIT), MATH without MATH-500 (MIT), AQuA-RAT train (Apache-2.0)."""
     for record in lines(data / "gsm8k/train.jsonl"):
         yield gsm8k(record)
@@ -111,7 +119,7 @@ def gsm8k(record: dict) -> Chat:
     return record["question"], re.sub(r"<<.*?>>", "", record["answer"])
 
 
-def general(data: Path) -> Iterator[Chat]:
+def general(data: TrainingData) -> Iterator[Chat]:
     """OASST1 in English (Apache-2.0), Dolly/HH (CC-BY-SA), instruction-data and seed tasks (Apache-2.0), GPTeacher's
     roleplay (MIT), and samples of OpenAI's evals (MIT), FLAN-CoT (ODC-By), BoolQ and OpenBookQA (ODC-By), SciTLDR
     (Apache-2.0), wiki-split (CC-BY-SA) and tldr in other languages (CC-BY-4.0)."""
@@ -150,7 +158,7 @@ def flan(record: dict) -> Chat:
     return joined(record, "output")
 
 
-def t0(data: Path) -> Iterator[list[Chat]]:
+def t0(data: TrainingData) -> Iterator[list[Chat]]:
     """Up to 15 chats of every template but samsum's, which may not be used commercially."""
     templates: dict[str, list[Chat]] = {}
     for record in lines(data / "t0_p3/t0_sample.jsonl.gz"):
@@ -159,7 +167,7 @@ def t0(data: Path) -> Iterator[list[Chat]]:
     return (some(chats, 15) for chats in templates.values())
 
 
-def evals(data: Path) -> Iterator[list[Chat]]:
+def evals(data: TrainingData) -> Iterator[list[Chat]]:
     """Up to 15 chats of every eval, its system message before the question."""
     found: dict[str, list[Chat]] = {}
     for record in lines(data / "openai_evals/openai_evals_sample.jsonl.gz"):
@@ -182,9 +190,10 @@ def sample(chats: list[Chat], count: int | None) -> list[Chat]:
     return chats if count is None else some(once.values(), count)
 
 
-def record_of(prompt: str) -> Record:
-    """A prompt as the trainer sees it."""
-    return Record(({"role": "user", "content": prompt.strip()},))
+def record_of(prompt: str, *answers: str) -> Record:
+    """A prompt, and its answer if given, as the trainer sees them."""
+    texts = zip(("user", "assistant"), (prompt, *answers), strict=False)
+    return Record(tuple({"role": role, "content": text.strip()} for role, text in texts))
 
 
 def key(prompt: str) -> str:
@@ -197,18 +206,18 @@ def held_out(prompt: str) -> bool:
     return split(record_of(prompt), GENERAL_HELD_OUT) == "valid"
 
 
-def write(file: Path, chats: Iterable[Chat]) -> None:
-    """Write chats that are neither empty nor too long, each prompt once."""
-    seen: set[str] = set()
+def write(file: Path, chats: Iterable[Chat], held_out: HeldOut | None = None) -> None:
+    """Write chats that are neither empty nor too long, each prompt once; LeakageError if one is held out."""
+    records: dict[str, Record] = {}
+    for prompt, answer in ((given.strip(), wanted.strip()) for given, wanted in chats):
+        if 0 < len(prompt) <= LONGEST_PROMPT and 0 < len(answer) <= LONGEST_ANSWER:
+            records.setdefault(prompt, record_of(prompt, answer))
+    if held_out is not None:
+        held_out.check(records.values(), file.name)
     with file.open("w", encoding="utf-8") as out:
-        for prompt, answer in ((given.strip(), wanted.strip()) for given, wanted in chats):
-            fits = 0 < len(prompt) <= LONGEST_PROMPT and 0 < len(answer) <= LONGEST_ANSWER
-            if not fits or prompt in seen:
-                continue
-            seen.add(prompt)
-            messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-            out.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
-    print(f"{file}: {len(seen)} chats")
+        for record in records.values():
+            out.write(json.dumps({"messages": record.messages}, ensure_ascii=False) + "\n")
+    print(f"{file}: {len(records)} chats")
 
 
 def main() -> None:
@@ -218,16 +227,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sample", type=int, help="chats of each test file; all if not given")
     arguments = parser.parse_args()
-    data, out = arguments.data, arguments.out
+    data, out = TrainingData(arguments.data), arguments.out
+    unseen = HeldOut.of_unseen_sources()
     out.mkdir(parents=True, exist_ok=True)
     mixed = list(general(data))
-    write(out / "general.jsonl", chain(mixed, *t0(data)))
+    write(out / "general.jsonl", chain(mixed, *t0(data)), unseen)
     tasks = [mbpp(record) for record in lines(data / "mbpp/mbpp.jsonl") if 11 <= record["task_id"] <= 510]
     problems = [gsm8k(record) for record in lines(data / "gsm8k/test.jsonl")]
     # MBPP repeats a text of its test split outside it.
     tested = {key(prompt) for prompt, _ in (*tasks, *problems)}
-    write(out / "code.jsonl", (chat for chat in code(data) if key(chat[0]) not in tested))
-    write(out / "maths.jsonl", (chat for chat in maths(data) if key(chat[0]) not in tested))
+    write(out / "code.jsonl", (chat for chat in code(data) if key(chat[0]) not in tested), unseen)
+    write(out / "maths.jsonl", (chat for chat in maths(data) if key(chat[0]) not in tested), unseen)
     test = [chat for chat in mixed if held_out(chat[0])]
     write(out / "general-test.jsonl", sample(test, arguments.sample))
     write(out / "code-test.jsonl", sample(tasks, arguments.sample))

@@ -32,6 +32,8 @@ def notes(results: Sequence[Evaluation]) -> None:
     selectors = [*first.selectors, *(row.selector for row in first.tasks)]
     if len(first.keys) > 1:
         note("all: the mean of the domains' means")
+    if any(row.accepted is not None for row in first.rows):
+        note("accepted: the share of a pruned draft's tokens that its own model with all neurons would accept")
     if "activation" in selectors:
         note("activation reads the prompt densely, as it does when generating; every other row computes it pruned")
     if {"mismatched", "cross-domain"} & set(selectors):
@@ -63,9 +65,13 @@ def _losses(result: Evaluation) -> list[str]:
     columns = [*domains, POOLED] if len(domains) > 1 else domains
     counts = ", ".join(f"{len(keys)} {domain}" for domain, keys in result.keys.items())
     lines = [f"nats per answer token, mean over prompts ({counts}), density {result.density:.3f}"]
-    lines.append(_line("", [f"{name:>9}" for name in columns]))
+    accepted = any(row.accepted is not None for row in result.rows)
+    lines.append(_line("", [f"{name:>9}" for name in [*columns, *(["accepted"] if accepted else [])]]))
     for selector in result.selectors:
-        lines.append(_line(selector, [f"{result.nll(selector, name):>{max(9, len(name))}.3f}" for name in columns]))
+        cells = [f"{result.nll(selector, name):>{max(9, len(name))}.3f}" for name in columns]
+        if (share := result.acceptance(selector)) is not None:
+            cells.append(f"{share:>9.3f}")
+        lines.append(_line(selector, cells))
     return lines
 
 

@@ -132,7 +132,7 @@ def evaluate(
     report: Report = lambda line: None,
     on_evaluation: Callable[[Evaluation], object] = lambda evaluation: None,
 ) -> EvalResult:
-    """Measure all rows on all data, density by density. One model after the other is loaded, and closed at the end.
+    """Measure all rows on all data, density by density. One model at a time is loaded; the last is closed at the end.
 
     Args:
         load: loads a checkpoint.
@@ -148,8 +148,9 @@ def evaluate(
     if config.model is None and load is load_checkpoint:
         raise IfpruneError("evaluate needs a model; give EvalConfig the folder or hub id of a checkpoint")
     inputs = _Inputs.read(config, report)
-    measured = _Measurement(load(config.model), config, inputs, progress, report)
-    model = measured.model
+    models = _Models(config, inputs, load, progress, report)
+    measured = models.load(config.model)
+    model, tokens = measured.model, measured.tokens
     keeps = [model.keep(density) for density in config.densities]
     if len(set(keeps)) < len(keeps):
         raise IfpruneError(
@@ -158,28 +159,25 @@ def evaluate(
         )
     names = config.selectors or available_rows(model, len(inputs.records))
     healed = {"healed-static": (config.healed_static, "static"), "healed-dense": (config.healed_dense, "dense")}
-    healed = {arm: given for arm, given in healed.items() if given[0] is not None}
-    evaluations = []
-    for keep in keeps:
-        evaluations.append(measured.at(keep, names, "evaluate"))
-        if not healed:
-            on_evaluation(evaluations[-1])
     active = tuple(model.checkpoint.active_parameters(keep) for keep in keeps)
     name, total = Path(config.model or model.checkpoint.path).name, model.total_parameters
-    model.close()
-    for arm, (folder, row) in healed.items():
-        other = _Measurement(load(folder), config, inputs, progress, lambda line: None)
-        if other.tokens != measured.tokens:
-            raise CheckpointError(
-                f"{folder}: reads the same data as other tokens, so that figures do not compare; "
-                "give a checkpoint of the same base model"
-            )
-        for index, keep in enumerate(keeps):
-            found = other.at(keep, [row], f"evaluate {arm}")
-            evaluations[index] = evaluations[index].with_rows(found, {arm: row})
-            if arm == [*healed][-1]:
-                on_evaluation(evaluations[index])
-        other.model.close()
+    evaluations = []
+    for keep in keeps:
+        found = models.load(config.model).at(keep, names, "evaluate")
+        for arm, (folder, row) in healed.items():
+            if folder is None:
+                continue
+            other = models.load(folder)
+            if other.tokens != tokens:
+                raise CheckpointError(
+                    f"{folder}: reads the same data as other tokens, so that figures do not compare; "
+                    "give a checkpoint of the same base model"
+                )
+            arm_found = other.at(keep, [row], f"evaluate {arm}", accepted="dense" in names)
+            found = found.with_rows(arm_found, {arm: row})
+        evaluations.append(found)
+        on_evaluation(found)
+    models.close()
     return EvalResult(name, total, active, tuple(evaluations))
 
 
@@ -264,6 +262,31 @@ def _load_harness(config: EvalConfig) -> list[HarnessTask]:
     return load_tasks(config.lm_eval, config.lm_eval_tasks)
 
 
+class _Models:
+    """Loads checkpoints, one at a time."""
+
+    def __init__(
+        self, config: EvalConfig, inputs: _Inputs, load: Loader, progress: ProgressDisplay, report: Report
+    ) -> None:
+        self._config, self._inputs, self._load, self._progress, self._report = config, inputs, load, progress, report
+        self._loaded: tuple[str | Path | None, _Measurement] | None = None
+
+    def load(self, folder: str | Path | None) -> _Measurement:
+        """The checkpoint, on all the data; the one before is closed unless it is the same."""
+        if self._loaded is None or self._loaded[0] != folder:
+            self.close()
+            found = _Measurement(self._load(folder), self._config, self._inputs, self._progress, self._report)
+            self._loaded = (folder, found)
+            self._report = lambda line: None  # what is left out of the data is said once
+        return self._loaded[1]
+
+    def close(self) -> None:
+        """Close the model that is loaded, if any."""
+        if self._loaded is not None:
+            self._loaded[1].model.close()
+            self._loaded = None
+
+
 class _Measurement:
     """One model on all the data: everything encoded once, measured at every density."""
 
@@ -303,19 +326,21 @@ class _Measurement:
             *(render_messages(self._tokenizer, [{"role": "user", "content": text}]) for text in texts),
         ]
 
-    def at(self, keep: tuple[int, ...], names: Sequence[str], label: str) -> Evaluation:
+    def at(self, keep: tuple[int, ...], names: Sequence[str], label: str, *, accepted: bool = False) -> Evaluation:
         """Losses and tasks under *k* per FFN.
 
         Args:
             names: rows; those that make no sense for a task are measured by loss alone.
             label: of the progress display.
+            accepted: measure the rows' acceptance even if `dense` is none of them, by this model with all neurons.
         """
+        losses = [*names, "dense"] if accepted else names
         # The losses come first and may take hours.
         for name, questions, _ in self._tasks:
             check_rows(name, [question.instruction for question in questions], names)
         if self._examples:
             with self._progress(label, "tokens") as update:
-                result = compare(self.model, self._examples, names, keep, seed=self._config.seed, progress=update)
+                result = compare(self.model, self._examples, losses, keep, seed=self._config.seed, progress=update)
         else:
             matched = "learned" if self.model.checkpoint.has_predictor else "activation"
             result = Evaluation(density_of(self.model, keep), matched, (), {}, {}, self._config.seed)

@@ -14,13 +14,18 @@ matched            the prompt's own selection, by `learned` or `activation-slice
 mismatched         the matched selector's selection for another prompt of the same domain
 cross-domain       the matched selector's selection for a prompt of another domain
 oracle             selected by the answer's own activations and the prior; a bound that no selector can reach
+
+Beside `dense`, every row has its acceptance: the share of its tokens that the same model with all its neurons would
+accept if it drafted them, in speculative decoding. For one token it is the sum over the vocabulary of the smaller of
+the two probabilities.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -44,7 +49,7 @@ from ifprune_mlx.eval.metrics import (
 )
 from ifprune_mlx.model import Model, Progress
 from ifprune_mlx.prompt_cache import History
-from ifprune_mlx.selection.selection import Selection, top_k
+from ifprune_mlx.selection.selection import Scores, Selection, top_k
 from ifprune_mlx.selection.selectors import Instruction, RandomSelector, Selector, StaticSelector, make_selector
 from ifprune_mlx.sparse.importance import ImportanceRecorder, fuse_ranks, recorded
 
@@ -67,6 +72,8 @@ _OF_MATCHED = ("matched", "mismatched", "cross-domain")
 _CHUNK = 256  # positions whose logits are in memory at once
 _FOLDS = 10
 _ORACLE_SHARE = 0.5  # as in the activation selector, so that the two differ only in the activations they see
+Part = tuple[mx.array, mx.array]  # logits float32 `[m, vocabulary]`, and the tokens that they predict, int32 `[m]`
+Target = list[mx.array] | None  # probabilities of all neurons, for the parts of an answer in turn
 NOT_FINITE = "the weights are damaged or float16 overflows, try --dtype float32 or bfloat16"
 
 
@@ -78,6 +85,12 @@ class Row:
     domain: str
     per_prompt: tuple[float, ...]  # mean loss of each prompt's answer tokens
     tokens: tuple[int, ...]  # answer tokens of each prompt
+    accepted: tuple[float, ...] | None = None  # acceptance by prompt, 0 to 1; None if `dense` was not measured
+
+    @property
+    def acceptance(self) -> float | None:
+        """Mean over tokens: every answer token counts the same."""
+        return None if self.accepted is None else float(np.average(self.accepted, weights=self.tokens))
 
     @property
     def nll(self) -> float:
@@ -96,9 +109,11 @@ class Row:
             "domain": self.domain,
             "nll": self.nll,
             "nll_tokens": self.nll_tokens,
+            "acceptance": self.acceptance,
             "tokens": sum(self.tokens),
             "n": len(self.per_prompt),
             "per_prompt": list(self.per_prompt),
+            "acceptance_per_prompt": None if self.accepted is None else list(self.accepted),
         }
 
 
@@ -115,6 +130,16 @@ class Evaluation:
     tasks: tuple[TaskRow, ...] = ()  # tasks measured at this density
 
     @property
+    def _measured(self) -> dict[tuple[str, str], tuple[int, ...]]:
+        """Answer tokens by domain, and the number of questions by task."""
+        domains = {("domain", row.domain): row.tokens for row in self.rows}
+        return domains | {("task", row.task): (len(row.per_question),) for row in self.tasks}
+
+    @property
+    def _names(self) -> set[str]:
+        return {*self.selectors, *(row.selector for row in self.tasks)}
+
+    @property
     def selectors(self) -> list[str]:
         """Names of the rows, in order."""
         return list(dict.fromkeys(row.selector for row in self.rows))
@@ -123,6 +148,12 @@ class Evaluation:
         """A row's loss, mean over prompts; for `all`, the mean over domains."""
         rows = [row for row in self.rows if row.selector == selector and domain in (row.domain, POOLED)]
         return float(np.mean([row.nll for row in rows]))
+
+    def acceptance(self, selector: str, domain: str = POOLED) -> float | None:
+        """A row's acceptance, mean over tokens; for `all`, the mean over domains; None if it was not measured."""
+        found = [row.acceptance for row in self.rows if row.selector == selector and domain in (row.domain, POOLED)]
+        known = [share for share in found if share is not None]
+        return float(np.mean(known)) if known and len(known) == len(found) else None
 
     @cached_property
     def differences(self) -> list[Difference]:
@@ -155,11 +186,15 @@ class Evaluation:
             names: the other's row name by new name.
 
         Raises:
-            IfpruneError: if the two did not see the same prompts.
+            IfpruneError: if the two did not see the same answers, or there is no such row, or the new name is taken.
         """
-        tokens = {row.domain: row.tokens for row in self.rows}
-        if self.keys != other.keys or any(tokens[row.domain] != row.tokens for row in other.rows):
+        if self.keys != other.keys or self._measured != other._measured:
             raise IfpruneError("the two evaluations did not measure the same answers; give the same data to both")
+        for new, old in names.items():
+            if old not in other._names:
+                raise IfpruneError(f"the other evaluation has no row {old!r}; measure it, too")
+            if new in self._names:
+                raise IfpruneError(f"there is a row {new!r} already; add it under another name")
         added = [replace(row, selector=new) for new, old in names.items() for row in other.rows if row.selector == old]
         tasks = [replace(row, selector=new) for new, old in names.items() for row in other.tasks if row.selector == old]
         return replace(self, rows=(*self.rows, *added), tasks=(*self.tasks, *tasks))
@@ -200,11 +235,12 @@ def compare(
 ) -> Evaluation:
     """Measure rows on every example. The last selection stays active.
 
-    The selections of all prompts stay in memory until the end, 4 bytes per kept neuron.
+    The selections of all prompts stay in memory until the end, 4 bytes per kept neuron; with `dense`, the
+    probabilities of one answer as well, 4 bytes per token and word of the vocabulary.
 
     Args:
         data: examples by domain.
-        names: from `ROWS`.
+        names: from `ROWS`; with `dense`, all rows have their acceptance.
         keep: *k* per FFN.
         matched: selector of `matched`, `mismatched` and `cross-domain`; None takes the predictor, or `activation` if
             the checkpoint has none.
@@ -225,7 +261,7 @@ def answer_logits(
     *,
     history: History | None = None,
     recorder: ImportanceRecorder | None = None,
-) -> Iterator[tuple[mx.array, mx.array]]:
+) -> Iterator[Part]:
     """Logits that predict answer tokens, under the model's active selection, in chunks.
 
     Args:
@@ -260,6 +296,16 @@ def answer_logits(
 def token_nll(logits: mx.array, tokens: mx.array) -> mx.array:
     """Negative log likelihood of each token, nats, float32 `[m]`, from logits `[m, vocabulary]`."""
     return mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+
+
+def acceptance(draft: mx.array, target: mx.array) -> mx.array:
+    """Probability that a token drawn from `draft` is accepted, float32 `[m]`: the sum of the smaller probabilities.
+
+    Args:
+        draft: logits `[m, vocabulary]`.
+        target: the judge's probabilities, of the same shape.
+    """
+    return mx.minimum(mx.softmax(draft, axis=-1), target).sum(axis=-1)
 
 
 def answer_nll(
@@ -318,6 +364,7 @@ class _Comparison:
             name: {domain: [] for domain in data} for name in self._selectors
         }
         self._losses: dict[tuple[str, str], list[float]] = defaultdict(list)
+        self._accepted: dict[tuple[str, str], list[float]] = defaultdict(list)
         # For `static-own`, by domain: squared importance summed over answer tokens, per FFN and fold; token counts.
         widths = [spec.d_ffn for spec in model.checkpoint.layout.ffns]
         self._sums = {domain: [np.zeros((_FOLDS, width)) for width in widths] for domain in data}
@@ -325,58 +372,71 @@ class _Comparison:
         self._own: dict[tuple[str, int], Selection] = {}
         self._same = {domain: derangement(len(data[domain]), _generator(seed, domain)) for domain in data}
         self._other = _partners_elsewhere(data, seed) if "cross-domain" in names else {}
-        self._second = [name for name in names if name not in ("dense", "activation", "oracle")]
-        self._needs_dense = bool({"dense", "oracle", "static-own"} & set(names))
         tokens = sum(len(example.tokens) for examples in data.values() for example in examples)
-        self._done, self._total = 0, tokens * (len(set(names) - {"dense"}) + self._needs_dense)
+        dense_passes = bool({"dense", "oracle"} & set(names)) + ("static-own" in names)
+        self._done, self._total = 0, tokens * (len(set(names) - {"dense"}) + dense_passes)
 
     def run(self) -> Evaluation:
         """Measure everything."""
         data = self._data
         places = [(domain, i, example) for domain, examples in data.items() for i, example in enumerate(examples)]
         for domain, index, example in places:
-            self._select(domain, index, example)
-            if self._needs_dense:
-                self._measure_dense(domain, index, example)
+            self._prepare(domain, index, example)
             mx.clear_cache()
         for domain, index, example in places:
-            for name in self._second:
-                self._model.switch(self._selection(name, domain, index, example))
-                self._measure(name, domain, index)
+            self._measure_rows(domain, index, example)
             mx.clear_cache()
         tokens = {domain: tuple(int(e.mask.sum()) for e in examples) for domain, examples in data.items()}
         pairs = [(name, domain) for name in self._names for domain in data]
-        rows = tuple(Row(*pair, tuple(self._losses[pair]), tokens[pair[1]]) for pair in pairs)
+        accepted = {pair: tuple(self._accepted[pair]) if "dense" in self._names else None for pair in pairs}
+        rows = tuple(Row(*pair, tuple(self._losses[pair]), tokens[pair[1]], accepted[pair]) for pair in pairs)
         overlap = {name: mean_overlaps(chosen) for name, chosen in self._chosen.items()}
         keys = {domain: tuple(example.key for example in examples) for domain, examples in data.items()}
         return Evaluation(density_of(self._model, self._keep), self._matched, rows, overlap, keys, self._seed)
 
-    def _select(self, domain: str, index: int, example: Example) -> None:
-        """Run every selector on the prompt. Measure `activation` at once, since it goes on from its dense prefill."""
+    def _prepare(self, domain: str, index: int, example: Example) -> None:
+        """Run every selector on the prompt; for `static-own`, measure the answer's importance."""
         instruction = Instruction(example.instruction, prompt_tokens(example))
         for name, selector in self._selectors.items():
-            selected = selector.select(instruction, self._keep)
-            self._chosen[name][domain].append(selected.selection)
-            if name == "activation" and "activation" in self._names:
-                self._model.switch(selected.selection)
-                self._measure("activation", domain, index, history=selected.history)
-            del selected
-
-    def _measure_dense(self, domain: str, index: int, example: Example) -> None:
-        """Measure `dense` and, from the answer's own activations, `oracle` and one part of `static-own`."""
-        model = self._model
-        model.switch(None)
-        with recorded(model.down_leaves) as recorder:
-            self._measure("dense", domain, index, recorder=recorder)
-            importance = recorder.importance(model.down_norms)
+            self._chosen[name][domain].append(selector.select(instruction, self._keep).selection)
         if "static-own" in self._names:
+            _, importance = self._read_dense(example, importance=True)
             weight, fold = float(example.mask.sum()), index % _FOLDS
             self._weights[domain][fold] += weight
             for sums, values in zip(self._sums[domain], importance, strict=True):
                 sums[fold] += values.astype(np.float64) ** 2 * weight
-        if "oracle" in self._names:
-            model.switch(top_k(fuse_ranks(importance, model.prior, _ORACLE_SHARE), self._keep, "oracle"))
-            self._measure("oracle", domain, index)
+
+    def _measure_rows(self, domain: str, index: int, example: Example) -> None:
+        """Measure all rows on one answer."""
+        names, target = self._names, None
+        if {"dense", "oracle"} & set(names):
+            logits, importance = self._read_dense(example, importance="oracle" in names)
+            if "dense" in names:
+                target = [mx.softmax(rows, axis=-1) for rows, _ in logits]
+                self._add("dense", domain, index, logits, target)
+            if "oracle" in names:
+                self._model.switch(
+                    top_k(fuse_ranks(importance, self._model.prior, _ORACLE_SHARE), self._keep, "oracle")
+                )
+                self._measure("oracle", domain, index, target)
+        for name in names:
+            if name == "activation":
+                instruction = Instruction(example.instruction, prompt_tokens(example))
+                selected = self._selectors[name].select(instruction, self._keep)
+                self._model.switch(selected.selection)
+                self._measure(name, domain, index, target, selected.history)
+            elif name not in ("dense", "oracle"):
+                self._model.switch(self._selection(name, domain, index, example))
+                self._measure(name, domain, index, target)
+
+    def _read_dense(self, example: Example, *, importance: bool) -> tuple[list[Part], list[Scores]]:
+        """The answer's logits with all neurons, and on request the importance of every neuron to it."""
+        model = self._model
+        model.switch(None)
+        with recorded(model.down_leaves) if importance else nullcontext() as recorder:
+            logits = list(answer_logits(model, example.tokens, example.mask, recorder=recorder))
+        self._advance(example)
+        return logits, [] if recorder is None else recorder.importance(model.down_norms)
 
     def _selection(self, name: str, domain: str, index: int, example: Example) -> Selection:
         """The selection of a row in the second pass."""
@@ -401,24 +461,31 @@ class _Comparison:
             self._own[domain, fold] = top_k([layer.astype(np.float32) for layer in scores], self._keep, "static-own")
         return self._own[domain, fold]
 
-    def _measure(
-        self,
-        name: str,
-        domain: str,
-        index: int,
-        *,
-        history: History | None = None,
-        recorder: ImportanceRecorder | None = None,
-    ) -> None:
-        """Add the mean loss of an answer under the active selection."""
+    def _measure(self, name: str, domain: str, index: int, target: Target, history: History | None = None) -> None:
+        """Add an answer under the active selection to a row."""
         example = self._data[domain][index]
-        losses = answer_nll(self._model, example.tokens, example.mask, history=history, recorder=recorder)
-        loss = float(losses.mean(dtype=np.float64))
+        self._add(
+            name, domain, index, answer_logits(self._model, example.tokens, example.mask, history=history), target
+        )
+        self._advance(example)
+
+    def _add(self, name: str, domain: str, index: int, logits: Iterable[Part], target: Target) -> None:
+        """Add the mean loss of an answer, and its acceptance by the probabilities `target`, to a row."""
+        losses, shares = [], []
+        for number, (rows, tokens) in enumerate(logits):
+            losses.append(np.array(token_nll(rows, tokens)))
+            if target is not None:
+                shares.append(np.array(acceptance(rows, target[number])))
+        loss = float(np.concatenate(losses).mean(dtype=np.float64))
         if not np.isfinite(loss):
             raise IfpruneError(
                 f"{name}, domain {domain!r}, prompt {index + 1}: the loss is not a finite number; {NOT_FINITE}"
             )
         self._losses[name, domain].append(loss)
+        if target is not None:
+            self._accepted[name, domain].append(float(np.concatenate(shares).mean(dtype=np.float64)))
+
+    def _advance(self, example: Example) -> None:
         self._done += len(example.tokens)
         self._progress(self._done, self._total)
 

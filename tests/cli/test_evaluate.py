@@ -90,18 +90,22 @@ def test_everything_in_one_table_and_one_file(with_predictor: Path, files: dict[
     nll = {(row["selector"], row["domain"]): row["nll"] for row in value["rows"]}
     assert nll["healed-dense", "code"] == pytest.approx(nll["dense", "code"], abs=1e-5)
     assert nll["healed-static", "maths"] == pytest.approx(nll["static", "maths"], abs=1e-5)
+    accepted = {(row["selector"], row["domain"]): row["acceptance"] for row in value["rows"]}
+    assert accepted["healed-static", "code"] == pytest.approx(accepted["static", "code"], abs=1e-5)
     assert value["overlap"].keys() == {"learned", "activation"}
     # The table says the same.
     lines = done.stdout.splitlines()
     for name in names:
         (line,) = [line for line in lines if line.split()[:1] == [name] and line.split()[1] != "-"]
         figures = [float(cell) for cell in line.split()[1:]]
-        both = [nll[name, "code"], nll[name, "maths"]]
-        assert figures == pytest.approx([*both, sum(both) / 2], abs=6e-4)
+        both, shares = ([of[name, domain] for domain in ("code", "maths")] for of in (nll, accepted))
+        assert figures == pytest.approx([*both, sum(both) / 2, sum(shares) / 2], abs=6e-4)
+    assert lines[1].split() == ["code", "maths", "all", "accepted"]
     assert any(line.startswith("learned - mismatched ") for line in lines)
     assert any(line.startswith("learned - healed-static ") for line in lines)
     assert "selections that learned made from another prompt" in done.stderr
     assert "activation reads the prompt densely" in done.stderr
+    assert "accepted: the share of a pruned draft's tokens" in done.stderr
 
 
 def test_json_on_stdout_is_one_line(tiny_checkpoint: Path, files: dict[str, Path]) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import FrozenInstanceError
+import shutil
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ifprune_mlx import DataError, IfpruneError, load
+from ifprune_mlx import DataError, IfpruneError, Model, load
 from ifprune_mlx.eval import EvalConfig, evaluate
 from ifprune_mlx.eval.evaluator import encode_domains, read_domains
 from ifprune_mlx.eval.losses import Evaluation, compare
@@ -54,14 +55,39 @@ def test_every_density_is_given_as_soon_as_it_is_complete(tiny_checkpoint: Path,
     again = compare(model, examples, ["static", "dense"], model.keep(0.25))
     model.close()
     assert again.nll("static") == pytest.approx(seen[1].nll("static"), abs=1e-5)
-    # A healed checkpoint's row completes a density, and it is loaded after the first.
-    told.clear()
-    healed = EvalConfig(
-        tiny_checkpoint, {"code": chats}, selectors=("static",), densities=(0.5, 0.25), healed_dense=tiny_checkpoint
+
+
+def test_every_density_is_complete_before_the_next_with_healed_checkpoints_as_well(
+    tiny_checkpoint: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = (shutil.copytree(tiny_checkpoint, tmp_path / name) for name in ("one", "two"))
+    told: list[str] = []
+    close = Model.close
+    monkeypatch.setattr(Model, "close", lambda model: (told.append("close"), close(model)))
+
+    def loaded(path: Any) -> Any:
+        told.append(f"load {Path(path).name}")
+        return load(path)
+
+    config = EvalConfig(
+        tiny_checkpoint,
+        {"code": chats},
+        selectors=("dense", "static"),
+        densities=(0.5, 0.25),
+        healed_static=one,
+        healed_dense=two,
     )
-    result = evaluate(healed, load=loaded, on_evaluation=complete)
-    assert told == ["load checkpoint", "load checkpoint", "density 0.5", "density 0.25"]
-    assert [evaluation.selectors for evaluation in result.evaluations] == [["static", "healed-dense"]] * 2
+    result = evaluate(config, load=loaded, on_evaluation=lambda found: told.append(f"density {found.density}"))
+    loads = ["load checkpoint", "close", "load one", "close", "load two"]
+    assert told == [*loads, "density 0.5", "close", *loads, "density 0.25", "close"]
+    for found in result.evaluations:
+        assert found.selectors == ["dense", "static", "healed-static", "healed-dense"]
+        assert found.acceptance("healed-static") == pytest.approx(found.acceptance("static"), abs=1e-5)
+        assert found.acceptance("healed-dense") == pytest.approx(1, abs=1e-5)
+    # Without `dense` nothing is measured for its sake.
+    (found,) = evaluate(replace(config, selectors=("static",), densities=(0.5,)), load=loaded).evaluations
+    assert found.selectors == ["static", "healed-static", "healed-dense"]
+    assert found.acceptance("healed-static") is None
 
 
 def test_a_configuration_is_checked_when_it_is_made_and_stays_as_it_is(chats: Path) -> None:

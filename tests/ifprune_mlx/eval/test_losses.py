@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,25 @@ class Spy(nn.Module):
 
 
 def plain_loss(checkpoint: Path, item: Example, selection: Selection | None, dense_until: int = 0) -> float:
-    """Mean loss by the stock model, masked, in one pass, with numpy's log softmax.
+    """Mean loss by the stock model, masked."""
+    log_probabilities, places = (
+        plain_log_probabilities(checkpoint, item, selection, dense_until),
+        np.flatnonzero(item.mask),
+    )
+    return float(-log_probabilities[places - 1, item.tokens[places]].mean())
+
+
+def plain_acceptance(checkpoint: Path, item: Example, selection: Selection | None, dense_until: int = 0) -> float:
+    """Mean over the answer's tokens of the sum of the smaller probabilities, masked and dense."""
+    given = (plain_log_probabilities(checkpoint, item, chosen, dense_until) for chosen in (selection, None))
+    pruned, dense = (np.exp(values[np.flatnonzero(item.mask) - 1]) for values in given)
+    return float(np.minimum(pruned, dense).sum(axis=-1).mean())
+
+
+def plain_log_probabilities(
+    checkpoint: Path, item: Example, selection: Selection | None, dense_until: int
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """By the stock model, masked, in one pass, with numpy's log softmax: float64 `[tokens, vocabulary]`.
 
     Args:
         dense_until: tokens that are read before the mask is put on.
@@ -85,9 +104,7 @@ def plain_loss(checkpoint: Path, item: Example, selection: Selection | None, den
         mask_ffns(stock, selection)
     rest = np.array(stock(mx.array(item.tokens[None, dense_until:]), cache=cache))[0]
     logits = np.concatenate([*head, rest]).astype(np.float64)
-    log_probabilities = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-    places = np.flatnonzero(item.mask)
-    return float(-log_probabilities[places - 1, item.tokens[places]].mean())
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
 
 
 def plain_importance(checkpoint: Path, model: Model, item: Example) -> list[Any]:
@@ -271,7 +288,14 @@ def test_the_result_as_json(data: Data, everything: Evaluation) -> None:
     names = [name for name in ROWS if name != "learned"]
     assert [(row["selector"], row["domain"]) for row in value["rows"]] == [(n, d) for n in names for d in data]
     for row in value["rows"]:
-        assert row.keys() == {"selector", "domain", "nll", "nll_tokens", "tokens", "n", "per_prompt"}
+        assert row.keys() == {
+            "selector", "domain", "nll", "nll_tokens", "acceptance", "tokens", "n", "per_prompt",
+            "acceptance_per_prompt",
+        }  # fmt: skip
+        assert 0 < row["acceptance"] <= 1 + 1e-6
+        assert row["acceptance"] == pytest.approx(
+            np.average(row["acceptance_per_prompt"], weights=[int(item.mask.sum()) for item in data[row["domain"]]])
+        )
         tokens = [int(item.mask.sum()) for item in data[row["domain"]]]
         assert (row["n"], row["tokens"]) == (len(tokens), sum(tokens))
         assert row["nll"] == pytest.approx(sum(row["per_prompt"]) / row["n"])
@@ -302,6 +326,64 @@ def test_rows_of_another_model_join_under_a_new_name(model: Model, data: Data, e
     assert (found.mean, found.low, found.high) == pytest.approx((0, 0, 0), abs=TOLERANCE)
     with pytest.raises(IfpruneError, match="same answers"):
         everything.with_rows(compare(model, {"code": data["code"]}, ["static"], KEEP), {"healed-static": "static"})
+
+
+def test_rows_join_only_where_they_were_measured(everything: Evaluation) -> None:
+    """A domain without rows, other answers, no such row, a name that is taken: each in one line."""
+    maths = [row for row in everything.rows if row.domain == "maths"]
+    shorter = tuple(replace(row, tokens=tuple(count - 1 for count in row.tokens)) for row in everything.rows)
+    for other in (
+        replace(everything, rows=tuple(maths)),
+        replace(everything, rows=()),
+        replace(everything, rows=shorter),
+    ):
+        with pytest.raises(IfpruneError, match="did not measure the same answers"):
+            everything.with_rows(other, {"again": "static"})
+        with pytest.raises(IfpruneError, match="did not measure the same answers"):
+            other.with_rows(everything, {"again": "static"})
+    with pytest.raises(IfpruneError, match="the other evaluation has no row 'learned'; measure it, too"):
+        everything.with_rows(everything, {"again": "learned"})
+    with pytest.raises(IfpruneError, match="there is a row 'static' already"):
+        everything.with_rows(everything, {"static": "dense"})
+
+
+def test_acceptance_equals_a_plain_one_in_float64(
+    tiny_checkpoint: Path, data: Data, table: Table, everything: Evaluation
+) -> None:
+    static = top_k(open_model(tiny_checkpoint).prior, KEEP, "static")
+    by_row = {row.selector: {} for row in everything.rows}  # type: dict[str, dict[str, Row]]
+    for row in everything.rows:
+        by_row[row.selector][row.domain] = row
+    for domain, items in data.items():
+        for name in ("dense", "static", "matched"):
+            chosen = {"dense": None, "static": static}
+            expected = [
+                plain_acceptance(tiny_checkpoint, item, chosen.get(name, table.selections[item.instruction]))
+                for item in items
+            ]
+            row = by_row[name][domain]
+            assert row.accepted == pytest.approx(expected, abs=TOLERANCE)
+            mean = np.average(expected, weights=[int(item.mask.sum()) for item in items])
+            assert row.acceptance == pytest.approx(mean, abs=TOLERANCE)
+        assert max(by_row["static"][domain].accepted or ()) < 0.999
+    assert everything.acceptance("static") == pytest.approx(
+        np.mean([row.acceptance for row in by_row["static"].values()])
+    )
+
+
+def test_acceptance_of_a_prompt_that_is_read_densely_and_of_a_long_answer(tiny_checkpoint: Path, model: Model) -> None:
+    item = example("long", 20, 300, 8)  # more positions than are read at once
+    found = compare(model, {"x": [item]}, ["activation", "dense", "static"], KEEP)
+    chosen = make_selector(model, "activation").select(
+        Instruction(item.instruction, tuple(item.tokens[:20].tolist())), KEEP
+    )
+    expected = plain_acceptance(tiny_checkpoint, item, chosen.selection, dense_until=19)
+    assert found.acceptance("activation") == pytest.approx(expected, abs=TOLERANCE)
+    assert found.acceptance("dense") == pytest.approx(1, abs=TOLERANCE)
+    without = compare(model, {"x": [item]}, ["activation", "static"], KEEP)
+    assert without.acceptance("static") is None
+    assert without.to_dict()["rows"][0]["acceptance_per_prompt"] is None
+    assert without.nll("activation") == pytest.approx(found.nll("activation"), abs=TOLERANCE)
 
 
 def test_which_rows_there_are(model: Model) -> None:
