@@ -30,6 +30,7 @@ def train(
     limit: options.Limit = None,
     chats: options.Chats = None,
     predictor: options.Predictor = None,
+    scores: options.Scores = None,
     start: options.Start = None,
     selector: options.Selector = None,
     densities: options.Densities = TrainConfig.densities,
@@ -39,6 +40,8 @@ def train(
     fine_tune_type: options.FineTuneTypeName = TrainConfig.fine_tune_type,
     learning_rate: options.LearningRate = None,
     head_learning_rate: options.HeadLearningRate = TrainConfig.head_learning_rate,
+    scores_learning_rate: options.ScoresLearningRate = TrainConfig.scores_learning_rate,
+    gain_learning_rate: options.GainLearningRate = TrainConfig.gain_learning_rate,
     warmup: options.Warmup = TrainConfig.warmup,
     lora_rank: options.LoraRank = TrainConfig.lora_rank,
     lora_scale: options.LoraScale = TrainConfig.lora_scale,
@@ -49,6 +52,7 @@ def train(
     held_out: options.HeldOut = TrainConfig.held_out,
     steps_per_report: options.StepsPerReport = TrainConfig.steps_per_report,
     steps_per_eval: options.StepsPerEval = TrainConfig.steps_per_eval,
+    eval_data: options.EvalData = None,
     eval_density: options.EvalDensity = None,
     eval_prompts: options.EvalPrompts = TrainConfig.eval_prompts,
     save_every: options.SaveEvery = TrainConfig.save_every,
@@ -78,7 +82,8 @@ def train(
 def _config(**given: Any) -> TrainConfig:
     """The settings that the options give; what is not given has `TrainConfig`'s default."""
     settings = {name: value for name, value in given.items() if value is not None and name not in ("config", "json")}
-    settings["data"] = named_files(settings.get("data", ()))
+    for name in ("data", "eval_data"):
+        settings[name] = named_files(settings.get(name, ()))
     weights = (value.partition("=") for value in settings.get("weight", ()))
     settings["weight"] = {name: share for name, _, share in weights}
     if "selector" in settings:

@@ -17,6 +17,7 @@ class ArmChoice(str, Enum):
 
     learned = "learned"
     static = "static"
+    static_learned = "static-learned"
     none = "none"
 
 
@@ -150,6 +151,16 @@ Predictor = Annotated[
         metavar="FOLDER",
     ),
 ]
+Scores = Annotated[
+    Optional[Path],
+    _option(
+        "scores",
+        ARMS,
+        f"Begin the arm static-learned with these scores, a prior's file ({HEALING}).  [default: that of --start, else "
+        "the static arm's]",
+        metavar="FILE",
+    ),
+]
 Start = Annotated[
     Optional[Path],
     _option(
@@ -169,7 +180,11 @@ Densities = Annotated[
 ]
 FineTuneTypeName = Annotated[
     FineTuneType,
-    _option("fine_tune_type", ARMS, f"Train adapters, or whole weights of a float model ({HEALING})."),
+    _option(
+        "fine_tune_type",
+        ARMS,
+        f"Train adapters, whole weights of a float model, or hold the model still with none ({HEALING}).",
+    ),
 ]
 LoraRank = Annotated[int, _option("lora_rank", ARMS, "Give the adapters this rank.")]
 LoraScale = Annotated[float, _option("lora_scale", ARMS, "Give the adapters this scale.")]
@@ -193,6 +208,14 @@ LearningRate = Annotated[
 HeadLearningRate = Annotated[
     float, _option("head_learning_rate", OPTIMIZER, "Train the predictor's head at this rate; 0 holds it still.")
 ]
+ScoresLearningRate = Annotated[
+    float,
+    _option("scores_learning_rate", OPTIMIZER, "Train the scores of static-learned at this rate; 0 holds them still."),
+]
+GainLearningRate = Annotated[
+    float,
+    _option("gain_learning_rate", OPTIMIZER, "Train a gain for every neuron at this rate; 0: no gains."),
+]
 Warmup = Annotated[int, _option("warmup", OPTIMIZER, "Reach the full learning rate after this many steps.")]
 GradCheckpoint = Annotated[
     bool, _option("grad_checkpoint", OPTIMIZER, f"Keep no activations: less memory, more time ({HEALING}).")
@@ -200,6 +223,15 @@ GradCheckpoint = Annotated[
 
 StepsPerReport = Annotated[int, _option("steps_per_report", REPORTS, "Report after every so many steps.")]
 StepsPerEval = Annotated[int, _option("steps_per_eval", REPORTS, "Evaluate after every so many steps.")]
+EvalData = Annotated[
+    Optional[list[str]],
+    _option(
+        "eval_data",
+        REPORTS,
+        "Evaluate on a domain's chats from this file instead, such as of sources that are not trained on; repeatable.",
+        metavar="NAME=FILE",
+    ),
+]
 EvalDensity = Annotated[
     Optional[float],
     _option("eval_density", REPORTS, "Evaluate at this density.  [default: the last of --densities]"),

@@ -19,7 +19,8 @@ STATE, METRICS = "state.safetensors", "metrics.jsonl"
 _WRITTEN = (
     STATE,
     METRICS,
-    "prior.safetensors",
+    "prior*.safetensors",
+    "gains/*.safetensors",
     "predictor/head.safetensors",
     "adapters/*/adapters.safetensors",
     "adapters/*/adapter_config.json",

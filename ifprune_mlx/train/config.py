@@ -12,9 +12,9 @@ from ifprune_mlx.checkpoint.regular_file import read_bounded
 from ifprune_mlx.errors import DataError, IfpruneError, reason_of
 
 Stage = Literal["calibrate", "distill", "pretrain", "sft"]
-ArmName = Literal["learned", "static", "none"]
+ArmName = Literal["learned", "static", "static-learned", "none"]
 Pooling = Literal["last", "mean", "both"]
-FineTuneType = Literal["lora", "full"]
+FineTuneType = Literal["lora", "full", "none"]
 Dtype = Literal["float16", "bfloat16", "float32"]
 ARMS: tuple[ArmName, ...] = get_args(ArmName)
 _CHOICES = {"stage": Stage, "pooling": Pooling, "fine_tune_type": FineTuneType, "dtype": Dtype}
@@ -25,7 +25,8 @@ _COUNTS = (
 BOUNDS: dict[str, tuple[type, float, float]] = {
     **dict.fromkeys(_COUNTS, (int, 1, math.inf)),
     **dict.fromkeys(("warmup", "eval_prompts"), (int, 0, math.inf)),
-    **dict.fromkeys(("learning_rate", "head_learning_rate", "clip", "margin"), (float, 0, math.inf)),
+    **dict.fromkeys(("learning_rate", "head_learning_rate", "scores_learning_rate"), (float, 0, math.inf)),
+    **dict.fromkeys(("gain_learning_rate", "clip", "margin"), (float, 0, math.inf)),
     **dict.fromkeys(("head_start", "teacher", "eval_density"), (float, 0, 1)),
     "held_out": (float, 0, 0.9),
     "lora_scale": (float, -math.inf, math.inf),
@@ -38,7 +39,7 @@ _OBJECTIVE = dict.fromkeys(
     ("teacher", "epsilon", "margin"), "give a teacher from 0 to 1, an epsilon above 0 and a margin of 0 or more"
 )
 _LARGEST_YAML, _MOST_ITEMS = 1 << 16, 100  # bytes of a file, items of one of its lists
-_LEARNING_RATES = {"lora": 5e-4, "full": 1e-4}
+_LEARNING_RATES = {"lora": 5e-4, "full": 1e-4, "none": 0.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +77,10 @@ class TrainConfig:
     # pretrain and sft
     selector: tuple[ArmName, ...] = ("learned", "static")  # the arms
     predictor: Path | None = None  # folder of the predictor to begin with; None: that of start, or the checkpoint's
+    scores: Path | None = None  # file of scores that static-learned begins with; None: that of start, or the prior
     start: Path | None = None  # folder of an earlier run whose adapters, prior and predictor the arms begin with
     densities: str = "0.5"  # numbers and ranges, such as 0.27,0.2-0.8; a sequence draws from one, each as likely
-    fine_tune_type: FineTuneType = "lora"  # train adapters, or whole weights
+    fine_tune_type: FineTuneType = "lora"  # train adapters, whole weights, or neither
     lora_rank: int = 16
     lora_scale: float = 2.0
     teacher: float = 0.5  # share of KL(dense base model || arm) in the loss, the rest is cross-entropy; 0: no teacher
@@ -88,12 +90,15 @@ class TrainConfig:
     batch_size: int = 8  # sequences of a step, over all processes
     learning_rate: float | None = None  # at its peak, of adapters or weights; None: 5e-4, whole weights 1e-4
     head_learning_rate: float = 0.0  # at its peak, of the predictor's head; 0 keeps the head as it is
-    head_start: float = 0.2  # share of the steps before the head begins to learn, so that weights settle
+    scores_learning_rate: float = 0.0  # at its peak, of the scores of static-learned, and of the head's bias if above 0
+    gain_learning_rate: float = 0.0  # at its peak, of a gain for every neuron of the arms that choose; 0: no gains
+    head_start: float = 0.2  # share of the steps before head and scores begin to learn, so that weights settle
     warmup: int = 20  # steps until the peak; then the rate falls by a cosine to a tenth
     clip: float = 1.0  # largest global norm of a gradient
     grad_checkpoint: bool = False  # recompute activations in the backward pass: less memory, more time
     steps_per_report: int = 10
     steps_per_eval: int = 200
+    eval_data: Mapping[str, Path] = field(default_factory=dict)  # held-out chats by domain; none: those of data
     eval_density: float | None = None  # None: the middle of the last of densities
     eval_prompts: int = 10  # held-out prompts of each domain to evaluate on, at least 2; 0 is off
     save_every: int = 50  # steps between states on disk
@@ -142,10 +147,14 @@ class TrainConfig:
         for name in ("strict", "grad_checkpoint", "stop_on_collapse"):
             if not isinstance(getattr(self, name), bool):
                 raise DataError(f"{_flag(name)} {getattr(self, name)}: give true or false")
-        for name in ("output", "backbone", "predictor", "start"):
+        for name in ("output", "backbone", "predictor", "scores", "start"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _path(name, getattr(self, name)))
-        object.__setattr__(self, "data", {name: _path("data", file) for name, file in self.data.items()})
+        if not isinstance(self.eval_data, Mapping):
+            raise DataError(f"--eval-data {self.eval_data}: expected NAME=FILE, such as code=code.jsonl")
+        for name in ("data", "eval_data"):
+            files = {domain: _path(name, file) for domain, file in getattr(self, name).items()}
+            object.__setattr__(self, name, files)
         if not isinstance(self.weight, Mapping):
             raise DataError(f"--weight {self.weight}: expected NAME=X, such as code=2")
         shares = {}
@@ -218,6 +227,10 @@ class TrainConfig:
             "densities": self.density_ranges,
             "seed": self.seed,
         }
+        # Left out where they are off, so that runs of releases without them go on.
+        for name in ("scores_learning_rate", "gain_learning_rate"):
+            if getattr(self, name):
+                settings[name] = getattr(self, name)
         objective = {"teacher": self.teacher, "epsilon": self.epsilon, "margin": self.margin}
         return {"settings": settings, "objective": objective}
 

@@ -56,7 +56,7 @@ class Evaluator:
         self._report(f"evaluation at step {step}, density {self._density:g}, nats per token ({', '.join(domains)}):")
         for name, of_domains in losses.items():
             self._report(f"  {name:18}" + " ".join(f"{loss:8.3f}" for loss in of_domains.values()))
-        for control in ("healed-static", "static", "mismatched"):
+        for control in ("healed-static-learned", "healed-static", "static", "mismatched"):
             if "learned" in losses and control in losses:
                 difference = found.difference("learned", control)
                 if difference is not None:
@@ -74,6 +74,7 @@ class Evaluator:
         result, trainer = base, self._trainer
         for arm in trainer.arms:
             trainer.trainable.use(arm.adapter)
+            trainer.trainable.multiply(trainer.gains(arm))
             if arm.name == "learned":
                 assert trainer.predictor is not None
                 head = arm.head(trainer.predictor.head)
@@ -83,9 +84,17 @@ class Evaluator:
                 result = result.with_rows(measured, {row: row for row in rows})
                 result = replace(result, matched="learned", overlap={**base.overlap, **measured.overlap})
             else:
-                row = "static" if arm.name == "static" else "dense"
-                result = result.with_rows(self._compare([row], progress), {f"healed-{row}": row})
+                row = "dense" if arm.name == "none" else "static"
+                model, prior = trainer.trainable.model, trainer.trainable.model.prior
+                if arm.name == "static-learned":
+                    model.prior = trainer.learned_prior(arm)
+                try:
+                    measured = self._compare([row], progress)
+                finally:
+                    model.prior = prior
+                result = result.with_rows(measured, {f"healed-{'dense' if row == 'dense' else arm.name}": row})
         trainer.trainable.use(None)
+        trainer.trainable.multiply(None)
         trainer.trainable.in_order()
         return result
 

@@ -80,16 +80,16 @@ def _recomputing(family: Any) -> type[Any]:
             leaves = [leaf for _, leaf in self.named_modules() if isinstance(leaf, TrainableProjection)]
             active = [leaf.active for leaf in leaves if leaf.kind == "down"]
 
-            def put(parameters: Any, masks: list[mx.array | None]) -> None:
+            def put(parameters: Any, factors: list[tuple[mx.array | None, mx.array | None]]) -> None:
                 self.update(parameters)
-                for one, mask in zip(active, masks, strict=True):
-                    one.mask = mask
+                for one, (mask, gain) in zip(active, factors, strict=True):
+                    one.mask, one.gain = mask, gain
 
             # Gradients reach only what is passed in: closed-over arrays count as constants.
-            outer = (self.trainable_parameters(), [one.mask for one in active])
+            outer = (self.trainable_parameters(), [(one.mask, one.gain) for one in active])
 
-            def forward(parameters: Any, masks: list[mx.array | None], *args: Any, **kwargs: Any) -> Any:
-                put(parameters, masks)
+            def forward(parameters: Any, factors: Any, *args: Any, **kwargs: Any) -> Any:
+                put(parameters, factors)
                 try:
                     return family.__call__(self, *args, **kwargs)
                 finally:

@@ -65,6 +65,43 @@ def log_softmax(logits: mx.array) -> mx.array:
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
+def cross_entropy(logits: mx.array, wanted: mx.array) -> mx.array:
+    """The negative log likelihood of each token to be predicted, nats, float32 `[a]`.
+
+    The exponentials over the vocabulary are taken once for the loss and its gradient; that of `log_softmax` takes them
+    again.
+
+    Args:
+        logits: float32 `[a, vocabulary]`.
+        wanted: int `[a]`.
+    """
+    losses: mx.array = _cross_entropy(logits, wanted)[0]  # type: ignore[index]
+    return losses
+
+
+@mx.custom_function
+def _cross_entropy(logits: mx.array, wanted: mx.array) -> tuple[mx.array, mx.array]:
+    """The losses, and the probabilities for the gradient."""
+    probabilities = mx.softmax(logits, axis=-1)
+    # Of the logits and not of the probabilities, which may round to 0.
+    largest = mx.argmax(logits, axis=-1, keepdims=True)
+    top, chosen = (
+        mx.take_along_axis(array, places, axis=-1)[:, 0]
+        for array, places in ((logits, largest), (logits, wanted[:, None]))
+    )
+    return top - mx.log(mx.take_along_axis(probabilities, largest, axis=-1)[:, 0]) - chosen, probabilities
+
+
+@_cross_entropy.vjp
+def _cross_entropy_gradient(
+    primals: tuple[mx.array, mx.array], cotangents: tuple[mx.array, mx.array], outputs: tuple[mx.array, mx.array]
+) -> tuple[mx.array, mx.array]:
+    wanted, probabilities = primals[1][:, None], outputs[1]
+    ones = mx.take_along_axis(probabilities, wanted, axis=-1) - 1
+    gradient = mx.put_along_axis(probabilities, wanted, ones, axis=-1) * cotangents[0][:, None]
+    return gradient, mx.zeros_like(primals[1])
+
+
 @cache
 def _row_picking(family: Any) -> type[Any]:
     class RowPicking(family):

@@ -29,6 +29,7 @@ from ifprune_mlx.train.full_finetune import FullModel
 from ifprune_mlx.train.gradients import check_kernels
 from ifprune_mlx.train.lora import LoRAModel
 from ifprune_mlx.train.static_prior import priors, save_prior, static_prior
+from ifprune_mlx.train.trainable import FrozenModel, TrainableModel
 from ifprune_mlx.train.trainer import Trainer
 
 # A predictor learns little from more chats of a domain than this (docs/log.md).
@@ -140,13 +141,7 @@ class _Stage:
         """Train the arms on the same batches, and evaluate them on held-out prompts."""
         config, model, progress = self._config, self._model, self._progress
         train_data = {name: self._train_examples(name) for name in config.data}
-        valid_data = {}
-        for name in config.data if config.eval_prompts else ():
-            held_out = self._held_out_examples(name)
-            if len(held_out) > 1:
-                valid_data[name] = held_out
-            elif config.held_out:
-                self._report(f"{name}: held out are {len(held_out)} prompts, too few to evaluate on; raise --held-out")
+        valid_data = self._valid_data() if config.eval_prompts else {}
         folder = self._predictor_folder()
         predictor = self._predictor(folder)
         earlier = [config.output] if (config.output / STATE).is_file() else []
@@ -155,11 +150,11 @@ class _Stage:
             model.prior = static_prior(model, predictor, train_data, earlier, update)
         sources = {name: (examples, config.weight.get(name, 1.0)) for name, examples in train_data.items()}
         mixture = DataMixture(sources, config.seed)
-        trainable = (
-            FullModel(model)
-            if config.fine_tune_type == "full"
-            else LoRAModel(model, rank=config.lora_rank, scale=config.lora_scale, seed=config.seed)
-        )
+        trainable: TrainableModel
+        if config.fine_tune_type == "lora":
+            trainable = LoRAModel(model, rank=config.lora_rank, scale=config.lora_scale, seed=config.seed)
+        else:
+            trainable = {"full": FullModel, "none": FrozenModel}[config.fine_tune_type](model)
         trainer = Trainer(trainable, predictor, model.prior, mixture, config)
         if trainer.leader:
             if predictor is not None and predictor.head.layers is None and "learned" in config.selector:
@@ -205,10 +200,25 @@ class _Stage:
     def _train_examples(self, name: str) -> list[Example]:
         return self._encoded(self._chosen_records(name, "train"), self._report)
 
-    def _held_out_examples(self, name: str) -> list[Example]:
+    def _valid_data(self) -> dict[str, list[Example]]:
+        """The examples to evaluate on by domain: of files of their own, or held out of the training data."""
+        config, found = self._config, dict[str, list[Example]]()
+        for name in config.eval_data or config.data:
+            if config.eval_data:
+                records = read_records(config.eval_data[name], name, strict=config.strict, report=self._report)
+            else:
+                records = self._chosen_records(name, "valid")
+            held_out = self._held_out_examples(records)
+            if len(held_out) > 1:
+                found[name] = held_out
+            elif config.held_out:
+                self._report(f"{name}: held out are {len(held_out)} prompts, too few to evaluate on; raise --held-out")
+        return found
+
+    def _held_out_examples(self, records: list[Record]) -> list[Example]:
         """Up to `eval_prompts` examples, one of each prompt or text: a second chunk of a text is no other prompt."""
         found: list[Example] = []
-        by_key = {record.key: record for record in reversed(self._chosen_records(name, "valid"))}
+        by_key = {record.key: record for record in reversed(records)}
         for record in reversed(by_key.values()):
             if len(found) == self._config.eval_prompts:
                 break

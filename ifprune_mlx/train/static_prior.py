@@ -90,24 +90,33 @@ def priors(targets: Targets) -> dict[str, list[Scores]]:
     return {**by_domain, "all": overall}
 
 
-def save_prior(file: Path, prior: Sequence[Scores]) -> None:
-    """Write a prior as `ifprune convert --prior` takes it: `prior.N` float32 `[d_ffn]` per FFN."""
-    arrays = {f"prior.{index}": mx.array(scores.astype(np.float32)) for index, scores in enumerate(prior)}
+def save_prior(file: Path, prior: Sequence[Scores], kind: str = "prior") -> None:
+    """Write a prior as `ifprune convert --prior` takes it: `prior.N` float32 `[d_ffn]` per FFN.
+
+    Args:
+        kind: `prior`, or `gain` for a file of gains.
+    """
+    arrays = {f"{kind}.{index}": mx.array(scores.astype(np.float32)) for index, scores in enumerate(prior)}
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(file, lambda path: mx.save_safetensors(str(path), arrays), DataError)
 
 
-def load_prior(file: Path) -> list[Scores]:
+def load_prior(file: Path, widths: Sequence[int], kind: str = "prior") -> list[Scores]:
     """Read what `save_prior` wrote.
 
+    Args:
+        widths: `d_ffn` of every FFN of the model.
+
     Raises:
-        DataError: if the file is damaged.
+        DataError: if the file is damaged, or of a model with other widths.
     """
     read_safetensors_header(file, DataError)
     arrays = load_arrays(file)
-    names = [f"prior.{index}" for index in range(len(arrays))]
+    names = [f"{kind}.{index}" for index in range(len(arrays))]
     if not arrays or any(name not in arrays or arrays[name].ndim != 1 for name in names):
-        raise DataError(f"{file}: does not hold the priors of a model's FFNs; give the file that training wrote")
+        raise DataError(f"{file}: does not hold the {kind}s of a model's FFNs; give the file that training wrote")
+    if [arrays[name].size for name in names] != list(widths):
+        raise DataError(f"{file}: is the {kind} of a model with FFNs of other widths; give the run of this model")
     return [np.array(arrays[name].astype(mx.float32)) for name in names]
 
 
@@ -122,18 +131,20 @@ def _local_prior(
     widths = [spec.d_ffn for spec in model.checkpoint.layout.ffns]
     for file in (folder / "prior.safetensors" for folder in earlier):
         if file.is_file():
-            found = load_prior(file)
-            if [len(scores) for scores in found] != widths:
-                raise DataError(
-                    f"{file}: is the prior of a model with FFNs of other widths; give the run of this model"
-                )
-            return found
+            return load_prior(file, widths)
     if predictor is None:
         return list(model.prior)
     mean = _mean_scores(predictor, examples, progress)
-    # Scores without a unit may be large; their order is what counts, and float32 keeps it within these bounds.
-    flat = np.exp(mean * min(1.0, _LARGEST / float(np.abs(mean).max(initial=1.0))))
-    return list(np.split(flat, np.cumsum(widths)[:-1]))
+    return list(np.split(positive(mean), np.cumsum(widths)[:-1]))
+
+
+def positive(scores: Scores) -> Scores:
+    """Scores of all neurons as a prior holds them, above 0: their exponentials.
+
+    Scores without a unit may be large; their order is what counts, and float32 keeps it within these bounds.
+    """
+    found: Scores = np.exp(scores * min(1.0, _LARGEST / float(np.abs(scores).max(initial=1.0))))
+    return found
 
 
 def _mean_scores(

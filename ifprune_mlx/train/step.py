@@ -2,14 +2,17 @@
 
 Each arm has its own adapter (or weights) over one base model, and its own way to choose neurons:
 
-learned   the predictor chooses for each sequence, by its instruction; its head may be trained too
-static    the prior's best for every sequence: healed static, the main control
-none      all neurons: healed dense
+learned         the predictor chooses for each sequence, by its instruction; its head may be trained too
+static          the prior's best for every sequence: healed static
+static-learned  the best by scores that are trained like the head, the same for every sequence: the strongest control
+none            all neurons: healed dense
+
+Arms that choose may also have a gain for every neuron, by which its activation is multiplied (DDP, arXiv 2603.08065).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,10 +29,15 @@ from ifprune_mlx.selection.selection import Scores
 from ifprune_mlx.sparse.soft_topk import hard_top_k, soft_top_k
 from ifprune_mlx.train.config import TrainConfig
 from ifprune_mlx.train.gradients import recomputed
-from ifprune_mlx.train.loss import answer_logits, answer_rows, log_softmax
+from ifprune_mlx.train.loss import answer_logits, answer_rows, cross_entropy, log_softmax
 from ifprune_mlx.train.trainable import Parameters, TrainableModel
 
+GROUPS = ("adapter", "head", "scores", "gains")
+"""What an arm's parameters belong to. A name begins with its group; those of the adapter have mlx-lm's names."""
+SCORES, GAINS = "scores.neurons", "gains.neurons"
+_CHOOSING = ("learned", "static-learned")
 _HEAD = "head."
+_BIAS = "head.second_bias"
 _HEAD_ARRAYS = ("first", "first_bias", "second", "second_bias")
 _Choice = tuple["list[mx.array] | None", "list[mx.array] | None"]
 """The ids and masks that `TrainableModel.choose` takes."""
@@ -40,14 +48,14 @@ class Arm:
     """One arm."""
 
     name: str  # from `train.config.ARMS`
-    parameters: Parameters  # adapter or model weights; for `learned` also the head's, under `head.`
-    optimizers: tuple[optimizers.Optimizer, optimizers.Optimizer]  # of the adapter and of the head
+    parameters: Parameters  # adapter or model weights, under `head.` the head's; `SCORES` and `GAINS`, `[neurons]`
+    optimizers: Mapping[str, optimizers.Optimizer]  # by group; with one for `scores` it trains a head's bias as well
     gradients: Parameters = field(default_factory=dict)  # accumulated since the last step
 
     @property
     def adapter(self) -> Parameters:
         """The adapter's weights alone."""
-        return {name: array for name, array in self.parameters.items() if not name.startswith(_HEAD)}
+        return {name: array for name, array in self.parameters.items() if group_of(name) == "adapter"}
 
     def head(self, like: Head) -> Head:
         """The head as it is now."""
@@ -63,18 +71,15 @@ class Arm:
         """Apply the accumulated gradients, clipped to a global norm per optimizer.
 
         Returns:
-            The adapter gradient's norm before clipping.
+            The gradient's norm before clipping, of the adapter where it is trained.
 
         Raises:
             IfpruneError: if a gradient is not a number; nothing is changed then.
         """
-        parts = [
-            {name: value for name, value in self.gradients.items() if name.startswith(_HEAD) == of_head}
-            for of_head in (False, True)
-        ]
-        clipped = [
-            (optimizer, *_clipped(part, clip)) for optimizer, part in zip(self.optimizers, parts, strict=True) if part
-        ]
+        parts: dict[str, Parameters] = {group: {} for group in self.optimizers}
+        for name, value in self.gradients.items():
+            parts[self._optimizer_of(name)][name] = value
+        clipped = [(self.optimizers[group], *_clipped(part, clip)) for group, part in parts.items() if part]
         norms = [float(norm) for _, _, norm in clipped]
         if not np.isfinite(norms).all():
             raise IfpruneError(
@@ -88,24 +93,35 @@ class Arm:
             self.parameters |= optimizer.apply_gradients(gradients, {name: self.parameters[name] for name in gradients})
             # Old weights and gradients must be gone before the new ones are computed.
             del gradients
-        mx.eval(self.parameters, [optimizer.state for optimizer in self.optimizers])
+        mx.eval(self.parameters, [optimizer.state for optimizer in self.optimizers.values()])
         return norms[0]
+
+    def _optimizer_of(self, name: str) -> str:
+        """The bias of a head is what `static-learned` has for scores, and is trained like it where that arm is."""
+        return "scores" if name == _BIAS and "scores" in self.optimizers else group_of(name)
 
     def state(self) -> Parameters:
         """The arm's parameters and optimizer states, by name."""
         arrays = {f"parameters/{name}": array for name, array in self.parameters.items()}
-        for index, optimizer in enumerate(self.optimizers):
-            arrays |= {f"optimizer{index}/{name}": value for name, value in dict(tree_flatten(optimizer.state)).items()}
+        for group, optimizer in self.optimizers.items():
+            prefix = f"optimizer{GROUPS.index(group)}/"
+            arrays |= {prefix + name: value for name, value in dict(tree_flatten(optimizer.state)).items()}
         return arrays
 
     def restore(self, arrays: Parameters) -> None:
         """Set parameters and optimizer states to what `state` returned."""
         for name in self.parameters:
             self.parameters[name] = arrays[f"parameters/{name}"]
-        for index, optimizer in enumerate(self.optimizers):
-            prefix = f"optimizer{index}/"
+        for group, optimizer in self.optimizers.items():
+            prefix = f"optimizer{GROUPS.index(group)}/"
             found = [(name.removeprefix(prefix), value) for name, value in arrays.items() if name.startswith(prefix)]
             optimizer.state = _nested(found)
+
+
+def group_of(name: str) -> str:
+    """The group of a parameter."""
+    group = name.partition(".")[0]
+    return group if group in GROUPS else "adapter"
 
 
 def head_parameters(head: Head) -> Parameters:
@@ -168,6 +184,7 @@ class TrainStep:
         if not self._config.teacher:
             return None
         self._trainable.use(None)
+        self._trainable.multiply(None)
         self._trainable.choose(None)
         tokens, rows, _ = answer_rows(examples)
         log_probs = log_softmax(answer_logits(self._trainable.model.module, tokens, rows))
@@ -193,20 +210,21 @@ class TrainStep:
             keep: per sequence and FFN, *k*.
             teacher: of the same sequences.
             targets: tokens to be predicted in the whole step; the gradients are divided by it.
-            learn_head: compute the head's gradients too.
+            learn_head: compute the gradients of the head, or of the scores, too.
 
         Returns:
             The losses of every sequence before the step.
         """
-        joint = learn_head and arm.name == "learned"
-        fixed = {} if joint else {name: value for name, value in arm.parameters.items() if name.startswith(_HEAD)}
-        moving = {name: value for name, value in arm.parameters.items() if name not in fixed}
+        joint = learn_head and arm.name in _CHOOSING
+        fixed = () if joint else ("head", "scores")
+        moving = {name: value for name, value in arm.parameters.items() if group_of(name) not in fixed}
         instructions = self._features(arm, examples)
         choose = self._choose_for_one if len(examples) == 1 else self._choose_for_many
         chosen = None if joint else choose(arm.name, arm.parameters, instructions, keep, joint=False)
 
         def loss(parameters: Parameters) -> tuple[mx.array, mx.array, mx.array]:
-            self._trainable.use({name: value for name, value in parameters.items() if not name.startswith(_HEAD)})
+            self._trainable.use({name: value for name, value in parameters.items() if group_of(name) == "adapter"})
+            self._trainable.multiply(self._split(parameters.get(GAINS)))
             self._trainable.choose(
                 *(choose(arm.name, parameters, instructions, keep, joint=True) if chosen is None else chosen)
             )
@@ -231,6 +249,7 @@ class TrainStep:
         assert predictor is not None
         if predictor.head.layers is not None:
             self._trainable.use(arm.adapter)
+            self._trainable.multiply(self._split(arm.parameters.get(GAINS)))
             self._trainable.choose(None)
         texts = [predictor.tokens(example.instruction) for example in examples]
         found = mx.stop_gradient(features(predictor.backbone, texts, predictor.head.layers))
@@ -238,11 +257,17 @@ class TrainStep:
         return found
 
     def _scores(self, parameters: Parameters, instructions: mx.array | None) -> list[mx.array]:
-        """Per FFN, float32 `[n, d_ffn]`."""
+        """Per FFN, float32 `[n, d_ffn]`; n is 1 where they are the same for every sequence."""
+        if instructions is None:
+            return [scores[None] for scores in self._split(parameters[SCORES]) or ()]
         assert self._predictor is not None
-        assert instructions is not None
-        head = head_with(self._predictor.head, parameters)
-        return list(mx.split(head.scores(instructions), np.cumsum(head.widths)[:-1].tolist(), axis=1))
+        return self._split(head_with(self._predictor.head, parameters).scores(instructions)) or []
+
+    def _split(self, neurons: mx.array | None) -> list[mx.array] | None:
+        """What belongs to each FFN of an array over all neurons `[..., neurons]`."""
+        if neurons is None:
+            return None
+        return list(mx.split(neurons, np.cumsum([len(prior) for prior in self._prior])[:-1].tolist(), axis=-1))
 
     def _choose_for_one(
         self,
@@ -308,10 +333,12 @@ class TrainStep:
     def _loss(self, examples: Sequence[Example], teacher: TeacherOutput | None) -> tuple[mx.array, mx.array, mx.array]:
         """The loss, and cross-entropy and divergence of every token to be predicted, `[a]`."""
         tokens, rows, wanted = answer_rows(examples)
-        log_probs = log_softmax(answer_logits(self._trainable.model.module, tokens, rows))
-        ce = -mx.take_along_axis(log_probs, wanted[:, None], axis=-1)[:, 0]
+        logits = answer_logits(self._trainable.model.module, tokens, rows)
         if teacher is None:
+            ce = cross_entropy(logits, wanted)
             return ce.sum(), ce, mx.zeros_like(ce)
+        log_probs = log_softmax(logits)
+        ce = -mx.take_along_axis(log_probs, wanted[:, None], axis=-1)[:, 0]
         kl = -(teacher.probabilities * log_probs).sum(axis=-1) - teacher.entropy
         share = self._config.teacher
         return (1 - share) * ce.sum() + share * kl.sum(), ce, kl

@@ -36,12 +36,14 @@ class ActiveNeurons:
         ids: int32 `[m]`, in any order; None takes the slots' active ones, as the runtime does.
         mask: float `[m]`, or `[chats, 1, m]` with one for each chat. The activations of those neurons are multiplied
             by it (soft or straight-through); None is all ones.
+        gain: float `[d_ffn]`, in the source's order, by which activations are multiplied as well; None is all ones.
     """
 
     def __init__(self, slots: FFNSlots) -> None:
         self.slots = slots
         self.ids: mx.array | None = None
         self.mask: mx.array | None = None
+        self.gain: mx.array | None = None
         self._order: np.ndarray[Any, Any] | None = None
         self._slot_of = mx.array(0)
 
@@ -83,10 +85,16 @@ class TrainableProjection(SlicedProjection):
         return join_fused(mx.take(gate, ids), mx.take(up, ids), self.fused)
 
     def observed(self, x: mx.array) -> mx.array:
-        """The input, or what the observer replaces it by; before the down projection it is multiplied by the mask."""
+        """The input, or what the observer replaces it by; before the down projection it is multiplied by mask and
+        gain."""
         x = super().observed(x)
-        mask = self.active.mask
-        if mask is None or self.kind != "down":
+        mask, gain = self.active.mask, self.active.gain
+        if self.kind != "down":
+            return x
+        if gain is not None:
+            ids = self.active.neurons()
+            x = x * (gain if ids is None else mx.take(gain, ids)).astype(x.dtype)
+        if mask is None:
             return x
         if mask.ndim > x.ndim:  # some experts see the tokens of all chats in one row
             mask = mx.broadcast_to(mask, (len(mask), x.size // mask.size, mask.shape[-1])).reshape(x.shape)
@@ -115,6 +123,20 @@ class TrainableModel(ABC):
     def identity(self) -> dict[str, Any]:
         """The settings that runs must share for one to continue with the other's parameters."""
 
+    def begin(self, folder: Path) -> Parameters:
+        """Parameters that an earlier run saved, float32; `initial` if it held the model still.
+
+        Raises:
+            DataError: as `read`.
+        """
+        config = folder / CONFIG
+        held = (
+            config.is_file()
+            and not (folder / WEIGHTS).is_file()
+            and _read_config(config).get("fine_tune_type") == FrozenModel.kind
+        )
+        return dict(self.initial) if held else self.read(folder)
+
     @abstractmethod
     def use(self, parameters: Parameters | None) -> None:
         """Put parameters in place, so that gradients flow to them; None gives the base model."""
@@ -137,6 +159,11 @@ class TrainableModel(ABC):
             active.ids = None if ids is None else ids[index]
             active.mask = None if masks is None else masks[index]
 
+    def multiply(self, gains: Sequence[mx.array] | None) -> None:
+        """Multiply the neurons' activations by these gains from now on, per FFN `[d_ffn]`; None by nothing."""
+        for index, active in enumerate(self.active):
+            active.gain = None if gains is None else gains[index]
+
     def in_order(self) -> None:
         """Run all neurons again, in the source's order. Switches leave another order, in which sums of floats differ in
         the last digits."""
@@ -151,20 +178,18 @@ class TrainableModel(ABC):
                 ffn[name] = leaf(ffn[name], active, spec)
             model.down_leaves[index] = ffn[spec.down]
 
-    def _write(self, folder: Path, arrays: Parameters, more: Mapping[str, Any]) -> None:
+    def _write(self, folder: Path, arrays: Parameters | None, more: Mapping[str, Any]) -> None:
         config = {"fine_tune_type": self.kind, "num_layers": len(self.model.layers), **more}
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / WEIGHTS, lambda path: mx.save_safetensors(str(path), dict(arrays)), DataError)
+        if arrays is not None:
+            write_atomic(folder / WEIGHTS, lambda path: mx.save_safetensors(str(path), dict(arrays)), DataError)
         text = json.dumps(config, indent=2) + "\n"
         write_atomic(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"), DataError)
 
     def _read(self, folder: Path) -> tuple[Parameters, dict[str, Any]]:
         read_safetensors_header(folder / WEIGHTS, DataError)
         arrays = load_arrays(folder / WEIGHTS)
-        try:
-            config = dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as exc:
-            raise DataError(f"{folder / CONFIG}: cannot be read ({exc!r}); train the adapter again") from exc
+        config = _read_config(folder / CONFIG)
         kind = config.get("fine_tune_type", "lora")
         if kind != self.kind:
             raise DataError(
@@ -172,3 +197,53 @@ class TrainableModel(ABC):
                 f"--fine-tune-type {kind}, or begin with another run"
             )
         return arrays, config
+
+
+class FrozenProjection(TrainableProjection):
+    """A sliced projection over the active neurons, with the rows as they are."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """As `SlicedProjection`, over the active neurons."""
+        return self.project(self.observed(x), self.active.rows)
+
+
+class FrozenModel(TrainableModel):
+    """A model that is held still while a head, scores or gains learn."""
+
+    kind = "none"
+
+    def __init__(self, model: Model) -> None:
+        super().__init__(model)
+        self._replace_leaves(lambda base, active, _: FrozenProjection(base, active))
+        model.module.freeze()
+        self.initial = {}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The kind alone."""
+        return {"fine_tune_type": self.kind}
+
+    def use(self, parameters: Parameters | None) -> None:
+        """Nothing: there are no parameters."""
+
+    def save(self, folder: Path, parameters: Parameters) -> None:
+        """Write `adapter_config.json`, which says that there are no weights."""
+        self._write(folder, None, {})
+
+    def read(self, folder: Path) -> Parameters:
+        """None, whatever the earlier run trained is refused.
+
+        Raises:
+            DataError: if it trained adapters or weights.
+        """
+        raise DataError(
+            f"{folder}: holds trained weights, which --fine-tune-type none would drop; fuse them into a checkpoint "
+            "with ifprune convert --adapter first"
+        )
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as exc:
+        raise DataError(f"{file}: cannot be read ({exc!r}); train the adapter again") from exc

@@ -39,9 +39,12 @@ from ifprune_mlx.train.checkpointing import (
 )
 from ifprune_mlx.train.config import TrainConfig
 from ifprune_mlx.train.gradients import differentiable
-from ifprune_mlx.train.static_prior import save_prior
-from ifprune_mlx.train.step import Arm, TrainStep, head_parameters
+from ifprune_mlx.train.static_prior import load_prior, positive, save_prior
+from ifprune_mlx.train.step import GAINS, SCORES, Arm, TrainStep, head_parameters
 from ifprune_mlx.train.trainable import TrainableModel
+
+LEARNED_PRIOR = "prior-static-learned.safetensors"
+_LEAST = 1e-30  # of a prior whose logarithm is taken
 
 
 class Trainer:
@@ -73,6 +76,7 @@ class Trainer:
     ) -> None:
         self.trainable, self.predictor, self.prior, self.config = trainable, predictor, prior, config
         self.step = self.tokens = 0
+        self._widths = [len(scores) for scores in prior]
         self._group = mx.distributed.init()
         self._train_step = TrainStep(trainable, predictor, prior, config)
         self._domains = list(mixture.items)
@@ -142,7 +146,11 @@ class Trainer:
         """
         start = time.perf_counter()
         batch, config = next(self._batches), self.config
-        learn_head = config.head_learning_rate > 0 and self.step >= config.head_start * config.iters
+        started = self.step >= config.head_start * config.iters
+        learns = {
+            "learned": started and config.head_learning_rate > 0,
+            "static-learned": started and config.scores_learning_rate > 0,
+        }
         sums = np.zeros((len(self.arms), len(self._domains), 3))
         for first in range(0, len(batch.examples), config.micro_batch_size):
             # Neighbours have about the same length, since a batch comes in order of length.
@@ -153,7 +161,7 @@ class Trainer:
             for number, arm in enumerate(self.arms):
                 with differentiable(self.trainable.model.module):
                     losses = self._train_step.accumulate(
-                        arm, examples, keep, teacher, batch.targets, learn_head=learn_head
+                        arm, examples, keep, teacher, batch.targets, learn_head=learns.get(arm.name, False)
                     )
                 for loss, example in zip(losses, examples, strict=True):
                     added = (loss.cross_entropy, loss.divergence, int(example.mask.sum()))
@@ -175,8 +183,8 @@ class Trainer:
             "tokens": self.tokens,
             "arms": {arm.name: self._means(sums[number]) for number, arm in enumerate(self.arms)},
             "gradient_norm": norms,
-            "learning_rate": float(self.arms[0].optimizers[0].learning_rate),
-            "head_learns": learn_head,
+            "learning_rate": float(self.arms[0].optimizers["adapter"].learning_rate),
+            "head_learns": learns["learned"],
             "seconds": time.perf_counter() - start,
         }
 
@@ -197,10 +205,24 @@ class Trainer:
                 assert self.predictor is not None
                 (folder / "predictor").mkdir(exist_ok=True)
                 arm.head(self.predictor.head).save(folder / "predictor" / "head.safetensors")
+            if SCORES in arm.parameters:
+                save_prior(folder / LEARNED_PRIOR, self.learned_prior(arm))
+            if GAINS in arm.parameters:
+                gains = [np.array(gain) for gain in self.gains(arm) or ()]
+                save_prior(folder / "gains" / f"{arm.name}.safetensors", gains, "gain")
         save_prior(folder / "prior.safetensors", self.prior)
         # Last, so that a run killed in between writes the others again.
         arrays = {f"{arm.name}/{name}": array for arm in self.arms for name, array in arm.state().items()}
         save_state(folder, self._identity, arrays, step=self.step, tokens=self.tokens, position=self._position)
+
+    def learned_prior(self, arm: Arm) -> list[Scores]:
+        """The scores of `static-learned` as a prior, per FFN float32 `[d_ffn]`."""
+        return list(np.split(positive(np.array(arm.parameters[SCORES])), np.cumsum(self._widths)[:-1]))
+
+    def gains(self, arm: Arm) -> list[mx.array] | None:
+        """The gains of an arm's neurons, per FFN float32 `[d_ffn]`; None if it has none."""
+        found = arm.parameters.get(GAINS)
+        return None if found is None else list(mx.split(found, np.cumsum(self._widths)[:-1].tolist()))
 
     def agreed(self, verdict: bool) -> bool:
         """The verdict of the process that writes, on every process."""
@@ -224,17 +246,36 @@ class Trainer:
 
     def _arm(self, name: str) -> Arm:
         config, start = self.config, self.config.start
-        parameters = dict(self.trainable.initial if start is None else self.trainable.read(start / "adapters" / name))
+        parameters = dict(self.trainable.initial if start is None else self.trainable.begin(start / "adapters" / name))
         if name == "learned":
             assert self.predictor is not None
             parameters |= head_parameters(self.predictor.head)
-        # An optimizer counts its own steps, and that of the head begins late.
+        if name == "static-learned":
+            earlier = config.scores or (None if start is None else start / LEARNED_PRIOR)
+            prior = self.prior if earlier is None else load_prior(earlier, self._widths)
+            parameters[SCORES] = mx.array(np.log(np.maximum(np.concatenate(prior), _LEAST)).astype(np.float32))
+        if config.gain_learning_rate and name != "none":
+            file = None if start is None else start / "gains" / f"{name}.safetensors"
+            known = file is not None and file.is_file()
+            gains = load_prior(file, self._widths, "gain") if known and file else [np.ones_like(p) for p in self.prior]
+            parameters[GAINS] = mx.array(np.concatenate(gains).astype(np.float32))
+        # An optimizer counts its own steps, and those of head and scores begin late.
         late = max(config.iters - math.ceil(config.head_start * config.iters), 1)
-        adapter, head = (
-            AdamW(_schedule(rate, steps, config.warmup), betas=[0.9, 0.98], weight_decay=0.0, bias_correction=True)
-            for rate, steps in ((config.peak_learning_rate, config.iters), (config.head_learning_rate, late))
-        )
-        return Arm(name, parameters, (adapter, head))
+        rates = {
+            "adapter": (config.peak_learning_rate, config.iters),
+            "head": (config.head_learning_rate, late),
+        }
+        if config.scores_learning_rate or name == "static-learned":
+            rates["scores"] = (config.scores_learning_rate, late)
+        if config.gain_learning_rate:
+            rates["gains"] = (config.gain_learning_rate, config.iters)
+        optimizers = {
+            group: AdamW(
+                _schedule(rate, steps, config.warmup), betas=[0.9, 0.98], weight_decay=0.0, bias_correction=True
+            )
+            for group, (rate, steps) in rates.items()
+        }
+        return Arm(name, parameters, optimizers)
 
     def _restore(self) -> dict[str, Any] | None:
         """Take over the state in the folder; the position in the data, None without a state."""

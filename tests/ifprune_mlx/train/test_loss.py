@@ -11,7 +11,7 @@ from mlx import nn
 
 from ifprune_mlx.data.tokenize import Example
 from ifprune_mlx.selection.predictor import inner_model
-from ifprune_mlx.train.loss import answer_logits, answer_rows, log_softmax
+from ifprune_mlx.train.loss import answer_logits, answer_rows, cross_entropy, log_softmax
 from tests.tiny import CONFIGS, make_model
 
 TOKENS = np.array([5, 17, 200, 31, 8, 90, 3, 255, 41, 7], np.int32)
@@ -112,3 +112,25 @@ def test_log_softmax_is_a_distribution() -> None:
     shifted = logits - logits.max(axis=-1, keepdims=True)
     wanted = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     np.testing.assert_allclose(np.array(log_softmax(mx.array(logits.astype(np.float32)))), wanted, atol=1e-5)
+
+
+def test_cross_entropy_and_its_gradient_equal_those_of_float64() -> None:
+    """Also where the wanted token's probability is below the least float32."""
+    random = np.random.default_rng(0)
+    logits = (30 * random.normal(size=(5, 300))).astype(np.float32)
+    logits[1, 7] -= 400
+    wanted = np.array([3, 7, 299, int(logits[3].argmax()), 0])
+    weights = random.uniform(0.5, 2, 5).astype(np.float32)
+
+    def loss(given: mx.array) -> mx.array:
+        return (cross_entropy(given, mx.array(wanted)) * mx.array(weights)).sum()
+
+    found = cross_entropy(mx.array(logits), mx.array(wanted))
+    gradient = mx.grad(loss)(mx.array(logits))
+    exact = logits.astype(np.float64)
+    shifted = exact - exact.max(axis=1, keepdims=True)
+    logs = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(np.array(found), -logs[np.arange(5), wanted], rtol=1e-6, atol=1e-5)
+    assert -logs[1, 7] > 200
+    ones = np.eye(300)[wanted]
+    np.testing.assert_allclose(np.array(gradient), (np.exp(logs) - ones) * weights[:, None], atol=1e-6)

@@ -22,7 +22,7 @@ from ifprune_mlx.selection.selection import Selection, top_k
 from ifprune_mlx.sparse.soft_topk import hard_top_k, soft_top_k
 from ifprune_mlx.train.config import ARMS
 from ifprune_mlx.train.lora import LoRAModel, Parameters
-from ifprune_mlx.train.step import Arm, TrainStep, head_parameters, head_with
+from ifprune_mlx.train.step import GAINS, GROUPS, SCORES, Arm, TrainStep, group_of, head_parameters, head_with
 from tests.ifprune_mlx.reference import mask_ffns
 from tests.ifprune_mlx.train.configs import config
 from tests.tiny import write_checkpoint
@@ -32,6 +32,8 @@ WIDTHS = (128, 128)
 KEEP = (40, 64)
 EVERYTHING = 100.0
 """A margin, as a share of k, that covers all neurons."""
+LEARNED_SCORES = np.random.default_rng(17).normal(size=256).astype(np.float32)
+"""Of the arm static-learned: others than the prior's."""
 
 
 @dataclass
@@ -55,7 +57,13 @@ class Bench:
 
     def arm(self, name: str, parameters: Parameters | None = None) -> Arm:
         held = dict(self.trained if parameters is None else parameters)
-        return Arm(name, held | (head_parameters(self.head) if name == "learned" else {}), (SGD(1.0), SGD(1.0)))
+        if name == "static-learned":
+            held[SCORES] = mx.array(LEARNED_SCORES)
+        return Arm(
+            name,
+            held | (head_parameters(self.head) if name == "learned" else {}),
+            {group: SGD(1.0) for group in GROUPS if group != "scores" or name == "static-learned"},
+        )
 
     def dense(self, *, adapter: bool = True) -> Any:
         """The stock mlx-lm model, with mlx-lm's own adapters or without."""
@@ -78,6 +86,8 @@ class Bench:
             return top_k(self.prior, KEEP, "static")
         if name == "none":
             return top_k(self.prior, WIDTHS, "none")
+        if name == "static-learned":
+            return top_k(np.split(LEARNED_SCORES, [128]), KEEP, "static-learned")
         scores = np.array(self.head(self.hidden(example.instruction)))
         return top_k(np.split(scores, [128]), KEEP, "learned")
 
@@ -213,6 +223,58 @@ def test_the_heads_gradient_is_straight_through(bench: Bench, epsilon: float) ->
     assert_close({name: value for name, value in arm.gradients.items() if name in wanted}, wanted, 1e-3)
 
 
+def test_learned_scores_have_the_gradient_of_a_straight_through_mask(bench: Bench) -> None:
+    """Those of `static-learned`: as the head's, but the same scores for every sequence."""
+    example = bench.examples["chat"]
+    stepper, arm = bench.stepper(teacher=0.0, margin=EVERYTHING), bench.arm("static-learned")
+    stepper.accumulate(arm, [example], [KEEP], None, 5, learn_head=True)
+    model = bench.masked("static-learned", example)
+    nothing = mx.zeros((len(example.tokens), 320))
+
+    def loss(given: mx.array) -> mx.array:
+        for layer, values, k in zip(model.model.layers, mx.split(given, [128]), KEEP, strict=True):
+            soft = soft_top_k(values, k, 0.1)
+            layer.mlp.down_proj._mask = hard_top_k(values, k) + soft - mx.stop_gradient(soft)
+        return objective_of(model, example, nothing, 0.0) / 5
+
+    wanted = mx.grad(loss)(mx.array(LEARNED_SCORES))
+    assert float(mx.abs(wanted).max()) > 0
+    assert_close({SCORES: arm.gradients[SCORES]}, {SCORES: wanted}, 1e-3)
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("learn", [False, True])
+@pytest.mark.parametrize("name", ["learned", "static", "static-learned"])
+def test_gains_multiply_the_activations(bench: Bench, name: str, learn: bool, together: bool) -> None:
+    """Losses and the gains' gradient equal those of a mask with the gains in place of ones."""
+    gains = np.random.default_rng(3).uniform(0.5, 1.5, 256).astype(np.float32)
+    chosen = [bench.examples["chat"]] * (1 + together)
+    stepper, arm = bench.stepper(teacher=0.0), bench.arm(name)
+    arm.parameters[GAINS] = mx.array(gains)
+    found = stepper.accumulate(arm, chosen, [KEEP] * len(chosen), None, len(chosen), learn_head=learn)
+    model = bench.masked(name, chosen[0])
+    selection = bench.selection(name, chosen[0])
+    if name == "learned" and bench.head.layers is not None:
+        # The predictor reads with the model's first layers, whose neurons have gains as well.
+        reader = mask_ffns(bench.dense(), top_k(bench.prior, WIDTHS, "all"))
+        for layer, part in zip(reader.model.layers, np.split(gains, [128]), strict=True):
+            layer.mlp.down_proj._mask = mx.array(part)
+        reader.model.layers = reader.model.layers[: bench.head.layers]
+        scores = bench.head(reader.model(mx.array([bench.predictor.tokens(chosen[0].instruction)]))[0])
+        selection = top_k(np.split(np.array(scores), [128]), KEEP, "learned")
+    hard = [np.isin(np.arange(128), kept).astype(np.float32) for kept in selection.ids]
+
+    def loss(given: mx.array) -> mx.array:
+        for layer, kept, part in zip(model.model.layers, hard, mx.split(given, [128]), strict=True):
+            layer.mlp.down_proj._mask = mx.array(kept) * part
+        return objective_of(model, chosen[0], mx.zeros((len(chosen[0].tokens), 320)), 0.0)
+
+    value, wanted = mx.value_and_grad(loss)(mx.array(gains))
+    assert [one.cross_entropy for one in found] == pytest.approx([float(value)] * len(found), rel=1e-5)
+    assert_close({GAINS: arm.gradients[GAINS]}, {GAINS: wanted}, 1e-3)
+    bench.adapted.multiply(None)
+
+
 def test_a_margin_leaves_out_little(bench: Bench) -> None:
     """The default margin gives nearly the gradient of all neurons, where epsilon is small beside the scores."""
     example = bench.examples["chat"]
@@ -322,6 +384,7 @@ def test_gradient_checkpointing_changes_no_gradient(bench: Bench, name: str, mon
     assert counts[1] - counts[0] == 2
     assert repeated.cross_entropy == pytest.approx(kept.cross_entropy, rel=1e-6)
     assert (name == "learned") == ("head.second" in same)
+    assert (name == "static-learned") == (SCORES in same)
     assert_close(same, gradients, 1e-6)
     assert all(type(layer) is family for layer in bench.adapted.model.layers)
 
@@ -363,10 +426,10 @@ def test_a_step_is_clipped_apart_for_adapter_and_head(bench: Bench, clip: float)
     gradients, before = dict(arm.gradients), dict(arm.parameters)
     told = arm.step(clip)
     assert arm.gradients == {}
-    for of_head in (False, True):
-        names = [name for name in gradients if name.startswith("head.") == of_head]
+    for group in ("adapter", "head"):
+        names = [name for name in gradients if group_of(name) == group]
         length = norm([gradients[name] for name in names])
-        if not of_head:
+        if group == "adapter":
             assert told == pytest.approx(length, rel=1e-5)
         moved = norm([before[name] - arm.parameters[name] for name in names])
         assert moved == pytest.approx(min(length, clip), rel=1e-2)

@@ -93,7 +93,7 @@ def test_gradients_of_recurrent_families_are_those_of_the_loss(
     stepper = TrainStep(tuned, None, model.prior, config(teacher=0, grad_checkpoint=grad_checkpoint))
 
     def run(parameters: Parameters) -> tuple[float, Parameters]:
-        arm = Arm("static", parameters, (Optimizer(), Optimizer()))
+        arm = Arm("static", parameters, {"adapter": Optimizer()})
         (found,) = stepper.accumulate(arm, [example], [model.keep(0.5)], None, 1, learn_head=False)
         return found.cross_entropy, arm.gradients
 

@@ -24,7 +24,8 @@ from ifprune_mlx.train.checkpointing import METRICS, STATE
 from ifprune_mlx.train.config import ARMS
 from ifprune_mlx.train.full_finetune import FullModel
 from ifprune_mlx.train.lora import LoRAModel
-from ifprune_mlx.train.static_prior import static_prior
+from ifprune_mlx.train.static_prior import load_prior, static_prior
+from ifprune_mlx.train.trainable import FrozenModel
 from ifprune_mlx.train.trainer import Trainer
 from tests.ifprune_mlx.train.configs import config
 from tests.tiny import write_checkpoint
@@ -37,6 +38,8 @@ CONFIG = config(
     batch_size=2,
     learning_rate=1e-2,
     head_learning_rate=1e-2,
+    scores_learning_rate=1e-2,
+    gain_learning_rate=1e-2,
     head_start=0.3,
     warmup=2,
     densities="0.25,0.4-0.8",
@@ -104,8 +107,9 @@ def start(checkpoint: Path, head: Path) -> Start:
         data = {name: (chats(tokenizer, name, count, length), weight if name == "a" else 1.0) for name in domains}
         fixed = static_prior(model, chosen, {"a": chats(tokenizer, "a")})
         lora = {"rank": config.lora_rank, "scale": config.lora_scale, "seed": config.seed}
+        held = config.fine_tune_type == "none"
         return Trainer(
-            FullModel(model) if full else LoRAModel(model, **lora),
+            FrozenModel(model) if held else FullModel(model) if full else LoRAModel(model, **lora),
             chosen,
             [scores + prior * np.arange(len(scores), dtype=np.float32) for scores in fixed],
             DataMixture(data, config.seed),
@@ -427,3 +431,34 @@ def test_settings_that_make_no_sense_are_refused(wrong: dict[str, Any], words: s
     """Arms that are unknown, missing or given twice, and densities that are none."""
     with pytest.raises(DataError, match=words):
         config(**wrong)
+
+
+CHOOSING = ("learned", "static", "static-learned")
+
+
+def test_a_model_held_still_is_healed_from_there(start: Start, tmp_path: Path) -> None:
+    """Head, scores and gains learn while the model stays as it is; a healing run begins with what they learned."""
+    held = replace(CONFIG, fine_tune_type="none", selector=CHOOSING, head_start=0.0)
+    run = go(start(tmp_path / "held", held), 3)
+    assert {name for arm in run.arms for name in arm.parameters} >= {"scores.neurons", "gains.neurons", "head.second"}
+    assert all(arm.adapter == {} for arm in run.arms)
+    assert not list((tmp_path / "held").rglob("adapters.safetensors"))
+    healing = start(tmp_path / "healed", replace(CONFIG, selector=CHOOSING), begin_with=tmp_path / "held")
+    for before, after in zip(run.arms, healing.arms, strict=True):
+        assert mx.array_equal(before.parameters["gains.neurons"], after.parameters["gains.neurons"])
+        assert after.adapter.keys() == healing.trainable.initial.keys()
+    order = [np.argsort(np.array(run_.arms[2].parameters["scores.neurons"])) for run_ in (run, healing)]
+    np.testing.assert_array_equal(*order)
+    with pytest.raises(DataError, match="would drop"):
+        start(tmp_path / "again", held, begin_with=go(healing, 1).config.output)
+
+
+def test_learned_scores_begin_with_a_file(start: Start, tmp_path: Path) -> None:
+    """A prior's file, of this model's widths."""
+    go(start(tmp_path / "first"), 2)
+    file = tmp_path / "first" / "prior-static-learned.safetensors"
+    run = start(tmp_path / "second", scores=file)
+    wanted = np.concatenate(load_prior(file, WIDTHS))
+    np.testing.assert_allclose(np.exp(np.array(run.arms[2].parameters["scores.neurons"])), wanted, rtol=1e-5)
+    with pytest.raises(DataError, match="other widths"):
+        load_prior(file, (128, 64))
