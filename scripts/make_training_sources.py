@@ -74,7 +74,7 @@ def maths(data: TrainingData) -> dict[str, Iterable[Chat]]:
 
 
 def others(data: TrainingData) -> dict[str, Iterable[Chat]]:
-    """By source, see above; OASST1, Dolly, instruction-data, seed tasks and roleplay are those of make_training_data."""
+    """By source, see above; OASST1, Dolly, instruction-data and seed tasks are those of make_training_data."""
     mixed = list(general(data))
     marks = {
         "summaries": lambda prompt: prompt.startswith("Summarise in one sentence:"),
