@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import wraps
+from string import Formatter
 from typing import Any
 
 from jinja2 import nodes
@@ -29,6 +30,8 @@ _WIDEST, _MOST_BITS = 1000, 10_000
 # Filters and methods that make as much as a number says.
 _WIDTHS = frozenset({"batch", "center", "indent", "round", "slice", "tojson", "wordwrap"})
 _WIDTH_METHODS = frozenset({"center", "ljust", "rjust", "zfill", "to_bytes"})
+# The flags, width and precision behind a `%`, and its key where that is no plain one.
+_PERCENT = re.compile(r"%(?=(?:\([^()]*\))?([-#+ 0-9.*]*\(?))")
 _DROPPED_FILTERS = ("urlize", "xmlattr", "pprint", "random")
 _END = "CONTINUE_FINAL_MESSAGE_TAG "  # marks the end of a message that is to be continued
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of an earlier answer's thoughts
@@ -76,7 +79,7 @@ class ChatTemplate:
         chat = [_message(message) for message in _plain(list(messages))]
         if continue_final_message:
             chat[-1] = chat[-1] | {"content": chat[-1]["content"] + _END}
-        given = {"messages": chat, "tools": _plain(tools)}
+        given = {"messages": chat, "tools": _plain(tools), "documents": None}
         given |= self._tokens | _plain(variables) | {"add_generation_prompt": add_generation_prompt}
         template = self._compile(self._for_tools if tools else self._plain)
         with self._environment.bounded(given):
@@ -195,7 +198,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         """Compute `left operator right`."""
         self._check_time()
         if operator == "%" and isinstance(left, str):
-            self._check_format(left, right)
+            self._check_format(left, right, _PERCENT.findall(left))
         elif operator == "**":
             bits = left.bit_length() if isinstance(left, int) else 0
             if isinstance(right, int) and bits * abs(right) > _MOST_BITS:
@@ -225,13 +228,17 @@ class _Environment(ImmutableSandboxedEnvironment):
             raise TemplateLimitError(f"it pads or rounds to {widest} places")
         self._check_size(widest * count)
 
-    def _check_format(self, text: str, given: Any) -> None:
-        """Check a `%` or `format` template: the widths in it, and how often it repeats what it is given."""
-        if "*" in text or re.search(r"\{[^{}]*\{[^{]", text):
+    def _check_format(self, text: str, given: Any, specs: Sequence[str]) -> None:
+        """Check a `%` or `format` template: the widths in its placeholders, and how often it repeats what it is given.
+
+        Args:
+            specs: what follows the `%` or `:` of each placeholder.
+        """
+        if any(mark in spec for spec in specs for mark in "*{("):
             raise TemplateLimitError("it formats with a width that is computed")
-        widths = [int(digits[:20]) for digits in re.findall(r"[0-9]+", text)]
+        widths = [int(digits[:20]) for spec in specs for digits in re.findall(r"[0-9]+", spec)]
         self._check_width(widths, len(widths))
-        self._check_size((text.count("%") + text.count("{")) * self._weight(given) + len(text))
+        self._check_size(len(specs) * self._weight(given) + len(text))
 
     def _check_method(self, method: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Check a call of a text's or number's own method, before it makes too much."""
@@ -241,7 +248,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         if not isinstance(owner, str | bytes | int):
             return
         if name in ("format", "format_map"):
-            self._check_format(str(owner), [*args, *kwargs.values()])
+            specs = [spec or "" for _, field, spec, _ in Formatter().parse(str(owner)) if field is not None]
+            self._check_format(str(owner), [*args, *kwargs.values()], specs)
         elif name in _WIDTH_METHODS:
             self._check_width([*args, *kwargs.values()])
         elif isinstance(owner, int):
@@ -275,7 +283,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             if name in _WIDTHS:
                 self._check_width(others, str(value).count("\n") + 1 if name == "indent" else 1)
             elif name == "format":
-                self._check_format(str(value), others)
+                self._check_format(str(value), others, _PERCENT.findall(str(value)))
             elif name == "replace":
                 self._check_replace(str(value), [str(other) for other in others[:2]])
             elif name in ("join", "sum"):

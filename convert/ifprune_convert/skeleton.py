@@ -207,7 +207,7 @@ def _flat(path: Path, config: dict[str, Any]) -> dict[str, Any]:
 def _with_original(config: dict[str, Any]) -> dict[str, Any]:
     """A config that says of what length its scaled positions were: mlx-lm's classes take one of their own else."""
     scaling = config.get("rope_scaling")
-    if not isinstance(scaling, dict) or scaling.get(_ORIGINAL) or rope_kind(scaling) not in ("yarn", "longrope"):
+    if not isinstance(scaling, dict) or scaling.get(_ORIGINAL) or rope_kind(scaling) not in ("yarn", "longrope", "su"):
         return config
     # As transformers has it.
     original = config.get(_ORIGINAL) or config.get("max_position_embeddings")

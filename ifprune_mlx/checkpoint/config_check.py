@@ -19,6 +19,8 @@ _KINDS: dict[type, str] = {int: "number", float: "number", bool: "number", str: 
 _FREE = frozenset({"rope_scaling", "rope_parameters", "eos_token_id", "bos_token_id", "pad_token_id"})
 _POSITIVE = ("rope_theta", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps")
 _TOKENS = ("eos_token_id", "bos_token_id", "pad_token_id")
+# Annotated as numbers, and read as lists of one for each layer, too.
+_BY_LAYER = frozenset({("hunyuan", "moe_topk"), ("hunyuan", "num_shared_expert"), ("step3p5", "rope_theta")})
 _ADVICE = "compare it with the model's own config.json"
 
 
@@ -30,13 +32,17 @@ def check_config(config: Mapping[str, Any], arguments: Any, where: Path, error: 
     """
     wrong: str | None = None
     hints = _hints(arguments)
-    for name, value in config.items():
+    given = [
+        (name, one)
+        for name, value in config.items()
+        for one in (value if isinstance(value, list) and (config.get("model_type"), name) in _BY_LAYER else [value])
+    ]
+    for name, value in given:
         allowed = None if name in _FREE else _allowed(hints.get(name, Any))
         if value is not None and allowed is not None and (kind := _KINDS.get(type(value))) not in allowed:
             wrong = f"{name} is {_shown(value)}, a {kind}, and must be a {' or '.join(allowed)}"
-    for name in _POSITIVE:
-        value = config.get(name)
-        if value is not None and (not _is_number(value) or not 0 < value < math.inf):
+    for name, value in given:
+        if name in _POSITIVE and value is not None and (not _is_number(value) or not 0 < value < math.inf):
             wrong = f"{name} is {_shown(value)}, and must be a number above 0"
     for name in _TOKENS:
         value = config.get(name)

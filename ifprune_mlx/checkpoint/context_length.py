@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-# Where nothing says what was scaled, the stated length was. Of Llama 3's and longrope's it has been scaled already.
+# Where nothing says what was scaled, the stated length was.
 _SCALE_THE_STATED = ("linear", "dynamic", "yarn")
-_SCALING = (*_SCALE_THE_STATED, "deepseek_yarn", "telechat3-yarn", "llama3", "longrope", "su")
+# Of these the stated length is the scaled one, if it is beyond the original at all: Llama 3.2's factor is 32, and it
+# was trained for 16 times the original.
+_STATE_THE_SCALED = ("llama3", "longrope", "su")
+_SCALING = (*_SCALE_THE_STATED, *_STATE_THE_SCALED, "deepseek_yarn", "telechat3-yarn")
 _MOST = 2**53
 _ORIGINAL = "original_max_position_embeddings"
 
@@ -29,6 +32,8 @@ def context_length(config: Mapping[str, Any]) -> int | None:
     if original is None and kind in _SCALE_THE_STATED and not str(text.get("model_type")).startswith("gemma3"):
         original = stated
     if kind not in _SCALING or not isinstance(factor, int | float) or not isinstance(original, int | float):
+        return int(stated)
+    if kind in _STATE_THE_SCALED and stated > original:
         return int(stated)
     return int(max(stated, min(factor * original, _MOST)))
 

@@ -16,11 +16,13 @@ from ifprune_convert.export import export_selection
 from ifprune_convert.pipeline import Options, convert
 from ifprune_convert.predictor import open_predictor
 from ifprune_convert.readers import open_source
+from ifprune_convert.skeleton import build_skeleton
 from ifprune_mlx import Checkpoint, IfpruneError, load
 from ifprune_mlx.checkpoint.format import write_manifest
 from ifprune_mlx.checkpoint.safetensors_io import read_safetensors_header
 from ifprune_mlx.selection.predictor import SparsityPredictor
 from tests.cli.process import run_here
+from tests.family_configs import tiny_config
 from tests.ifprune_mlx.reference import random_selection
 from tests.tiny import write_source
 from tests.tiny_predictor import write_predictor
@@ -73,6 +75,19 @@ CONFIGS: list[dict[str, Any]] = [
     {"quantization": 5},
     {"quantization": {"group_size": "x", "bits": 4}},
 ]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("hunyuan", {"moe_topk": [2] * 4, "num_shared_expert": [1] * 4}), ("step3p5", {"rope_theta": [1e4] * 4})],
+)
+def test_values_for_each_layer_are_fine_where_the_class_reads_them(family: str, changes: dict[str, Any]) -> None:
+    """As in the published Hunyuan-Large and Step 3.5."""
+    scaling = {"rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0}} if family == "hunyuan" else {}
+    config = (tiny_config(family) or {}) | scaling | changes
+    build_skeleton(Path("model"), config, 100)
+    key = next(iter(changes))
+    assert f"{key} is 'x'" in refusal(lambda: build_skeleton(Path("model"), config | {key: ["x"] * 4}, 100))
 
 
 @pytest.mark.parametrize("changes", CONFIGS, ids=str)

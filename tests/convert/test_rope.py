@@ -59,6 +59,7 @@ def test_settings_by_layer_that_no_class_reads_are_refused() -> None:
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, 512),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "original_max_position_embeddings": 128}, 128),
         ({"rope_scaling": {"type": "longrope", "long_factor": []}, "original_max_position_embeddings": 16}, 16),
+        ({"rope_scaling": {"type": "su", "long_factor": []}, "original_max_position_embeddings": 16}, 16),
         ({"rope_scaling": {"type": "yarn", "original_max_position_embeddings": 64}}, 64),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, 512),
     ],

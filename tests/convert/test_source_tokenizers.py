@@ -246,6 +246,16 @@ def test_answers_end_where_llama_cpp_ends_them(
             assert tokenizer.encode(f"a{ends[at]}b", add_special_tokens=False)[1:-1] == [FIRST + at]
 
 
+@pytest.mark.parametrize("key", ["padding_token_id", "unknown_token_id"])
+@pytest.mark.parametrize("number", [10_000, 0xFFFFFFFF])
+def test_ids_of_tokens_that_a_gguf_can_do_without_may_be_none(tmp_path: Path, key: str, number: int) -> None:
+    path = gguf(tmp_path / "m.gguf", ["<|im_end|>"], **{f"tokenizer__ggml__{key}": number})
+    convert(open_source(path), tmp_path / "out", Options())
+    model, tokenizer = load(tmp_path / "out")
+    model.close()
+    assert tokenizer.eos_token_ids == {FIRST}
+
+
 def test_named_templates_of_a_gguf_are_used(tmp_path: Path) -> None:
     keys = {"tokenizer__chat_template__tool_use": TOOL_TEMPLATE, "tokenizer__chat_template__rag": "rag"}
     notes: list[str] = []

@@ -50,6 +50,12 @@ SOUND = [
     "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}{{ messages | rejectattr('content') | list }}"
     "{{ (tools or [])|map(attribute='function')|map(attribute='name')|sort|join }}{{ range(3)|list }}"
     "{{ 'a-b'.replace('-', '_').title() }}{{ 'x'.join(['1', '2']) }}{{ '{}'.format(3) }}{{ 'z'|default('q')|indent(2) }}",
+    # Stars, years and braces around placeholders are no widths.
+    "{{ '**%s** since 20240101, 100%%' % messages[1].role }}{{ '* %-5s|%(x)' | replace('%(x)', '') | format('a') }}"
+    "{{ 'Cutoff 20231001: {} {0!r:>4}'.replace('{0!r', '{:') | length }}{{ '20240101 {:>4} * {x}'.format('a', x=3) }}"
+    "{{ '{\"name\": {\"a\": \"%s\"}, \"year\": 20240101}' % 'w' }}{{ '%(n)s *20240101*' % {'n': 'b'} }}",
+    # Command-R's and Granite's ask for documents.
+    "{% if documents is not none %}documents{% endif %}{{ documents is defined }}",
 ]
 
 
@@ -68,7 +74,9 @@ HOSTILE = [
     "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
     "{% for i in range(99999) %}{% if i in range(99999)|list %}{% endif %}{% endfor %}",
     "{{ 'a' * 3000000000 }}", "{{ 3000000000 * 'a' }}", "{{ [0] * 3000000000 }}", "{{ ('a', 'b') * 3000000000 }}",
-    "{{ '%3000000000d' % 1 }}", "{{ '%*d' % (3000000000, 1) }}", "{{ '{:3000000000}'.format(1) }}",
+    "{{ '%3000000000d' % 1 }}", "{{ '%*d' % (3000000000, 1) }}", "{{ '%(a(b)c)3000000000d' % {'a(b)c': 1} }}",
+    "{{ '%(a)3000000000d' % {'a': 1} }}", "{{ '%%%- 3000000000d' % 1 }}", "{{ '%.*f' % (3000000000, 1.5) }}",
+    "{{ '{a[0]!s:>3000000000}'.format(a=[1]) }}", "{{ '{{{:3000000000}'.format(1) }}", "{{ '{:3000000000}'.format(1) }}",
     "{{ '{:{}}'.format(1, 3000000000) }}", "{{ '%3000000000d'|format(1) }}", "{{ '%.3000000000f'|format(1.5) }}",
     "{{ 'a'|center(3000000000) }}", "{{ 'a'.ljust(3000000000) }}", "{{ 'a'.zfill(3000000000) }}",
     "{{ 'a'|indent(3000000000, true) }}", "{{ [1]|batch(3000000000, 'x')|list }}", "{{ [1]|slice(3000000000)|list }}",

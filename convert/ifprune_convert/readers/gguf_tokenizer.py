@@ -29,6 +29,7 @@ _FILE_ENDS = frozenset({
     "<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]", "<|fim_repo|>", "<|repo_name|>", "<fim-repo>",
     "<REPO>", "<reponame>", "<|file_sep|>",
 })  # fmt: skip
+_SPARE_KEYS = ("padding_token_id", "unknown_token_id")
 _END_KEYS = ("eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 # Where all of the first are in the vocabulary, the second ends a part of an answer and not the whole.
 _NO_END = (({"<|return|>", "<|call|>"}, "<|end|>"), ({"<|calls|>", "<|flush|>"}, "<|end|>"),
@@ -154,6 +155,8 @@ def _token_id(metadata: Metadata, key: str, vocab_size: int) -> int | None:
     token = metadata.optional(f"tokenizer.ggml.{key}", int)
     tokens = len(metadata.values["tokenizer.ggml.tokens"])
     if token is not None and not 0 <= token < min(tokens, vocab_size):
+        if key in _SPARE_KEYS:  # often a padding token that was never added; llama.cpp does without, too
+            return None
         raise SourceError(
             f"{metadata.path}: metadata tokenizer.ggml.{key} is {token}, but there is no such token; {AGAIN}"
         )

@@ -33,6 +33,9 @@ LONG = [1.0] * 8
         # Llama 3.1 and Phi 3 state it.
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 32}}, 512),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 512}}, 4096),
+        # Llama 3.2 and EXAONE 3.5, whose factors reach further than they do.
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 32.0, "original_max_position_embeddings": 32}}, 512),
+        ({"rope_scaling": {"type": "longrope", "factor": 32.0, "original_max_position_embeddings": 64}}, 512),
         ({"rope_scaling": {"type": "longrope", "long_factor": LONG}, "original_max_position_embeddings": 16}, 512),
         ({"model_type": "gemma3_text", "rope_scaling": {"rope_type": "linear", "factor": 8.0}}, 512),
         ({"rope_scaling": {"type": "mrope", "mrope_section": [1, 2, 3]}}, 512),
