@@ -128,8 +128,17 @@ class TrainConfig:
         """Give every value its type: YAML and Python callers may give text for numbers and folders.
 
         Raises:
-            DataError: if a number cannot be read or is out of range.
+            DataError: if a value cannot be read, or a number is out of range.
         """
+        self._convert_numbers()
+        self._convert_files()
+        for name in ("strict", "grad_checkpoint", "stop_on_collapse"):
+            if not isinstance(getattr(self, name), bool):
+                raise DataError(f"{_flag(name)} {getattr(self, name)}: give true or false")
+        arms = self.selector if isinstance(self.selector, list | tuple) else (self.selector,)
+        object.__setattr__(self, "selector", tuple(str(arm) for arm in arms))
+
+    def _convert_numbers(self) -> None:
         for name, (kind, least, most) in BOUNDS.items():
             value = getattr(self, name)
             if value is None and type(self).__dataclass_fields__[name].default is None:
@@ -144,17 +153,6 @@ class TrainConfig:
                 bounds = f"give at least {least:g}" + ("" if most == math.inf else f" and at most {most:g}")
                 raise DataError(f"{_flag(name)} {value}: {_OBJECTIVE.get(name, bounds)}")
             object.__setattr__(self, name, number)
-        for name in ("strict", "grad_checkpoint", "stop_on_collapse"):
-            if not isinstance(getattr(self, name), bool):
-                raise DataError(f"{_flag(name)} {getattr(self, name)}: give true or false")
-        for name in ("output", "backbone", "predictor", "scores", "start"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, _path(name, getattr(self, name)))
-        if not isinstance(self.eval_data, Mapping):
-            raise DataError(f"--eval-data {self.eval_data}: expected NAME=FILE, such as code=code.jsonl")
-        for name in ("data", "eval_data"):
-            files = {domain: _path(name, file) for domain, file in getattr(self, name).items()}
-            object.__setattr__(self, name, files)
         if not isinstance(self.weight, Mapping):
             raise DataError(f"--weight {self.weight}: expected NAME=X, such as code=2")
         shares = {}
@@ -164,8 +162,16 @@ class TrainConfig:
             except (OverflowError, TypeError, ValueError) as exc:
                 raise DataError(f"--weight {name}: expected NAME=X, such as {name}=2") from exc
         object.__setattr__(self, "weight", shares)
-        arms = self.selector if isinstance(self.selector, list | tuple) else (self.selector,)
-        object.__setattr__(self, "selector", tuple(str(arm) for arm in arms))
+
+    def _convert_files(self) -> None:
+        for name in ("output", "backbone", "predictor", "scores", "start"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _path(name, getattr(self, name)))
+        if not isinstance(self.eval_data, Mapping):
+            raise DataError(f"--eval-data {self.eval_data}: expected NAME=FILE, such as code=code.jsonl")
+        for name in ("data", "eval_data"):
+            files = {domain: _path(name, file) for domain, file in getattr(self, name).items()}
+            object.__setattr__(self, name, files)
 
     @classmethod
     def from_yaml(cls, file: Path, **changes: Any) -> TrainConfig:
