@@ -262,7 +262,8 @@ class _TextFormat(_CompletionFormat):
 def _finish_reason(answer: AnswerSoFar) -> str | None:
     if answer.stats is None:
         return None
-    return "tool_calls" if answer.calls and answer.stats.finish_reason == "stop" else answer.stats.finish_reason
+    called = answer.calls and not answer.calls[-1].cut  # agents would run what a stop string has cut
+    return "tool_calls" if called and answer.stats.finish_reason == "stop" else answer.stats.finish_reason
 
 
 def _logprob(text: str, logprob: float) -> dict[str, Any]:
