@@ -298,9 +298,10 @@ def _conversation(body: ChatRequest) -> Conversation:
     messages: list[dict[str, Any]] = []
     names: dict[str, str] = {}
     for index, given in enumerate(body.messages):
-        text = text_of(given.content)
+        text = text_of(given.content, "" if isinstance(given, AssistantMessage) else "\n")
         message: dict[str, Any] = {"role": "system" if given.role == "developer" else given.role, "content": text}
         if isinstance(given, AssistantMessage):
+            message["content"] = text or given.refusal or ""
             if given.tool_calls:
                 message["tool_calls"] = [
                     earlier_call(call.id or f"{index} {at}", call.function.name, call.function.arguments)
@@ -329,6 +330,8 @@ def _schema(body: CompletionRequest) -> dict[str, Any] | None:
     asked = body.response_format
     if asked is None or asked.type == "text":
         return None
+    if asked.json_schema is None and asked.own_schema is not None:
+        return asked.own_schema
     if asked.type == "json_object":
         return {"type": "object"}
     if asked.json_schema is None:

@@ -144,6 +144,7 @@ class JsonFormat(Schema):
 class ResponseFormat(Schema):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonFormat | None = None
+    own_schema: Annotated[dict[str, Any] | None, Field(alias="schema")] = None  # where llama.cpp's clients put it
 
 
 class CompletionRequest(GenerationRequest):
@@ -235,6 +236,7 @@ class AssistantMessage(Schema):
 
     role: Literal["assistant"]
     content: PastContent | None = None
+    refusal: str | None = None
     reasoning_content: str | None = None
     tool_calls: Items[MadeCall] | None = None
 
@@ -321,6 +323,7 @@ class ToolResult(Schema):
     type: Literal["tool_result"]
     tool_use_id: str
     content: TextContent | None = None
+    is_error: bool | None = None
 
 
 class ThinkingBlock(Schema):
@@ -375,6 +378,16 @@ class ToolSelection(Schema):
     disable_parallel_tool_use: bool | None = None
 
 
+class OutputFormat(Schema):
+    type: Literal["json_schema"]
+    json_schema: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class OutputConfig(Schema):
+    format: OutputFormat | None = None
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+
+
 class CountRequest(Schema):
     model: str | None = None
     messages: Annotated[
@@ -384,19 +397,11 @@ class CountRequest(Schema):
     tools: Items[OfferedTool] | None = None
     tool_choice: ToolSelection | None = None
     thinking: ThinkingSwitch | None = None
-
-
-class OutputFormat(Schema):
-    type: Literal["json_schema"]
-    json_schema: Annotated[dict[str, Any], Field(alias="schema")]
-
-
-class OutputConfig(Schema):
-    format: OutputFormat | None = None
+    output_config: OutputConfig | None = None
+    mcp_servers: list[Any] | None = None
 
 
 class MessagesRequest(CountRequest, GenerationRequest):
     max_tokens: TokenCount
     stop_sequences: StopStrings | None = None
-    output_config: OutputConfig | None = None
     output_format: OutputFormat | None = None  # its name before
