@@ -30,6 +30,7 @@ from ifprune_mlx.serving.http.schemas_requests import (
     CompletionRequest,
     HeaderOptions,
     TextRequest,
+    Tool,
     ToolChoice,
     ToolMessage,
 )
@@ -41,6 +42,7 @@ from ifprune_mlx.serving.http.tools import ToolCall
 from ifprune_mlx.thinking import Reasoning
 
 Choice = dict[str, Any]
+_NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
 _UNLIKELY = -9999.0  # OpenAI's log-probability of an impossible token
 
 
@@ -315,7 +317,7 @@ def _conversation(body: ChatRequest) -> Conversation:
             if given.tool_call_id in names:
                 message["name"] = names[given.tool_call_id]
         messages.append(message)
-    functions = [tool.model_dump(exclude_unset=True) for tool in body.tools or []]
+    functions = [_tool(tool) for tool in body.tools or []]
     choice, single = body.tool_choice, body.parallel_tool_calls is False
     if isinstance(choice, ToolChoice):
         name, param = choice.function.name, "tool_choice.function.name"
@@ -323,6 +325,12 @@ def _conversation(body: ChatRequest) -> Conversation:
     else:
         tools = choose_tools(functions, choice, None, single=single, param="tool_choice")
     return Conversation(messages, tools, schema=_schema(body))
+
+
+def _tool(tool: Tool) -> dict[str, Any]:
+    """A tool in the chat template's form: templates read parameters where there are none, and cannot read null."""
+    given = {name: value for name, value in tool.function.model_dump(exclude_unset=True).items() if value is not None}
+    return {"type": "function", "function": {**given, "parameters": tool.function.parameters or _NO_PARAMETERS}}
 
 
 def _schema(body: CompletionRequest) -> dict[str, Any] | None:

@@ -128,3 +128,14 @@ def test_a_call_that_a_stop_string_cuts_is_not_to_be_run(scripted_server: Server
     asked: dict[str, Any] = {"tools": [{"type": "function", "function": WEATHER}], "tool_choice": named}
     assert answer(server, CHAT, **asked)["choices"][0]["finish_reason"] == "tool_calls"
     assert answer(server, CHAT, stop=stop, **asked)["choices"][0]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("parameters", [{}, {"parameters": None}, {"parameters": {}}], ids=["none", "null", "empty"])
+def test_a_template_finds_the_parameters_of_every_tool(scripted_server: Servers, parameters: Any) -> None:
+    server = scripted_server("mistral")
+    server.say("Hi")
+    function = {"name": "clock", "description": None, "strict": None, **parameters}
+    answer(server, CHAT, tools=[{"type": "function", "function": function}])
+    shown = {"name": "clock", "parameters": {"type": "object", "properties": {}}}
+    told = server.prompt.split("[AVAILABLE_TOOLS] ")[1].split("[/AVAILABLE_TOOLS]")[0]
+    assert json.loads(told) == [{"type": "function", "function": shown}]
