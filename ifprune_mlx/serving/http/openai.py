@@ -28,7 +28,9 @@ from ifprune_mlx.serving.http.schemas_requests import (
     AssistantMessage,
     ChatRequest,
     CompletionRequest,
+    FunctionMessage,
     HeaderOptions,
+    MadeCall,
     TextRequest,
     Tool,
     ToolChoice,
@@ -304,18 +306,21 @@ def _conversation(body: ChatRequest) -> Conversation:
         message: dict[str, Any] = {"role": "system" if given.role == "developer" else given.role, "content": text}
         if isinstance(given, AssistantMessage):
             message["content"] = text or given.refusal or ""
-            if given.tool_calls:
+            first_form = [MadeCall(function=given.function_call)] if given.function_call else []
+            if calls := given.tool_calls or first_form:
                 message["tool_calls"] = [
                     earlier_call(call.id or f"{index} {at}", call.function.name, call.function.arguments)
-                    for at, call in enumerate(given.tool_calls)
+                    for at, call in enumerate(calls)
                 ]
-                names |= {call.id or "": call.function.name for call in given.tool_calls}
+                names |= {call.id or "": call.function.name for call in calls}
             if given.reasoning_content:
                 message["reasoning_content"] = given.reasoning_content
         elif isinstance(given, ToolMessage):
             message["tool_call_id"] = given.tool_call_id
             if given.tool_call_id in names:
                 message["name"] = names[given.tool_call_id]
+        elif isinstance(given, FunctionMessage):  # it follows its call
+            message |= {"role": "tool", "tool_call_id": f"{index - 1} 0", "name": given.name}
         messages.append(message)
     functions = [_tool(tool) for tool in body.tools or []]
     choice, single = body.tool_choice, body.parallel_tool_calls is False

@@ -239,6 +239,7 @@ class AssistantMessage(Schema):
     refusal: str | None = None
     reasoning_content: str | None = None
     tool_calls: Items[MadeCall] | None = None
+    function_call: CalledFunction | None = None  # a call in OpenAI's first form
 
 
 class ToolMessage(Schema):
@@ -247,7 +248,15 @@ class ToolMessage(Schema):
     tool_call_id: str
 
 
-ChatMessage = Annotated[InputMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+class FunctionMessage(Schema):
+    """The result of a `function_call`."""
+
+    role: Literal["function"]
+    content: PastContent | None = None
+    name: str
+
+
+ChatMessage = Annotated[InputMessage | AssistantMessage | ToolMessage | FunctionMessage, Field(discriminator="role")]
 
 
 class Function(Schema):

@@ -139,3 +139,14 @@ def test_a_template_finds_the_parameters_of_every_tool(scripted_server: Servers,
     shown = {"name": "clock", "parameters": {"type": "object", "properties": {}}}
     told = server.prompt.split("[AVAILABLE_TOOLS] ")[1].split("[/AVAILABLE_TOOLS]")[0]
     assert json.loads(told) == [{"type": "function", "function": shown}]
+
+
+def test_calls_in_openais_first_form_are_read(scripted_server: Servers) -> None:
+    server = scripted_server("mistral")
+    server.say("Hi")
+    call = {"role": "assistant", "content": None, "function_call": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+    result = {"role": "function", "name": "weather", "content": "-3 C"}
+    answer(server, CHAT, messages=[HELLO, call, result])
+    identity = server.prompt.split('"id": "')[1][:9]
+    assert '"name": "weather", "arguments": {"city": "Oslo"}' in server.prompt
+    assert f'{{"content": -3 C, "call_id": "{identity}"}}' in server.prompt
