@@ -150,3 +150,21 @@ def test_calls_in_openais_first_form_are_read(scripted_server: Servers) -> None:
     identity = server.prompt.split('"id": "')[1][:9]
     assert '"name": "weather", "arguments": {"city": "Oslo"}' in server.prompt
     assert f'{{"content": -3 C, "call_id": "{identity}"}}' in server.prompt
+
+
+@pytest.mark.parametrize("begun", ["So", "The answer: "])
+def test_a_call_that_is_drafted_in_thoughts_after_a_begun_answer_is_none(scripted_server: Servers, begun: str) -> None:
+    server = scripted_server("thinking")
+    draft = '<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call>'
+    asked: dict[str, Any] = {
+        "messages": [HELLO, {"role": "assistant", "content": begun}],
+        "tools": [{"name": "weather", "input_schema": WEATHER["parameters"]}],
+    }
+    server.say(f"<think>{draft}</think>it is.")
+    blocks = answer(server, MESSAGES, **asked)["content"]
+    assert [(block["type"], block.get("thinking"), block.get("text")) for block in blocks] == [
+        ("thinking", draft, None),
+        ("text", None, "it is."),
+    ]
+    server.say(" it is.")
+    assert answer(server, MESSAGES, **asked)["content"] == [{"type": "text", "text": " it is."}]
