@@ -81,10 +81,12 @@ class Anthropic:
         left_out = [tool.type for tool in body.tools or [] if isinstance(tool, OtherBlock)]
         for kind in left_out:
             self._say_once(f"tools of type {kind[:64]!r} are left out: they are not of the client's own")
-        conversation = _conversation(body)
-        switch = body.thinking
+        if body.mcp_servers:
+            self._say_once("mcp_servers are left out: this server calls no others")
+        conversation, switch = _conversation(body), body.thinking
+        effort = body.output_config.effort if body.output_config and self._service.renderer.thinks else None
         if switch is None:
-            return conversation
+            return replace(conversation, thinking=ThinkingOptions(effort=effort))
         enabled = switch.enabled
         if enabled and not self._service.renderer.thinks:
             # Agents ask all models for it. They may think, and need not.
@@ -93,7 +95,7 @@ class Anthropic:
         if enabled and (conversation.prefill or conversation.tools.forced):  # Anthropic refuses both, too
             param = "messages" if conversation.prefill else "tool_choice"
             raise field_error(param, "says how the answer begins, so the model cannot think before; disable thinking")
-        return replace(conversation, thinking=ThinkingOptions(enabled, budget=switch.budget_tokens))
+        return replace(conversation, thinking=ThinkingOptions(enabled, effort, switch.budget_tokens))
 
     def _say_once(self, message: str) -> None:
         if message not in self._said and len(self._said) < _MOST_SAID:
@@ -226,7 +228,7 @@ def _conversation(body: CountRequest) -> Conversation:
     """Convert the messages and tools to a chat template's form."""
     messages: list[dict[str, Any]] = []
     if body.system is not None:
-        messages.append({"role": "system", "content": text_of(body.system)})
+        messages.append({"role": "system", "content": text_of(body.system, "\n")})
     names: dict[str, str] = {}
     for given in body.messages:
         if isinstance(given, UserMessage):
@@ -234,7 +236,7 @@ def _conversation(body: CountRequest) -> Conversation:
         elif isinstance(given, AssistantTurn):
             messages.append(_assistant_message(given, names))
         else:
-            messages.append({"role": "system", "content": text_of(given.content)})
+            messages.append({"role": "system", "content": text_of(given.content, "\n")})
     prefill = ""
     if messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]:
         prefill = messages.pop()["content"]
@@ -251,12 +253,15 @@ def _user_messages(given: UserMessage, names: dict[str, str]) -> list[dict[str, 
     rest: list[TextPart | OtherBlock] = []
     for block in given.content:
         if isinstance(block, ToolResult):
-            result = {"role": "tool", "content": text_of(block.content), "tool_call_id": block.tool_use_id}
+            text = text_of(block.content, "\n")
+            if block.is_error and "error" not in text.lower():
+                text = f"Error: {text}"
+            result = {"role": "tool", "content": text, "tool_call_id": block.tool_use_id}
             known = {"name": names[block.tool_use_id]} if block.tool_use_id in names else {}
             results.append({**result, **known})
         else:
             rest.append(block)
-    return [*results, {"role": "user", "content": text_of(rest)}] if rest or not results else results
+    return [*results, {"role": "user", "content": text_of(rest, "\n")}] if rest or not results else results
 
 
 def _assistant_message(given: AssistantTurn, names: dict[str, str]) -> dict[str, Any]:

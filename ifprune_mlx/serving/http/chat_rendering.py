@@ -267,7 +267,7 @@ class ChatRenderer:
         """The prompt with its thoughts closed where none are wanted, and how thoughts are marked if some may come.
 
         Args:
-            begun: the beginning of the answer, which no thoughts can follow.
+            begun: the beginning of the answer.
         """
         marks, options = self._marks, conversation.thinking
         assert marks is not None
@@ -279,7 +279,8 @@ class ChatRenderer:
             thinks = self._variables(replace(options, enabled=True))
             if text == self._rendered(conversation.messages, conversation.tools.offered, thinks):  # not switched off
                 text += marks.start + closing
-        return text, None if begun else replace(marks, begun=opened)
+        # Some models think all the same when their answer is begun for them, but not within a call.
+        return text, None if begun != conversation.prefill else replace(marks, begun=opened)
 
     def _budget(self, thinking: Thinking, options: ThinkingOptions) -> ThinkingBudget | None:
         effort = None if self.knows("reasoning_effort") else EFFORTS.get(options.effort or "")

@@ -28,8 +28,11 @@ from ifprune_mlx.serving.http.schemas_requests import (
     AssistantMessage,
     ChatRequest,
     CompletionRequest,
+    FunctionMessage,
     HeaderOptions,
+    MadeCall,
     TextRequest,
+    Tool,
     ToolChoice,
     ToolMessage,
 )
@@ -41,6 +44,7 @@ from ifprune_mlx.serving.http.tools import ToolCall
 from ifprune_mlx.thinking import Reasoning
 
 Choice = dict[str, Any]
+_NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
 _UNLIKELY = -9999.0  # OpenAI's log-probability of an impossible token
 
 
@@ -262,7 +266,8 @@ class _TextFormat(_CompletionFormat):
 def _finish_reason(answer: AnswerSoFar) -> str | None:
     if answer.stats is None:
         return None
-    return "tool_calls" if answer.calls and answer.stats.finish_reason == "stop" else answer.stats.finish_reason
+    called = answer.calls and not answer.calls[-1].cut  # agents would run what a stop string has cut
+    return "tool_calls" if called and answer.stats.finish_reason == "stop" else answer.stats.finish_reason
 
 
 def _logprob(text: str, logprob: float) -> dict[str, Any]:
@@ -297,23 +302,27 @@ def _conversation(body: ChatRequest) -> Conversation:
     messages: list[dict[str, Any]] = []
     names: dict[str, str] = {}
     for index, given in enumerate(body.messages):
-        text = text_of(given.content)
+        text = text_of(given.content, "" if isinstance(given, AssistantMessage) else "\n")
         message: dict[str, Any] = {"role": "system" if given.role == "developer" else given.role, "content": text}
         if isinstance(given, AssistantMessage):
-            if given.tool_calls:
+            message["content"] = text or given.refusal or ""
+            first_form = [MadeCall(function=given.function_call)] if given.function_call else []
+            if calls := given.tool_calls or first_form:
                 message["tool_calls"] = [
                     earlier_call(call.id or f"{index} {at}", call.function.name, call.function.arguments)
-                    for at, call in enumerate(given.tool_calls)
+                    for at, call in enumerate(calls)
                 ]
-                names |= {call.id or "": call.function.name for call in given.tool_calls}
+                names |= {call.id or "": call.function.name for call in calls}
             if given.reasoning_content:
                 message["reasoning_content"] = given.reasoning_content
         elif isinstance(given, ToolMessage):
             message["tool_call_id"] = given.tool_call_id
             if given.tool_call_id in names:
                 message["name"] = names[given.tool_call_id]
+        elif isinstance(given, FunctionMessage):  # it follows its call
+            message |= {"role": "tool", "tool_call_id": f"{index - 1} 0", "name": given.name}
         messages.append(message)
-    functions = [tool.model_dump(exclude_unset=True) for tool in body.tools or []]
+    functions = [_tool(tool) for tool in body.tools or []]
     choice, single = body.tool_choice, body.parallel_tool_calls is False
     if isinstance(choice, ToolChoice):
         name, param = choice.function.name, "tool_choice.function.name"
@@ -323,11 +332,19 @@ def _conversation(body: ChatRequest) -> Conversation:
     return Conversation(messages, tools, schema=_schema(body))
 
 
+def _tool(tool: Tool) -> dict[str, Any]:
+    """A tool in the chat template's form: templates read parameters where there are none, and cannot read null."""
+    given = {name: value for name, value in tool.function.model_dump(exclude_unset=True).items() if value is not None}
+    return {"type": "function", "function": {**given, "parameters": tool.function.parameters or _NO_PARAMETERS}}
+
+
 def _schema(body: CompletionRequest) -> dict[str, Any] | None:
     """The JSON schema that the answers satisfy, if any."""
     asked = body.response_format
     if asked is None or asked.type == "text":
         return None
+    if asked.json_schema is None and asked.own_schema is not None:
+        return asked.own_schema
     if asked.type == "json_object":
         return {"type": "object"}
     if asked.json_schema is None:

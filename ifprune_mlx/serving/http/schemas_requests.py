@@ -144,6 +144,7 @@ class JsonFormat(Schema):
 class ResponseFormat(Schema):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonFormat | None = None
+    own_schema: Annotated[dict[str, Any] | None, Field(alias="schema")] = None  # where llama.cpp's clients put it
 
 
 class CompletionRequest(GenerationRequest):
@@ -235,8 +236,10 @@ class AssistantMessage(Schema):
 
     role: Literal["assistant"]
     content: PastContent | None = None
+    refusal: str | None = None
     reasoning_content: str | None = None
     tool_calls: Items[MadeCall] | None = None
+    function_call: CalledFunction | None = None  # a call in OpenAI's first form
 
 
 class ToolMessage(Schema):
@@ -245,7 +248,15 @@ class ToolMessage(Schema):
     tool_call_id: str
 
 
-ChatMessage = Annotated[InputMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+class FunctionMessage(Schema):
+    """The result of a `function_call`."""
+
+    role: Literal["function"]
+    content: PastContent | None = None
+    name: str
+
+
+ChatMessage = Annotated[InputMessage | AssistantMessage | ToolMessage | FunctionMessage, Field(discriminator="role")]
 
 
 class Function(Schema):
@@ -321,6 +332,7 @@ class ToolResult(Schema):
     type: Literal["tool_result"]
     tool_use_id: str
     content: TextContent | None = None
+    is_error: bool | None = None
 
 
 class ThinkingBlock(Schema):
@@ -375,6 +387,16 @@ class ToolSelection(Schema):
     disable_parallel_tool_use: bool | None = None
 
 
+class OutputFormat(Schema):
+    type: Literal["json_schema"]
+    json_schema: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class OutputConfig(Schema):
+    format: OutputFormat | None = None
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+
+
 class CountRequest(Schema):
     model: str | None = None
     messages: Annotated[
@@ -384,19 +406,11 @@ class CountRequest(Schema):
     tools: Items[OfferedTool] | None = None
     tool_choice: ToolSelection | None = None
     thinking: ThinkingSwitch | None = None
-
-
-class OutputFormat(Schema):
-    type: Literal["json_schema"]
-    json_schema: Annotated[dict[str, Any], Field(alias="schema")]
-
-
-class OutputConfig(Schema):
-    format: OutputFormat | None = None
+    output_config: OutputConfig | None = None
+    mcp_servers: list[Any] | None = None
 
 
 class MessagesRequest(CountRequest, GenerationRequest):
     max_tokens: TokenCount
     stop_sequences: StopStrings | None = None
-    output_config: OutputConfig | None = None
     output_format: OutputFormat | None = None  # its name before

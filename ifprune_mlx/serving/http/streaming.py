@@ -42,8 +42,10 @@ class AnswerSoFar:
         for part in texts if self.thoughts is None else _fed(self.thoughts, texts, ended):
             # A call that is drafted in thoughts is none.
             parts += [part] if self.splitter is None or isinstance(part, Reasoning) else self.splitter.feed(part)
-        if self.splitter is not None and ended:
-            parts += self.splitter.finish()
+        if self.splitter is not None and output.stats is not None:
+            stats = output.stats
+            cut = stats.finish_reason == "length" or self.splitter.cut_by(stats.matched_stop)
+            parts += self.splitter.finish(cut=cut)
         self.parts += parts
         self.tokens += output.tokens
         self.stats = output.stats

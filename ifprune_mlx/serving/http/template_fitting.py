@@ -26,15 +26,20 @@ _PROBE = ("firstProbe", "otherProbe")
 _TOLD = ("title", "name", "tool_name", "url", "query", "command", "code", "text", "stdout", "stderr", "error_code")
 
 
-def text_of(content: str | Sequence[TextPart | RefusalPart | OtherBlock] | None) -> str:
-    """The text of a message's content, with a line for each block that is no text."""
+def text_of(content: str | Sequence[TextPart | RefusalPart | OtherBlock] | None, between: str = "") -> str:
+    """The text of a message's content, with a line for each block that is no text.
+
+    Args:
+        between: stands between two texts that no space parts.
+    """
     if content is None or isinstance(content, str):
         return content or ""
     text = line = ""
     for block in content:
-        apart = "\n" if line or (text and isinstance(block, OtherBlock)) else ""
-        line = _line(block) if isinstance(block, OtherBlock) else ""
-        text += apart + (line if isinstance(block, OtherBlock) else block.text)
+        other, said = isinstance(block, OtherBlock), _line(block) if isinstance(block, OtherBlock) else block.text
+        parted = not text or not said or text[-1].isspace() or said[0].isspace()
+        text += ("\n" if line or (text and other) else "" if parted else between) + said
+        line = said if other else ""
     return text
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ifprune_mlx.serving.engine.call_formats import NO_CALL, call_format
+from ifprune_mlx.serving.engine.call_formats import NO_CALL, call_format, json_end
 from ifprune_mlx.serving.engine.call_grammar import call_head, dialect_of
 from ifprune_mlx.thinking import overhang
 
@@ -24,6 +24,7 @@ class ToolCall:
 
     name: str
     arguments: str  # JSON text of an object; for a forced call, the model's text if that is not JSON
+    cut: bool = False  # the answer ended within it
 
 
 def beginning(tokenizer: TokenizerWrapper, name: str | None) -> str:
@@ -93,22 +94,34 @@ class ToolSplitter:
                 self._pending = self._pending[len(start) :]
                 self._before, self._inside = start, True
 
-    def finish(self) -> Iterator[str | ToolCall]:
-        """The rest, after the last text."""
+    def finish(self, *, cut: bool = False) -> Iterator[str | ToolCall]:
+        """The rest, after the last text.
+
+        Args:
+            cut: something else than the model has ended the answer.
+        """
         if self._ended:
             return
         if self._inside:
-            # The end marker may be missing, or be cut.
+            # The end marker may be missing, or be cut. Of a cut call, only JSON tells that no argument is missing.
             ends = (len(self._pending), len(self._pending) - overhang(self._pending, self._format.end))
-            calls = next((found for end in ends if (found := self._calls(self._pending[:end]))), [])
-            if not calls and self._forced is not None and self._pending.startswith(self._head):  # the answer was cut
-                calls = [ToolCall(self._forced, _first_json(self._pending.removeprefix(self._head)))]
+            written_as_json = self._pending.lstrip().startswith(("{", "[")) and (json_end(self._pending) or NO_CALL) > 0
+            whole = written_as_json or not cut
+            calls = next((found for end in ends if whole and (found := self._calls(self._pending[:end]))), [])
+            rest = self._pending.removeprefix(self._head)
+            # Clients take no arguments for `{}`.
+            if not calls and self._forced is not None and self._pending.startswith(self._head) and rest.strip():
+                calls = [ToolCall(self._forced, _first_json(rest), cut and (json_end(rest) or NO_CALL) < 0)]
             if calls:
                 yield from self._made(calls)
                 return
             yield from self._no_call()
         pending, self._pending = self._pending, ""
         yield from self._plain(pending)
+
+    def cut_by(self, stop: str | None) -> bool:
+        """Whether a stop string ends an answer that was not complete; calls end at their end marker."""
+        return stop is not None and stop != self._format.end
 
     @property
     def _ended(self) -> bool:
@@ -135,6 +148,8 @@ class ToolSplitter:
     def _calls(self, text: str) -> list[ToolCall]:
         """The calls in the text between two markers; empty if it cannot be parsed."""
         offered = {tool["function"]["name"] for tool in self._tools}
+        if not text.strip():
+            return []
         if self._before and (named := text.strip().removesuffix("[ARGS]")) in offered:
             return [ToolCall(named, "{}")]
         try:

@@ -264,3 +264,52 @@ def test_texts_that_repeat_themselves_take_no_time_without_end(name: str) -> Non
     inner = WITHOUT_ARGUMENTS[name][0].removeprefix(calls.start).removesuffix(calls.end)
     for text in (inner * 500, inner + " " * 5000 + "x", inner + "}" * 5000, inner[:-1] * 500, inner + "<" * 5000):
         assert calls.scan(text) in (None, NO_CALL) or calls.end == ""
+
+
+# Calls of `write` with two arguments, by family.
+WITH_ARGUMENTS = {
+    "json_tools": '<tool_call>{"name": "write", "arguments": {"a": "/home/me", "b": 12}}</tool_call>',
+    "mistral": '[TOOL_CALLS]write[ARGS]{"a": "/home/me", "b": 12}',
+    "llama": '{"name": "write", "parameters": {"a": "/home/me", "b": 12}}',
+    "qwen3_coder": "<tool_call>\n<function=write>\n<parameter=a>\n/home/me\n</parameter>\n<parameter=b>\n12\n"
+    "</parameter>\n</function>\n</tool_call>",
+    "glm47": "<tool_call>write\n<arg_key>a</arg_key>\n<arg_value>/home/me</arg_value>\n<arg_key>b</arg_key>\n"
+    "<arg_value>12</arg_value>\n</tool_call>",
+    "longcat": "<longcat_tool_call>write\n<longcat_arg_key>a</longcat_arg_key>\n"
+    "<longcat_arg_value>/home/me</longcat_arg_value>\n<longcat_arg_key>b</longcat_arg_key>\n"
+    "<longcat_arg_value>12</longcat_arg_value>\n</longcat_tool_call>",
+    "pythonic": '<|tool_call_start|>[write(a="/home/me", b=12)]<|tool_call_end|>',
+    "gemma4": '<|tool_call>call:write{a:<|"|>/home/me<|"|>,b:12}<tool_call|>',
+    "minimax_m2": '<minimax:tool_call>\n<invoke name="write">\n<parameter name="a">/home/me</parameter>\n'
+    '<parameter name="b">12</parameter>\n</invoke>\n</minimax:tool_call>',
+    "minicpm5": '<function name="write"><param name="a">/home/me</param><param name="b">12</param></function>',
+    "kimi_k2": "<|tool_calls_section_begin|><|tool_call_begin|>functions.write:0<|tool_call_argument_begin|>"
+    '{"a": "/home/me", "b": 12}<|tool_call_end|><|tool_calls_section_end|>',
+}
+
+
+@pytest.mark.parametrize("name", sorted(WITH_ARGUMENTS))
+def test_a_cut_call_without_all_of_its_arguments_is_none(name: str) -> None:
+    text = WITH_ARGUMENTS[name]
+    parameters = {"type": "object", "properties": {"a": {"type": "string"}, "b": {"type": "integer"}}}
+    tools = [{"type": "function", "function": {"name": "write", "parameters": parameters}}]
+    for length in range(len(text) + 1):
+        splitter = ToolSplitter(family(name), tools)
+        parts = [*splitter.feed(text[:length]), *splitter.finish(cut=True)]
+        calls = [part for part in parts if isinstance(part, ToolCall)]
+        assert all(json.loads(call.arguments) == {"a": "/home/me", "b": 12} for call in calls), text[:length]
+        assert calls or "".join(map(str, parts)) == text[:length]
+    assert calls
+
+
+def test_a_cut_call_that_must_be_made_says_so() -> None:
+    begun = '<tool_call>\n{"name": "f", "arguments": '
+    for arguments, parts in (
+        ("", []),
+        (" ", []),
+        ('{"x": ', [ToolCall("f", '{"x": ', cut=True)]),
+        ('{"x": 1}', [F]),
+    ):
+        splitter = ToolSplitter(dialect(json_tools), [], begun, "f")
+        made = [*splitter.feed(arguments), *splitter.finish(cut=True)]
+        assert [part for part in made if isinstance(part, ToolCall)] == parts
