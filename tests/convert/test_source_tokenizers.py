@@ -230,6 +230,7 @@ FIRST = len(TOKENS) - 2
         (["<|return|>", "<|call|>", "<|end|>"], {}, {0, 1}),
         (["<|end|>", "<|return|>"], {}, {0, 1}),
         (["<end_of_turn>", "<eos>", "<|fim_pad|>", "<|file_sep|>"], {}, {0, 1, 2, 3}),
+        (["<end_of_turn>", "</s>"], {}, {0}),
         (["x1", "x2"], {}, set()),
     ],
 )

@@ -31,9 +31,11 @@ _FILE_ENDS = frozenset({
 })  # fmt: skip
 _SPARE_KEYS = ("padding_token_id", "unknown_token_id")
 _END_KEYS = ("eot", "eom", "fim_pad", "fim_rep", "fim_sep")
-# Where all of the first are in the vocabulary, the second ends a part of an answer and not the whole.
+# Where all of the first are in the vocabulary, the second ends a part of an answer and not the whole. The last is ours:
+# Gemma has HTML's tag of that name, and llama.cpp ends answers there, in the middle of a page.
 _NO_END = (({"<|return|>", "<|call|>"}, "<|end|>"), ({"<|calls|>", "<|flush|>"}, "<|end|>"),
-           ({"<|tool_response>"}, "</s>"))  # fmt: skip
+           ({"<|tool_response>"}, "</s>"),
+           ({"<end_of_turn>"}, "</s>"))  # fmt: skip
 _GPT2_SPLIT = pre_tokenizers.ByteLevel(add_prefix_space=False)
 _LLAMA3 = "llama-bpe"
 # Digits stay single in Qwen's tokens and come in threes in Llama's; the rest of the expression is the same.
