@@ -31,8 +31,8 @@ def load_lazily(file: Path, error: type[IfpruneError], advice: str) -> dict[str,
     """
     try:
         return load_arrays(file)
-    except (RuntimeError, ValueError) as exc:
-        raise error(f"{file}: cannot be loaded ({reason_of(exc)}); {advice}") from exc
+    except (IfpruneError, ValueError) as exc:
+        raise error(f"{file}: cannot be loaded ({reason_of(exc.__cause__ or exc)}); {advice}") from exc
 
 
 def write_neurons(

@@ -71,7 +71,7 @@ def check_replaceable(path: Path, where: str = "", error: type[IfpruneError] = I
     """
     _check_name(path, error)
     if path.exists() and not path.is_file():
-        raise error(f"{where or path}: cannot be written, since what is there is no ordinary file; write elsewhere")
+        raise error(f"{where or path}: cannot be written (what is there is no ordinary file); write elsewhere")
 
 
 def remove_abandoned_files(folder: Path) -> None:

@@ -108,7 +108,14 @@ def read_safetensors_header(path: Path, error: type[IfpruneError] = IfpruneError
 
 
 def load_arrays(path: Path) -> dict[str, mx.array]:
-    """All tensors of a safetensors file, lazily."""
-    arrays = mx.load(str(path))
+    """All tensors of a safetensors file, lazily.
+
+    Raises:
+        IfpruneError: if MLX, whose reader takes less than Python's, cannot read the header.
+    """
+    try:
+        arrays = mx.load(str(path))
+    except RuntimeError as exc:
+        raise IfpruneError(f"{path}: MLX cannot read it ({reason_of(exc)}); copy or download it again") from exc
     assert isinstance(arrays, dict)
     return arrays

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from contextlib import suppress
 from pathlib import Path
 
-from ifprune_mlx.errors import SelectionError, reason_of
+from ifprune_mlx.errors import IfpruneError, SelectionError, reason_of
 from ifprune_mlx.selection.selection import Selection
 
 _KEY = re.compile(r"[0-9a-f]{64}")
@@ -114,7 +114,7 @@ class SelectionCache:
         file = self._file(key)
         try:
             selection = Selection.load(file)
-        except (SelectionError, OSError, RuntimeError, ValueError):  # of MLX, if it goes while it is read
+        except (IfpruneError, OSError, RuntimeError, ValueError):  # of MLX, if it goes while it is read
             return None
         if (selection.widths, selection.keep) != (widths, keep):
             return None
