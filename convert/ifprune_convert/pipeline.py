@@ -435,7 +435,7 @@ def _write_tokenizer(folder: Path, source: Source, rows: int | None, note: Note)
     if left_out := keep_used_templates(folder):
         note(f"chat templates left out: {', '.join(left_out)}; the default one and the one for tools are used")
     if (reason := try_tokenizer(folder)) is not None:
-        raise SourceError(f"{source.path}: its tokenizer cannot be used ({reason}); {_ADVICE}")
+        raise SourceError(f"{source.path}: its tokenizer cannot be loaded ({reason}); {_ADVICE}")
     try:
         tokenizer = load_tokenizer(folder, SourceError, _ADVICE, rows=rows)
     except SourceError as exc:

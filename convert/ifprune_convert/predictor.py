@@ -59,7 +59,9 @@ def open_predictor(folder: Path, widths: Sequence[int], bits: int | None = None)
         raise PredictorError(f"{folder}: no such predictor folder; give the folder of a trained sparsity predictor")
     check_ordinary(folder, PredictorError)
     if (reason := try_tokenizer(folder)) is not None:
-        raise PredictorError(f"{folder}: its tokenizer cannot be used ({reason}); download or export the folder again")
+        raise PredictorError(
+            f"{folder}: its tokenizer cannot be loaded ({reason}); download or export the folder again"
+        )
     if (folder / _HEAD).is_file():
         head = Head.load(folder / _HEAD)
         if head.layers is None:

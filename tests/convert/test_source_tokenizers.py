@@ -72,11 +72,11 @@ def test_memory_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_convert_refuses_them_in_a_source_and_in_a_predictor(tmp_path: Path) -> None:
     source = write_source(tmp_path / "source")
     edit(source, lambda value: value.update(HOSTILE["nested repeats"]))
-    with pytest.raises(SourceError, match=f"{source}: its tokenizer cannot be used"):
+    with pytest.raises(SourceError, match=f"{source}: its tokenizer cannot be loaded"):
         convert(open_source(source), tmp_path / "out", Options())
     assert not (tmp_path / "out").exists()
     predictor = edit(write_predictor(tmp_path / "predictor"), lambda value: value.update(HOSTILE["nested repeats"]))
-    with pytest.raises(PredictorError, match=f"{predictor}: its tokenizer cannot be used"):
+    with pytest.raises(PredictorError, match=f"{predictor}: its tokenizer cannot be loaded"):
         open_predictor(predictor, (128, 128))
 
 
