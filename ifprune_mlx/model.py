@@ -325,7 +325,7 @@ class Model:
 
     def _priors(self, kind: str) -> list[Scores]:
         self.lock.check_open()
-        arrays = load_arrays(self.checkpoint.priors_file)
+        arrays = load_arrays(self.checkpoint.priors_file, CheckpointError)
         priors = [np.array(arrays[f"{kind}.{index}"]) for index in range(len(self.checkpoint.layout.ffns))]
         self.checkpoint.check_unchanged(self.checkpoint.priors_file)
         return priors

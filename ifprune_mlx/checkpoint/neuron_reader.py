@@ -52,7 +52,7 @@ def read_rows(checkpoint: Checkpoint, index: int, dtype: mx.Dtype | None = None)
     file = checkpoint.neurons_file(index)
     back = None if checkpoint.layout.order is None else mx.array(read_positions(checkpoint, index))
     try:
-        arrays = load_arrays(file)
+        arrays = load_arrays(file, CheckpointError)
         down_bias = arrays.pop("down.bias", None)
         rows: Rows = {}
         for strip in checkpoint.strips(index):

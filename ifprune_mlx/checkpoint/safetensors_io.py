@@ -107,15 +107,15 @@ def read_safetensors_header(path: Path, error: type[IfpruneError] = IfpruneError
     return SafetensorsHeader(tensors, metadata, stamp_of(status))
 
 
-def load_arrays(path: Path) -> dict[str, mx.array]:
+def load_arrays(path: Path, error: type[IfpruneError] = IfpruneError) -> dict[str, mx.array]:
     """All tensors of a safetensors file, lazily.
 
     Raises:
-        IfpruneError: if MLX, whose reader takes less than Python's, cannot read the header.
+        IfpruneError: (or the given subclass) if MLX, whose reader takes less than Python's, cannot read the header.
     """
     try:
         arrays = mx.load(str(path))
     except RuntimeError as exc:
-        raise IfpruneError(f"{path}: MLX cannot read it ({reason_of(exc)}); copy or download it again") from exc
+        raise error(f"{path}: MLX cannot read it ({reason_of(exc)}); copy or download it again") from exc
     assert isinstance(arrays, dict)
     return arrays

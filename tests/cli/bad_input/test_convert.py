@@ -120,7 +120,7 @@ def source_with_a_damaged_tokenizer(at: Place) -> Bad:
 def source_with_a_tokenizer_of_another_kind(at: Place) -> Bad:
     folder = at.dense()
     (folder / "tokenizer.json").write_text("{}")
-    return Bad(at.convert(folder), (str(folder), "its tokenizer cannot be used", "again"))
+    return Bad(at.convert(folder), (str(folder), "its tokenizer cannot be loaded", "again"))
 
 
 @case
