@@ -1,7 +1,7 @@
 """Fuses an adapter into a dense checkpoint's weights, one tensor at a time.
 
 Reads the folders that `mlx_lm.lora` writes, of all three kinds: `lora`, `dora` and `full`; those of PEFT through
-`peft`.
+`peft`. Training may put gains of neurons beside them, which mlx-lm and PEFT do not know.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from .fusing import (
     AGAIN,
     LARGEST_SCALE,
     OTHER,
+    Gained,
     LowRank,
     Replacement,
     Update,
@@ -34,8 +35,9 @@ from .fusing import (
 from .skeleton import listing
 from .weight_files import load_lazily
 
-_CONFIG, _TENSORS = "adapter_config.json", "adapters.safetensors"
-_KINDS = ("lora", "dora", "full")
+_CONFIG, _TENSORS, _GAINS = "adapter_config.json", "adapters.safetensors", "gains.safetensors"
+# The last is of training that held the model still: there are gains, or nothing.
+_KINDS = ("lora", "dora", "full", "none")
 _WRITTEN = "give the folder that mlx_lm.lora or PEFT wrote"
 
 
@@ -90,10 +92,12 @@ def open_adapter(folder: Path, skeleton: nn.Module, shapes: Mapping[str, tuple[i
     config, file = read_json_object(folder / _CONFIG, SourceError), folder / _TENSORS
     if peft.is_peft(folder, config):
         return Adapter(folder, peft.read_updates(folder, config, skeleton, shapes))
-    if not file.is_file():
-        raise SourceError(f"{folder}: has no {_TENSORS}; {_WRITTEN}")
     # As mlx-lm: the first adapters were all of this kind and do not say so.
     kind = config.get("fine_tune_type", "lora")
+    if kind == "none":
+        return Adapter(folder, _with_gains(folder, {}, skeleton, shapes))
+    if not file.is_file():
+        raise SourceError(f"{folder}: has no {_TENSORS}; {_WRITTEN}")
     if kind not in _KINDS:
         raise SourceError(
             f"{folder / _CONFIG}: fine_tune_type {kind!r} is not known here, only {', '.join(_KINDS)} are; "
@@ -121,7 +125,29 @@ def open_adapter(folder: Path, skeleton: nn.Module, shapes: Mapping[str, tuple[i
             left, right = (first, second) if isinstance(module, nn.Embedding) else (second.T, first.T)
             updates[f"{stem}.weight"] = LowRank(left, right, scale, magnitude)
     check_numbers(file)
-    return Adapter(folder, updates)
+    return Adapter(folder, _with_gains(folder, updates, skeleton, shapes))
+
+
+def _with_gains(
+    folder: Path, updates: dict[str, Update], skeleton: nn.Module, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Update]:
+    """The updates, and the gains of the folder if it has any: `MODULE.gain` `[columns]` for a down projection."""
+    file = folder / _GAINS
+    if not file.is_file():
+        return updates
+    stems = _check_pairs(file, read_tensor_infos(file), ("gain",))
+    adapted_modules(file, stems, skeleton)
+    check_numbers(file)
+    arrays = load_lazily(file, SourceError, AGAIN)
+    found: dict[str, Update] = {}
+    for stem in stems:
+        name, gain = f"{stem}.weight", arrays[f"{stem}.gain"]
+        if gain.shape != shapes.get(name, ())[1:]:
+            raise SourceError(f"{file}: {stem}.gain has shape {list(gain.shape)}, which is not this model's; {OTHER}")
+        update = updates.get(name)
+        assert update is None or isinstance(update, LowRank | Replacement)
+        found[name] = Gained(gain, update)
+    return {**updates, **found}
 
 
 def _lora_parameters(file: Path, config: Mapping[str, Any]) -> tuple[int, float]:

@@ -90,7 +90,31 @@ class Replacement:
         return self.tensor.astype(dtype)
 
 
-Update = LowRank | Offset | Replacement
+@dataclass(frozen=True)
+class Gained:
+    """`(weight after update) * gain`: a down projection whose neurons have gains, which are its columns.
+
+    Attributes:
+        gain: `[columns]`, of any float type.
+        update: what else is done to the weight, first; or None.
+    """
+
+    gain: mx.array
+    update: LowRank | Replacement | None
+
+    def fused(self, weight: mx.array, dtype: mx.Dtype) -> mx.array:
+        """Computed in float32, `[rows, columns]` of type `dtype`."""
+        weight = weight if self.update is None else self.update.fused(weight, mx.float32)
+        result = mx.zeros(weight.shape, dtype)
+        mx.eval(result)
+        gain = self.gain.astype(mx.float32)
+        for rows in _pieces(weight):
+            result[rows] = (weight[rows].astype(mx.float32) * gain).astype(dtype)
+            mx.eval(result)
+        return result
+
+
+Update = LowRank | Offset | Replacement | Gained
 
 
 def all_finite(array: mx.array) -> bool:

@@ -20,7 +20,7 @@ _WRITTEN = (
     STATE,
     METRICS,
     "prior*.safetensors",
-    "gains/*.safetensors",
+    "adapters/*/gains.safetensors",
     "predictor/head.safetensors",
     "adapters/*/adapters.safetensors",
     "adapters/*/adapter_config.json",

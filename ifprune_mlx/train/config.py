@@ -214,6 +214,11 @@ class TrainConfig:
         return tuple(ranges)
 
     @property
+    def settled(self) -> float:
+        """`head_start`; 0 where the weights are held still."""
+        return 0.0 if self.fine_tune_type == "none" else self.head_start
+
+    @property
     def peak_learning_rate(self) -> float:
         """`learning_rate`, or the default of the fine-tune type."""
         return _LEARNING_RATES[self.fine_tune_type] if self.learning_rate is None else self.learning_rate

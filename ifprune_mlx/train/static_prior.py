@@ -90,18 +90,14 @@ def priors(targets: Targets) -> dict[str, list[Scores]]:
     return {**by_domain, "all": overall}
 
 
-def save_prior(file: Path, prior: Sequence[Scores], kind: str = "prior") -> None:
-    """Write a prior as `ifprune convert --prior` takes it: `prior.N` float32 `[d_ffn]` per FFN.
-
-    Args:
-        kind: `prior`, or `gain` for a file of gains.
-    """
-    arrays = {f"{kind}.{index}": mx.array(scores.astype(np.float32)) for index, scores in enumerate(prior)}
+def save_prior(file: Path, prior: Sequence[Scores]) -> None:
+    """Write a prior as `ifprune convert --prior` takes it: `prior.N` float32 `[d_ffn]` per FFN."""
+    arrays = {f"prior.{index}": mx.array(scores.astype(np.float32)) for index, scores in enumerate(prior)}
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(file, lambda path: mx.save_safetensors(str(path), arrays), DataError)
 
 
-def load_prior(file: Path, widths: Sequence[int], kind: str = "prior") -> list[Scores]:
+def load_prior(file: Path, widths: Sequence[int]) -> list[Scores]:
     """Read what `save_prior` wrote.
 
     Args:
@@ -112,11 +108,11 @@ def load_prior(file: Path, widths: Sequence[int], kind: str = "prior") -> list[S
     """
     read_safetensors_header(file, DataError)
     arrays = load_arrays(file)
-    names = [f"{kind}.{index}" for index in range(len(arrays))]
+    names = [f"prior.{index}" for index in range(len(arrays))]
     if not arrays or any(name not in arrays or arrays[name].ndim != 1 for name in names):
-        raise DataError(f"{file}: does not hold the {kind}s of a model's FFNs; give the file that training wrote")
+        raise DataError(f"{file}: does not hold the priors of a model's FFNs; give the file that training wrote")
     if [arrays[name].size for name in names] != list(widths):
-        raise DataError(f"{file}: is the {kind} of a model with FFNs of other widths; give the run of this model")
+        raise DataError(f"{file}: is the prior of a model with FFNs of other widths; give the run of this model")
     return [np.array(arrays[name].astype(mx.float32)) for name in names]
 
 

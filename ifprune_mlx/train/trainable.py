@@ -26,7 +26,7 @@ from ifprune_mlx.sparse.slots import FFNSlots
 Parameters = dict[str, mx.array]
 """Trained arrays by mlx-lm name, such as `model.layers.0.mlp.up_proj.lora_a`."""
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
+CONFIG, WEIGHTS, GAINS_FILE = "adapter_config.json", "adapters.safetensors", "gains.safetensors"
 
 
 class ActiveNeurons:
@@ -163,6 +163,32 @@ class TrainableModel(ABC):
         """Multiply the neurons' activations by these gains from now on, per FFN `[d_ffn]`; None by nothing."""
         for index, active in enumerate(self.active):
             active.gain = None if gains is None else gains[index]
+
+    def save_gains(self, folder: Path, gains: Sequence[mx.array]) -> None:
+        """Write the gains of all neurons, per FFN `[d_ffn]`, beside the other parameters, where `ifprune convert
+        --adapter` finds them: `MODULE.gain` for each down projection."""
+        arrays = dict(zip(self._gain_names(), gains, strict=True))
+        write_atomic(folder / GAINS_FILE, lambda path: mx.save_safetensors(str(path), arrays), DataError)
+
+    def read_gains(self, folder: Path | None) -> list[mx.array]:
+        """The gains that an earlier run saved, per FFN float32 `[d_ffn]`; ones if it has none, or for no folder.
+
+        Raises:
+            DataError: if they are damaged, or of another model.
+        """
+        widths = [slots.d_ffn for slots in self.model.slots]
+        if folder is None or not (folder / GAINS_FILE).is_file():
+            return [mx.ones(width) for width in widths]
+        file, names = folder / GAINS_FILE, self._gain_names()
+        read_safetensors_header(file, DataError)
+        arrays = load_arrays(file)
+        expected = {name: (width,) for name, width in zip(names, widths, strict=True)}
+        if {name: array.shape for name, array in arrays.items()} != expected:
+            raise DataError(f"{file}: does not hold the gains of this model's neurons; give a run of this model")
+        return [arrays[name].astype(mx.float32) for name in names]
+
+    def _gain_names(self) -> list[str]:
+        return [f"{spec.path}.{spec.down}.gain" for spec in self.model.checkpoint.layout.ffns]
 
     def in_order(self) -> None:
         """Run all neurons again, in the source's order. Switches leave another order, in which sums of floats differ in

@@ -146,7 +146,7 @@ class Trainer:
         """
         start = time.perf_counter()
         batch, config = next(self._batches), self.config
-        started = self.step >= config.head_start * config.iters
+        started = self.step >= config.settled * config.iters
         learns = {
             "learned": started and config.head_learning_rate > 0,
             "static-learned": started and config.scores_learning_rate > 0,
@@ -201,15 +201,14 @@ class Trainer:
         folder = self.config.output
         for arm in self.arms:
             self.trainable.save(folder / "adapters" / arm.name, arm.adapter)
+            if GAINS in arm.parameters:
+                self.trainable.save_gains(folder / "adapters" / arm.name, self.gains(arm) or ())
             if arm.name == "learned":
                 assert self.predictor is not None
                 (folder / "predictor").mkdir(exist_ok=True)
                 arm.head(self.predictor.head).save(folder / "predictor" / "head.safetensors")
             if SCORES in arm.parameters:
                 save_prior(folder / LEARNED_PRIOR, self.learned_prior(arm))
-            if GAINS in arm.parameters:
-                gains = [np.array(gain) for gain in self.gains(arm) or ()]
-                save_prior(folder / "gains" / f"{arm.name}.safetensors", gains, "gain")
         save_prior(folder / "prior.safetensors", self.prior)
         # Last, so that a run killed in between writes the others again.
         arrays = {f"{arm.name}/{name}": array for arm in self.arms for name, array in arm.state().items()}
@@ -255,12 +254,10 @@ class Trainer:
             prior = self.prior if earlier is None else load_prior(earlier, self._widths)
             parameters[SCORES] = mx.array(np.log(np.maximum(np.concatenate(prior), _LEAST)).astype(np.float32))
         if config.gain_learning_rate and name != "none":
-            file = None if start is None else start / "gains" / f"{name}.safetensors"
-            known = file is not None and file.is_file()
-            gains = load_prior(file, self._widths, "gain") if known and file else [np.ones_like(p) for p in self.prior]
-            parameters[GAINS] = mx.array(np.concatenate(gains).astype(np.float32))
+            folder = None if start is None else start / "adapters" / name
+            parameters[GAINS] = mx.concatenate(self.trainable.read_gains(folder))
         # An optimizer counts its own steps, and those of head and scores begin late.
-        late = max(config.iters - math.ceil(config.head_start * config.iters), 1)
+        late = max(config.iters - math.ceil(config.settled * config.iters), 1)
         rates = {
             "adapter": (config.peak_learning_rate, config.iters),
             "head": (config.head_learning_rate, late),

@@ -70,6 +70,45 @@ def test_fused_is_what_mlx_lm_computes(tmp_path: Path, family: str, kind: str) -
     check(source, write_adapter(tmp_path / "adapter", source, kind), tmp_path / "out")
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora", "full", "none"])
+@pytest.mark.parametrize("family", ["llama-bias", "qwen2", "gemma2"])
+def test_gains_beside_an_adapter(tmp_path: Path, family: str, kind: str) -> None:
+    """Each neuron's activation is multiplied by its gain, after what the adapter does to the weights."""
+    source = write_source(tmp_path / "source", family)
+    adapter = write_adapter(tmp_path / "adapter", source, "lora" if kind == "none" else kind)
+    model = load_with_adapter(str(source), adapter_path=str(adapter))[0]
+    if kind == "none":
+        (adapter / "adapters.safetensors").unlink()
+        (adapter / "adapter_config.json").write_text('{"fine_tune_type": "none"}')
+        model = load_model(source)[0]
+    gains = {}
+    for index, layer in enumerate(model.layers):
+        down = layer.mlp.down_proj
+        width = load_model(source)[0].layers[index].mlp.down_proj.weight.shape[1]
+        gains[f"model.layers.{index}.mlp.down_proj.gain"] = gain = mx.random.uniform(0.5, 1.5, (width,))
+        layer.mlp.down_proj = lambda x, down=down, gain=gain: down(x * gain)
+    mx.save_safetensors(str(adapter / "gains.safetensors"), gains)
+    assert difference(logits(converted(source, adapter, tmp_path / "out")), model(TOKENS)) < 1e-4
+    assert difference(load_model(source)[0](TOKENS), model(TOKENS)) > 0.05
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "words"),
+    [
+        ("model.layers.0.mlp.down_proj.gain", 3, "not this model's"),
+        ("model.layers.9.mlp.down_proj.gain", 3, "which the model does not have"),
+        ("model.layers.0.mlp.down_proj.weight", 3, "is none of gain"),
+    ],
+)
+def test_gains_of_another_model_are_refused(tmp_path: Path, name: str, size: int, words: str) -> None:
+    source = write_source(tmp_path / "source", "llama")
+    adapter = write_adapter(tmp_path / "adapter", source)
+    mx.save_safetensors(str(adapter / "gains.safetensors"), {name: mx.ones(size)})
+    with pytest.raises(SourceError, match=words):
+        converted(source, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("family", ["llama", "llama-untied"])
 def test_embeddings_and_output_layers(tmp_path: Path, family: str, kind: str) -> None:

@@ -25,13 +25,14 @@ from tests.tiny import write_checkpoint
 from tests.tiny_predictor import write_predictor
 
 
-@pytest.mark.parametrize("stage", ["sft", "pretrain"])
+@pytest.mark.parametrize(("stage", "gains"), [("sft", True), ("pretrain", False)])
 def test_convert_takes_what_was_trained(
-    stage: str, tiny_checkpoint: Path, tmp_path: Path, data: dict[str, list[str]], predictor: Path
+    stage: str, gains: bool, tiny_checkpoint: Path, tmp_path: Path, data: dict[str, list[str]], predictor: Path
 ) -> None:
-    """Adapter, head and prior go into a checkpoint that selects and computes as the learned arm did."""
+    """Adapter, head, gains and prior go into a checkpoint that selects and computes as the learned arm did."""
     out = tmp_path / "out"
     given = command(stage, tiny_checkpoint, out, data[stage], "--predictor", predictor, "--selector", "learned")
+    given += ["--gain-learning-rate", "0.05"] * gains
     done = run_here(*given, "--selector", "static", "--selector", "none", "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
@@ -61,6 +62,8 @@ def test_convert_takes_what_was_trained(
     base, _ = load(tiny_checkpoint)
     adapted = LoRAModel(base, rank=4, scale=2.0)
     adapted.use(adapted.read(out / "adapters" / "learned"))
+    adapted.multiply(adapted.read_gains(out / "adapters" / "learned"))
+    assert (out / "adapters" / "learned" / "gains.safetensors").exists() == gains
     trained = load_predictor(out / "predictor", base.module, tokenizer, 512, (128, 128))
     keep, text = converted.keep(0.25), "code question 3"
     wanted = top_k(trained.scores(text), keep, "learned")
