@@ -34,6 +34,7 @@ def qvm_split_k(x: Floats, rows: Floats) -> Floats:
     """x `[..., K]`, contiguous, times rows `[K, N]`: `[..., N]`. Threadgroups run in any order, here backwards."""
     K, N = rows.shape
     M = x.size // K
+    out_shape = (*x.shape[:-1], N)
     x_shape = list(x.shape) if x.ndim > 1 else [1, *x.shape]
     x_strides = [int(np.prod(x_shape[axis + 1 :])) for axis in range(len(x_shape))]
 
@@ -63,7 +64,7 @@ def qvm_split_k(x: Floats, rows: Floats) -> Floats:
             partial = x[start : start + length] @ rows[z * split_D : z * split_D + length]
             y[y_offset + token * N : y_offset + (token + 1) * N] = partial
 
-    found: Floats = intermediate.sum(axis=intermediate.ndim - 3)
+    found: Floats = intermediate.sum(axis=intermediate.ndim - 3).reshape(out_shape)
     return found
 
 
