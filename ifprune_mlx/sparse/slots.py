@@ -132,14 +132,14 @@ class FFNSlots:
         """Make the first `k` slots the active ones.
 
         Returns:
-            Views of their rows, for the caller to evaluate: no token has to make them. The same ones as before if `k`
-            is, and none while neurons are still read; `wait` makes these.
+            New views of their rows, for the caller to evaluate: no token has to make them. None if there are some of
+            as many rows, and none while neurons are still read; `wait` makes these.
         """
         self.k = k
-        if k == len(self.order) or self.pending is not None:
+        made = {len(rows) for rows in self._active.values()} == {k}
+        if made or k == len(self.order) or self.pending is not None:
             return []
-        if any(len(rows) != k for rows in self._active.values()) or not self._active:
-            self._active = {name: rows[:k] for name, rows in self.rows.items()}
+        self._active = {name: rows[:k] for name, rows in self.rows.items()}
         return list(self._active.values())
 
     def ids(self) -> Ids:
