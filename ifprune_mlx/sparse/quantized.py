@@ -112,6 +112,6 @@ def _error(packing: Quantization, width: int, dtype: mx.Dtype, neurons: int) -> 
         x = mx.random.normal((*tokens, neurons), key=mx.random.key(len(tokens))).astype(dtype)
         wanted = x.astype(mx.float32) @ unpacked
         found = by_rows(lambda x: mx.quantized_matmul(x, weight, scales, biases, transpose=False, **settings), x)
-        far = mx.abs(found.astype(mx.float32) - wanted).max() / mx.abs(wanted).max()
-        errors.append(mx.where(mx.isnan(far), mx.inf, far))
+        far = mx.abs(found.astype(mx.float32) - wanted) / mx.abs(wanted).max()
+        errors.append(mx.where(mx.isnan(far), mx.inf, far).max())
     return float(mx.stack(errors).max())
