@@ -48,6 +48,7 @@ from ifprune_mlx.selection.cache import SelectionCache
 from ifprune_mlx.selection.predictor import SparsityPredictor, load_predictor
 from ifprune_mlx.selection.selection import Scores, Selection
 from ifprune_mlx.sparse.ffn import SlicedProjection, replace_leaves
+from ifprune_mlx.sparse.quantized import try_products
 from ifprune_mlx.sparse.slots import FFNSlots
 from ifprune_mlx.tokenizer import embedding_rows, load_tokenizer
 
@@ -262,8 +263,7 @@ class Model:
                     slots.pending = self._reader().submit(slots.apply, plan)
                 else:
                     slots.apply(plan)
-            for slots, ids in zip(self.slots, selection.ids, strict=True):
-                slots.k = len(ids)
+            mx.eval([slots.activate(len(ids)) for slots, ids in zip(self.slots, selection.ids, strict=True)])
             self.selection = selection
             done = Switch(time.perf_counter() - start, neurons, missing, written, overlap)
             _log.debug("switched to selection %s of %s: %s", selection.hash, selection.selector, done)
@@ -313,7 +313,7 @@ class Model:
             if self._reading is not None:
                 self._reading.shutdown(cancel_futures=True)
             for slots in self.slots:
-                slots.rows.clear()
+                slots.clear()
             self.slots = []
             self.down_leaves = []
             self._module = nn.Module()
@@ -381,6 +381,7 @@ def load_checkpoint(
     progress: Progress | None = None,
 ) -> Model:
     """Load an opened checkpoint's model, without its tokenizer. See `load`."""
+    try_products(checkpoint, dtype)  # before there are weights, so that it does not show in the peak of memory
     slots: list[FFNSlots] = []
     ffns = checkpoint.layout.ffns
     for index in range(len(ffns)):

@@ -19,7 +19,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ifprune_mlx.sparse.inplace import exchange_rows, shared
+from ifprune_mlx.sparse.inplace import exchange_rows, movable, shared
 
 D_MODEL, D_FFN, K = 2048, 24576, 6656
 ONE_TOKEN_BYTES = 1 << 28
@@ -138,7 +138,7 @@ def moved(count: int) -> dict[str, Way]:
         held["array"] = array
 
     def in_place() -> None:
-        held["array"] = exchange_rows(held["array"], *drawn())
+        exchange_rows(movable(held["array"]), *drawn())
 
     return {"scatter": scatter, "in place": in_place} if shared() else {"scatter": scatter}
 

@@ -89,15 +89,15 @@ MUTATIONS = (
     Mutation(
         "stale scales after a switch",
         "ifprune_mlx/sparse/slots.py",
-        "for name in self.rows:\n            if count:",
-        'for name in [name for name in self.rows if not name.endswith(".scales")]:\n            if count:',
+        "for rows in movables.values():\n            if count:",
+        'for rows in [rows for name, rows in movables.items() if not name.endswith(".scales")]:\n            if count:',
         (_SLOTS,),
     ),
     Mutation(
         "stale scales after a switch (seen by the logits alone)",
         "ifprune_mlx/sparse/slots.py",
-        "for name in self.rows:\n            if count:",
-        'for name in [name for name in self.rows if not name.endswith(".scales")]:\n            if count:',
+        "for rows in movables.values():\n            if count:",
+        'for rows in [rows for name, rows in movables.items() if not name.endswith(".scales")]:\n            if count:',
         (_SLICED,),
     ),
     Mutation(

@@ -14,7 +14,9 @@ Raw = npt.NDArray[Any]
 
 def raw(array: mx.array) -> Raw:
     """The buffer of a computed, row-contiguous array; writing to it writes the array where `shared()` says so."""
-    return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array, copy=False)
+    if array.dtype == mx.bfloat16:  # by no operation of MLX's, which would wait for all that a GPU has to do
+        return np.frombuffer(array, np.uint16).reshape(array.shape)  # type: ignore[call-overload, no-any-return]
+    return np.array(array, copy=False)
 
 
 def raw_dtype(dtype: mx.Dtype) -> npt.DTypeLike:

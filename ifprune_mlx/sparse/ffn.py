@@ -14,7 +14,7 @@ from mlx import nn
 
 from ifprune_mlx.checkpoint.ffn_spec import FFNSpec, join_fused
 from ifprune_mlx.checkpoint.format import Quantization
-from ifprune_mlx.sparse.quantized import neuron_major_matmul
+from ifprune_mlx.sparse.quantized import by_rows, neuron_major_matmul
 from ifprune_mlx.sparse.slots import FFNSlots
 
 Observer = Callable[[mx.array], "mx.array | None"]
@@ -72,10 +72,13 @@ class SlicedProjection(nn.Module):
         else:
             scales, biases = rows(f"{kind}.scales"), rows(f"{kind}.biases")
             assert scales is not None
-            if inwards:
-                y = mx.quantized_matmul(x, weight, scales, biases, **packed.to_dict())
-            else:
+            if not inwards:
                 y = neuron_major_matmul(x, weight, scales, biases, packed)
+            elif self.training:  # the gradient is a neuron-major product, of the shape that this one has
+                settings = packed.to_dict()
+                y = by_rows(lambda x: mx.quantized_matmul(x, weight, scales, biases, **settings), x)
+            else:
+                y = mx.quantized_matmul(x, weight, scales, biases, **packed.to_dict())
         return y if bias is None else y + bias
 
 

@@ -7,7 +7,6 @@ synchronize first.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 
 import mlx.core as mx
@@ -16,6 +15,9 @@ import numpy.typing as npt
 
 from ifprune_mlx.checkpoint.raw_array import Raw, from_raw, raw
 from ifprune_mlx.slow_paths import SCATTER, note_slow_path
+
+Movable = mx.array | Raw
+"""Rows that can be moved: the buffer where MLX sees what is written to it, else the array."""
 
 # Devices may allocate small and large arrays differently.
 _PROBED_ELEMENTS = (1 << 10, 1 << 23)
@@ -48,42 +50,37 @@ def _seen(size: int, dtype: mx.Dtype) -> bool:
     return bool((array.astype(mx.float32).sum() == 8).item())
 
 
-def exchange_rows(array: mx.array, one: npt.NDArray[np.int32], other: npt.NDArray[np.int32]) -> mx.array:
-    """Exchange rows `one[i]` and `other[i]`; no row may occur twice.
+def movable(array: mx.array) -> Movable:
+    """A computed array's rows in the form that the functions below take; changes to them are changes to the array."""
+    return raw(array) if shared() else array
 
-    Returns:
-        The array to use from now on: the same one, written in place, or a scatter's result.
-    """
-    if not shared():
-        return copy_rows(array, np.concatenate([one, other]), np.concatenate([other, one]))
-    rows = raw(array)
+
+def exchange_rows(rows: Movable, one: npt.NDArray[np.int32], other: npt.NDArray[np.int32]) -> None:
+    """Exchange rows `one[i]` and `other[i]`; no row may occur twice."""
+    if isinstance(rows, mx.array):
+        copy_rows(rows, np.concatenate([one, other]), np.concatenate([other, one]))
+        return
     step = max(_CHUNK_BYTES * len(rows) // max(rows.nbytes, 1), 1)
     for start in range(0, len(one), step):
         first, second = one[start : start + step], other[start : start + step]
         kept = rows[first]
         rows[first] = rows[second]
         rows[second] = kept
-    return array
 
 
-def copy_rows(array: mx.array, target: npt.NDArray[np.int32], origin: npt.NDArray[np.int32]) -> mx.array:
-    """Copy rows `origin[i]` to `target[i]`, all read before any is written. Returns the array to use from now on."""
-    if not shared():
-        return _scattered(array, target, lambda: mx.take(array, mx.array(origin), axis=0))
-    rows = raw(array)
-    rows[target] = rows[origin]
-    return array
+def copy_rows(rows: Movable, target: npt.NDArray[np.int32], origin: npt.NDArray[np.int32]) -> None:
+    """Copy rows `origin[i]` to `target[i]`, all read before any is written."""
+    if isinstance(rows, mx.array):
+        rows[mx.array(target)] = mx.take(rows, mx.array(origin), axis=0)
+        mx.eval(rows)
+    else:
+        rows[target] = rows[origin]
 
 
-def write_rows(array: mx.array, target: npt.NDArray[np.int32], values: Raw) -> mx.array:
-    """Write `values[i]`, as `raw` shows rows, to row `target[i]`. Returns the array to use from now on."""
-    if not shared():
-        return _scattered(array, target, lambda: from_raw(values, array.dtype))
-    raw(array)[target] = values
-    return array
-
-
-def _scattered(array: mx.array, target: npt.NDArray[np.int32], values: Callable[[], mx.array]) -> mx.array:
-    array[mx.array(target)] = values()
-    mx.eval(array)
-    return array
+def write_rows(rows: Movable, target: npt.NDArray[np.int32], values: Raw) -> None:
+    """Write `values[i]`, as `raw` shows rows, to row `target[i]`."""
+    if isinstance(rows, mx.array):
+        rows[mx.array(target)] = from_raw(values, rows.dtype)
+        mx.eval(rows)
+    else:
+        rows[target] = values

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from ifprune_mlx.checkpoint.neuron_reader import RowReader, Rows
 from ifprune_mlx.checkpoint.raw_array import raw
 from ifprune_mlx.errors import CheckpointError
-from ifprune_mlx.sparse.inplace import copy_rows, exchange_rows, write_rows
+from ifprune_mlx.sparse.inplace import Movable, copy_rows, exchange_rows, movable, write_rows
 
 if TYPE_CHECKING:
     from ifprune_mlx.selection.selection import Ids
@@ -97,7 +97,7 @@ class FFNSlots:
     Attributes:
         rows: per-neuron arrays in slot order.
         order: int32 `[slots]`, the neuron in each slot, or EMPTY.
-        k: number of active slots.
+        k: number of active slots; see `activate`.
         pending: reading for a switch, in another thread; see `wait`.
         bytes_moved: bytes of weights written since the FFN was loaded.
     """
@@ -117,6 +117,8 @@ class FFNSlots:
             self.order = np.arange(self.d_ffn, dtype=np.int32)
             self.row_bytes = sum(array.nbytes for array in rows.values()) // self.d_ffn
         self.rows = rows
+        self._active: Rows = {}  # views of the active rows; not while all slots are active
+        self._movable: dict[str, Movable] = {}  # `rows`, in the form in which they are moved
         self.k = len(self.order)
         self.pending: Future[None] | None = None
         self.bytes_moved = 0
@@ -124,10 +126,21 @@ class FFNSlots:
 
     def active(self, name: str) -> mx.array | None:
         """The active rows of one array, a view `[k, ...]`; None if the FFN has no such array."""
-        array = self.rows.get(name)
-        if array is None or self.k == len(self.order):
-            return array
-        return array[: self.k]
+        return (self.rows if self.k == len(self.order) else self._active).get(name)
+
+    def activate(self, k: int) -> list[mx.array]:
+        """Make the first `k` slots the active ones.
+
+        Returns:
+            New views of their rows, for the caller to evaluate: no token has to make them. None if there are some of
+            as many rows, and none while neurons are still read; `wait` makes these.
+        """
+        self.k = k
+        made = {len(rows) for rows in self._active.values()} == {k}
+        if made or k == len(self.order) or self.pending is not None:
+            return []
+        self._active = {name: rows[:k] for name, rows in self.rows.items()}
+        return list(self._active.values())
 
     def ids(self) -> Ids:
         """The active neurons, sorted."""
@@ -169,12 +182,12 @@ class FFNSlots:
         self.bytes_moved += plan.rows_written * self.row_bytes
         count = len(plan.entering)
         out, filled = plan.leaving[:count], plan.leaving[count:]
-        self._moving = True
-        for name in self.rows:
+        movables = self._begin_move()
+        for rows in movables.values():
             if count:
-                self.rows[name] = exchange_rows(self.rows[name], out, plan.entering)
+                exchange_rows(rows, out, plan.entering)
             if len(plan.parked):
-                self.rows[name] = copy_rows(self.rows[name], plan.parking, plan.parked)
+                copy_rows(rows, plan.parking, plan.parked)
         self.order[out], self.order[plan.entering] = self.order[plan.entering], self.order[out]
         self.order[plan.parking] = self.order[plan.parked]
         self.order[filled] = EMPTY
@@ -182,7 +195,7 @@ class FFNSlots:
         if len(filled):
             assert self._reader is not None
             for name, values in self._reader.read(plan.missing).items():
-                self.rows[name] = write_rows(self.rows[name], filled, values)
+                write_rows(movables[name], filled, values)
             self.order[filled] = plan.missing
 
     def restore(self) -> None:
@@ -195,9 +208,8 @@ class FFNSlots:
         moved = np.flatnonzero(self.order != home).astype(np.int32)
         if len(moved):
             origin = np.argsort(self.order).astype(np.int32)[moved]
-            self._moving = True
-            for name in self.rows:
-                self.rows[name] = copy_rows(self.rows[name], moved, origin)
+            for rows in self._begin_move().values():
+                copy_rows(rows, moved, origin)
             self.order = home
             self._moving = False
 
@@ -211,6 +223,12 @@ class FFNSlots:
             mx.async_eval(needed)  # type: ignore[no-untyped-call]
             self.pending.result()
             self.pending = None  # stays if it raised: the rows are still missing
+            mx.async_eval(self.activate(self.k))  # type: ignore[no-untyped-call]
+
+    def clear(self) -> None:
+        """Drop the rows, and all that keeps them in memory."""
+        for arrays in (self.rows, self._active, self._movable):
+            arrays.clear()
 
     def _resize(self, slots: int, ids: Ids) -> None:
         """Change the number of slots. Of the neurons in memory `ids` stay first, then the most selected ones."""
@@ -222,8 +240,18 @@ class FFNSlots:
         order[: len(kept)] = self.order[kept]
         new = self._reader.empty(slots)
         for name, rows in self.rows.items():
-            new[name] = write_rows(new[name], np.arange(len(kept), dtype=np.int32), raw(rows)[kept])
+            write_rows(movable(new[name]), np.arange(len(kept), dtype=np.int32), raw(rows)[kept])
+        self.clear()
         self.rows, self.order = new, order
+
+    def _begin_move(self) -> dict[str, Movable]:
+        """The rows as they are moved; NumPy's views of them are made once."""
+        self._moving = True
+        if not self._movable:
+            self._movable = {name: movable(rows) for name, rows in self.rows.items()}
+        if any(isinstance(rows, mx.array) for rows in self._movable.values()):
+            self._active = {}  # views of what a scatter replaces, and would have to copy while there are any
+        return self._movable
 
     def _settle(self) -> None:
         """Wait for pending reads. Neurons that could not be read are missing from `order`.

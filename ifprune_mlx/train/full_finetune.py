@@ -81,7 +81,7 @@ class FullModel(TrainableModel):
                 )
         # The leaves hold the rows now; moved in the slots as well, they would be in memory twice.
         for slots in model.slots:
-            slots.rows.clear()
+            slots.clear()
         module.freeze()
         for layer in module.layers:
             layer.unfreeze()

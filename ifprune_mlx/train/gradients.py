@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from typing import Any
 
@@ -19,11 +19,12 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ifprune_mlx.errors import DataError, PredictorError
 from ifprune_mlx.model import Model
 from ifprune_mlx.selection.predictor import inner_model
-from ifprune_mlx.sparse.quantized import right
+from ifprune_mlx.sparse.quantized import by_rows, right
 from ifprune_mlx.train.trainable import TrainableProjection
 
 # Enough for the ways that mlx-lm's families take with long sequences alone, such as sorting by experts.
 _TOKENS = 64
+_PACKED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
 
 
 @contextmanager
@@ -42,11 +43,18 @@ def recomputed(layers: Sequence[Any]) -> Iterator[None]:
 
 @contextmanager
 def differentiable(module: nn.Module) -> Iterator[None]:
-    """Within it, mlx-lm's families leave out the kernels that have no gradient, as in mlx-lm's own training."""
+    """Within it, mlx-lm's families leave out the kernels that have no gradient, as in mlx-lm's own training, and packed
+    layers multiply rows of two dimensions, so that those of their gradients have two (see `sparse.quantized`)."""
+    packed: list[Any] = [leaf for _, leaf in module.named_modules() if isinstance(leaf, _PACKED)]
+    families: list[Any] = [type(leaf) for leaf in packed]
     module.train()
     try:
+        for leaf, family in zip(packed, families, strict=True):
+            leaf.__class__ = _multiplying_rows(family)
         yield
     finally:
+        for leaf, family in zip(packed, families, strict=True):
+            leaf.__class__ = family
         module.eval()
 
 
@@ -69,6 +77,13 @@ def check_kernels(model: Model) -> None:
             f"with mlx-lm {version('mlx-lm')} ({reason}); train another family, such as llama or qwen3, or "
             "use this model without training, with --selector static or activation"
         ) from exc
+
+
+@cache
+def _multiplying_rows(family: Any) -> type[Any]:
+    product = "as_linear" if issubclass(family, nn.QuantizedEmbedding) else "__call__"
+    plain = getattr(family, product)
+    return type(family.__name__, (family,), {product: lambda self, x: by_rows(partial(plain, self), x)})
 
 
 @cache

@@ -61,9 +61,9 @@ def wrong(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_slow_path_is_said_once(
     packed: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str, breaks: Any
 ) -> None:
-    model = open_model(packed)
     breaks(monkeypatch)
     with caplog.at_level(logging.WARNING, "ifprune_mlx"):
+        model = open_model(packed)
         for _ in range(2):
             model.switch(A)
             mx.eval(model(mx.array([TOKENS])))

@@ -6,8 +6,10 @@ holds the model.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Generator, Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,7 @@ import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, generate_step, generation_stream
 from mlx_lm.models.cache import make_prompt_cache
 
+from ifprune_mlx.errors import reason_of
 from ifprune_mlx.model import Model
 from ifprune_mlx.serving.engine.request import EngineClosedError, RequestState
 from ifprune_mlx.serving.engine.sampling import Processor, make_processors, make_sampler
@@ -27,6 +30,7 @@ _CONTEXT = 64  # mlx-lm's penalties look back at 20 tokens
 _ERROR, _HALF_ERROR = 1e-3, 0.05
 _PROMPTS = ((3, 7, 5, 9, 4, 8, 6), (5, 4))
 
+_log = logging.getLogger(__name__)
 
 SequenceCache = tuple[list[int], list[Any]]
 """The tokens of an ended sequence, and the KV caches that hold them, one per layer."""
@@ -202,8 +206,8 @@ def can_batch(model: Model) -> bool:
     error = batch_error(model)
     if error <= (_ERROR if model.dtype == mx.float32 else _HALF_ERROR):
         return True
-    why = "its caches hold one sequence" if math.isinf(error) else f"sequences differ by {error:.2g} from each alone"
-    note_slow_path(ONE_AT_A_TIME, f"{model.checkpoint.path} answers one request at a time: {why}")
+    apart = f"differ by {error:.2g} from each alone" if math.isfinite(error) else "cannot be decoded together"
+    note_slow_path(ONE_AT_A_TIME, f"{model.checkpoint.path} answers one request at a time: sequences {apart}")
     return False
 
 
@@ -222,14 +226,16 @@ def batch_error(model: Model) -> float:
 
     seen: dict[int, list[mx.array]] = {}
     try:
-        generator = BatchGenerator(model.module, sampler=fixed, max_tokens=3)
-        seen = {uid: [] for uid in generator.insert([list(prompt) for prompt in _PROMPTS])}
-        while any(len(rows) < 3 for rows in seen.values()):
-            for response in generator.next()[1]:
-                seen[response.uid].append(response.logprobs)
-        generator.close()
-    except (ValueError, TypeError, AttributeError, IndexError, NotImplementedError):
-        return math.inf  # a cache or a layer for one sequence only
+        with closing(BatchGenerator(model.module, sampler=fixed, max_tokens=3)) as generator:
+            seen = {uid: [] for uid in generator.insert([list(prompt) for prompt in _PROMPTS])}
+            while any(len(rows) < 3 for rows in seen.values()):
+                for response in generator.next()[1]:
+                    seen[response.uid].append(response.logprobs)
+    except (ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as exc:
+        # A cache or a layer for one sequence only, or a mistake, which must not be hidden.
+        _log.warning("%s: decoding two sequences together failed: %s", model.checkpoint.path, reason_of(exc))
+        _log.debug("the cause", exc_info=exc)
+        return math.inf
     errors: list[Any] = []
     for rows, prompt, cache in zip(seen.values(), _PROMPTS, caches, strict=True):
         alone = generate_step(mx.array(prompt), model.module, max_tokens=3, sampler=fixed, prompt_cache=cache)

@@ -13,7 +13,6 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from functools import cached_property
 
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -37,6 +36,7 @@ from ifprune_mlx.serving.engine.request import (
 )
 from ifprune_mlx.serving.engine.sampling import check_sampling
 from ifprune_mlx.serving.engine.scheduler import EXCLUSIVE, Scheduler
+from ifprune_mlx.sparse.quantized import split
 
 
 class Engine:
@@ -72,6 +72,7 @@ class Engine:
         self._active = ActiveSelection(model)
         self._prefix_cache = PrefixCache(prompt_cache_bytes)
         self._decoder: Decoder | None = None  # None while nothing runs
+        self._batches: dict[frozenset[int], bool] = {}
 
     async def stream(
         self, request: Request, progress: Callable[[PromptProgress], None] | None = None
@@ -226,7 +227,7 @@ class Engine:
         self._active.activate(state)
         if self._decoder is None:
             end = self._tokenizer.eos_token_ids
-            if key != EXCLUSIVE and self._can_batch:
+            if key != EXCLUSIVE and self._can_batch():
                 self._decoder = BatchDecoder(self._model, end, self._concurrency)
             else:
                 self._decoder = SingleDecoder(self._model, end)
@@ -237,9 +238,13 @@ class Engine:
         room = (self._model.context_length or math.inf) - len(request.tokens)
         state.uid = self._decoder.insert(state, cache, read, int(min(request.max_tokens, room)))
 
-    @cached_property
     def _can_batch(self) -> bool:
-        return can_batch(self._model)
+        """Asked once for each set of kernels that numbers of active neurons choose."""
+        packed = self._model.checkpoint.layout.down is not None
+        kernels = frozenset(split(slots.k) for slots in self._model.slots if packed)
+        if kernels not in self._batches:
+            self._batches[kernels] = can_batch(self._model)
+        return self._batches[kernels]
 
     def _decode(self) -> None:
         """One step of the running requests."""

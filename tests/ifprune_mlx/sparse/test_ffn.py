@@ -43,7 +43,7 @@ def sliced(ffn: nn.Module, kept: Ids) -> list[SlicedProjection]:
     rows |= {"gate.bias": ffn.gate.bias, "up.bias": ffn.up.bias}
     slots = FFNSlots({name: mx.array(array) for name, array in rows.items()}, ffn.down.bias)
     slots.apply(plan := slots.plan(kept))
-    slots.k = plan.k
+    slots.activate(plan.k)
     return [SlicedProjection(slots, kind, None) for kind in ("gate", "up", "down")]
 
 

@@ -204,7 +204,7 @@ def test_interleaved_leaves_are_found_and_sliced_exactly() -> None:
     slots = FFNSlots(rows | {"down.weight": down.weight.T}, down.bias)
     replace_leaves(holder, spec, slots, None, None)
     slots.apply(plan_switch(slots.order, ids))
-    slots.k = len(ids)
+    slots.activate(len(ids))
     assert np.abs(np.array(ffn(x) - expected)).max() < 1e-5
 
 

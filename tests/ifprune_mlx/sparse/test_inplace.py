@@ -12,7 +12,7 @@ from ifprune_convert.packing import quantization_of
 from ifprune_convert.pipeline import Options
 from ifprune_mlx.checkpoint.raw_array import from_raw, raw, raw_dtype
 from ifprune_mlx.sparse import inplace
-from ifprune_mlx.sparse.inplace import copy_rows, exchange_rows, shared, write_rows
+from ifprune_mlx.sparse.inplace import copy_rows, exchange_rows, movable, shared, write_rows
 from tests.ifprune_mlx.reference import TOLERANCE, logits, open_model, random_selection
 from tests.tiny import write_checkpoint
 
@@ -51,14 +51,14 @@ def test_rows_are_exchanged_copied_and_written(
     places = generator.permutation(ROWS).astype(np.int32)
     one, other, target = places[:200], places[200:400], places[400:500]
 
-    array = exchange_rows(array, one, other)
+    exchange_rows(movable(array), one, other)
     expected[one], expected[other] = expected[other].copy(), expected[one].copy()
     assert np.array_equal(raw(array), expected)
-    array = copy_rows(array, target, one[:100])
+    copy_rows(movable(array), target, one[:100])
     expected[target] = expected[one[:100]]
     assert np.array_equal(raw(array), expected)
     values = raw(some(dtype))[:100].copy()
-    array = write_rows(array, target, values)
+    write_rows(movable(array), target, values)
     expected[target] = values
     assert np.array_equal(raw(array), expected)
     # What MLX computes with it, not only what lies in memory.
@@ -79,7 +79,8 @@ def test_a_copy_reads_everything_before_it_writes(way: str) -> None:
     array = mx.arange(8).reshape(8, 1)
     mx.eval(array)
     moved = np.arange(8, dtype=np.int32)
-    assert copy_rows(array, moved, np.roll(moved, 1))[:, 0].tolist() == [7, 0, 1, 2, 3, 4, 5, 6]
+    copy_rows(movable(array), moved, np.roll(moved, 1))
+    assert array[:, 0].tolist() == [7, 0, 1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("packing", [None, ("affine", 32, 4)], ids=str)

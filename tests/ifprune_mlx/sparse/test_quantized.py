@@ -15,6 +15,7 @@ from ifprune_mlx.checkpoint.format import Quantization
 from ifprune_mlx.sparse import quantized
 from ifprune_mlx.train import gradients
 from ifprune_mlx.train.gradients import check_kernels
+from tests.ifprune_mlx.sparse import metal_products
 from tests.tiny import write_checkpoint
 
 PACKINGS = [Quantization(64, 4, "affine"), Quantization(32, 8, "affine"), Quantization(32, 4, "mxfp4")]
@@ -69,6 +70,73 @@ def test_a_wrong_kernel_is_gone_round(breaks: Callable[[Kernel], Kernel], monkey
     np.testing.assert_allclose(
         np.array(quantized.neuron_major_matmul(x, *arrays, packing)), np.array(wanted), rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("neurons", [1000, 2048, 8224])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 8])
+@pytest.mark.usefixtures("other_device")
+def test_a_kernel_that_is_wrong_for_one_shape_is_noticed(
+    tokens: int, neurons: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain: Kernel = mx.quantized_matmul
+
+    def wrong(x: mx.array, *args: object, **kwargs: object) -> mx.array:
+        y = plain(x, *args, **kwargs)
+        return 2 * y if x.size == tokens * neurons else y
+
+    monkeypatch.setattr(mx, "quantized_matmul", wrong)
+    assert not quantized.right(PACKINGS[0], 128, mx.float32)
+
+
+@pytest.mark.usefixtures("other_device")
+def test_metals_kernel_passes_since_it_gets_rows_of_two_dimensions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mx, "quantized_matmul", metal_products.quantized_matmul)
+    assert quantized.right(PACKINGS[0], 128, mx.float32)
+
+
+@pytest.mark.parametrize(("width", "tried"), [(64, 192), (576, 192), (640, 128), (2048, 128), (4096, 128), (160, 160)])
+@pytest.mark.usefixtures("other_device")
+def test_the_trial_takes_few_columns(width: int, tried: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as are left over after whole tiles, and a tile."""
+    widths: list[int] = []
+    plain: Kernel = mx.quantized_matmul
+
+    def watched(x: mx.array, *args: object, **kwargs: object) -> mx.array:
+        y = plain(x, *args, **kwargs)
+        widths.append(y.shape[-1])
+        return y
+
+    monkeypatch.setattr(mx, "quantized_matmul", watched)
+    assert quantized.right(PACKINGS[1], width, mx.float32)
+    assert set(widths) == {tried}
+    assert tried % 64 == width % 64
+
+
+@pytest.mark.parametrize("dtype", [None, mx.float16])
+@pytest.mark.usefixtures("other_device")
+def test_the_trial_is_made_at_load_and_leaves_no_trace(
+    tmp_path: Path, dtype: mx.Dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first answer makes none, and MLX's peak is that of a load without it."""
+    folder = write_checkpoint(tmp_path / "checkpoint", options=Options(quantization=PACKINGS[0]))
+
+    def peak_of_load() -> int:
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        model, _ = load(folder, dtype=dtype)
+        peak = mx.get_peak_memory()
+        monkeypatch.setattr(quantized, "_error", lambda *_: pytest.fail("tried out again"))
+        mx.eval(model(mx.array([[1, 2, 3]])))
+        model.close()
+        return peak
+
+    tried: list[tuple[object, ...]] = []
+    plain = quantized._error
+    monkeypatch.setattr(quantized, "_PROBED_NEURONS", (1000, 1024, 1088))
+    monkeypatch.setattr(quantized, "_error", lambda *given: tried.append(given) or plain(*given))
+    first = peak_of_load()
+    assert [given[:3] for given in tried] == [(PACKINGS[0], 192, dtype or mx.float32)] * 3
+    assert first < 1.5 * peak_of_load()  # which finds the trial's result; a trial takes 50 times as much
 
 
 @pytest.mark.parametrize("packing", PACKINGS, ids=lambda packing: packing.mode + str(packing.bits))

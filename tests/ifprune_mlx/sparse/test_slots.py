@@ -83,7 +83,7 @@ def test_growing_and_shrinking_move_only_what_is_missing() -> None:
     assert plans[-1].k == 4
     plans.append(slots.plan(np.array([0, 1], np.int32)))
     slots.apply(plans[-1])  # a prefix of what is active
-    slots.k = plans[-1].k  # what `Model` does when all FFNs have moved
+    slots.activate(plans[-1].k)  # what `Model` does when all FFNs have moved
     assert [plan.rows_written for plan in plans] == [2, 0, 0]
     assert slots.row_bytes == 2 * 16
     assert slots.ids().tolist() == [0, 1]

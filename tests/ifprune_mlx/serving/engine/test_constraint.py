@@ -107,11 +107,11 @@ def test_with_penalties_log_probabilities_stop_strings_and_free_neighbours(roomy
     assert text_of(outputs).startswith(text_of(stopped))
 
 
-def test_families_that_do_not_batch(tmp_path: Path) -> None:
+def test_families_that_do_not_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ifprune_mlx.serving.engine.engine.can_batch", lambda model: False)
     model, tokenizer = load(write_checkpoint(tmp_path / "checkpoint"))
     grammar = Grammars(tokenizer).compile(f"answer: {json_rule(PERSON)}", ())
     with serving((model, tokenizer)) as engine:
-        engine.__dict__["_can_batch"] = False
         for outputs in together(engine, constrained(grammar, 1), constrained(grammar, 2)):
             jsonschema.validate(json.loads(text_of(outputs)), PERSON)
     model.close()

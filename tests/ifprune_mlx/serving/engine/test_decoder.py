@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 
@@ -55,3 +56,21 @@ def test_rounding_is_no_reason(tiny_checkpoint: Path, dtype: mx.Dtype) -> None:
     model, _ = load(tiny_checkpoint, dtype=dtype)
     assert can_batch(model)
     model.close()
+
+
+def test_the_cause_of_a_failed_trial_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may be a mistake, and not the family's caches."""
+    model = family(tmp_path, "llama")
+
+    def broken(*_: object, **__: object) -> None:
+        raise TypeError("no such argument")
+
+    monkeypatch.setattr("mlx_lm.models.llama.Attention.__call__", broken)
+    with caplog.at_level(logging.DEBUG, "ifprune_mlx.serving"):
+        assert batch_error(model) == math.inf
+    warning, detail = caplog.records
+    assert warning.levelname == "WARNING"
+    assert warning.getMessage().endswith("decoding two sequences together failed: no such argument")
+    assert detail.exc_info is not None
