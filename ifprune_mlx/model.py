@@ -47,6 +47,7 @@ from ifprune_mlx.model_lock import ModelLock, begin_worker
 from ifprune_mlx.selection.cache import SelectionCache
 from ifprune_mlx.selection.predictor import SparsityPredictor, load_predictor
 from ifprune_mlx.selection.selection import Scores, Selection
+from ifprune_mlx.sparse.down_product import choose
 from ifprune_mlx.sparse.ffn import SlicedProjection, replace_leaves
 from ifprune_mlx.sparse.slots import FFNSlots
 from ifprune_mlx.tokenizer import embedding_rows, load_tokenizer
@@ -381,6 +382,7 @@ def load_checkpoint(
     progress: Progress | None = None,
 ) -> Model:
     """Load an opened checkpoint's model, without its tokenizer. See `load`."""
+    choose(checkpoint, dtype)  # before the weights are in memory, which the trial's would add to
     slots: list[FFNSlots] = []
     ffns = checkpoint.layout.ffns
     for index in range(len(ffns)):
