@@ -382,9 +382,9 @@ def load_checkpoint(
     progress: Progress | None = None,
 ) -> Model:
     """Load an opened checkpoint's model, without its tokenizer. See `load`."""
-    choose(checkpoint, dtype)  # before the weights are in memory, which the trial's would add to
     slots: list[FFNSlots] = []
     ffns = checkpoint.layout.ffns
+    choose(checkpoint, dtype)  # before the weights are in memory, which the trial's would add to
     for index in range(len(ffns)):
         # A predictor that reads with the model's first layers needs all of their neurons.
         if residency == RAM or index < checkpoint.predictor_layers:

@@ -10,7 +10,7 @@ import logging
 import os
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -55,27 +55,24 @@ _kept: dict[tuple[_Rows, int], Product] = {}
 _chosen: dict[_Rows, dict[int, Choice]] = {}
 
 
-def down_product(
-    x: mx.array,
-    weight: mx.array,
-    scales: mx.array | None,
-    biases: mx.array | None,
-    packing: Quantization | None,
-    differentiable: bool,
-) -> mx.array:
-    """`x @ rows` for x `[..., k]` and neuron-major rows `[k, d_model]`, packed or not; `[..., d_model]`.
+def own_product(x: mx.array, rows: Callable[[str], mx.array | None], packing: Quantization | None) -> mx.array | None:
+    """`x @ rows` by our kernel, for x `[..., k]` and the down rows of k neurons: `[..., d_model]`. It has no gradient.
 
     Args:
-        differentiable: the product must have a gradient, which our kernel has not.
+        rows: gives the array `[k, ...]` of that name, such as `down.weight`.
+
+    Returns:
+        None where MLX's kernel was chosen, or none was.
     """
-    if _kept and not differentiable and _on_metal():  # none is kept but on Metal
-        given = [weight] if packing is None else [weight, scales, biases]
-        width = weight.shape[-1] if packing is None else weight.shape[-1] * 32 // packing.bits
-        tokens, dtype = x.size // x.shape[-1], (weight if scales is None else scales).dtype
-        own = _kept.get((_Rows(packing, width, dtype), tokens))
-        if own is not None and x.dtype == dtype:
-            return own(x.reshape(tokens, -1), *given).reshape(*x.shape[:-1], width)
-    return _by_mlx(x, weight, scales, biases, packing)
+    if not _kept or not _on_metal():  # none is kept but on Metal
+        return None
+    parts = ("weight",) if packing is None else packing.parts
+    arrays = [array for part in parts if (array := rows(f"down.{part}")) is not None]
+    tokens, width = x.size // x.shape[-1], arrays[0].shape[-1] * (1 if packing is None else 32 // packing.bits)
+    own = _kept.get((_Rows(packing, width, arrays[-1].dtype), tokens))
+    if own is None or x.dtype != arrays[-1].dtype:
+        return None
+    return own(x.reshape(tokens, -1), *arrays).reshape(*x.shape[:-1], width)
 
 
 def choose(checkpoint: Checkpoint, dtype: mx.Dtype | None = None) -> dict[int, Choice]:
@@ -119,15 +116,6 @@ def _all_mlx(reason: str) -> dict[int, Choice]:
 
 def _on_metal() -> bool:
     return mx.metal.is_available() and mx.default_device() == mx.Device(mx.gpu)
-
-
-def _by_mlx(
-    x: mx.array, weight: mx.array, scales: mx.array | None, biases: mx.array | None, packing: Quantization | None
-) -> mx.array:
-    if packing is None:
-        return x @ weight
-    assert scales is not None
-    return neuron_major_matmul(x, weight, scales, biases, packing)
 
 
 def _tried(rows: _Rows, k: int) -> dict[int, Choice]:
@@ -177,10 +165,11 @@ def _faster(
 ) -> tuple[Choice, list[int]]:
     """Time the kernels, by their lanes, and MLX's in turn; keep the fastest of ours if it is faster, and name it."""
 
-    def plain(
-        x: mx.array, weight: mx.array, scales: mx.array | None = None, biases: mx.array | None = None
-    ) -> mx.array:
-        return _by_mlx(x, weight, scales, biases, rows.packing)
+    def plain(x: mx.array, *arrays: mx.array) -> mx.array:
+        if rows.packing is None:
+            return x @ arrays[0]
+        weight, scales, biases = arrays
+        return neuron_major_matmul(x, weight, scales, biases, rows.packing)
 
     ways: dict[int, Product] = {0: plain, **right}
     seconds: dict[int, list[float]] = {lanes: [] for lanes in ways}
@@ -208,10 +197,8 @@ def _made_up_rows(rows: _Rows, k: int) -> Iterator[list[mx.array]]:
         if packing is None:
             arrays = [mx.random.normal((k, rows.width), rows.dtype, key=keys[0])]
         else:
-            weight = mx.random.randint(0, 256, (k, rows.width * packing.bits // 8), mx.uint8, key=keys[0]).view(
-                mx.uint32
-            )
-            levels = 2**packing.bits
+            levels, row_bytes = 2**packing.bits, rows.width * packing.bits // 8
+            weight = mx.random.randint(0, 256, (k, row_bytes), mx.uint8, key=keys[0]).view(mx.uint32)
             scales = mx.random.uniform(1 / levels, 4 / levels, (k, rows.width // packing.group_size), key=keys[1])
             arrays = [weight, scales.astype(rows.dtype), (scales * (-levels / 2)).astype(rows.dtype)]
         mx.eval(arrays)

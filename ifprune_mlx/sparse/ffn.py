@@ -14,7 +14,8 @@ from mlx import nn
 
 from ifprune_mlx.checkpoint.ffn_spec import FFNSpec, join_fused
 from ifprune_mlx.checkpoint.format import Quantization
-from ifprune_mlx.sparse.down_product import down_product
+from ifprune_mlx.sparse.down_product import own_product
+from ifprune_mlx.sparse.quantized import neuron_major_matmul
 from ifprune_mlx.sparse.slots import FFNSlots
 
 Observer = Callable[[mx.array], "mx.array | None"]
@@ -67,14 +68,18 @@ class SlicedProjection(nn.Module):
         assert weight is not None
         inwards = kind != "down"
         bias = rows(f"{kind}.bias") if inwards else self.slots.down_bias
-        scales, biases = rows(f"{kind}.scales"), rows(f"{kind}.biases")
-        if not inwards:
-            y = down_product(x, weight, scales, biases, packed, differentiable=self.training)
+        own = None if inwards or self.training else own_product(x, rows, packed)  # ours has no gradient
+        if own is not None:
+            y = own
         elif packed is None:
-            y = x @ weight.T
+            y = x @ (weight.T if inwards else weight)
         else:
+            scales, biases = rows(f"{kind}.scales"), rows(f"{kind}.biases")
             assert scales is not None
-            y = mx.quantized_matmul(x, weight, scales, biases, **packed.to_dict())
+            if inwards:
+                y = mx.quantized_matmul(x, weight, scales, biases, **packed.to_dict())
+            else:
+                y = neuron_major_matmul(x, weight, scales, biases, packed)
         return y if bias is None else y + bias
 
 

@@ -50,7 +50,7 @@ def signature(kernel: DownKernel) -> str:
 def host(kernel: DownKernel) -> str:
     """A program that runs the kernel on the files `x`, `w`, `scales`, `biases` and writes `out`."""
     kind = FLOATS[str(kernel.dtype).rpartition(".")[2]]
-    types = {name: kind for name in kernel.inputs} | ({} if kernel.packing is None else {"w": "uint32_t"})
+    types = dict.fromkeys(kernel.inputs, kind) | ({} if kernel.packing is None else {"w": "uint32_t"})
     given = ", ".join(f'static_cast<const {types[name]}*>(contents("{name}"))' for name in kernel.inputs)
     first, _, rest = given.partition("), ")
     calls = f"{first}), shape, {rest}"
