@@ -130,10 +130,7 @@ def kernel_lines(kernels: Mapping[str, Mapping[str, str]]) -> list[str]:
     for tokens, choice in kernels.items():
         name = "MLX's kernel" if choice["kernel"] == "mlx" else "our kernel"
         alike.setdefault(f"{name} ({choice['reason']})", []).append(tokens)
-    return [
-        f"{tokens[0] if len(tokens) == 1 else f'{tokens[0]} to {tokens[-1]}'} tokens: {line}"
-        for line, tokens in alike.items()
-    ]
+    return [f"{' to '.join(dict.fromkeys((n[0], n[-1])))} tokens: {line}" for line, n in alike.items()]
 
 
 def shortened(text: str, width: int) -> str:

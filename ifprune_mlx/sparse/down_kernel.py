@@ -77,10 +77,7 @@ class DownKernel:
             Array("xs", tokens),
             Array("partial", THREADS // _SIMD * tile, shared=True),
             For("i", "0", f"{sums}", (Set("total[i]", "0"),)),
-            If(
-                f"column < {self.width}",
-                (For("row", f"id / {self.lanes}", "k", self._row(), f"{THREADS // self.lanes}"),),
-            ),
+            *self._rows(),
             # Lanes of a simdgroup that own the same columns of different rows.
             *(
                 For("i", "0", f"{sums}", (Set("total[i]", f"total[i] + simd_shuffle_xor(total[i], {distance})"),))
@@ -90,19 +87,42 @@ class DownKernel:
             For("t", "0", f"{tokens}", self._reduced()),
         )
 
+    def _rows(self) -> Statements:
+        """Sums up the thread's share of the rows, where it has columns."""
+        tokens, rows = f"{self.tokens}", For("row", f"id / {self.lanes}", "k", self._row(), f"{THREADS // self.lanes}")
+        guarded = If(f"column < {self.width}", (rows,))
+        if self.packing is None:
+            return (guarded,)
+        return (
+            Array("offset", self.tokens),
+            For("t", "0", tokens, (Set("offset[t]", "0"),)),
+            guarded,
+            For("i", "0", f"{self.tokens * _OWNED}", (Set("total[i]", f"total[i] + offset[i / {_OWNED}]"),)),
+        )
+
     def _row(self) -> Statements:
         """Adds one row times every token's activation to the thread's sums."""
         packing = self.packing
-        load = For("t", "0", f"{self.tokens}", (Set("xs[t]", "float(x[t * k + row])"),))
         if packing is None:
+            load = For("t", "0", f"{self.tokens}", (Set("xs[t]", "float(x[t * k + row])"),))
             value = Let("float", "value", f"float(w[row * {self.width} + column + c])")
             return (load, For("c", "0", f"{_OWNED}", (value, self._add("c"))))
         word, groups = 32 // packing.bits, self.width // packing.group_size
         return (
-            load,
             Let("uint", "group", f"row * {groups} + column / {packing.group_size}"),
             Let("float", "scale", "float(scales[group])"),
             Let("float", "bias", "float(biases[group])"),
+            # A thread's columns are of one group: its scale goes to x, and its bias to a sum that all columns share.
+            For(
+                "t",
+                "0",
+                f"{self.tokens}",
+                (
+                    Let("float", "one", "float(x[t * k + row])"),
+                    Set("offset[t]", "fma(one, bias, offset[t])"),
+                    Set("xs[t]", "one * scale"),
+                ),
+            ),
             For(
                 "h",
                 "0",
@@ -114,8 +134,7 @@ class DownKernel:
                         "0",
                         f"{word}",
                         (
-                            Let("uint", "level", f"(word >> (c * {packing.bits})) & {2**packing.bits - 1}"),
-                            Let("float", "value", "fma(float(level), scale, bias)"),
+                            Let("float", "value", f"float((word >> (c * {packing.bits})) & {2**packing.bits - 1})"),
                             self._add(f"h * {word} + c"),
                         ),
                     ),

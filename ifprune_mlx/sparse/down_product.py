@@ -132,7 +132,7 @@ def _tried(rows: _Rows, k: int) -> dict[int, Choice]:
         for width in lanes:
             own, fault = _right(DownKernel(rows.width, rows.dtype, rows.packing, tokens, width), x, copies[0], wanted)
             if own is None:
-                _log.warning("our kernel for down products is not used for %d tokens and more: it %s", tokens, fault)
+                _log.warning("our kernel for down products is not used for %d or more tokens: it %s", tokens, fault)
                 break
             right[width] = own
         else:

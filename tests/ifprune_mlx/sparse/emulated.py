@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -61,6 +61,3 @@ def build_emulated(kernel: DownKernel) -> Product:
         return mx.array(emulated(kernel, x, arrays, kernel.statements())).astype(kernel.dtype)
 
     return product
-
-
-Build = Callable[[DownKernel], Product]

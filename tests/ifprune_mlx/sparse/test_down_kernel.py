@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from ifprune_mlx.checkpoint.format import Quantization
-from ifprune_mlx.sparse.down_kernel import LANES, DownKernel, fits
+from ifprune_mlx.sparse.down_kernel import LANES, DownKernel, build, fits
 from ifprune_mlx.sparse.kernel_text import Array, Barrier, For, If, Let, Set, Statements
-from tests.ifprune_mlx.sparse.emulated import activations, emulated, far, rows_of, unpacked_product
+from tests.ifprune_mlx.sparse.emulated import activations, emulated, far, numpy, rows_of, unpacked_product
 from tests.ifprune_mlx.sparse.kernel_emulator import Emulator, RaceError
 
 TOLERANCES = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 4e-3}  # bfloat16 itself rounds by up to 2^-8
@@ -82,6 +82,16 @@ def test_the_kernel_computes_that_of_many_rows(case: Case) -> None:
     assert error(case) <= TOLERANCES[case[0].dtype]
 
 
+@pytest.mark.skipif(not mx.metal.is_available(), reason="needs a Metal GPU")
+@pytest.mark.parametrize("case", kernels()[::7], ids=named)
+def test_metal_itself_computes_it(case: Case) -> None:
+    kernel, k = case
+    x, arrays = activations(kernel, k), rows_of(kernel, k)
+    with mx.stream(mx.gpu):
+        found = numpy(build(kernel)(x, *arrays))
+    assert far(found, unpacked_product(x, arrays, kernel.packing)) <= TOLERANCES[kernel.dtype]
+
+
 @pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize("width", [8, 24, 264])
 def test_float_rows_of_any_multiple_of_8(width: int, lanes: int) -> None:
@@ -142,7 +152,8 @@ FAULTS: dict[str, Callable[[Statements], Statements]] = {
     "last partial lost": rewritten("16", "15", For),
     "stride of the words off": rewritten("row * 72", "row * 71", Let),
     "stride of the groups off": rewritten("row * 9 ", "row * 8 ", Let),
-    "stride of the tokens off": rewritten("t * k", "t * (k + 1)", Set),
+    "stride of the tokens off": rewritten("t * k", "t * (k + 1)", Let),
+    "biases left out": rewritten("total[i] + offset[i / 8]", "total[i]", Set),
     "sums not set to nothing": rewritten("8", "7", For),
     "rows counted twice": rewritten("16", "8", For),
     "no barrier": without_barriers,
