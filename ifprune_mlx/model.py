@@ -47,6 +47,7 @@ from ifprune_mlx.model_lock import ModelLock, begin_worker
 from ifprune_mlx.selection.cache import SelectionCache
 from ifprune_mlx.selection.predictor import SparsityPredictor, load_predictor
 from ifprune_mlx.selection.selection import Scores, Selection
+from ifprune_mlx.sparse.down_product import choose
 from ifprune_mlx.sparse.ffn import SlicedProjection, replace_leaves
 from ifprune_mlx.sparse.quantized import try_products
 from ifprune_mlx.sparse.slots import FFNSlots
@@ -384,6 +385,7 @@ def load_checkpoint(
     try_products(checkpoint, dtype)  # before there are weights, so that it does not show in the peak of memory
     slots: list[FFNSlots] = []
     ffns = checkpoint.layout.ffns
+    choose(checkpoint, dtype)  # before the weights are in memory, which the trial's would add to
     for index in range(len(ffns)):
         # A predictor that reads with the model's first layers needs all of their neurons.
         if residency == RAM or index < checkpoint.predictor_layers:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from .console import gigabytes, note, progress, result_json, show
+from .console import gigabytes, kernel_lines, note, progress, result_json, show
 from .loading import open_checkpoint
 from .options import DensityOption, DtypeName, DtypeOption, JsonFileOption, ModelOption, output_option
 
@@ -221,6 +221,7 @@ def _table(result: dict[str, Any]) -> list[str]:
         lines.append("select s: no predictor here; arbitrary neurons were drawn")
     moved = max(row["moved_in_decode"] for row in result["rows"])
     lines.append(f"bytes of weights moved while decoding: {moved:.0f}")
+    lines += [f"down product, {line}" for line in kernel_lines(result["down_kernels"])]
     lines.append(f"memory is read at {bandwidth / 1e9:.1f} GB/s (limit: a token reads every active weight once)")
     return lines
 

@@ -124,6 +124,15 @@ def gigabytes(count: int) -> str:
     return f"{count / 1e9:.3g} GB"
 
 
+def kernel_lines(kernels: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Which kernel computes what, and why: a line for the numbers of tokens that have the same answer."""
+    alike: dict[str, list[str]] = {}
+    for tokens, choice in kernels.items():
+        name = "MLX's kernel" if choice["kernel"] == "mlx" else "our kernel"
+        alike.setdefault(f"{name} ({choice['reason']})", []).append(tokens)
+    return [f"{' to '.join(dict.fromkeys((n[0], n[-1])))} tokens: {line}" for line, n in alike.items()]
+
+
 def shortened(text: str, width: int) -> str:
     """One line of at most `width` characters."""
     indent = text[: len(text) - len(text.lstrip())]

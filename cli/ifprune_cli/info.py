@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .console import gigabytes, one_line, parameters, progress, result_json, show
+from .console import gigabytes, kernel_lines, one_line, parameters, progress, result_json, show
 from .loading import open_checkpoint
 from .options import JsonOption, ModelOption
 
@@ -23,6 +24,7 @@ def info(model: ModelOption = None, verify: VerifyOption = False, json: JsonOpti
     """Show a checkpoint's shape, size, selectors, tasks, and what each density activates."""
     from ifprune_mlx import CheckpointError, TaskStore
     from ifprune_mlx.checkpoint.budget import RAM, RESIDENCIES, SSD, physical_memory, resident_bytes, resolve_keep
+    from ifprune_mlx.sparse.down_product import choose
 
     checkpoint = open_checkpoint(model)
     damaged: list[str] = []
@@ -38,6 +40,7 @@ def info(model: ModelOption = None, verify: VerifyOption = False, json: JsonOpti
     tasks = TaskStore(checkpoint).tasks()
     keeps = {density: resolve_keep(checkpoint, density=density) for density in _DENSITIES}
     slow = _slow_paths(checkpoint)
+    kernels = {str(tokens): asdict(choice) for tokens, choice in choose(checkpoint).items()}
     resident = {
         (residency, density): resident_bytes(checkpoint, residency, keep)
         for residency in RESIDENCIES
@@ -54,6 +57,7 @@ def info(model: ModelOption = None, verify: VerifyOption = False, json: JsonOpti
                 "selectors": selectors,
                 "tasks": [task.name for task in tasks],
                 "slow_paths": sorted(slow),
+                "down_kernels": kernels,
                 "fits": [{"residency": at, "density": x, "resident": size} for (at, x), size in resident.items()],
             }
         )
@@ -67,6 +71,7 @@ def info(model: ModelOption = None, verify: VerifyOption = False, json: JsonOpti
         rows.append((f"  at {density:g}", f"{active} active parameters; {part} with residency ssd"))
     told = "; ".join(f"{name}: {reason}" for name, reason in slow.items()) or "none on this machine"
     rows.append(("slow paths", f"{told} (whether answers are batched is tried out when the model is served)"))
+    rows.append(("down product", "; ".join(kernel_lines(kernels))))
     if verify:
         rows.append(("verified", "every file has the manifest's sha256"))
     for name, value in rows:

@@ -92,7 +92,8 @@ def bench(config: BenchConfig, progress: Callable[[int, int], None] | None = Non
             if round_:  # the first one warms up
                 rounds.append(result)
         memory = {name: workers[name]("memory") for name in names}
-    return _report(config, names, rounds, memory, predictor, bandwidth)
+        kernels = workers[SLICED]("down_kernels")
+    return {**_report(config, names, rounds, memory, predictor, bandwidth), "down_kernels": kernels}
 
 
 def _check_memory(config: BenchConfig) -> None:

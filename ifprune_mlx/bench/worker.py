@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from ifprune_mlx.errors import IfpruneError
 from ifprune_mlx.model import Model, limit_cache, load
 from ifprune_mlx.selection.selection import Selection
 from ifprune_mlx.selection.selectors import Instruction, LearnedSelector, Selector, make_selector
+from ifprune_mlx.sparse.down_product import choose
 
 _BANDWIDTH_ELEMENTS = 1 << 26
 _COLUMNS = 1 << 12
@@ -120,6 +122,7 @@ class Worker:
         start = time.perf_counter()
         self._model: Model | None = None
         self._selector: Selector | None = None
+        self._dtype = dtype
         if residency is None:
             self._module, self.config = load_model(folder)
             if dtype is not None:
@@ -200,6 +203,11 @@ class Worker:
             "mlx": mx.get_active_memory(),
             "mlx_peak": mx.get_peak_memory(),
         }
+
+    def down_kernels(self) -> dict[int, dict[str, str]]:
+        """Which kernel computes the down products of 1 to 5 tokens, and why."""
+        assert self._model is not None
+        return {n: asdict(choice) for n, choice in choose(self._model.checkpoint, self._dtype).items()}
 
     def predict(self) -> int:
         """Load the predictor, if there is one; bytes that the process grew by."""

@@ -14,6 +14,7 @@ from mlx import nn
 
 from ifprune_mlx.checkpoint.ffn_spec import FFNSpec, join_fused
 from ifprune_mlx.checkpoint.format import Quantization
+from ifprune_mlx.sparse.down_product import own_product
 from ifprune_mlx.sparse.quantized import by_rows, neuron_major_matmul
 from ifprune_mlx.sparse.slots import FFNSlots
 
@@ -67,7 +68,10 @@ class SlicedProjection(nn.Module):
         assert weight is not None
         inwards = kind != "down"
         bias = rows(f"{kind}.bias") if inwards else self.slots.down_bias
-        if packed is None:
+        own = None if inwards or self.training else own_product(x, rows, packed)  # ours has no gradient
+        if own is not None:
+            y = own
+        elif packed is None:
             y = x @ (weight.T if inwards else weight)
         else:
             scales, biases = rows(f"{kind}.scales"), rows(f"{kind}.biases")

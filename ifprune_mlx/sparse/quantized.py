@@ -25,7 +25,7 @@ _PROBED_TOKENS = ((1,), (8,), (1, 1), (2, 1), (3, 1), (8, 1))
 # Kernels differ by the columns that are left over, not by how many whole tiles there are.
 _TILE = 128
 _TOLERANCE = 0.1
-_FLOATS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+FLOATS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 
 
 def by_rows(product: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
@@ -72,7 +72,7 @@ def try_products(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> None:
         return
     files = [header for name, header in checkpoint.headers.items() if name.startswith("model-")]
     stored = {info.dtype for header in files for info in header.tensors.values()}
-    for each in [_FLOATS[name] for name in sorted(stored & _FLOATS.keys())] if dtype is None else [dtype]:
+    for each in [FLOATS[name] for name in sorted(stored & FLOATS.keys())] if dtype is None else [dtype]:
         for width in {spec.d_model for spec in checkpoint.layout.ffns}:
             right(packing, width, each)
 

@@ -21,5 +21,6 @@ def test_a_shape_is_measured_drawn_and_written(tmp_path: Path) -> None:
     assert len(result["rows"]) == 5
     assert "sliced decoding / a plain model of that size" in done.stdout
     assert "bytes of weights moved while decoding: 0" in done.stdout
+    assert "down product, 1 " in done.stdout
     assert plot.read_text().lstrip().startswith("<?xml")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["bench.json", "config.json", "rates.svg"]

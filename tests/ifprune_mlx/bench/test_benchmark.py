@@ -52,6 +52,8 @@ def test_without_plain_models_their_ratios_are_missing(checkpoint: Checkpoint, t
     assert result["ratios"]["decode_vs_static"] is None
     assert result["ratios"]["resident_vs_static"] is None
     assert result["intervals"] == {}
+    assert list(result["down_kernels"]) == ["1", "2", "3", "4", "5"]
+    assert all(set(choice) == {"kernel", "reason"} for choice in result["down_kernels"].values())
 
 
 def test_a_model_that_cannot_load_says_why(tmp_path: Path) -> None:
