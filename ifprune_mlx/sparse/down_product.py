@@ -19,7 +19,7 @@ from ifprune_mlx.checkpoint.budget import resolve_keep
 from ifprune_mlx.checkpoint.format import Checkpoint, Quantization
 from ifprune_mlx.errors import IfpruneError, reason_of
 from ifprune_mlx.sparse.down_kernel import LANES, MOST_TOKENS, DownKernel, Product, build, fits
-from ifprune_mlx.sparse.quantized import neuron_major_matmul
+from ifprune_mlx.sparse.quantized import FLOATS, neuron_major_matmul
 
 KERNELS = "IFPRUNE_KERNELS"
 OWN, MLX = "ifprune", "mlx"
