@@ -45,10 +45,12 @@ heavy: $(VENV)/installed  ## run the tests that take long or need llama-cpp-pyth
 fuzz: $(VENV)/installed  ## damage files and requests for ten minutes and see that nothing breaks (ARGS="--seed 1")
 	OPENBLAS_NUM_THREADS=1 $(RUN)python -m tests.fuzz $(ARGS)
 
+# Types are checked as both systems see them: each has calls that the other has not.
 check: $(VENV)/installed  ## lint, check formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy --platform darwin
+	$(BIN)/mypy --platform linux
 
 quality: $(VENV)/installed  ## evaluate the shipped default beside its controls (ARGS="--limit 30": minutes)
 	$(RUN)python scripts/evaluate_default.py $(ARGS)
