@@ -13,7 +13,7 @@ from ifprune_mlx.bench import process_memory
 from ifprune_mlx.bench.process_memory import footprint, most_resident, resident
 
 # The numbers of macOS's `struct rusage_info_v4` (bsd/sys/resource.h), behind 16 bytes of uuid.
-FIELDS = (
+NAMES = (
     "user_time system_time pkg_idle_wkups interrupt_wkups pageins wired_size resident_size phys_footprint "
     "proc_start_abstime proc_exit_abstime child_user_time child_system_time child_pkg_idle_wkups child_interrupt_wkups "
     "child_pageins child_elapsed_abstime diskio_bytesread diskio_byteswritten cpu_time_qos_default "
@@ -21,7 +21,8 @@ FIELDS = (
     "cpu_time_qos_user_initiated cpu_time_qos_user_interactive billed_system_time serviced_system_time logical_writes "
     "lifetime_max_phys_footprint instructions cycles billed_energy serviced_energy interval_max_phys_footprint "
     "runnable_time"
-).split()  # noqa: SIM905
+)
+FIELDS = NAMES.split()
 
 
 class RusageInfoV4(ctypes.Structure):
