@@ -15,6 +15,8 @@ from filelock import FileLock
 
 # Read when huggingface_hub is imported: no test of this process asks a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Read at MLX's first product: with it, float32 products of an M5 or a new NVIDIA GPU have but 10 bits of mantissa.
+os.environ["MLX_ENABLE_TF32"] = "0"
 
 from ifprune_convert.embedded import embedded_gguf, ensure_embedded
 from ifprune_mlx import Model, load

@@ -28,7 +28,7 @@ def problem() -> Optional[str]:
             return f"macOS {OLDEST_MACOS} or newer is needed, and this is {macos}; update macOS"
     if not OLDEST <= sys.version_info[:2] <= NEWEST:
         oldest, newest, this = (".".join(map(str, part)) for part in (OLDEST, NEWEST, sys.version_info[:3]))
-        return f"Python {oldest} to {newest} is needed, and {sys.executable} is {this}; install one of these, such as 3.12"
+        return f"Python {oldest} to {newest} is needed, and {sys.executable} is {this}; install another, say 3.12"
     return None
 
 
