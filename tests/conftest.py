@@ -43,7 +43,7 @@ _EXIT_STATUS = pytest.StashKey[int]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs a real model `real`, so that the quick tests can leave it out, and what a GPU should run `metal`."""
+    """Mark what needs a real model `real`, which the quick tests leave out, and what a GPU should run `metal`."""
     for item in items:
         if item.path.relative_to(ROOT / "tests").as_posix().startswith(_METAL):
             item.add_marker("metal")

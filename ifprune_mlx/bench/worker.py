@@ -22,8 +22,9 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 from ifprune_mlx.bench.process_memory import most_resident, resident
+from ifprune_mlx.checkpoint.format import Checkpoint
 from ifprune_mlx.errors import IfpruneError
-from ifprune_mlx.model import Model, limit_cache, load
+from ifprune_mlx.model import Model, limit_cache, load, own_dtype
 from ifprune_mlx.selection.selection import Selection
 from ifprune_mlx.selection.selectors import Instruction, LearnedSelector, Selector, make_selector
 
@@ -125,7 +126,8 @@ class Worker:
             mx.eval(self._module)
             limit_cache()  # as for ours
         else:
-            self._model, _ = load(folder, dtype=dtype, residency=residency)
+            checkpoint = Checkpoint.open(folder)
+            self._model, _ = load(checkpoint, dtype=dtype or own_dtype(checkpoint), residency=residency)
             self._module, self.config = self._model.module, self._model.config
         self.load_s = time.perf_counter() - start
 

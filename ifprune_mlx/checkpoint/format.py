@@ -370,6 +370,13 @@ class Checkpoint:
                 "load the model again, and replace checkpoints by renaming, not in place"
             )
 
+    @cached_property
+    def float_types(self) -> frozenset[str]:
+        """The float types of all weights but the predictor's, as safetensors names them, such as `BF16`."""
+        headers = (*self._model_headers(), *(self._header(self.neurons_file(i)) for i in range(len(self.widths))))
+        parts = (part.dtype for i in range(len(self.widths)) for strip in self.strips(i) for part in strip.parts)
+        return frozenset(FLOATS) & {*parts, *(info.dtype for header in headers for info in header.tensors.values())}
+
     def _model_headers(self) -> list[SafetensorsHeader]:
         return [header for name, header in self.headers.items() if name.startswith("model-")]
 
