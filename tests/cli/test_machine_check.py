@@ -74,7 +74,7 @@ def test_an_old_python_can_read_what_comes_first() -> None:
 
 @pytest.mark.parametrize("version", ["3.6", "3.7", "3.8", "3.9"])
 def test_a_real_old_python(version: str) -> None:
-    python, env = shutil.which(f"python{version}"), {**os.environ, "PYENV_VERSION": version, "LD_PRELOAD": ""}
+    python, env = shutil.which(f"python{version}"), {**os.environ, "PYENV_VERSION": version, "PYTHONPATH": ""}
     if python is None or subprocess.run([python, "-V"], capture_output=True, check=False, env=env).returncode:
         pytest.skip(f"there is no Python {version}")
     commands = [["-I", str(CLI / "machine_check.py")]]
