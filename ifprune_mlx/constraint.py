@@ -34,7 +34,8 @@ _SPACE = "( |\\n {0,32})?"
 # llguidance bounds most of the work of a grammar, but some never end, and a thread cannot be ended.
 _TRIAL = f"""
 import resource, sys
-resource.setrlimit(resource.RLIMIT_CPU, ({_SECONDS}, {_SECONDS}))
+if hasattr(resource, "RLIMIT_CPU"):
+    resource.setrlimit(resource.RLIMIT_CPU, ({_SECONDS}, {_SECONDS}))
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 class Bytes:
     eos_token_id, bos_token_id, special_token_ids = 256, None, [256]

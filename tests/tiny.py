@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,15 @@ def write_tokenizer(folder: Path) -> None:
         "chat_template": TEMPLATE,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def add_tokens(folder: Path, texts: Sequence[str], *, special: bool = False) -> None:
+    """Give a folder's tokenizer further tokens, whose ids follow the last one."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": special}
+    first = max(content["model"]["vocab"].values()) + 1
+    content["added_tokens"] += [{"id": first + at, "content": text, **flags} for at, text in enumerate(texts)]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
 
 
 def write_source(folder: Path, family: str = "llama", seed: int = 0, **changes: Any) -> Path:

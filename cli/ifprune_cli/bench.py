@@ -120,6 +120,7 @@ def bench(
     """Time a model dense and sliced beside plain models of both sizes, in turn, and print medians."""
     from ifprune_mlx import IfpruneError
     from ifprune_mlx.checkpoint.atomic_write import write_atomic
+    from ifprune_mlx.model import default_dtype
 
     outputs.check()
     if shape.shape is not None and model is not None:
@@ -136,6 +137,8 @@ def bench(
             checkpoint, cast = open_checkpoint(model), None if dtype is None else dtype.value
         else:
             checkpoint, cast = shape.make(folder, dtype), None
+        if dtype is None and (chosen := default_dtype(checkpoint)) is not None:
+            cast = str(chosen).removeprefix("mlx.core.")  # for the plain models as well
         result = {"shape": shape.shape or "checkpoint", **_measure(checkpoint, folder, cast, density, measured)}
     if outputs.plot is not None:
         _draw(result, outputs.plot)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ifprune_mlx import ChatFileError, IfpruneError, Selection, Session, TaskStore
-from ifprune_mlx.checkpoint.format import read_json_object
+from ifprune_mlx.checkpoint.json_file import read_json_object
 
 from .console import note, parameters, report, shortened
 

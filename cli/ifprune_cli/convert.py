@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -185,7 +183,9 @@ def _print(done: Conversion, upload_repo: str | None, json: bool) -> None:
     """Print what came out."""
     checkpoint = done.checkpoint
     if json:
-        result_json(done.to_dict() | {"peak_rss": _peak_rss()})
+        from ifprune_mlx.bench.process_memory import most_resident
+
+        result_json(done.to_dict() | {"peak_rss": most_resident()})
         return
     show(checkpoint.path)
     note(
@@ -195,9 +195,3 @@ def _print(done: Conversion, upload_repo: str | None, json: bool) -> None:
     )
     if done.page is not None:
         note(f"uploaded to {done.page}")
-
-
-def _peak_rss() -> int:
-    """Peak resident memory of this process in bytes (macOS counts bytes, Linux kilobytes)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,6 +1,7 @@
 """Entry point of `ifprune`: it runs the command line, and turns errors into one line and an exit code.
 
-The commands are imported where Ctrl-C is caught, so this file imports nothing that takes time.
+The commands are imported where Ctrl-C is caught, so this file imports nothing that takes time, and nothing that a
+Python too old could not read.
 """
 
 from __future__ import annotations
@@ -11,12 +12,16 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
+from .machine_check import problem
+
 _stopped = False  # whether Ctrl-C or another signal has asked to stop
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; the process exits with 0, 1 (it failed), 2 (wrong usage) or 130 (Ctrl-C)."""
     _open_closed_streams()
+    if (reason := problem()) is not None:
+        sys.exit(f"ifprune: {reason}")
     endings = [signal.SIGTERM, signal.SIGHUP]  # a closed window or a shutdown cleans up as Ctrl-C does
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         endings.append(signal.SIGINT)

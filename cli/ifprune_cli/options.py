@@ -67,7 +67,11 @@ ModelOption = Annotated[
     ),
 ]
 DtypeOption = Annotated[
-    Optional[DtypeName], _model("--dtype", help="Cast the weights to this float type.  [default: the checkpoint's]")
+    Optional[DtypeName],
+    _model(
+        "--dtype",
+        help="Cast the weights to this float type.  [default: the checkpoint's; on M1 and M2, float16 for bfloat16]",
+    ),
 ]
 MemoryOption = Annotated[
     Optional[str],

@@ -90,7 +90,7 @@ def _memory() -> int:
 
 
 def _main(file: Path) -> int:
-    with suppress(ValueError, OSError):
+    with suppress(AttributeError, ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY + (1 << 30),) * 2)
     threading.Thread(target=_watch, daemon=True).start()
     from tokenizers import Tokenizer

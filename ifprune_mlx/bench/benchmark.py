@@ -282,7 +282,8 @@ def _report(
 
 def _cast_scale(config: BenchConfig) -> float | None:
     """By what casting to `dtype` multiplies the bytes that a token reads; None where only a part of them is cast."""
-    if config.dtype is None:
+    halves = config.dtype in ("float16", "bfloat16") and config.checkpoint.float_types <= {"F16", "BF16"}
+    if config.dtype is None or halves:
         return 1.0
     if config.checkpoint.layout.gate_up is not None:
         return None

@@ -9,9 +9,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import resource
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,8 +22,10 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
+from ifprune_mlx.bench.process_memory import most_resident, resident
+from ifprune_mlx.checkpoint.format import Checkpoint
 from ifprune_mlx.errors import IfpruneError
-from ifprune_mlx.model import Model, limit_cache, load
+from ifprune_mlx.model import Model, limit_cache, load, own_dtype
 from ifprune_mlx.selection.selection import Selection
 from ifprune_mlx.selection.selectors import Instruction, LearnedSelector, Selector, make_selector
 from ifprune_mlx.sparse.down_product import choose
@@ -130,7 +129,8 @@ class Worker:
             mx.eval(self._module)
             limit_cache()  # as for ours
         else:
-            self._model, _ = load(folder, dtype=dtype, residency=residency)
+            checkpoint = Checkpoint.open(folder)
+            self._model, _ = load(checkpoint, dtype=dtype or own_dtype(checkpoint), residency=residency)
             self._module, self.config = self._model.module, self._model.config
         self.load_s = time.perf_counter() - start
 
@@ -196,10 +196,9 @@ class Worker:
     def memory(self) -> dict[str, int]:
         """Bytes: what the process has resident, its peak, and MLX's own figures."""
         mx.clear_cache()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return {
             "rss": resident(),
-            "peak_rss": peak if sys.platform == "darwin" else peak * 1024,
+            "peak_rss": most_resident(),
             "mlx": mx.get_active_memory(),
             "mlx_peak": mx.get_peak_memory(),
         }
@@ -250,11 +249,3 @@ def measure_bandwidth() -> float:
             mx.eval(way())
             best = min(best, time.perf_counter() - start)
     return float(data.nbytes / best)
-
-
-def resident() -> int:
-    """Bytes of this process in memory now."""
-    if sys.platform == "linux":
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    shown = subprocess.run(["ps", "-o", "rss=", "-p", str(os.getpid())], capture_output=True, text=True, check=True)
-    return int(shown.stdout) * 1024

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import hashlib
 import os
@@ -52,7 +53,7 @@ def write_atomic(path: Path, write: Callable[[Path], object], error: type[Ifprun
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))  # the system applies the umask
         write(temporary)
         with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+            _flush(file.fileno())
         temporary.replace(path)
         temporary = None
     except (OSError, RuntimeError) as exc:
@@ -61,6 +62,16 @@ def write_atomic(path: Path, write: Callable[[Path], object], error: type[Ifprun
         if temporary is not None:
             with suppress(OSError):  # it may not be there
                 temporary.unlink()
+
+
+def _flush(descriptor: int) -> None:
+    """Have the drive keep an open file's bytes. On macOS `fsync` leaves them in the drive's cache."""
+    full = getattr(fcntl, "F_FULLFSYNC", None)
+    if full is not None:
+        with suppress(OSError):  # network drives do not have it
+            fcntl.fcntl(descriptor, full)
+            return
+    os.fsync(descriptor)
 
 
 def check_replaceable(path: Path, where: str = "", error: type[IfpruneError] = IfpruneError) -> None:

@@ -54,6 +54,12 @@ def check_config(config: Mapping[str, Any], arguments: Any, where: Path, error: 
         )
 
 
+def refuse_custom_code(config: Mapping[str, Any], where: Path, error: type[IfpruneError]) -> None:
+    """Raise `error` if a config names a Python file: some releases of mlx-lm would run it."""
+    if config.get("model_file") is not None:
+        raise error(f"{where}: wants to run code that comes with it ({config['model_file']!r}); this is not supported")
+
+
 def check_names(config: Mapping[str, Any], where: Path, error: type[IfpruneError]) -> None:
     """Raise `error` unless a config names its model's type, and its architectures, if any, as texts."""
     if not isinstance(config.get("model_type"), str):

@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 from ifprune_mlx.checkpoint.atomic_write import restore_folder, sha256_file
 from ifprune_mlx.checkpoint.budget import keep_count
-from ifprune_mlx.checkpoint.config_check import check_names
+from ifprune_mlx.checkpoint.config_check import check_names, refuse_custom_code
 from ifprune_mlx.checkpoint.ffn_spec import FFNSpec
+from ifprune_mlx.checkpoint.json_file import read_json_object
 from ifprune_mlx.checkpoint.neuron_layout import FLOATS, READABLE, RECORDS, Strip, strips_of
-from ifprune_mlx.checkpoint.regular_file import read_bounded
+from ifprune_mlx.checkpoint.regular_file import check_ordinary
 from ifprune_mlx.checkpoint.safetensors_io import DTYPE_BYTES, SafetensorsHeader, read_safetensors_header, stamp_of
-from ifprune_mlx.errors import BudgetError, CheckpointError, IfpruneError, SelectionError, reason_of
+from ifprune_mlx.errors import BudgetError, CheckpointError, SelectionError, reason_of
 
 if TYPE_CHECKING:
     from ifprune_mlx.selection.selection import Selection
@@ -35,13 +36,6 @@ MANIFEST = "manifest.json"
 PREDICTOR_SETTINGS = "ifprune_predictor"
 """The key of a predictor's settings in the metadata of its head."""
 SECTION = "ifpruning"
-LARGEST_JSON = 1 << 24
-"""Bytes of a config or a manifest."""
-LARGEST_TEXT = 1 << 28
-"""Bytes of any tokenizer file."""
-_TEXTS = (".json", ".jinja", ".model", ".txt", ".tiktoken")
-# What mlx-lm and transformers read by themselves beside the weights, and is small.
-_CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 _MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
 ORDERS = ("frequency",)
 SELECTOR_NAMES = ("learned", "activation", "static", "random")
@@ -370,6 +364,13 @@ class Checkpoint:
                 "load the model again, and replace checkpoints by renaming, not in place"
             )
 
+    @cached_property
+    def float_types(self) -> frozenset[str]:
+        """The float types of all weights but the predictor's, as safetensors names them, such as `BF16`."""
+        headers = (*self._model_headers(), *(self._header(self.neurons_file(i)) for i in range(len(self.widths))))
+        parts = (part.dtype for i in range(len(self.widths)) for strip in self.strips(i) for part in strip.parts)
+        return frozenset(FLOATS) & {*parts, *(info.dtype for header in headers for info in header.tensors.values())}
+
     def _model_headers(self) -> list[SafetensorsHeader]:
         return [header for name, header in self.headers.items() if name.startswith("model-")]
 
@@ -437,45 +438,6 @@ def neuron_shapes(spec: FFNSpec, layout: Layout) -> dict[str, tuple[int, ...]]:
     if layout.order is not None:
         shapes["order"] = (spec.d_ffn,)
     return shapes
-
-
-def read_json_object(file: Path, error: type[IfpruneError] = CheckpointError) -> dict[str, Any]:
-    """A JSON file that must hold an object.
-
-    Raises:
-        IfpruneError: (the given subclass) naming the file.
-    """
-    try:
-        value = json.loads(read_bounded(file, LARGEST_JSON).decode("utf-8"))
-    except OSError as exc:
-        raise error(f"{file}: cannot be read ({reason_of(exc)})") from exc
-    except (ValueError, RecursionError) as exc:
-        raise error(f"{file}: not valid JSON; the file is damaged, get it again") from exc
-    if not isinstance(value, dict):
-        raise error(f"{file}: must hold a JSON object; the file is damaged, get it again")
-    return value
-
-
-def check_ordinary(folder: Path, error: type[IfpruneError]) -> None:
-    """Refuse what nobody could read to its end, before a library opens the folder's files by itself.
-
-    Raises:
-        IfpruneError: (the given subclass) if there is a pipe, socket or device in the folder, or a text without end.
-    """
-    for entry in (*sorted(folder.iterdir()), *sorted((folder / "additional_chat_templates").glob("*"))):
-        if entry.is_dir() or not entry.exists():  # a dangling link is as good as nothing
-            continue
-        if not entry.is_file():
-            raise error(f"{entry}: is no ordinary file; remove it, or get the model again")
-        most = LARGEST_JSON if entry.name in _CONFIGS else LARGEST_TEXT
-        if entry.suffix in _TEXTS and (size := entry.stat().st_size) > most:
-            raise error(f"{entry}: has {size} bytes, more than any model's; get the model again")
-
-
-def refuse_custom_code(config: Mapping[str, Any], where: Path, error: type[IfpruneError]) -> None:
-    """Raise `error` if a config names a Python file: some releases of mlx-lm would run it."""
-    if config.get("model_file") is not None:
-        raise error(f"{where}: wants to run code that comes with it ({config['model_file']!r}); this is not supported")
 
 
 def _with_origin(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from typing import Any
 
 from ifprune_mlx.checkpoint.atomic_write import restore_folder
 from ifprune_mlx.checkpoint.budget import check_files
-from ifprune_mlx.checkpoint.format import MANIFEST, SECTION, Checkpoint, read_json_object
+from ifprune_mlx.checkpoint.format import MANIFEST, SECTION, Checkpoint
+from ifprune_mlx.checkpoint.json_file import read_json_object
 from ifprune_mlx.errors import BudgetError, CheckpointError, IfpruneError
 
 Progress = Callable[[int, int], None]

@@ -171,7 +171,7 @@ class RowReader:
 
     def _announce(self, places: npt.NDArray[np.int32]) -> None:
         """Announce all ranges to the system at once, if it has such a call, so that the disk reads them in parallel."""
-        if not hasattr(os, "posix_fadvise"):
+        if sys.platform == "darwin" or not hasattr(os, "posix_fadvise"):
             return
         for strip in self._strips:
             for start, stop in zip(*merged_ranges(places, strip), strict=True):
@@ -277,10 +277,10 @@ def _open(file: Path) -> int:
     try:
         descriptor = os.open(file, os.O_RDONLY)
         # Turn off read-ahead beyond the ranges.
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-        elif sys.platform == "darwin":
+        if sys.platform == "darwin":
             fcntl.fcntl(descriptor, _F_RDAHEAD, 0)
+        elif hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
     except OSError as exc:
         if descriptor >= 0:
             os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Opens files that people name: ordinary ones, since a pipe can block for ever and a device need not end."""
+"""Only ordinary files are opened, by us or by a library, since a pipe can block for ever and a device need not end."""
 
 from __future__ import annotations
 
@@ -6,6 +6,16 @@ import errno
 import stat
 from io import BufferedReader
 from pathlib import Path
+
+from ifprune_mlx.errors import IfpruneError
+
+LARGEST_JSON = 1 << 24
+"""Bytes of a config or a manifest."""
+LARGEST_TEXT = 1 << 28
+"""Bytes of any tokenizer file."""
+_TEXTS = (".json", ".jinja", ".model", ".txt", ".tiktoken")
+# What mlx-lm and transformers read by themselves beside the weights, and is small.
+_CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def open_regular(path: Path) -> BufferedReader:
@@ -30,3 +40,19 @@ def read_bounded(path: Path, most: int) -> bytes:
     if len(content) > most:
         raise OSError(errno.EFBIG, f"is larger than {most / 1e6:.0f} MB", str(path))
     return content
+
+
+def check_ordinary(folder: Path, error: type[IfpruneError]) -> None:
+    """Refuse what nobody could read to its end, before a library opens the folder's files by itself.
+
+    Raises:
+        IfpruneError: (the given subclass) if there is a pipe, socket or device in the folder, or a text without end.
+    """
+    for entry in (*sorted(folder.iterdir()), *sorted((folder / "additional_chat_templates").glob("*"))):
+        if entry.is_dir() or not entry.exists():  # a dangling link is as good as nothing
+            continue
+        if not entry.is_file():
+            raise error(f"{entry}: is no ordinary file; remove it, or get the model again")
+        most = LARGEST_JSON if entry.name in _CONFIGS else LARGEST_TEXT
+        if entry.suffix in _TEXTS and (size := entry.stat().st_size) > most:
+            raise error(f"{entry}: has {size} bytes, more than any model's; get the model again")

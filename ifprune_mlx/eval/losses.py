@@ -15,9 +15,7 @@ mismatched         the matched selector's selection for another prompt of the sa
 cross-domain       the matched selector's selection for a prompt of another domain
 oracle             selected by the answer's own activations and the prior; a bound that no selector can reach
 
-Beside `dense`, every row has its acceptance: the share of its tokens that the same model with all its neurons would
-accept if it drafted them, in speculative decoding. For one token it is the sum over the vocabulary of the smaller of
-the two probabilities.
+Beside `dense`, every row has its acceptance (`ifprune_mlx.eval.acceptance`).
 """
 
 from __future__ import annotations
@@ -37,6 +35,7 @@ import numpy.typing as npt
 
 from ifprune_mlx.data.tokenize import Example
 from ifprune_mlx.errors import DataError, IfpruneError
+from ifprune_mlx.eval.acceptance import Target, acceptance, target_of
 from ifprune_mlx.eval.metrics import (
     POOLED,
     Difference,
@@ -73,7 +72,6 @@ _CHUNK = 256  # positions whose logits are in memory at once
 _FOLDS = 10
 _ORACLE_SHARE = 0.5  # as in the activation selector, so that the two differ only in the activations they see
 Part = tuple[mx.array, mx.array]  # logits float32 `[m, vocabulary]`, and the tokens that they predict, int32 `[m]`
-Target = list[mx.array] | None  # probabilities of all neurons, for the parts of an answer in turn
 NOT_FINITE = "the weights are damaged or float16 overflows, try --dtype float32 or bfloat16"
 
 
@@ -298,16 +296,6 @@ def token_nll(logits: mx.array, tokens: mx.array) -> mx.array:
     return mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
 
 
-def acceptance(draft: mx.array, target: mx.array) -> mx.array:
-    """Probability that a token drawn from `draft` is accepted, float32 `[m]`: the sum of the smaller probabilities.
-
-    Args:
-        draft: logits `[m, vocabulary]`.
-        target: the judge's probabilities, of the same shape.
-    """
-    return mx.minimum(mx.softmax(draft, axis=-1), target).sum(axis=-1)
-
-
 def answer_nll(
     model: Model, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.bool_], **options: Any
 ) -> npt.NDArray[np.float32]:
@@ -412,7 +400,7 @@ class _Comparison:
         if {"dense", "oracle"} & set(names):
             logits, importance = self._read_dense(example, importance="oracle" in names)
             if "dense" in names:
-                target = [mx.softmax(rows, axis=-1) for rows, _ in logits]
+                target = target_of(rows for rows, _ in logits)
                 self._add("dense", domain, index, logits, target)
             if "oracle" in names:
                 self._model.switch(

@@ -64,6 +64,8 @@ class Task:
 class TaskStore:
     """The named tasks of one checkpoint. A user's own goes before a shipped one of the same name.
 
+    Names that differ only by case are one task, on every system: macOS's file system keeps them in one file.
+
     Args:
         checkpoint: an opened checkpoint, such as `model.checkpoint`.
         data: the folder of the user's data; None takes `data_folder()`.
@@ -89,8 +91,8 @@ class TaskStore:
         for folder, shipped in ((self.shipped_folder, True), (self.folder, False)):
             for file in folder.glob(f"*{_SUFFIX}"):  # the hidden ones are being written
                 if _NAME.fullmatch(file.stem) and file.is_file():
-                    found[file.stem] = Task(file.stem, file, shipped)
-        return [found[name] for name in sorted(found)]
+                    found[file.stem.lower()] = Task(file.stem, file, shipped)
+        return sorted(found.values(), key=lambda task: task.name)
 
     def load(self, name: str) -> Selection:
         """The selection of a task.
@@ -118,7 +120,7 @@ class TaskStore:
         """
         check_task_name(name)
         self._check(selection, f"task {name}")
-        file = self.folder / f"{name}{_SUFFIX}"
+        file = _task_file(self.folder, name) or self.folder / f"{name}{_SUFFIX}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as exc:
@@ -152,8 +154,8 @@ class TaskStore:
     def _find(self, name: str) -> Task:
         check_task_name(name)
         for folder, shipped in ((self.folder, False), (self.shipped_folder, True)):
-            if (file := folder / f"{name}{_SUFFIX}").is_file():
-                return Task(name, file, shipped)
+            if file := _task_file(folder, name):
+                return Task(file.stem, file, shipped)
         known = ", ".join(task.name for task in self.tasks())
         there = f"it has {known}" if known else "it has none"
         # A checkpoint that was converted again has another id, and its user looks for what was saved before.
@@ -169,3 +171,9 @@ class TaskStore:
             self._checkpoint.check(selection)
         except SelectionError as exc:
             raise TaskError(f"{what}: {exc}; make it again for this one") from exc
+
+
+def _task_file(folder: Path, name: str) -> Path | None:
+    """The file of a task in a folder, whatever the case of its name; the exact name first, where there are two."""
+    files = [file for file in folder.glob(f"*{_SUFFIX}") if file.stem.lower() == name.lower() and file.is_file()]
+    return min(files, key=lambda file: (file.stem != name, file.stem), default=None)

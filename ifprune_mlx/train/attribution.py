@@ -28,6 +28,7 @@ from mlx import nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ifprune_mlx.checkpoint.atomic_write import sha256_file, write_atomic
+from ifprune_mlx.checkpoint.json_file import read_json_object
 from ifprune_mlx.checkpoint.safetensors_io import load_arrays, read_safetensors_header
 from ifprune_mlx.data.tokenize import Example
 from ifprune_mlx.errors import DataError, PredictorError
@@ -305,6 +306,6 @@ def _description(folder: Path) -> dict[str, Any] | None:
     """What the targets in a folder were measured on; None if there are none."""
     file = folder / "targets.json"
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
-    except (OSError, ValueError) as exc:
+        return read_json_object(file, DataError) if file.is_file() else None
+    except DataError as exc:
         raise DataError(f"{file}: cannot be read; remove the folder and measure again") from exc

@@ -12,8 +12,9 @@ import mlx.core as mx
 import numpy as np
 
 from ifprune_mlx.checkpoint.atomic_write import sha256_file, write_atomic
+from ifprune_mlx.checkpoint.regular_file import LARGEST_TEXT, read_bounded
 from ifprune_mlx.checkpoint.safetensors_io import load_arrays, read_safetensors_header
-from ifprune_mlx.errors import DataError
+from ifprune_mlx.errors import DataError, reason_of
 
 STATE, METRICS = "state.safetensors", "metrics.jsonl"
 _WRITTEN = (
@@ -53,7 +54,10 @@ def load_state(folder: Path, identity: str) -> tuple[dict[str, mx.array], dict[s
             f"{folder}: holds a run with {_differences(found, identity)}; give the same again to go on with it, or "
             "another --output"
         )
-    return load_arrays(folder / STATE), {name: json.loads(value) for name, value in metadata.items()}
+    try:
+        return load_arrays(folder / STATE), {name: json.loads(value) for name, value in metadata.items()}
+    except (ValueError, RecursionError) as exc:
+        raise DataError(f"{folder / STATE}: is damaged; remove it to train from the start") from exc
 
 
 def _differences(theirs: str, ours: str) -> str:
@@ -62,7 +66,7 @@ def _differences(theirs: str, ours: str) -> str:
         old, new = (
             {**run.pop("settings", {}), **run.pop("objective", {}), **run} for run in map(json.loads, (theirs, ours))
         )
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError, RecursionError):
         return "other settings"
     names = [name for name in new | old if old.get(name) != new.get(name)]
     return "another " + ", ".join(name.replace("_", " ") for name in names)
@@ -96,11 +100,15 @@ def cut_metrics(folder: Path, step: int) -> None:
     file = folder / METRICS
     if not file.is_file():
         return
+    try:
+        text = read_bounded(file, LARGEST_TEXT).decode("utf-8", errors="replace")
+    except OSError as exc:
+        raise DataError(f"{file}: cannot be read ({reason_of(exc)}); move it away to go on") from exc
     kept = []
-    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in text.splitlines(keepends=True):
         try:
             if json.loads(line).get("step", -1) <= step:
                 kept.append(line)
-        except ValueError:
+        except (AttributeError, RecursionError, TypeError, ValueError):
             continue
     write_atomic(file, lambda path: path.write_text("".join(kept), encoding="utf-8"), DataError)

@@ -14,11 +14,13 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ifprune_mlx.checkpoint.format import Checkpoint
+from ifprune_mlx.checkpoint.hub import resolve
 from ifprune_mlx.data.dataloader import DataMixture, shuffled
 from ifprune_mlx.data.dataset import Record, read_records, split
 from ifprune_mlx.data.tokenize import Example, chunked, encode_all
 from ifprune_mlx.errors import DataError
-from ifprune_mlx.model import Model, load
+from ifprune_mlx.model import Model, load, own_dtype
 from ifprune_mlx.selection.predictor import SparsityPredictor, load_predictor
 from ifprune_mlx.train.attribution import Backbone, Targets, copy_backbone, measure
 from ifprune_mlx.train.checkpointing import METRICS, STATE
@@ -82,8 +84,10 @@ def train(
     if config.measures and mx.distributed.init().size() > 1:
         raise DataError(f"--stage {config.stage} runs in one process; start it without mlx.launch")
     with progress("load", "FFNs") as update:
-        dtype = None if config.dtype is None else getattr(mx, config.dtype)
-        model, tokenizer = load(config.model, dtype=dtype, progress=update)
+        checkpoint = Checkpoint.open(resolve(config.model))
+        # Gradients may leave float16's range, so that no chip's default replaces bfloat16 here.
+        dtype = own_dtype(checkpoint) if config.dtype is None else getattr(mx, config.dtype)
+        model, tokenizer = load(checkpoint, dtype=dtype, progress=update)
     check_kernels(model)
     stage = _Stage(config, model, tokenizer, progress, report)
     run = {"calibrate": stage.calibrate, "distill": stage.distill}.get(config.stage, stage.train_arms)

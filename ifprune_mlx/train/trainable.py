@@ -17,6 +17,7 @@ import numpy as np
 
 from ifprune_mlx.checkpoint.atomic_write import write_atomic
 from ifprune_mlx.checkpoint.ffn_spec import FFNSpec, join_fused, split_fused
+from ifprune_mlx.checkpoint.json_file import read_json_object
 from ifprune_mlx.checkpoint.safetensors_io import load_arrays, read_safetensors_header
 from ifprune_mlx.errors import DataError
 from ifprune_mlx.model import Model
@@ -270,6 +271,6 @@ class FrozenModel(TrainableModel):
 
 def _read_config(file: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as exc:
-        raise DataError(f"{file}: cannot be read ({exc!r}); train the adapter again") from exc
+        return read_json_object(file, DataError)
+    except DataError as exc:
+        raise DataError(f"{exc}; or train the adapter again") from exc

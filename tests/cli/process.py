@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
+
+import pytest
 
 from ifprune_cli.main import run as run_command_line
 
@@ -25,6 +28,8 @@ _PROGRAM = (
 
 def full_disk(size: int) -> str:
     """A prelude after which no file can grow beyond `size` bytes (RLIMIT_FSIZE): as on a full disk, writing fails."""
+    if not hasattr(resource, "RLIMIT_FSIZE"):
+        pytest.skip("this system cannot limit the size of files")
     # Set within the process, since `preexec_fn` is unsafe beside threads.
     return f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))"
 
@@ -39,7 +44,8 @@ def slow_conversion(seconds: float) -> str:
 
 def environment(cache: Path, **changes: str) -> dict[str, str]:
     """The environment of a process that imports this working tree, writes no bytecode and reaches no network."""
-    packages = os.pathsep.join(str(ROOT / name) for name in (".", "convert", "cli"))
+    folders = [str(ROOT / name) for name in (".", "convert", "cli")]
+    packages = os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])
     fixed = {
         "PYTHONPATH": packages,
         "PYTHONDONTWRITEBYTECODE": "1",

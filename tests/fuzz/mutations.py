@@ -19,6 +19,9 @@ Draw = Callable[[st.SearchStrategy[Any]], Any]
 
 _JSON_SETTINGS = ("ifprune_predictor", "ifprune_tokens", "ifprune_spans", "record")
 DEEP = "[" * 3000 + "]" * 3000
+PARTS = [b"\0", b"\n", b"[", b'{"text": "a"}\n', b" "]
+MOST = 1 << 25
+"""Bytes of the largest input that is written; a sparse file is said to be larger."""
 
 
 # Texts within the file, each with another of its length.
@@ -195,9 +198,8 @@ def damaged_lines(draw: Draw, content: bytes) -> bytes:
     """JSON lines with odd values, and bombs of one long line or of many."""
     what = draw(st.integers(0, 9))
     if what == 0:
-        return draw(st.sampled_from([b"\0", b"\n", b"[", b'{"text": "a"}\n', b" "])) * draw(
-            st.sampled_from([1 << 20, 1 << 22, 1 << 25])
-        )
+        part = draw(st.sampled_from(PARTS))
+        return part * (draw(st.sampled_from([1 << 20, 1 << 22, MOST])) // len(part))
     if what <= 2:
         return damaged_bytes(draw, content)
     lines = content.decode().splitlines()

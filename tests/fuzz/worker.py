@@ -13,6 +13,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from ifprune_mlx.bench.process_memory import most_resident
+
 SECONDS, BYTES = 20, 2_000_000_000
 _STARTED = "started"
 
@@ -21,15 +23,15 @@ def child(connection: Connection, corpus: Path, scratch: Path) -> None:
     """Use the inputs that come through the connection; answer what went wrong with each, or nothing."""
     os.setsid()  # so that all that it starts can be ended with it
     sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _limit("RLIMIT_CORE", 0)
     os.environ["HF_HUB_OFFLINE"] = "1"
     from tests.fuzz.targets import Bench, run_target
 
     bench = Bench(corpus, scratch)
-    if sys.platform == "linux":
+    with suppress(OSError):
         # What is mapped is more than what is used; what is used is measured below.
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        resource.setrlimit(resource.RLIMIT_AS, (mapped + 3 * BYTES, mapped + 3 * BYTES))
+        _limit("RLIMIT_AS", mapped + 3 * BYTES)
     connection.send(_STARTED)
     while (case := connection.recv()) is not None:
         wrong = ""
@@ -43,13 +45,18 @@ def child(connection: Connection, corpus: Path, scratch: Path) -> None:
     bench.close()
 
 
+def _limit(name: str, value: int) -> None:
+    """Limit this process, on systems that have such a limit."""
+    if hasattr(resource, name):
+        resource.setrlimit(getattr(resource, name), (value, value))
+
+
 def _peak() -> int:
     """Bytes. On Linux `ru_maxrss` begins with what the parent had."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with suppress(OSError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
+    return most_resident()
 
 
 class Worker:

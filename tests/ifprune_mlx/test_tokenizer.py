@@ -31,7 +31,7 @@ from ifprune_mlx.serving.http.chat_rendering import ChatRenderer, Conversation
 from ifprune_mlx.tokenizer import encode_text, load_tokenizer
 from tests.cli.process import run_here
 from tests.ifprune_mlx.serving.engine.engines import make_request
-from tests.tiny import VOCABULARY, write_tokenizer
+from tests.tiny import VOCABULARY, add_tokens, write_tokenizer
 from tests.tiny_predictor import write_predictor
 
 Edit = Callable[[dict[str, Any]], None]
@@ -45,17 +45,11 @@ def edit(folder: Path, change: Edit, name: str = "tokenizer.json") -> Path:
     return folder
 
 
-def added(number: int) -> Edit:
-    """A token that the model has no embedding for, as fine-tuners add them for padding."""
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-
-    def change(tokenizer: dict[str, Any]) -> None:
-        count = len(tokenizer["model"]["vocab"])
-        for at in range(count, number + 1):
-            content = "[PAD]" if at == number else f"<reserved {at}>"
-            tokenizer["added_tokens"].append({"id": at, "content": content, **flags})
-
-    return change
+def padded(folder: Path, number: int) -> Path:
+    """Add a token that the model has no embedding for, as fine-tuners do for padding, and those before it."""
+    first = len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"])
+    add_tokens(folder, [*(f"<reserved {at}>" for at in range(first, number)), "[PAD]"], special=True)
+    return folder
 
 
 def in_vocabulary(tokenizer: dict[str, Any]) -> None:
@@ -70,7 +64,7 @@ def around_texts(tokenizer: dict[str, Any]) -> None:
     }  # fmt: skip
 
 
-ADDED: dict[str, Edit] = {"the next": added(VOCABULARY), "far": added(VOCABULARY + 300)}
+ADDED = {"the next": VOCABULARY, "far": VOCABULARY + 300}
 BEYOND: dict[str, Edit] = {"a word": in_vocabulary, "around": around_texts}
 
 
@@ -94,7 +88,7 @@ def test_an_added_token_that_the_model_has_not_is_refused_where_it_is_used(
     tiny_checkpoint: Path, tmp_path: Path, kind: str
 ) -> None:
     """Of the model's tokenizer and of a predictor's own; other prompts are answered."""
-    folder = edit(Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")), ADDED[kind])
+    folder = padded(Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")), ADDED[kind])
     write_manifest(folder, source="test", licence=None)
     for command in ("generate", "select"):
         assert run_here(command, "--model", folder, "--prompt", "the").returncode == 0
@@ -102,7 +96,7 @@ def test_an_added_token_that_the_model_has_not_is_refused_where_it_is_used(
         assert done.returncode == 1
         assert "token id" in done.stderr
         assert "Traceback" not in done.stderr
-    predictor = SparsityPredictor.load(edit(write_predictor(tmp_path / "predictor"), ADDED[kind]))
+    predictor = SparsityPredictor.load(padded(write_predictor(tmp_path / "predictor"), ADDED[kind]))
     predictor.scores("the")
     with pytest.raises(PredictorError, match="embeddings for"):
         predictor.scores("[PAD]the")
@@ -115,7 +109,7 @@ def test_neither_does_a_predictor(tmp_path: Path, kind: str) -> None:
 
 
 def test_the_last_embedding_may_be_used(tmp_path: Path) -> None:
-    SparsityPredictor.load(edit(write_predictor(tmp_path / "predictor"), added(VOCABULARY - 1)))
+    SparsityPredictor.load(padded(write_predictor(tmp_path / "predictor"), VOCABULARY - 1))
 
 
 @pytest.mark.parametrize("wrong", [[VOCABULARY], [5, 10**6], [-1], [2**40], [5, -(2**70)]])
@@ -133,7 +127,7 @@ def test_ids_that_the_model_has_not_are_refused(tiny: tuple[Model, Any], wrong: 
 def test_another_models_tokenizer_is_found_out(tiny: tuple[Model, Any], tmp_path: Path) -> None:
     model, _ = tiny
     write_tokenizer(tmp_path)
-    other = lm_load_tokenizer(edit(tmp_path, added(VOCABULARY + 9)))
+    other = lm_load_tokenizer(padded(tmp_path, VOCABULARY + 9))
     with pytest.raises(PromptError, match="own tokenizer"):
         list(stream_generate(model, other, "x [PAD]"))
     with pytest.raises(PromptError, match="own tokenizer"):

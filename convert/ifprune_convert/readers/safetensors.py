@@ -29,8 +29,8 @@ from ifprune_convert.skeleton import (
     with_flat_rope,
 )
 from ifprune_convert.weight_files import load_lazily
-from ifprune_mlx.checkpoint.format import LARGEST_TEXT, Quantization, check_ordinary
-from ifprune_mlx.checkpoint.regular_file import open_regular, read_bounded
+from ifprune_mlx.checkpoint.format import Quantization
+from ifprune_mlx.checkpoint.regular_file import LARGEST_TEXT, check_ordinary, open_regular, read_bounded
 from ifprune_mlx.errors import SourceError, reason_of
 
 from .chat_templates import gather_templates

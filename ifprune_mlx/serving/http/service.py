@@ -268,7 +268,7 @@ class Service:
 
     def _load_task(self, name: str) -> Selection:
         known = [task.name for task in self._tasks.tasks()]
-        if name not in known:
+        if name.lower() not in map(str.lower, known):
             there = f"there are {', '.join(known)}" if known else "there are none"
             raise RequestError(f"no task {name[:64]!r} for this model; {there}", "ifprune.task", code="task_not_found")
         try:

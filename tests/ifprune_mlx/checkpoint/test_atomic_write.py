@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -221,3 +223,23 @@ def test_a_long_name_can_be_written(tmp_path: Path) -> None:
     for name in ("x" * 250 + ".json", "\U0001f600" * 62 + ".json"):
         write_atomic(tmp_path / name, lambda file: file.write_text("x"))
         assert (tmp_path / name).read_text() == "x"
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_the_drive_itself_is_made_to_keep_the_bytes_on_macos(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has: bool
+) -> None:
+    """`fsync` leaves them in the drive's cache there; network drives have the other call not."""
+    flushed: list[tuple[str, int]] = []
+
+    def stand_in(descriptor: int, command: int) -> None:
+        flushed.append((f"command {command}", os.fstat(descriptor).st_size))
+        if not has:
+            raise OSError(errno.ENOTSUP, "not supported")
+
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", stand_in)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(("fsync", os.fstat(descriptor).st_size)))
+    write_atomic(tmp_path / "file", lambda file: file.write_text("four"))
+    assert flushed == [("command 51", 4), *([] if has else [("fsync", 4)])]
+    assert (tmp_path / "file").read_text() == "four"

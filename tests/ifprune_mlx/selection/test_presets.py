@@ -122,6 +122,29 @@ def test_good_names(store: TaskStore, name: str) -> None:
     assert store.tasks() == []
 
 
+def test_names_that_differ_only_by_case_are_one_task(store: TaskStore) -> None:
+    """As they are on macOS, where they are one file."""
+    ship(store, "Code", selection(5))
+    file = store.save("Math", selection(1))
+    assert store.save("math", selection(2)) == file
+    store.save("code", selection(3))
+    assert names(store) == [("Math", False), ("code", False)]
+    for name, seed in (("MATH", 2), ("Math", 2), ("CODE", 3)):
+        assert store.load(name).hash == selection(seed).hash
+    store.remove("CODE")
+    assert store.load("code").hash == selection(5).hash
+    store.remove("mATH")
+    assert names(store) == [("Code", True)]
+
+
+def test_of_two_files_that_linux_kept_apart_each_is_found_by_its_name(store: TaskStore) -> None:
+    store.save("math", selection(1))
+    selection(2).save(store.folder / "Math.safetensors")
+    assert len(names(store)) == 1
+    for name, seed in (("math", 1), ("Math", 2), ("MATH", 2)):
+        assert store.load(name).hash == selection(seed).hash
+
+
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_names_that_could_lead_elsewhere_are_refused(store: TaskStore, tmp_path: Path, name: str) -> None:
     selection(1).save(tmp_path / "data.safetensors")

@@ -14,6 +14,7 @@ import numpy as np
 from mlx_lm.sample_utils import make_logits_processors
 
 from ifprune_mlx import Model, Selection, generate
+from ifprune_mlx.constraint import Grammar
 from ifprune_mlx.selection.predictor import Head, SparsityPredictor
 from ifprune_mlx.serving.engine.engine import Engine
 from ifprune_mlx.serving.engine.request import Request, RequestOutput, RequestStats, SamplingParams, SelectionParams
@@ -48,6 +49,12 @@ def make_request(tokens: tuple[int, ...] = prompt(0), selection: Selection | Non
     choice = SelectionParams(selection=selection, dense=selection is None)
     sampling = SamplingParams(logit_bias={END: -1000.0})
     return replace(Request(tokens, "instruction", choice, sampling, max_tokens=12), **changes)
+
+
+def accepts(grammar: Grammar, tokenizer: Any, text: str) -> bool:
+    """Whether a grammar allows a whole answer."""
+    matcher, tokens = grammar.matcher.deep_copy(), tokenizer.encode(text)
+    return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
 
 
 async def outputs_of(engine: Engine, one: Request) -> list[RequestOutput]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections.abc import Iterator
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,12 @@ import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
-from ifprune_mlx import load
 from ifprune_mlx.constraint import Grammars
 from ifprune_mlx.serving.engine.call_grammar import answer_rules
 from ifprune_mlx.serving.engine.request import SamplingParams
 from ifprune_mlx.serving.http.tools import ToolCall, ToolSplitter
-from tests.ifprune_mlx.serving.engine.engines import Tiny, make_request, serving, stats_of, text_of, together
-from tests.tiny import write_checkpoint, write_tokenizer
+from tests.ifprune_mlx.serving.engine.engines import Tiny, accepts, make_request, serving, stats_of, text_of, together
+from tests.tiny import add_tokens, write_tokenizer
 
 PLACE = {"type": "object", "properties": {"x": {"type": "integer", "minimum": 0, "maximum": 9}}, "required": ["x"]}
 TOOLS: list[dict[str, Any]] = [
@@ -56,14 +54,6 @@ DIALECTS = [
     "glm47",
     *(["mistral"] if NEW else []),
 ]
-
-
-@pytest.fixture(scope="module")
-def roomy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
-    folder = tmp_path_factory.mktemp("roomy")
-    model, tokenizer = load(write_checkpoint(folder / "checkpoint", max_position_embeddings=4096))
-    yield model, tokenizer
-    model.close()
 
 
 def speaking(tokenizer: TokenizerWrapper, dialect: str) -> TokenizerWrapper:
@@ -119,16 +109,14 @@ def test_texts_that_are_not_quoted(dialect: str, tiny: Tiny) -> None:
     tools = [{"type": "function", "function": {"name": "run", "parameters": parameters}}]
     rules = answer_rules(grammars, tokenizer, tools, forced=True, single=True)
     assert rules is not None
-    matcher = grammars.compile(rules, ()).matcher.deep_copy()
+    grammar = grammars.compile(rules, ())
     text = {
         "qwen3_coder": '<tool_call>\n<function=run>\n<parameter=code>\nif a < b:\n  "x"\n</parameter>\n'
         "</function>\n</tool_call>",
         "minimax_m2": '<minimax:tool_call>\n<invoke name="run">\n<parameter name="code">if a < b:\n  "x"</parameter>\n'
         "</invoke>\n</minimax:tool_call>",
     }[dialect]
-    tokens = tokenizer.encode(text)
-    assert matcher.try_consume_tokens(tokens) == len(tokens)
-    assert matcher.is_accepting()
+    assert accepts(grammar, tokenizer, text)
     [call] = split(tokenizer, text)
     assert isinstance(call, ToolCall)
     assert json.loads(call.arguments) == {"code": 'if a < b:\n  "x"'}
@@ -144,18 +132,12 @@ def test_answers_are_free_unless_something_is_asked_of_them(tiny: Tiny) -> None:
     grammar = grammars.compile(either, ())
     call = '<tool_call>\n{"name": "stay", "arguments": {}}\n</tool_call>'
     for text, accepted in ((call, True), (f"{call}\n{call}", True), ('{"x": 3}', True), ("well", False)):
-        matcher, tokens = grammar.matcher.deep_copy(), tokenizer.encode(text)
-        assert (matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()) == accepted
+        assert accepts(grammar, tokenizer, text) == accepted
 
 
 def test_arguments_of_strict_tools_are_held_to_their_schema_among_free_text(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
-    content = json.loads((tmp_path / "tokenizer.json").read_text())
-    base = max(content["model"]["vocab"].values()) + 1
-    flags = dict.fromkeys(("special", "single_word", "lstrip", "rstrip", "normalized"), False)
-    markers = ["<tool_call>", "</tool_call>"]
-    content["added_tokens"] += [{"id": base + at, "content": text, **flags} for at, text in enumerate(markers)]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    add_tokens(tmp_path, ["<tool_call>", "</tool_call>"])
     (tmp_path / "config.json").write_text("{}")
     tokenizer = speaking(load_tokenizer(tmp_path), "json_tools")
     grammars = Grammars(tokenizer)
@@ -173,5 +155,4 @@ def test_arguments_of_strict_tools_are_held_to_their_schema_among_free_text(tmp_
         (bad, False),
         (f"so {bad}", False),
     ):
-        matcher, tokens = grammar.matcher.deep_copy(), tokenizer.encode(text)
-        assert (matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()) == accepted, text
+        assert accepts(grammar, tokenizer, text) == accepted, text

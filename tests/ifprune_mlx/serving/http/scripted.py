@@ -16,7 +16,7 @@ from mlx_lm.utils import load_tokenizer
 from ifprune_convert.pipeline import Options, convert
 from ifprune_convert.readers import open_source
 from tests.ifprune_mlx.serving.http.serving import Served, serving
-from tests.tiny import TEMPLATE, write_source
+from tests.tiny import TEMPLATE, add_tokens, write_source
 
 END = "<|im_end|>"
 _QWEN_CALLS = (
@@ -77,11 +77,7 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
 def write_templated(folder: Path, template: str, marks: tuple[str, ...] = ()) -> Path:
     """A checkpoint of a tiny random model with a chat template, in whose vocabulary `marks` are tokens."""
     source = write_source(folder.with_name(f"source-of-{folder.name}"), max_position_embeddings=16384)
-    tokenizer = json.loads((source / "tokenizer.json").read_text())
-    first = max(tokenizer["model"]["vocab"].values()) + 1
-    fields = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
-    tokenizer["added_tokens"] += [{"id": first + at, "content": mark, **fields} for at, mark in enumerate(marks)]
-    (source / "tokenizer.json").write_text(json.dumps(tokenizer))
+    add_tokens(source, marks)
     settings = json.loads((source / "tokenizer_config.json").read_text())
     (source / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
     convert(open_source(source), folder, Options())
