@@ -112,11 +112,15 @@ def record_stride(nbytes: int) -> int:
     """Bytes from one record to the next: the fewest, up to a third more than it has, at which reading a record reads as
     little as it can, on Linux and on Apple silicon together; a multiple of 16."""
     choices = range(-(-nbytes // 16) * 16, int(MOST_PADDING * nbytes) + 1, 16)
-    return min(choices, key=lambda stride: sum(_read_bytes(nbytes, stride, page) for page in PAGE_SIZES), default=nbytes)
+
+    def read_bytes(stride: int) -> float:
+        return sum(page * _pages(nbytes, stride, page) for page in PAGE_SIZES)
+
+    return min(choices, key=read_bytes, default=nbytes)
 
 
-def _read_bytes(nbytes: int, stride: int, page: int) -> float:
-    """Bytes of the pages that a record lies on, on average over records."""
+def _pages(nbytes: int, stride: int, page: int) -> float:
+    """On how many pages a record lies, on average over records."""
     count = page // math.gcd(stride, page)
     starts = (index * stride % page for index in range(count))
-    return page * sum((start + nbytes - 1) // page + 1 for start in starts) / count
+    return sum((start + nbytes - 1) // page + 1 for start in starts) / count
