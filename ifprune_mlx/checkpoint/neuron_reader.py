@@ -8,7 +8,7 @@ import mmap
 import os
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -196,10 +196,13 @@ class RowReader:
                 if not whole:
                     rows[start:stop] = block[places[start:stop] - first]
 
-        if len(spans) > 1:
-            list(_readers().map(read, range(min(READERS, len(spans)))))
-        else:
+        if len(spans) == 1:
             read(0)
+            return blocks
+        reads = [_readers().submit(read, reader) for reader in range(min(READERS, len(spans)))]
+        wait(reads)  # all of them, before an error may have the file closed
+        for each in reads:
+            each.result()
         return blocks
 
     def _pread(self, buffer: memoryview, offset: int) -> None:
