@@ -1,7 +1,6 @@
 """Measures how many readers `ssd` residency needs: the rate at which scattered neurons come from the disk.
 
     python -m scripts.measure_readers --work FOLDER                    4 bit: 0.4 GB of disk, minutes
-    python -m scripts.measure_readers --work FOLDER --no-advice        without the system's read-ahead, as on macOS
     python -m scripts.measure_readers --work FOLDER --bits 0           bf16: 1.6 GB
 
 The checkpoint is noise in the shape of the paper's 9B, in an order of its own, so that its neurons are records. A row
@@ -81,17 +80,11 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4, help="0: bf16")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--trials", type=int, default=5)
-    parser.add_argument("--no-advice", action="store_true")
     parser.add_argument("--readers", default="1,2,4,8,16,24,32,48,64")
     parser.add_argument("--shares", default="0.05,0.1,0.3")
     arguments = parser.parse_args()
     counts = [int(text) for text in arguments.readers.split(",")]
     shares = [float(text) for text in arguments.shares.split(",")]
-    if arguments.no_advice and hasattr(os, "posix_fadvise"):
-        advise = os.posix_fadvise
-        os.posix_fadvise = lambda file, start, size, what: (  # type: ignore[assignment]
-            None if what == os.POSIX_FADV_WILLNEED else advise(file, start, size, what)
-        )
     with tempfile.TemporaryDirectory(prefix="ifprune-readers-", dir=arguments.work) as name:
         packed = quantization_of("affine", None, arguments.bits) if arguments.bits else None
         shape = SHAPES["paper-9b"].scaled(arguments.layers)
@@ -113,8 +106,8 @@ def main() -> None:
                 for column, (share, cold) in enumerate(columns):
                     found.setdefault((count, column), []).append(rate(checkpoint, readers, share, trial, cold))
         for count in counts:
-            *cold, warm = (statistics.median(found[count, column]) for column in range(len(columns)))
-            print(f"{count:>7} " + "".join(f"{value:>10.0f}" for value in cold) + f"{warm:>12.0f}")
+            *rates, warm = (statistics.median(found[count, column]) for column in range(len(columns)))
+            print(f"{count:>7} " + "".join(f"{value:>10.0f}" for value in rates) + f"{warm:>12.0f}")
 
 
 if __name__ == "__main__":

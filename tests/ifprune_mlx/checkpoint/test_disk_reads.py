@@ -140,6 +140,14 @@ def test_large_ranges_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.Monk
     assert max(sizes) <= 10_000
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="macOS has another call")
+def test_linux_gets_no_advice_but_to_read_nothing_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, ...]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, *call: calls.append(call))
+    assert_reads(ordered(tmp_path / "checkpoint"), SCATTERED)
+    assert calls == [(0, 0, os.POSIX_FADV_RANDOM)] * 2  # once a layer
+
+
 def test_macos_gets_no_advice_but_to_read_nothing_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, int]] = []
     monkeypatch.delattr(os, "posix_fadvise", raising=False)
