@@ -50,7 +50,7 @@ PROMPT_TOKENS = 1000
 def real_selections(count: int) -> list[list[Ids]]:
     """What SmolLM2 selects by `count` prompts of each domain, in turn, at the paper's density."""
     model, _ = load(ensure_embedded(lambda _: None, lambda *_: None))
-    keep = model.keep(6656 / 24576)
+    keep = tuple(6656 * width // 24576 for width in model.checkpoint.widths)
     selector = make_selector(model, "learned")
     texts: list[str] = []
     prompts = {domain: (HELD_OUT / f"{domain}.jsonl").read_text(encoding="utf-8").splitlines() for domain in DOMAINS}

@@ -1,7 +1,7 @@
 """Reads and writes weights: the neurons file of one FFN, and everything else as numbered shards, as mlx-lm names them.
 
-The runtime reads single neurons from a neurons file, so its data begin on the border of a memory page: a row that
-crosses a page more than it has to costs a page more from the disk.
+The runtime reads single neurons from a neurons file, so its data begin on the border of a memory page, of 16 KiB as
+Apple silicon has them: a row that crosses a page more than it has to costs a page more from the disk.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 import mlx.core as mx
 
+from ifprune_mlx.checkpoint.neuron_layout import PAGE_SIZES
 from ifprune_mlx.checkpoint.raw_array import raw
 from ifprune_mlx.checkpoint.safetensors_io import load_arrays
 from ifprune_mlx.errors import IfpruneError, reason_of
@@ -20,7 +21,6 @@ from ifprune_mlx.errors import IfpruneError, reason_of
 from .layout import DTYPE_NAMES
 
 SHARD_BYTES = 256_000_000
-_PAGE_BYTES = 1 << 14  # of Apple silicon; Linux mostly has a quarter of it
 
 
 def load_lazily(file: Path, error: type[IfpruneError], advice: str) -> dict[str, mx.array]:
@@ -53,7 +53,7 @@ def write_neurons(
         header[name] = {"dtype": DTYPE_NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % _PAGE_BYTES)
+    text += b" " * (-(8 + len(text)) % max(PAGE_SIZES))
     with file.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for name in ordered:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import math
+import mmap
 import os
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ifprune_mlx.checkpoint.format import Checkpoint
-from ifprune_mlx.checkpoint.neuron_layout import MOST_PADDING, RECORDS, Part, Strip
+from ifprune_mlx.checkpoint.neuron_layout import RECORDS, Part, Strip
 from ifprune_mlx.checkpoint.raw_array import Raw, from_raw, raw, raw_dtype
 from ifprune_mlx.checkpoint.safetensors_io import TensorInfo, load_arrays
 from ifprune_mlx.errors import CheckpointError, reason_of
@@ -29,11 +31,16 @@ Rows = dict[str, mx.array]
 
 _FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 _DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32, "U8": mx.uint8}
-# Extra bytes, as a share of the wanted ones, that may be read to merge ranges; every range costs a disk access.
-_WASTE = 0.15
+# Extra pages, as a share of those that wanted rows lie on, that may be read to merge ranges; every range costs a disk
+# access. None are where the pages have more than this for a byte that is wanted.
+_WASTE, _MOST_READ = 0.15, 1.3
 # Larger gaps are not read: an SSD reads about this much in the time of one access.
 _GAP_BYTES = 1 << 16
-_READERS = 8
+# Of larger ranges, several readers read a part each.
+_PART_BYTES = 1 << 20
+READERS = 24
+"""Reads that are under way at once (`scripts/measure_readers.py`). The system gets no advice on what will be read:
+beside so many readers it makes no clear difference on Linux, and on macOS it is said to cost more than it saves."""
 _F_RDAHEAD = 45  # of macOS's fcntl; Python names it from 3.13 on
 
 
@@ -144,9 +151,7 @@ class RowReader:
         at = np.argsort(places, kind="stable")
         found: dict[str, Raw] = {}
         try:
-            self._announce(places[at])
-            for strip in self._strips:
-                block = self._ranges(strip, places[at])
+            for strip, block in zip(self._strips, self._records(places[at]), strict=True):
                 for part in strip.parts:
                     values = self._as_memory(block, at, part)
                     if part.name.startswith("down."):
@@ -169,37 +174,32 @@ class RowReader:
     def __del__(self) -> None:
         self.close()
 
-    def _announce(self, places: npt.NDArray[np.int32]) -> None:
-        """Announce all ranges to the system at once, if it has such a call, so that the disk reads them in parallel."""
-        if sys.platform == "darwin" or not hasattr(os, "posix_fadvise"):
-            return
-        for strip in self._strips:
-            for start, stop in zip(*merged_ranges(places, strip), strict=True):
-                offset = int(places[start]) * strip.stride
-                count = int(places[stop - 1] - places[start] + 1) * strip.stride
-                os.posix_fadvise(self._descriptor, strip.start + offset, count, os.POSIX_FADV_WILLNEED)
+    def _records(self, places: npt.NDArray[np.int32]) -> list[npt.NDArray[np.uint8]]:
+        """Every strip's bytes at sorted places, `[n, stride]` each; what lies behind a record is not read."""
+        blocks = [np.empty((len(places), strip.stride), np.uint8) for strip in self._strips]
+        spans = [
+            (strip, block, *span)
+            for strip, block in zip(self._strips, blocks, strict=True)
+            for span in _spans(places, strip)
+        ]
 
-    def _ranges(self, strip: Strip, places: npt.NDArray[np.int32]) -> npt.NDArray[np.uint8]:
-        """The strip's bytes at sorted places, `[n, stride]`."""
-        starts, stops = merged_ranges(places, strip)
-        rows = np.empty((len(places), strip.stride), np.uint8)
-        spans = np.stack([starts, stops, places[starts], places[stops - 1] + 1], axis=1).tolist()
-
-        def read(share: int) -> None:
-            for start, stop, first, end in spans[share::_READERS]:
+        def read(reader: int) -> None:
+            for strip, rows, start, stop, first, end in spans[reader::READERS]:
                 whole = end - first == stop - start
                 block = rows[start:stop] if whole else np.empty((end - first, strip.stride), np.uint8)
-                self._pread(memoryview(block.data).cast("B"), strip.start + first * strip.stride)
+                size = (end - first - 1) * strip.stride + strip.used
+                self._pread(memoryview(block.data).cast("B")[:size], strip.start + first * strip.stride)
                 if not whole:
                     rows[start:stop] = block[places[start:stop] - first]
 
-        if len(spans) > 1:
-            # The disk serves several requests at once.
-            with ThreadPoolExecutor(_READERS) as pool:
-                list(pool.map(read, range(_READERS)))
-        elif spans:
+        if len(spans) == 1:
             read(0)
-        return rows
+            return blocks
+        reads = [_readers().submit(read, reader) for reader in range(min(READERS, len(spans)))]
+        wait(reads)  # all of them, before an error may have the file closed
+        for each in reads:
+            each.result()
+        return blocks
 
     def _pread(self, buffer: memoryview, offset: int) -> None:
         while len(buffer):
@@ -225,23 +225,46 @@ class RowReader:
         return raw(cast)
 
 
-def merged_ranges(places: npt.NDArray[np.int32], strip: Strip) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-    """Merge sorted places into few ranges: the smallest gaps are read too, within the limit on extra bytes.
+def merged_ranges(
+    places: npt.NDArray[np.int32], strip: Strip, page: int = mmap.PAGESIZE
+) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """Merge sorted places into few ranges: where no page lies between, and over the smallest other gaps, within the
+    limit on extra bytes.
+
+    Args:
+        page: bytes that the system reads at least.
 
     Returns:
         The start and the stop of each range, as indices into `places`.
     """
     if not len(places):
         return np.empty(0, np.intp), np.empty(0, np.intp)
-    gaps = np.diff(places).astype(np.int64) - 1
+    begins = strip.start + places.astype(np.int64) * strip.stride
+    first, last = begins // page, (begins + strip.used - 1) // page
+    steps = first[1:] - last[:-1]  # 0 on the same page
+    gaps = np.maximum(steps - 1, 0) * page
+    needed = int((last - first + 1).sum() - (steps == 0).sum()) * page
+    extra = min(_WASTE * needed, max(_MOST_READ * strip.nbytes * len(places) - needed, 0.0))
     by_size = np.argsort(gaps, kind="stable")
-    waste = min(_WASTE, max(MOST_PADDING * strip.nbytes / strip.stride - 1, 0.0))
-    wasted = np.cumsum(gaps[by_size]) <= waste * len(places)
-    small = gaps[by_size] * strip.stride <= _GAP_BYTES
     closed = np.zeros(len(gaps), dtype=bool)
-    closed[by_size[wasted & small]] = True
+    closed[by_size] = (np.cumsum(gaps[by_size]) <= extra) & (gaps[by_size] <= _GAP_BYTES)
     borders = np.flatnonzero(~closed) + 1
     return np.concatenate([[0], borders]).astype(np.intp), np.concatenate([borders, [len(places)]]).astype(np.intp)
+
+
+def _spans(places: npt.NDArray[np.int32], strip: Strip) -> Iterator[tuple[int, int, int, int]]:
+    """What one read takes: start and stop in `places`, and the first row of the file and the one behind the last."""
+    most = max(_PART_BYTES // strip.stride, 1)
+    for low, high in zip(*merged_ranges(places, strip), strict=True):
+        for start in range(low, high, most):
+            stop = min(start + most, int(high))
+            yield start, stop, int(places[start]), int(places[stop - 1]) + 1
+
+
+@cache
+def _readers() -> ThreadPoolExecutor:
+    """The threads that read, for all layers of all models."""
+    return ThreadPoolExecutor(READERS, "ifprune-disk")
 
 
 def _memory_names(name: str) -> tuple[str, ...]:

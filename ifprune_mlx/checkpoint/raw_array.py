@@ -11,6 +11,15 @@ import numpy.typing as npt
 Raw = npt.NDArray[Any]
 """An array's buffer as NumPy sees it; bfloat16, which NumPy has not got, as uint16."""
 
+# A table, since computing an array on a GPU to look at it would wait for all that the GPU has to do.
+_DTYPES: dict[mx.Dtype, npt.DTypeLike] = {
+    mx.float32: np.float32,
+    mx.float16: np.float16,
+    mx.bfloat16: np.uint16,
+    mx.uint32: np.uint32,
+    mx.uint8: np.uint8,
+}
+
 
 def raw(array: mx.array) -> Raw:
     """The buffer of a computed, row-contiguous array; writing to it writes the array where `shared()` says so."""
@@ -21,7 +30,7 @@ def raw(array: mx.array) -> Raw:
 
 def raw_dtype(dtype: mx.Dtype) -> npt.DTypeLike:
     """What `raw` shows for an array of this type."""
-    return raw(mx.zeros((1,), dtype)).dtype
+    return _DTYPES[dtype]
 
 
 def from_raw(values: Raw, dtype: mx.Dtype) -> mx.array:

@@ -342,7 +342,7 @@ def test_merged_ranges_cover_every_place_once_and_waste_little(seed: int) -> Non
     places = np.sort(generator.permutation(width)[:count]).astype(np.int32)
     wanted, stride = ((64, 64), (3456, 4096), (3200, 4096), (1 << 17, 1 << 17))[seed % 4]
     strip = Strip(0, stride, (Part("down.weight", "U8", (wanted,)),))
-    starts, stops = merged_ranges(places, strip)
+    starts, stops = merged_ranges(places, strip, stride)
     covered = [place for start, stop in zip(starts, stops, strict=True) for place in range(start, stop)]
     assert covered == list(range(count))
     read = sum(int(places[stop - 1] - places[start] + 1) for start, stop in zip(starts, stops, strict=True))

@@ -10,6 +10,8 @@ import pytest
 from ifprune_convert.packing import quantization_of
 from ifprune_convert.pipeline import Options
 from ifprune_mlx.checkpoint.budget import keep_count
+from ifprune_mlx.checkpoint.format import Checkpoint
+from ifprune_mlx.model import load_checkpoint
 from ifprune_mlx.selection.selection import Selection
 from tests.ifprune_mlx.reference import (
     TOLERANCE,
@@ -128,3 +130,20 @@ def test_a_different_number_of_neurons_in_each_layer_is_exact(checkpoints: dict[
     model.switch(selection)
     expected = logits(mask_ffns(source_model(checkpoints["llama"]), selection), PROMPT, STEPS)
     assert np.abs(logits(model, PROMPT, STEPS) - expected).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("residency", ["ram", "ssd"])
+def test_saved_selections_of_other_multiples_stay_usable(tmp_path: Path, residency: str) -> None:
+    """Earlier releases rounded *k* to multiples of 32 in FFNs narrower than 4096."""
+    folder = write_checkpoint(tmp_path / "checkpoint", intermediate_size=640)
+    keep_then, keep_now = 5 * 32, keep_count(0.25, 640)
+    assert keep_now % 64 == 0
+    random_selection([640, 640], [keep_then] * 2, seed=4).save(tmp_path / "saved.safetensors")
+    model = load_checkpoint(Checkpoint.open(folder), residency=residency)
+    saved = Selection.load(tmp_path / "saved.safetensors")
+    for selection in (random_selection([640, 640], [keep_now] * 2, seed=5), saved):
+        model.switch(selection)
+        expected = logits(mask_ffns(source_model(folder), selection), PROMPT, STEPS)
+        assert np.abs(logits(model, PROMPT, STEPS) - expected).max() < TOLERANCE
+    assert model.selection is not None
+    assert model.selection.keep == (keep_then, keep_then)
