@@ -34,7 +34,7 @@ class Device:
         """Bytes that weights may take. The tenth that is left is for the KV cache, activations and freed buffers."""
         # mlx-lm warns from nine tenths on as well, and from 0.95 on MLX gives its freed buffers back.
         limit = self.memory if self.working_set is None else self.working_set
-        return limit - limit // 10
+        return limit * 9 // 10
 
     @property
     def most_wired_mb(self) -> int | None:

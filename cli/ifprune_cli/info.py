@@ -77,7 +77,7 @@ def info(model: ModelOption = None, verify: VerifyOption = False, json: JsonOpti
         rows.append(
             (f"  at {density:g}", f"{active} active parameters; {part} with residency ssd{tight[SSD, density]}")
         )
-    rows.append(("to load it", f"{told or 'try'}: {command}"))
+    rows.append(("to load it", f"{told}: {command}" if told else command))
     paths = "; ".join(f"{name}: {reason}" for name, reason in slow.items()) or "none on this machine"
     rows.append(("slow paths", f"{paths} (whether answers are batched is tried out when the model is served)"))
     if verify:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 from ifprune_mlx.checkpoint.ffn_spec import FFNSpec
 from ifprune_mlx.checkpoint.format import Quantization
-from ifprune_mlx.device import this_device
+from ifprune_mlx.device import Device, this_device
 from ifprune_mlx.errors import BudgetError
 
 from .calibrate import SHIPPED
-from .packing import Packing, bits_per_weight
+from .packing import Packing, bits_per_weight, quantization_of
 from .source import Source
 
 if TYPE_CHECKING:
@@ -24,16 +24,24 @@ if TYPE_CHECKING:
 _SMALLEST = Quantization(64, 4, "affine")
 
 
-def check_calibration(source: Source, out: Path, options: Options, specs: Sequence[FFNSpec], packing: Packing) -> None:
+def check_calibration(
+    source: Source,
+    out: Path,
+    options: Options,
+    specs: Sequence[FFNSpec],
+    packing: Packing,
+    device: Device | None = None,
+) -> None:
     """Raise BudgetError, with a command that fits, if chats are to be read with more weights than there is room for.
 
     Args:
         specs, packing: of the checkpoint to be.
+        device: None is this one.
     """
     # `--order` asks the predictor, if there is one, and that needs no more than the active neurons.
     if options.calibration is None and (options.order is None or options.predictor is not None):
         return
-    device = this_device()
+    device = device or this_device()
     needed = converted_bytes(source, options, specs, packing)
     if needed <= device.usable:
         return
@@ -69,12 +77,13 @@ def converted_bytes(source: Source, options: Options, specs: Sequence[FFNSpec], 
 def _command(source: Path, out: Path, options: Options) -> str:
     """The command of a conversion with these options."""
     packed, bits = options.quantization, options.predictor_bits
+    usual = packed is None or packed == quantization_of(packed.mode, None, None)
     given = {
         "model": source,
         "adapter": options.adapter,
-        "q-mode": packed and packed.mode,
-        "q-bits": packed and packed.bits,
-        "q-group-size": packed and packed.group_size,
+        "q-mode": None if packed is None or packed.mode == "affine" else packed.mode,
+        "q-bits": None if packed is None or usual else packed.bits,
+        "q-group-size": None if packed is None or usual else packed.group_size,
         "dtype": None if options.dtype is None else str(options.dtype).removeprefix("mlx.core."),
         "density": options.density,
         "predictor": options.predictor,
