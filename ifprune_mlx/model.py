@@ -347,7 +347,8 @@ def load(
 
     Raises:
         CheckpointError: if the checkpoint is damaged or not one, naming the file and what to do.
-        BudgetError: if the weights exceed the machine's memory, or `memory`.
+        BudgetError: if the weights that stay in memory at any density exceed what the GPU may use, or `memory`; the
+            message ends in a command that fits. What a density needs is checked when it is used.
     """
     checkpoint = (
         path_or_repo

@@ -342,23 +342,29 @@ def resolve_keep(
 
     space = None if memory is None else room(memory, device)
     keep, asked = _keep(checkpoint, density, active_parameters), density is not None or active_parameters is not None
-    if space is not None and residency == SSD and not asked and resident(keep) > space:
-        streamed = range(checkpoint.predictor_layers, len(widths))
-        fixed = resident([0 if index in streamed else k for index, k in enumerate(keep)])
-        neurons = sum(widths[index] * checkpoint.neuron_bytes(index, float_bytes) for index in streamed)
-        keep = _share(checkpoint, space - fixed, neurons)
-        if min(keep) < 1:
+    if space is not None and resident(keep) > space:
+        least = resident_bytes(checkpoint, SSD, _least(checkpoint), float_bytes)
+        if least > space:
             check_fits(checkpoint, SSD, _least(checkpoint), float_bytes=float_bytes, device=device)
-            enough = resident_bytes(checkpoint, SSD, _least(checkpoint))
-            fit = Fit(SSD, selector=_without_dense(checkpoint.layout.selector))
-            raise BudgetError(
-                f"memory budget {space / 1e9:.3g} GB is too small: all but the neurons of {checkpoint.path} takes "
-                f"{fixed / 1e9:.3g} GB; give at least {resident(_least(checkpoint)) / 1e9:.3g} GB; this fits: "
-                f"{fit.command(checkpoint.path, enough)}"
-            )
+            raise _too_small(checkpoint, space, least)
+        if residency == SSD and not asked:
+            streamed = range(checkpoint.predictor_layers, len(widths))
+            fixed = resident([0 if index in streamed else k for index, k in enumerate(keep)])
+            neurons = sum(widths[index] * checkpoint.neuron_bytes(index, float_bytes) for index in streamed)
+            keep = _share(checkpoint, space - fixed, neurons)
     if residency == SSD or space is not None:
         check_fits(checkpoint, residency, keep, memory=memory, float_bytes=float_bytes, device=device, asked=asked)
     return keep
+
+
+def _too_small(checkpoint: Checkpoint, memory: int, least: int) -> BudgetError:
+    """The error for a budget of `memory` bytes, which no neurons fit into; on `ssd` the fewest take `least` in all."""
+    fit = Fit(SSD, selector=_without_dense(checkpoint.layout.selector))
+    enough = resident_bytes(checkpoint, SSD, _least(checkpoint))
+    return BudgetError(
+        f"{checkpoint.path}: memory budget {memory / 1e9:.3g} GB is too small: raise the budget; give at least "
+        f"{least / 1e9:.3g} GB, with residency ssd; this fits: {fit.command(checkpoint.path, enough)}"
+    )
 
 
 def _keep(checkpoint: Checkpoint, density: float | None, active_parameters: int | None) -> tuple[int, ...]:

@@ -82,7 +82,7 @@ def resolve(
         residency, memory: as in `ifprune_mlx.load`.
 
     Raises:
-        BudgetError: if the resident weights are larger than this machine's memory; nothing is downloaded then.
+        BudgetError: if the resident weights are larger than what the GPU may use; no weights are downloaded then.
         CheckpointError: if it is neither, the repository is no IFP checkpoint, the disk is too small, the hub cannot be
             reached, or a downloaded file is damaged.
     """
