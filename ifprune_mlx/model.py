@@ -9,14 +9,12 @@ from __future__ import annotations
 import logging
 import re
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property, wraps
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import mlx.core as mx
@@ -31,10 +29,10 @@ from mlx_lm.utils import _get_classes, load_model
 from ifprune_mlx.checkpoint.budget import (
     RAM,
     SSD,
+    check_fits,
     choose_residency,
-    physical_memory,
-    resident_bytes,
     resolve_keep,
+    room,
     spare_slots,
 )
 from ifprune_mlx.checkpoint.config_check import check_config
@@ -43,6 +41,7 @@ from ifprune_mlx.checkpoint.format import Checkpoint, Layout
 from ifprune_mlx.checkpoint.hub import resolve
 from ifprune_mlx.checkpoint.neuron_reader import RowReader, read_rows
 from ifprune_mlx.checkpoint.safetensors_io import load_arrays
+from ifprune_mlx.device import limits
 from ifprune_mlx.errors import BudgetError, CheckpointError, IfpruneError, reason_of
 from ifprune_mlx.model_lock import ModelLock, begin_worker
 from ifprune_mlx.selection.cache import SelectionCache
@@ -54,8 +53,6 @@ from ifprune_mlx.sparse.quantized import try_products
 from ifprune_mlx.sparse.slots import FFNSlots
 from ifprune_mlx.tokenizer import embedding_rows, load_tokenizer
 
-# MLX may keep a 64th of the memory in freed buffers. Its own limit is the whole memory, too much on a Mac that is used.
-_CACHE_SHARE, _LEAST_CACHE = 64, 1 << 27
 _WITHOUT_BFLOAT16 = re.compile(r"Apple M[12]\b")
 _NOT_DENSE = (
     "no selection is active: with residency ssd, where not all neurons are in memory, give --selector learned or "
@@ -137,7 +134,7 @@ class Model:
         self.selection_cache = SelectionCache()
         self._float_bytes = float_bytes
         self._reading: ThreadPoolExecutor | None = None
-        _limit.opened(self)
+        limits.opened(self)
 
     @property
     def module(self) -> nn.Module:
@@ -274,13 +271,8 @@ class Model:
 
     def _spare_slots(self, selection: Selection) -> int:
         """Slots per FFN that the memory budget leaves for inactive neurons. Raises BudgetError if it is exceeded."""
-        if self.memory is not None:
-            size = resident_bytes(self.checkpoint, SSD, selection.keep, self._float_bytes)
-            if size > self.memory:
-                raise BudgetError(
-                    f"the selection of density {selection.density:.3g} takes {size / 1e9:.3g} GB, the memory budget is "
-                    f"{self.memory / 1e9:.3g} GB; lower the density, or raise the budget"
-                )
+        memory, float_bytes = self.memory, self._float_bytes
+        check_fits(self.checkpoint, SSD, selection.keep, memory=memory, float_bytes=float_bytes, asked=True)
         return spare_slots(self.checkpoint, self.memory, selection.keep, self._float_bytes)
 
     def first_layers_in_order(self, layers: int) -> None:
@@ -305,7 +297,7 @@ class Model:
     def close(self) -> None:
         """Free the weights and MLX's cache; the model cannot be used afterwards. A second call does nothing.
 
-        Closing the last open model restores the cache limit that MLX had before the first.
+        Closing the last open model restores the limits of cache and wired memory that MLX had before the first.
 
         Raises:
             ModelBusyError: if an answer is under way.
@@ -323,7 +315,8 @@ class Model:
             for made in ("predictor", "prior", "down_norms"):
                 self.__dict__.pop(made, None)
             mx.clear_cache()
-            _limit.closed(self)
+            _synchronize()  # the wired limit must not change while something is computed
+            limits.closed(self)
         self.lock.close()
 
     def _priors(self, kind: str) -> list[Scores]:
@@ -357,7 +350,8 @@ def load(
 
     Raises:
         CheckpointError: if the checkpoint is damaged or not one, naming the file and what to do.
-        BudgetError: if the weights exceed the machine's memory, or `memory`.
+        BudgetError: if the weights that stay in memory at any density exceed what the GPU may use, or `memory`; the
+            message ends in a command that fits. What a density needs is checked when it is used.
     """
     checkpoint = (
         path_or_repo
@@ -367,6 +361,7 @@ def load(
     if dtype is None and (dtype := default_dtype(checkpoint)) is not None:
         _say_default_dtype()
     residency = choose_residency(checkpoint, residency, memory, None if dtype is None else dtype.size)
+    memory = None if memory is None else room(memory)
     model = load_checkpoint(checkpoint, dtype=dtype, residency=residency, memory=memory, progress=progress)
     try:
         model.tokenizer = tokenizer = _load_tokenizer(checkpoint, trust_remote_code, model.vocabulary)
@@ -434,44 +429,6 @@ def load_checkpoint(
     # The whole module: rope tables are not parameters, and another thread could not compute them later.
     mx.eval(module)
     return Model(checkpoint, module, slots, leaves, lock, residency, memory, None if dtype is None else dtype.size)
-
-
-def limit_cache() -> tuple[int, int]:
-    """Limit the freed buffers that MLX keeps to a share of the memory; returns the limit in bytes before and now."""
-    limit = max(physical_memory() // _CACHE_SHARE, _LEAST_CACHE)
-    before = mx.set_cache_limit(limit)
-    if before < limit:
-        mx.set_cache_limit(before)
-    return before, min(before, limit)
-
-
-class _Limit:
-    """MLX's cache limit, which all models of a process share: it is lowered while any of them is open."""
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._open: weakref.WeakSet[Model] = weakref.WeakSet()  # a model that is dropped unclosed leaves it
-        self._before: int | None = None
-        self._lowered = 0
-
-    def opened(self, model: Model) -> None:
-        with self._lock:
-            before, now = limit_cache()
-            # If all models were dropped unclosed, a limit other than ours is the user's.
-            if self._before is None or (not self._open and before != self._lowered):
-                self._before = before
-            self._lowered = now
-            self._open.add(model)
-
-    def closed(self, model: Model) -> None:
-        with self._lock:
-            self._open.discard(model)
-            if not self._open and self._before is not None:
-                mx.set_cache_limit(self._before)
-                self._before = None
-
-
-_limit = _Limit()
 
 
 def _synchronize() -> None:

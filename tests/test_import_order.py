@@ -17,6 +17,7 @@ PACKAGES = {
 ORDER = (
     "errors",
     "slow_paths",
+    "device",
     "detokenizer",
     "chat_sandbox",
     "tokenizer",

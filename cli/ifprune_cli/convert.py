@@ -181,6 +181,8 @@ def convert(
 
 def _print(done: Conversion, upload_repo: str | None, json: bool) -> None:
     """Print what came out."""
+    from ifprune_mlx.checkpoint.budget import way_to_load
+
     checkpoint = done.checkpoint
     if json:
         from ifprune_mlx.bench.process_memory import most_resident
@@ -188,10 +190,10 @@ def _print(done: Conversion, upload_repo: str | None, json: bool) -> None:
         result_json(done.to_dict() | {"peak_rss": most_resident()})
         return
     show(checkpoint.path)
+    told, command = way_to_load(checkpoint, model=upload_repo)
     note(
         f"{parameters(checkpoint.parameters)} parameters, {len(checkpoint.layout.ffns)} FFNs, "
-        f"{checkpoint.disk_bytes / 1e6:.0f} MB, in {done.seconds:.1f} s; "
-        f"try: ifprune chat --model {upload_repo or checkpoint.path}"
+        f"{checkpoint.disk_bytes / 1e6:.0f} MB, in {done.seconds:.1f} s; {told or 'try'}: {command}"
     )
     if done.page is not None:
         note(f"uploaded to {done.page}")

@@ -23,7 +23,8 @@ VerifyOption = Annotated[bool, typer.Option("--verify", help="Check the sha256 o
 def info(model: ModelOption = None, verify: VerifyOption = False, json: JsonOption = False) -> None:
     """Show a checkpoint's shape, size, selectors, tasks, and what each density activates."""
     from ifprune_mlx import CheckpointError, TaskStore
-    from ifprune_mlx.checkpoint.budget import RAM, RESIDENCIES, SSD, physical_memory, resident_bytes, resolve_keep
+    from ifprune_mlx.checkpoint.budget import RAM, RESIDENCIES, SSD, resident_bytes, resolve_keep, way_to_load
+    from ifprune_mlx.device import this_device
     from ifprune_mlx.sparse.down_product import choose
 
     checkpoint = open_checkpoint(model)
@@ -41,6 +42,8 @@ def info(model: ModelOption = None, verify: VerifyOption = False, json: JsonOpti
     keeps = {density: resolve_keep(checkpoint, density=density) for density in _DENSITIES}
     slow = _slow_paths(checkpoint)
     kernels = {str(tokens): asdict(choice) for tokens, choice in choose(checkpoint).items()}
+    device = this_device()
+    told, command = way_to_load(checkpoint, device)
     resident = {
         (residency, density): resident_bytes(checkpoint, residency, keep)
         for residency in RESIDENCIES
@@ -58,19 +61,29 @@ def info(model: ModelOption = None, verify: VerifyOption = False, json: JsonOpti
                 "tasks": [task.name for task in tasks],
                 "slow_paths": sorted(slow),
                 "down_kernels": kernels,
-                "fits": [{"residency": at, "density": x, "resident": size} for (at, x), size in resident.items()],
+                "fits": [
+                    {"residency": at, "density": x, "resident": size, "fits": size <= device.usable}
+                    for (at, x), size in resident.items()
+                ],
+                "usable_memory": device.usable,
+                "command": command,
             }
         )
         return
     names = ", ".join(f"{task.name} (shipped)" if task.shipped else task.name for task in tasks)
     rows = _rows(checkpoint, selectors, names or "none")
-    whole, have = gigabytes(resident[RAM, 1.0]), gigabytes(physical_memory())
-    rows.append(("memory", f"{whole} with residency ram, of {have} in this machine"))
+    tight = {key: ", which does not fit" if size > device.usable else "" for key, size in resident.items()}
+    whole, usable, have = map(gigabytes, (resident[RAM, 1.0], device.usable, device.memory))
+    where = f"{whole} with residency ram{tight[RAM, 1.0]}; weights may take {usable} of this machine's {have}"
+    rows.append(("memory", where))
     for density, keep in keeps.items():
         active, part = parameters(checkpoint.active_parameters(keep)), gigabytes(resident[SSD, density])
-        rows.append((f"  at {density:g}", f"{active} active parameters; {part} with residency ssd"))
-    told = "; ".join(f"{name}: {reason}" for name, reason in slow.items()) or "none on this machine"
-    rows.append(("slow paths", f"{told} (whether answers are batched is tried out when the model is served)"))
+        rows.append(
+            (f"  at {density:g}", f"{active} active parameters; {part} with residency ssd{tight[SSD, density]}")
+        )
+    rows.append(("to load it", f"{told}: {command}" if told else command))
+    paths = "; ".join(f"{name}: {reason}" for name, reason in slow.items()) or "none on this machine"
+    rows.append(("slow paths", f"{paths} (whether answers are batched is tried out when the model is served)"))
     rows.append(("down product", "; ".join(kernel_lines(kernels))))
     if verify:
         rows.append(("verified", "every file has the manifest's sha256"))

@@ -85,6 +85,23 @@ def load_model(
     return _load(checkpoint, ModelOptions(model, dtype, residency, trust_remote_code), memory)
 
 
+def _check_memory(
+    checkpoint: Checkpoint, options: ModelOptions, limits: dict[str, Any], selection: Selection | None, dense: bool
+) -> None:
+    """Raise BudgetError unless what the options ask for fits into memory; `limits` as in `Runtime.budget`."""
+    import mlx.core as mx
+
+    from ifprune_mlx.checkpoint.budget import SSD, check_fits, choose_residency, resolve_keep
+
+    float_bytes = None if options.dtype is None else int(getattr(mx, options.dtype.value).size)
+    memory = limits["memory"]
+    residency = choose_residency(checkpoint, options.residency, memory, float_bytes)
+    if selection is not None and residency == SSD:
+        check_fits(checkpoint, SSD, selection.keep, memory=memory, float_bytes=float_bytes, asked=True)
+    elif selection is None and not dense:
+        resolve_keep(checkpoint, **limits, residency=residency, float_bytes=float_bytes)
+
+
 def _load(checkpoint: Checkpoint, options: ModelOptions, memory: int | None) -> tuple[Model, TokenizerWrapper]:
     import mlx.core as mx
 
@@ -165,6 +182,7 @@ def open_runtime(
         check_selection(checkpoint, selection, choice.selection)
     if choice.task is not None:
         selection = TaskStore(checkpoint).load(choice.task)
+    _check_memory(checkpoint, model, limits, selection, choice.dense)
     loaded, tokenizer = _load(checkpoint, model, limits["memory"])
     selecting.apply(loaded)
     if not template:

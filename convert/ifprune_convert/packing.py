@@ -58,6 +58,12 @@ def quantization_of(mode: str, group_size: int | None, bits: int | None) -> Quan
     return Quantization(group_size, bits, mode)
 
 
+def bits_per_weight(quantization: Quantization) -> float:
+    """Bits that a packed weight takes, its share of the group's scale and bias included."""
+    scales = 32 if quantization.has_biases else 8
+    return quantization.bits + scales / quantization.group_size
+
+
 def head_bits(predictor: Path | None, given: str | None, quantize: bool) -> int | None:
     """Bits for `Options.predictor_bits` from what a user says: `8`, `4`, `none`, or nothing.
 

@@ -46,7 +46,8 @@ from .calibrate import measure_prior, read_examples, read_prior
 from .card import CARD, write_card
 from .frequency import order_by_frequency
 from .fusing import all_finite
-from .packing import Packing, plan
+from .memory_check import check_calibration
+from .packing import Packing, bits_per_weight, plan
 from .predictor import open_predictor
 from .readers import open_source
 from .readers.chat_templates import keep_used_templates
@@ -112,8 +113,7 @@ class Options:
     def bits(self) -> float | None:
         """Bits that a weight takes once converted, group scales and biases included; None if it stays as it is."""
         if self.quantization is not None:
-            scales = 32 if self.quantization.has_biases else 8
-            return self.quantization.bits + scales / self.quantization.group_size
+            return bits_per_weight(self.quantization)
         return None if self.dtype is None else 8.0 * self.dtype.size
 
 
@@ -176,6 +176,7 @@ def convert(
     specs = find_ffns(skeleton, str(source.config["model_type"]))
     widths = [spec.d_ffn for spec in specs]
     packing = plan(source, skeleton, specs, options.quantization, options.float_down)
+    check_calibration(source, out, options, specs, packing)
     write_predictor = None
     if options.predictor is not None:
         write_predictor = open_predictor(options.predictor, widths, options.predictor_bits)

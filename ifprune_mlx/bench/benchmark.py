@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ifprune_mlx.bench.worker import WorkerClient, start_worker
-from ifprune_mlx.checkpoint.budget import RAM, SSD, physical_memory, resident_bytes
+from ifprune_mlx.checkpoint.budget import RAM, SSD, resident_bytes, room
 from ifprune_mlx.checkpoint.format import Checkpoint
 from ifprune_mlx.checkpoint.safetensors_io import DTYPE_BYTES
 from ifprune_mlx.errors import BudgetError
@@ -103,10 +103,10 @@ def _check_memory(config: BenchConfig) -> None:
     whole = resident_bytes(checkpoint, RAM, everything)
     part = resident_bytes(checkpoint, SSD, config.keep)
     needed = whole + (whole if config.dense else 0) + (part if config.static else 0) + (part if config.ssd else 0)
-    if needed > (have := physical_memory()):
+    if needed > (space := room(None)):
         raise BudgetError(
-            f"the models to compare take {needed / 1e9:.1f} GB together, and this machine has {have / 1e9:.1f} GB; "
-            "measure a shape with fewer --layers, or give --no-stock or --no-ssd"
+            f"the models to compare take {needed / 1e9:.1f} GB together, and weights may take {space / 1e9:.1f} "
+            "GB here; measure a shape with fewer --layers, or give --no-stock or --no-ssd"
         )
 
 

@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.generate import generate_step
+from mlx_lm.generate import generate_step, generation_stream
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 from ifprune_mlx.bench.process_memory import most_resident, resident
 from ifprune_mlx.checkpoint.format import Checkpoint
+from ifprune_mlx.device import limit_cache, wire
 from ifprune_mlx.errors import IfpruneError
-from ifprune_mlx.model import Model, limit_cache, load, own_dtype
+from ifprune_mlx.model import Model, load, own_dtype
 from ifprune_mlx.selection.selection import Selection
 from ifprune_mlx.selection.selectors import Instruction, LearnedSelector, Selector, make_selector
 from ifprune_mlx.sparse.down_product import choose
@@ -102,7 +103,8 @@ def serve(connection: Connection, folder: str, residency: str | None, dtype: str
         connection.send_bytes(json.dumps({"ok": {"load_s": worker.load_s}}).encode())
         while True:
             request = json.loads(connection.recv_bytes())
-            answer = getattr(worker, request.pop("do"))(**request)
+            with _wired():
+                answer = getattr(worker, request.pop("do"))(**request)
             connection.send_bytes(json.dumps({"ok": answer}).encode())
     except (EOFError, KeyboardInterrupt, BrokenPipeError):
         pass
@@ -112,6 +114,20 @@ def serve(connection: Connection, folder: str, residency: str | None, dtype: str
         connection.send_bytes(json.dumps({"error": f"{folder}: {exc}"}).encode())
     finally:
         os._exit(0)  # MLX's exit handlers may take a second per process
+
+
+@contextmanager
+def _wired() -> Iterator[None]:
+    """Wire this process's memory as long as the block runs: of several workers, only the one that computes."""
+    before = wire()
+    mx.eval(mx.zeros(1))  # the GPU learns what is wired with the next work that it gets
+    try:
+        yield
+    finally:
+        mx.synchronize()
+        mx.synchronize(generation_stream)
+        if before is not None:
+            mx.set_wired_limit(before)
 
 
 class Worker:
@@ -132,6 +148,7 @@ class Worker:
             checkpoint = Checkpoint.open(folder)
             self._model, _ = load(checkpoint, dtype=dtype or own_dtype(checkpoint), residency=residency)
             self._module, self.config = self._model.module, self._model.config
+        mx.set_wired_limit(0)  # several workers live at once, and only the one that works is wired: see `serve`
         self.load_s = time.perf_counter() - start
 
     def run(self, tokens: list[int], generate: int) -> dict[str, float]:

@@ -13,14 +13,15 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ifprune_mlx.checkpoint.atomic_write import restore_folder
 from ifprune_mlx.checkpoint.budget import check_files
-from ifprune_mlx.checkpoint.format import MANIFEST, SECTION, Checkpoint
+from ifprune_mlx.checkpoint.format import MANIFEST, SECTION, Checkpoint, Layout
 from ifprune_mlx.checkpoint.json_file import read_json_object
-from ifprune_mlx.errors import BudgetError, CheckpointError, IfpruneError
+from ifprune_mlx.errors import CheckpointError, IfpruneError
 
 Progress = Callable[[int, int], None]
 """Called with (bytes downloaded, bytes in all)."""
@@ -82,7 +83,7 @@ def resolve(
         residency, memory: as in `ifprune_mlx.load`.
 
     Raises:
-        BudgetError: if the resident weights are larger than this machine's memory; nothing is downloaded then.
+        BudgetError: if the resident weights are larger than what the GPU may use; no weights are downloaded then.
         CheckpointError: if it is neither, the repository is no IFP checkpoint, the disk is too small, the hub cannot be
             reached, or a downloaded file is damaged.
     """
@@ -105,12 +106,7 @@ def resolve(
     names = [file for file in repository.files if any(fnmatch(file, pattern) for pattern in _PATTERNS)]
     if loads:
         sizes = {file: repository.files[file] for file in names}
-        try:
-            check_files(name, sizes, residency, memory)
-        except BudgetError:
-            check_files(name, sizes, residency, memory, ordered=True)
-            if not _is_ordered(repository):
-                raise
+        check_files(name, sizes, residency, memory, partial(_layout, repository))
     new = any(cached_folder(name, file, repository.commit) is None for file in names)
     folder = download(repository, names, error=CheckpointError, progress=progress)
     if new and (damaged := Checkpoint.open(folder).verify()):
@@ -123,15 +119,15 @@ def resolve(
     return folder
 
 
-def _is_ordered(repository: Repository) -> bool:
-    """Whether a checkpoint's neurons are reordered; downloads its config, a few kilobytes."""
+def _layout(repository: Repository) -> Layout | None:
+    """What a checkpoint's config says of its FFNs; downloads the config, a few kilobytes."""
     if "config.json" not in repository.files:
-        return False
+        return None
     folder = download(
         repository, ["config.json"], error=CheckpointError, progress=lambda done, total: None, more_follow=True
     )
-    section = read_json_object(folder / "config.json").get(SECTION)
-    return isinstance(section, dict) and section.get("order") is not None
+    file = folder / "config.json"
+    return Layout.from_dict(read_json_object(file).get(SECTION), file)
 
 
 def list_repository(name: str, revision: str | None, error: type[IfpruneError]) -> Repository:

@@ -11,6 +11,7 @@ import mlx.core as mx
 import pytest
 
 from ifprune_mlx import load, model
+from ifprune_mlx.device import Limits
 from tests.tiny import write_checkpoint
 
 HIGH, LOW = 1 << 50, 12345
@@ -24,7 +25,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A high limit, and no model open: other tests may have left theirs."""
-    monkeypatch.setattr(model, "_limit", model._Limit())
+    monkeypatch.setattr(model, "limits", Limits())
     before = mx.set_cache_limit(HIGH)
     yield
     mx.set_cache_limit(before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,12 @@ from ifprune_mlx.checkpoint.budget import (
     choose_residency,
     keep_count,
     parse_quantity,
-    physical_memory,
     resident_bytes,
     resolve_keep,
     spare_slots,
 )
+from ifprune_mlx.checkpoint.format import Layout
+from ifprune_mlx.device import Device, this_device
 from tests.tiny import write_checkpoint
 
 
@@ -129,8 +131,10 @@ def test_memory_is_a_check_and_picks_no_density(checkpoint: Checkpoint) -> None:
     needed = checkpoint.weight_bytes
     assert resolve_keep(checkpoint, memory=needed) == resolve_keep(checkpoint)
     assert resolve_keep(checkpoint, memory=needed, density=0.5) == resolve_keep(checkpoint, density=0.5)
-    with pytest.raises(BudgetError, match="load it with --residency ssd, or convert the model with -q") as caught:
+    with pytest.raises(BudgetError, match=r"residency ram, and the memory budget is .*; raise the budget") as caught:
         resolve_keep(checkpoint, memory=needed - 1)
+    command = f"ifprune chat --model {checkpoint.path} --memory {needed - 1} --selector static --residency ssd"
+    assert str(caught.value).endswith(f"; this fits: {command}")
     assert "\n" not in str(caught.value)
 
 
@@ -188,26 +192,40 @@ def test_a_model_resolves_its_budgets_the_same_way(tmp_path: Path) -> None:
 
 def test_a_checkpoint_larger_than_memory_is_refused(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = Checkpoint.open(tiny_checkpoint)
-    assert 10**9 < physical_memory() < 10**13
-    monkeypatch.setattr("ifprune_mlx.checkpoint.budget.physical_memory", lambda: checkpoint.weight_bytes - 1)
-    with pytest.raises(BudgetError, match=r"machine has .* GB of memory; load it with --residency ssd, which keeps"):
+    assert 10**9 < this_device().memory < 10**13
+    monkeypatch.setattr("ifprune_mlx.checkpoint.budget.this_device", lambda: Device(checkpoint.weight_bytes))
+    with pytest.raises(BudgetError, match=r"weights may take .* GB of this machine's .* GB; this fits: .* ssd$"):
         load(tiny_checkpoint)
-    monkeypatch.setattr("ifprune_mlx.checkpoint.budget.physical_memory", lambda: 1)
-    with pytest.raises(BudgetError, match=r"this machine has .* GB of memory; convert the source with -q"):
+    monkeypatch.setattr("ifprune_mlx.checkpoint.budget.this_device", lambda: Device(1))
+    with pytest.raises(BudgetError, match=r"of this machine's .* GB; it is too large .* convert its source with -q"):
         load(tiny_checkpoint)
-    with pytest.raises(BudgetError, match=r"this machine has .* GB of memory; convert the source with -q"):
+    with pytest.raises(BudgetError, match=r"of this machine's .* GB; it is too large .* convert its source with -q"):
         load(tiny_checkpoint, residency="ssd")
 
 
-def test_padded_files_may_be_larger_than_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ifprune_mlx.checkpoint.budget.physical_memory", lambda: 10_000)
+def test_padded_files_may_be_larger_than_memory(checkpoint: Checkpoint) -> None:
+    device, asked = Device(11_111), []  # 10,000 for weights
     sizes = {
         "neurons-00001-of-00001.safetensors": 10_400,
         "model-00001-of-00001.safetensors": 1_900,
         "manifest.json": 1,
     }
+
+    def layout_of(order: str | None) -> Layout:
+        asked.append(order)
+        return replace(checkpoint.layout, order=order)
+
+    def check(order: str | None, **changes: int) -> None:
+        given = sizes | {f"{name}-00001-of-00001.safetensors": size for name, size in changes.items()}
+        check_files("org/name", given, "ram", None, lambda: layout_of(order), device)
+
     with pytest.raises(BudgetError, match="nothing was downloaded"):
-        check_files("org/name", sizes, "ram", None)
-    check_files("org/name", sizes, "ram", None, ordered=True)  # 7,800 and 1,900 at least
+        check(None)
+    check("frequency")  # 7,800 and 1,900 at least
     with pytest.raises(BudgetError, match="nothing was downloaded"):
-        check_files("org/name", sizes | {"model-00001-of-00001.safetensors": 2_300}, "ram", None, ordered=True)
+        check("frequency", model=2_300)
+    assert asked == [None, "frequency", "frequency"]
+    check(None, neurons=8_000)
+    with pytest.raises(BudgetError, match="nothing was downloaded"):
+        check(None, model=10_001)
+    assert len(asked) == 3  # what fits, and what no part of fits, needs no look at the config

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from ifprune_mlx import Checkpoint
-from ifprune_mlx.checkpoint.budget import physical_memory
 from ifprune_mlx.checkpoint.hub import Room, _shortage, is_hub_id, resolve
+from ifprune_mlx.device import this_device
 from tests.hub_stub import HubStub, serve
 
 # Resolves each name that it is given, and prints the folder or the message, and what progress was told.
@@ -73,7 +73,7 @@ def test_what_is_no_checkpoint_costs_no_download(hub: HubStub, tmp_path: Path) -
     hub.gated.add("org/gated")
     cases = {
         "org/dense": "no IFP checkpoint (it has no manifest.json); convert it first: ifprune convert --model org/dense",
-        "org/huge": "with residency ram 1000000000.0 GB of its weights would stay in memory, and this machine has",
+        "org/huge": "with residency ram 1000000000.0 GB of its weights would stay in memory, nothing was downloaded",
         "org/long": "free, and 1000000.0 TB to download",
         "org/gated": "its owner has to grant access",
         "org/missing": "no such folder here, and no such repository on the hub",
@@ -90,9 +90,10 @@ def test_padding_is_no_reason_to_refuse_but_only_where_there_is_some(hub: HubStu
     """Files a little larger than memory: its config says whether they are padded, and is all that is fetched."""
     hub.repositories["org/large"] = hub.repositories["org/tiny"]
     name = next(file for file in hub.repositories["org/tiny"] if file.startswith("neurons-"))
-    hub.sizes["org/large", name] = int(1.1 * physical_memory())
+    hub.sizes["org/large", name] = int(1.1 * this_device().usable)
     ((text, _),) = answers(hub, tmp_path, "org/large")
     assert text.startswith("refused: org/large: with residency ram ")
+    assert text.endswith("; this fits: ifprune chat --model org/large --selector static --residency ssd")
     assert hub.fetched() == ["config.json"]
 
 
