@@ -24,7 +24,7 @@ from ifprune_mlx.constraint import Grammars, json_rule
 from ifprune_mlx.detokenizer import continuing
 from ifprune_mlx.errors import IfpruneError, PromptError
 from ifprune_mlx.model import Model, Progress
-from ifprune_mlx.prompt_cache import DENSE, History, check_quantizable, quantize
+from ifprune_mlx.prompt_cache import DENSE, History, Pace, check_quantizable, quantize
 from ifprune_mlx.selection.selection import Selection
 from ifprune_mlx.selection.selectors import Instruction, Selector, make_selector
 
@@ -197,7 +197,8 @@ def stream_generate(
         json_schema: the answer is JSON that this allows, after the thoughts of a model that thinks.
         kwargs: `sampler`, `logits_processors`, `kv_bits`, `kv_group_size`, `quantized_kv_start`,
             `prefill_step_size`, ..., as in `mlx_lm.stream_generate`, but no `draft_model`. `make_sampler` here makes
-            samplers.
+            samplers. With `prefill_seconds`, the prompt is read in steps that take about so long, or
+            `prefill_step_size` tokens if these take less: `cancel` is heard after each.
 
     Yields:
         mlx-lm's responses; the last one has `finish_reason` and `stats`.
@@ -259,7 +260,7 @@ def answer(
     if request.on_switch not in (REPREFILL, KEEP):
         raise IfpruneError(f"on_switch {request.on_switch!r} is unknown; choose {REPREFILL} or {KEEP}")
     check_options(options)
-    run = _Run(model, history, request, cancel, progress)
+    run = _Run(model, history, request, cancel, progress, Pace(options.pop("prefill_seconds", None)))
     try:
         run.select_and_switch()
         yield from run.decode(tokenizer, max_tokens, options)
@@ -282,8 +283,9 @@ class _Run:
         request: GenerationRequest,
         cancel: Callable[[], bool] | None,
         progress: Progress | None,
+        pace: Pace,
     ) -> None:
-        self.model, self.history, self.request = model, history, request
+        self.model, self.history, self.request, self.pace = model, history, request, pace
         self._cancel, self._progress = cancel, progress
         self.overlap: float | None = None
         self.reused = self.count = 0
@@ -317,7 +319,7 @@ class _Run:
         else:
             base = History.empty(self.model, history.max_kv_size)
         start = len(base.tokens)
-        instruction = Instruction(request.instruction, tuple(request.tokens), base, self._report)
+        instruction = Instruction(request.instruction, tuple(request.tokens), base, self._report, self.pace)
         selected = request.selector.select(instruction, request.keep)
         selection, live, threshold = selected.selection, request.selection, request.switch_below
         if live is not None and threshold is not None and selection.agreement(live) >= threshold:
@@ -356,6 +358,7 @@ class _Run:
         begin, sampler = options.pop("quantized_kv_start", _QUANTIZED_START), options.pop("sampler", None) or _likeliest
         if bits is not None:
             check_quantizable(self.model, self.history.kv, bits, group)
+        read = self.reused  # how many tokens the history holds when mlx-lm takes over
 
         def pack() -> None:
             # Where mlx-lm does it, which also tries the caches that rotate, and fails.
@@ -370,15 +373,27 @@ class _Run:
             if done:
                 pack()
             # Entries for `done` tokens are complete in every layer when mlx-lm calls this.
-            self.history.append(tokens[len(self.history.tokens) : self.reused + done], computed_by)
+            self.history.append(tokens[len(self.history.tokens) : read + done], computed_by)
             # At the end mlx-lm has already read the first answer token: do not cancel before `history` holds it.
-            self._report(done, total, may_cancel=done < total)
+            self._report(read - self.reused + done, len(tokens) - self.reused, may_cancel=done < total)
 
         start = first = time.perf_counter()
+        if self.pace.seconds is not None:  # mlx-lm's steps are all of one size
+            try:
+                for chunk in self.pace.steps(tokens[read:-1], options.get("prefill_step_size", 2048)):
+                    on_prefill(0, 1)
+                    self.model(mx.array([chunk]), cache=self.history.kv)
+                    pack()
+                    mx.eval([cache.state for cache in self.history.kv])
+                    read += len(chunk)
+                    mx.clear_cache()
+            except IfpruneError:
+                self.history.clear(self.model)
+                raise
         stream = lm_stream_generate(
             self.model.module,
             continuing(tokenizer, tokens if self.request.continues else ()),
-            mx.array(tokens[self.reused :]),
+            mx.array(tokens[read:]),
             max_tokens,
             prompt_cache=self.history.kv,
             prompt_progress_callback=on_prefill,
