@@ -358,7 +358,6 @@ class _Run:
         begin, sampler = options.pop("quantized_kv_start", _QUANTIZED_START), options.pop("sampler", None) or _likeliest
         if bits is not None:
             check_quantizable(self.model, self.history.kv, bits, group)
-        read = self.reused  # how many tokens the history holds when mlx-lm takes over
 
         def pack() -> None:
             # Where mlx-lm does it, which also tries the caches that rotate, and fails.
@@ -369,34 +368,23 @@ class _Run:
             pack()
             return sampler(logprobs)
 
-        def on_prefill(done: int, total: int) -> None:
-            if done:
+        def on_read(count: int) -> None:
+            if count > self.reused:
                 pack()
-            # Entries for `done` tokens are complete in every layer when mlx-lm calls this.
-            self.history.append(tokens[len(self.history.tokens) : read + done], computed_by)
+            # Entries for so many tokens are complete in every layer when this is called.
+            self.history.append(tokens[len(self.history.tokens) : count], computed_by)
             # At the end mlx-lm has already read the first answer token: do not cancel before `history` holds it.
-            self._report(read - self.reused + done, len(tokens) - self.reused, may_cancel=done < total)
+            self._report(count - self.reused, len(tokens) - self.reused, may_cancel=count < len(tokens))
 
         start = first = time.perf_counter()
-        if self.pace.seconds is not None:  # mlx-lm's steps are all of one size
-            try:
-                for chunk in self.pace.steps(tokens[read:-1], options.get("prefill_step_size", 2048)):
-                    on_prefill(0, 1)
-                    self.model(mx.array([chunk]), cache=self.history.kv)
-                    pack()
-                    mx.eval([cache.state for cache in self.history.kv])
-                    read += len(chunk)
-                    mx.clear_cache()
-            except IfpruneError:
-                self.history.clear(self.model)
-                raise
+        read = self._read_ahead(options.get("prefill_step_size", 2048), on_read)
         stream = lm_stream_generate(
             self.model.module,
             continuing(tokenizer, tokens if self.request.continues else ()),
             mx.array(tokens[read:]),
             max_tokens,
             prompt_cache=self.history.kv,
-            prompt_progress_callback=on_prefill,
+            prompt_progress_callback=lambda done, _: on_read(read + done),
             sampler=sample,
             **options,
         )
@@ -420,6 +408,23 @@ class _Run:
             raise
         finally:
             stream.close()
+
+    def _read_ahead(self, most: int, on_read: Callable[[int], None]) -> int:
+        """If steps are to take a given time, read all but the prompt's last token; how many tokens have been read."""
+        read = self.reused
+        if self.pace.seconds is None:
+            return read  # mlx-lm reads, in steps of one size
+        try:
+            for chunk in self.pace.steps(self.request.tokens[read:-1], most):
+                on_read(read)
+                self.model(mx.array([chunk]), cache=self.history.kv)
+                mx.eval([cache.state for cache in self.history.kv])
+                mx.clear_cache()
+                read += len(chunk)
+        except IfpruneError:
+            self.history.clear(self.model)
+            raise
+        return read
 
     def cancelled(self) -> GenerationResponse:
         """The last response of an answer that was cancelled before its first token."""

@@ -187,6 +187,29 @@ class Session:
         self.selection = selection
         self.dense = False
 
+    def move_to(
+        self,
+        model: Model,
+        tokenizer: TokenizerWrapper,
+        *,
+        selector: str | Selector | None = None,
+        density: float | None = None,
+        active_parameters: int | None = None,
+        memory: int | None = None,
+    ) -> None:
+        """Go on with another model, which reads the conversation anew and selects anew; with `first`, by its beginning.
+
+        The model that was in use may be closed already. A fixed selection stays with that: policy `task` becomes
+        `first`.
+        """
+        if self._stop is not None:
+            self._check_idle()
+        keep, chosen = model.keep(density, active_parameters, memory), make_selector(model, selector, seed=self._seed)
+        history = History.empty(model, self._max_kv_size)
+        self.model, self.tokenizer, self.keep, self.selector, self.history = model, tokenizer, keep, chosen, history
+        self.selection, self.stats = None, None
+        self.policy = "first" if self.policy == "task" else self.policy
+
     def would_select(self, text: str) -> Selection | None:
         """What this message would select now under policy `auto`; neither the model nor the conversation changes.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from .console import show_answer
@@ -29,6 +30,11 @@ class AnswerWriter:
         self._finder = ThoughtFinder(thinking) if thinking is not None and dims else None
         self._mark = f"{thinking.start}\n" if thinking is not None and thinking.begun and not dims else ""
         self._stream: tuple[bool, MarkdownStream] | None = None
+
+    @staticmethod
+    def prepare() -> None:
+        """Import what writing takes, which is a moment's work."""
+        import_module(".chat_markdown", __package__)
 
     def write(self, text: str) -> None:
         """Write what is final of one more piece of text."""

@@ -212,13 +212,13 @@ def shortened(text: str, width: int) -> str:
     return printable if len(printable) <= width else printable[: max(width - 3, 1)] + "..."
 
 
-def footer(stats: Stats) -> str:
-    """One answer's figures in one line: what selected which neurons, and where the time went."""
+def footer(stats: Stats, more: str = "") -> str:
+    """One answer's figures in one line: what selected which neurons, and where the time went; and what else is told."""
     what = "dense" if stats.selection is None else f"{stats.selector} {stats.density:.2f} {stats.selection[:6]}"
     active = f"{parameters(stats.active_parameters)}/{parameters(stats.total_parameters)}"
     before = stats.select_s + stats.switch_s + stats.prefill_s
     speed = f"{stats.completion_tokens} tokens at {stats.tokens_per_s:.1f}/s"
-    return f"[{what} | {active} | first token {before:.2f} s | {speed}]"
+    return " | ".join(part for part in (f"[{what}", active, f"first token {before:.2f} s", speed, more) if part) + "]"
 
 
 def report(stats: Stats) -> str:
