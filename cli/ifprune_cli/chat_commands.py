@@ -278,9 +278,9 @@ class Commands:
 
 
 def _path(argument: str) -> Path:
-    """A file name as a person types it: with ~, perhaps in quotes."""
-    if len(argument) >= 2 and argument[0] == argument[-1] and argument[0] in "'\"":
-        argument = argument[1:-1]
+    """A file name as a person types it: with ~, perhaps in quotes, of which completion leaves out the second."""
+    if len(argument) >= 2 and argument[0] in "'\"":
+        argument = argument[1:].removesuffix(argument[0])
     try:
         return Path(argument).expanduser()
     except RuntimeError as exc:

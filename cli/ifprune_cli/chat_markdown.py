@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Sequence
 
 from markdown_it import MarkdownIt
+from markdown_it.rules_inline import StateInline
 from markdown_it.token import Token
 from rich.cells import cell_len
 from rich.color import ColorSystem
@@ -26,8 +27,22 @@ from .console import draw, without_controls
 
 # Characters of one block after which it is cut, and the share of the time that drawing may take.
 _LONGEST_BLOCK, _SHARE = 32_000, 0.1
+
+
+def _line_end(state: StateInline, silent: bool) -> bool:
+    """A line's end within a paragraph, and the spaces after it: poems need them, and so does code without fences."""
+    if state.src[state.pos] != "\n":
+        return False
+    if not silent:
+        state.pending = state.pending.rstrip(" ")
+        state.push("hardbreak", "br", 0)
+    state.pos += 1
+    return True
+
+
 # HTML is shown as it is written.
 _PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
+_PARSER.inline.ruler.at("newline", _line_end)
 # Colours of the terminal's own palette, which can be read on its background, whatever that is.
 _THEME = Theme({"markdown.code": "cyan", "markdown.h1": "bold underline", "markdown.h2": "bold"})
 
@@ -159,12 +174,9 @@ class MarkdownStream:
 
 
 def _blocks(tokens: Iterable[Token]) -> list[list[Token]]:
-    """The tokens of every block of the text; a line's end within a paragraph is kept, as poems need it."""
+    """The tokens of every block of the text."""
     blocks: list[list[Token]] = []
     for token in tokens:
-        for child in token.children or ():
-            if child.type == "softbreak":
-                child.type = "hardbreak"
         if token.level == 0 and token.nesting >= 0:
             blocks.append([])
         blocks[-1].append(token)

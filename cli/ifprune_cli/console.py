@@ -10,10 +10,12 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -45,12 +47,24 @@ def one_line(text: object) -> str:
 
 
 def note(text: str, *, dim: bool = False) -> None:
-    """A line for the person at the terminal, on stderr; `dim` where that terminal has colours."""
+    """A line for the person at the terminal, on stderr; `dim` where that terminal has colours.
+
+    A terminal breaks it between words, and begins the next line under the last column of a table.
+    """
     text = printable(text)
+    if sys.stderr.isatty():
+        text = "\n".join(_wrapped(line, shutil.get_terminal_size().columns) for line in text.split("\n"))
     if dim and sys.stderr.isatty() and not os.environ.get("NO_COLOR"):
         text = f"\x1b[2m{text}\x1b[0m"
     with _live_line.hidden():
         print(text, file=sys.stderr, flush=True)
+
+
+def _wrapped(line: str, width: int) -> str:
+    column = re.match(r" *(\S.*\S {2,})?", line)
+    indent = " " * len(column[0]) if column is not None and 2 * len(column[0]) < width else ""
+    wrap = partial(textwrap.wrap, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(wrap(line, width, subsequent_indent=indent)) if len(line) > width else line
 
 
 def show(text: object = "", end: str = "\n") -> None:
