@@ -352,7 +352,7 @@ class _Conversation:
             if not self._told_penalty:
                 own = self._session.model.checkpoint.layout.density
                 note(
-                    f"[below density {own:.2f} this model repeats itself more easily: repetition penalty {penalty}; "
+                    f"[below the model's own density, {own:.2f}: repetition penalty {penalty}; "
                     "--repetition-penalty 1 turns it off]",
                     dim=True,
                 )

@@ -161,11 +161,11 @@ class MarkdownStream:
         same = min(same, len(lines) - 1)
         # A terminal that became narrower has broken lines that were drawn for a wider one.
         heights = [max(-(-cell_len(Text.from_ansi(line).plain) // size.columns), 1) for line in old]
-        while sum(heights[same:]) >= size.lines:
+        while same < len(lines) - 1 and sum(heights[same:]) > size.lines:
             same += 1  # what has left the screen stays as it is
         self._drawn = list(lines)
         if same < len(old) - 1 or (old and same < len(old) and not lines[same].startswith(old[same])):
-            up = sum(heights[same:]) - 1
+            up = min(sum(heights[same:]), size.lines) - 1
             draw((f"\x1b[{up}A" if up else "") + "\r\x1b[J" + "\r\n".join(lines[same:]))
         elif same < len(old):  # the last line has become longer
             draw("\r\n".join([lines[same][len(old[same]) :], *lines[same + 1 :]]))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ifprune_mlx import Session
 
 # mlx-lm's penalty as it is used where none is asked for, and how many of the last tokens it counts.
@@ -16,8 +14,9 @@ def penalize(session: Session, penalty: float) -> None:
     """Let the session's next answers use mlx-lm's repetition penalty; 1 is none."""
     from mlx_lm.sample_utils import make_logits_processors
 
-    processors: Any = make_logits_processors(repetition_penalty=penalty, repetition_context_size=_CONTEXT)
-    session.options["logits_processors"] = None if penalty == 1 else processors
+    session.options["logits_processors"] = make_logits_processors(
+        repetition_penalty=None if penalty == 1 else penalty, repetition_context_size=_CONTEXT
+    )
 
 
 def below_own_density(session: Session) -> bool:

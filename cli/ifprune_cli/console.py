@@ -116,6 +116,7 @@ class _LiveLine:
         """Show a job; returns its number."""
         with self._lock:
             self._jobs.append(text)
+            self._show(text)
             if not self._turning:
                 self._turning = True
                 threading.Thread(target=self._turn, daemon=True).start()
@@ -143,13 +144,13 @@ class _LiveLine:
 
     def _turn(self) -> None:
         while True:
+            time.sleep(_LIVE)
             with self._lock:
                 self._turning = bool(self._jobs)
                 if not self._turning:
                     return
                 with suppress(OSError):  # the terminal has gone; what is said next finds out
                     self._show(next((text for text in reversed(self._jobs) if text is not None), None))
-            time.sleep(_LIVE)
 
     def _show(self, text: str | None) -> None:
         if text is None:
