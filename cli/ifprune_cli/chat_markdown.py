@@ -115,8 +115,10 @@ class MarkdownStream:
         if not blocks:
             return
         rendered = [self._render(block) for block in blocks]
-        lines = [line for number, each in enumerate(rendered) for line in ([""] if number else []) + each]
-        self._draw(lines)
+        shown = [each for each in rendered if each]  # a "#" is a title without words
+        lines = [line for number, each in enumerate(shown) for line in ([""] if number else []) + each]
+        if lines or self._drawn:
+            self._draw(lines or [""])
         source = self._text.splitlines(keepends=True)
         begin = (blocks[-1][0].map or [0])[0]
         # Its first line tells whether it is a block of its own: a "1" may become the next item of a list.

@@ -90,7 +90,7 @@ class Terminal:
             data = os.read(self._master, 65536)
             self._seen += data
             self._stream.feed(data)
-        assert b"Traceback" not in self._seen, self._seen[-3000:].decode()
+        assert b"Traceback" not in self._seen, self._seen[self._seen.find(b"Traceback") :][-3000:].decode()
         self._seen = self._seen[match.end() :]
 
     def stop_an_answer(self, keys: str) -> None:
