@@ -1,4 +1,4 @@
-"""`ifprune chat` as a person sees it, on a pseudo-terminal: waiting, wrapping, stopping, loops, topics, and commands."""
+"""`ifprune chat` as a person sees it, on a pseudo-terminal: waiting, wrapping, stopping, loops, topics, commands."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_something_moves_from_the_first_moment(tiny_checkpoint: Path, tmp_path: 
 
 @pytest.fixture(scope="module")
 def slow_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that takes seconds to read 512 tokens, wherever it runs: wide, and in bfloat16, which has no fast BLAS."""
+    """A model that takes seconds to read 512 tokens, wherever it runs: in bfloat16, which has no fast BLAS."""
     changes = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "max_position_embeddings": 65536}
     return write_checkpoint(tmp_path_factory.mktemp("slow") / "checkpoint", **changes)
 
@@ -94,20 +94,20 @@ def test_ctrl_c_stops_reading_within_a_second(slow_checkpoint: Path, tmp_path: P
         terminal.expect(PROMPT)
         assert time.monotonic() - begun < 1
         assert not any("^C" in line for line in terminal.lines)
+        terminal.send("\r")
         assert terminal.leave() == 0
 
 
 def test_keys_typed_during_an_answer_do_not_get_into_it(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    text = "an answer of some length " * 8
+    text = "an answer " + " ".join(f"of {number} words" for number in range(40))
     with Scripted(tiny_checkpoint, tmp_path, text, "-m", "-1", "--dense") as terminal:
         terminal.expect(PROMPT)
         terminal.send("hello\r")
         terminal.expect(rb"an ans")
         terminal.send("typed ahead")
         terminal.expect(rb"tokens at")
-        assert "typed ahead" not in "\n".join(terminal.lines)
-        terminal.expect(PROMPT)
-        terminal.expect(b"typed ahead")
+        terminal.expect(PROMPT + b".*typed ahead")
+        assert " ".join(terminal.lines).count("typed ahead") == 1
         terminal.send("\x03")
         terminal.expect(PROMPT)
         terminal.send("hello\r")
@@ -265,15 +265,13 @@ def test_where_the_penalty_is_on_by_itself(tiny: tuple[Model, Any]) -> None:
 
 
 def test_the_penalty_is_said_once(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    said = b"below the model's own density, 0.90: repetition penalty 1.1; --repetition-penalty 1 turns it off"
+    said = "below the model's own density, 0.90: repetition penalty 1.1; --repetition-penalty 1 turns it off"
     with Terminal(tiny_checkpoint, tmp_path / "cache", "-m", "4") as terminal:
         for keys in ("hello\r", "/density 0.25\r", "hello\r", "hello\r"):
             terminal.expect(PROMPT)
             terminal.send(keys)
-        terminal.expect(said)
-        terminal.expect(rb"tokens at.*tokens at")
-        assert "\n".join(terminal.lines).count("repetition penalty") == 1
         assert terminal.leave() == 0
+        assert "\n".join(terminal.lines).count(said) == 1
 
 
 def test_a_pipe_gets_what_the_model_says(tiny_checkpoint: Path, tiny: tuple[Model, Any]) -> None:
