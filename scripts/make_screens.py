@@ -97,7 +97,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     out = parser.parse_args().out
-    parts = ["# Terminal screens", "Made by `python -m scripts.make_screens` in a pseudo-terminal, on Linux."]
+    parts = [
+        "# Terminal screens",
+        "Made by `python -m scripts.make_screens` in a pseudo-terminal, on Linux; the machine was busy.",
+    ]
     for scene in SCENES:
         command = " ".join(("ifprune", *scene.command))
         parts += [f"## {scene.title}", f"{scene.text} The terminal has {scene.columns} columns."]
