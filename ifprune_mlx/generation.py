@@ -24,7 +24,7 @@ from ifprune_mlx.constraint import Grammars, json_rule
 from ifprune_mlx.detokenizer import continuing
 from ifprune_mlx.errors import IfpruneError, PromptError
 from ifprune_mlx.model import Model, Progress
-from ifprune_mlx.prompt_cache import DENSE, History, check_quantizable, quantize
+from ifprune_mlx.prompt_cache import DENSE, History, Pace, check_quantizable, quantize
 from ifprune_mlx.selection.selection import Selection
 from ifprune_mlx.selection.selectors import Instruction, Selector, make_selector
 
@@ -197,7 +197,8 @@ def stream_generate(
         json_schema: the answer is JSON that this allows, after the thoughts of a model that thinks.
         kwargs: `sampler`, `logits_processors`, `kv_bits`, `kv_group_size`, `quantized_kv_start`,
             `prefill_step_size`, ..., as in `mlx_lm.stream_generate`, but no `draft_model`. `make_sampler` here makes
-            samplers.
+            samplers. With `prefill_seconds`, the prompt is read in steps that take about so long, or
+            `prefill_step_size` tokens if these take less: `cancel` is heard after each.
 
     Yields:
         mlx-lm's responses; the last one has `finish_reason` and `stats`.
@@ -259,7 +260,7 @@ def answer(
     if request.on_switch not in (REPREFILL, KEEP):
         raise IfpruneError(f"on_switch {request.on_switch!r} is unknown; choose {REPREFILL} or {KEEP}")
     check_options(options)
-    run = _Run(model, history, request, cancel, progress)
+    run = _Run(model, history, request, cancel, progress, Pace(options.pop("prefill_seconds", None)))
     try:
         run.select_and_switch()
         yield from run.decode(tokenizer, max_tokens, options)
@@ -282,8 +283,9 @@ class _Run:
         request: GenerationRequest,
         cancel: Callable[[], bool] | None,
         progress: Progress | None,
+        pace: Pace,
     ) -> None:
-        self.model, self.history, self.request = model, history, request
+        self.model, self.history, self.request, self.pace = model, history, request, pace
         self._cancel, self._progress = cancel, progress
         self.overlap: float | None = None
         self.reused = self.count = 0
@@ -317,7 +319,7 @@ class _Run:
         else:
             base = History.empty(self.model, history.max_kv_size)
         start = len(base.tokens)
-        instruction = Instruction(request.instruction, tuple(request.tokens), base, self._report)
+        instruction = Instruction(request.instruction, tuple(request.tokens), base, self._report, self.pace)
         selected = request.selector.select(instruction, request.keep)
         selection, live, threshold = selected.selection, request.selection, request.switch_below
         if live is not None and threshold is not None and selection.agreement(live) >= threshold:
@@ -366,22 +368,23 @@ class _Run:
             pack()
             return sampler(logprobs)
 
-        def on_prefill(done: int, total: int) -> None:
-            if done:
+        def on_read(count: int) -> None:
+            if count > self.reused:
                 pack()
-            # Entries for `done` tokens are complete in every layer when mlx-lm calls this.
-            self.history.append(tokens[len(self.history.tokens) : self.reused + done], computed_by)
+            # Entries for so many tokens are complete in every layer when this is called.
+            self.history.append(tokens[len(self.history.tokens) : count], computed_by)
             # At the end mlx-lm has already read the first answer token: do not cancel before `history` holds it.
-            self._report(done, total, may_cancel=done < total)
+            self._report(count - self.reused, len(tokens) - self.reused, may_cancel=count < len(tokens))
 
         start = first = time.perf_counter()
+        read = self._read_ahead(options.get("prefill_step_size", 2048), on_read)
         stream = lm_stream_generate(
             self.model.module,
             continuing(tokenizer, tokens if self.request.continues else ()),
-            mx.array(tokens[self.reused :]),
+            mx.array(tokens[read:]),
             max_tokens,
             prompt_cache=self.history.kv,
-            prompt_progress_callback=on_prefill,
+            prompt_progress_callback=lambda done, _: on_read(read + done),
             sampler=sample,
             **options,
         )
@@ -405,6 +408,23 @@ class _Run:
             raise
         finally:
             stream.close()
+
+    def _read_ahead(self, most: int, on_read: Callable[[int], None]) -> int:
+        """If steps are to take a given time, read all but the prompt's last token; how many tokens have been read."""
+        read = self.reused
+        if self.pace.seconds is None:
+            return read  # mlx-lm reads, in steps of one size
+        try:
+            for chunk in self.pace.steps(self.request.tokens[read:-1], most):
+                on_read(read)
+                self.model(mx.array([chunk]), cache=self.history.kv)
+                mx.eval([cache.state for cache in self.history.kv])
+                mx.clear_cache()
+                read += len(chunk)
+        except IfpruneError:
+            self.history.clear(self.model)
+            raise
+        return read
 
     def cancelled(self) -> GenerationResponse:
         """The last response of an answer that was cancelled before its first token."""

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 DENSE = "dense"
 _STEP = 512
+_FIRST_STEP, _LEAST_STEP = 32, 8
 _KEPT = 4  # of a bounded cache's first tokens, as in mlx-lm
 
 
@@ -95,6 +97,34 @@ def check_quantizable(model: Model, kv: Sequence[Any], bits: int, group_size: in
         raise IfpruneError(
             f"{cannot} in groups of {group_size} ({reason_of(exc)}); choose another size, or leave it out"
         ) from exc
+
+
+class Pace:
+    """How many prompt tokens are read at a time: what takes about so long, so that who cancels need not wait longer.
+
+    Attributes:
+        seconds: of a step; None reads as much at a time as may be.
+    """
+
+    def __init__(self, seconds: float | None = None) -> None:
+        self.seconds = seconds
+        self._size = _FIRST_STEP
+
+    def steps(self, tokens: Sequence[int], most: int) -> Iterator[list[int]]:
+        """The tokens in pieces of at most so many, each as long as the time that the one before took allows."""
+        start = 0
+        while start < len(tokens):
+            size = most if self.seconds is None else min(self._size, most)
+            begun = time.perf_counter()
+            yield list(tokens[start : start + size])
+            start += size
+            if self.seconds is None:
+                continue
+            taken = time.perf_counter() - begun
+            if taken > self.seconds:
+                self._size = max(size // 2, _LEAST_STEP)
+            elif taken < self.seconds / 2:
+                self._size = size * 2
 
 
 @dataclass(frozen=True)

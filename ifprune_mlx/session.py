@@ -27,7 +27,7 @@ from ifprune_mlx.model import Model, Progress
 from ifprune_mlx.model_lock import ModelBusyError, Operation
 from ifprune_mlx.prompt_cache import History
 from ifprune_mlx.selection.selection import Selection
-from ifprune_mlx.selection.selectors import SELECTORS, Selector, make_selector
+from ifprune_mlx.selection.selectors import SELECTORS, Instruction, Selector, make_selector
 
 POLICIES = ("first", "turn", "auto", "task", "system")
 _FILE_FORMAT = 1
@@ -53,7 +53,8 @@ class Session:
         switch_below: policy `auto` switches if the agreement (`Selection.agreement`) is below this.
         system_prompt: comes before the first message.
         max_kv_size: how many tokens a layer's KV cache may hold; see `ifprune_mlx.prompt_cache.make_cache`.
-        options: passed to mlx-lm's generation: `sampler`, `logits_processors`, `kv_bits`, `prefill_step_size`, ...
+        options: passed to mlx-lm's generation: `sampler`, `logits_processors`, `kv_bits`, `prefill_step_size`, ...;
+            also `prefill_seconds`, see `stream_generate`.
 
     Attributes:
         messages: the conversation so far, without the system prompt.
@@ -185,6 +186,45 @@ class Session:
         self.model.check(selection)
         self.selection = selection
         self.dense = False
+
+    def move_to(
+        self,
+        model: Model,
+        tokenizer: TokenizerWrapper,
+        *,
+        selector: str | Selector | None = None,
+        density: float | None = None,
+        active_parameters: int | None = None,
+        memory: int | None = None,
+    ) -> None:
+        """Go on with another model, which reads the conversation anew and selects anew; with `first`, by its beginning.
+
+        The model that was in use may be closed already. A fixed selection stays with that: policy `task` becomes
+        `first`.
+        """
+        if self._stop is not None:
+            self._check_idle()
+        keep, chosen = model.keep(density, active_parameters, memory), make_selector(model, selector, seed=self._seed)
+        history = History.empty(model, self._max_kv_size)
+        self.model, self.tokenizer, self.keep, self.selector, self.history = model, tokenizer, keep, chosen, history
+        self.selection, self.stats = None, None
+        self.policy = "first" if self.policy == "task" else self.policy
+
+    def would_select(self, text: str) -> Selection | None:
+        """What this message would select now under policy `auto`; neither the model nor the conversation changes.
+
+        Returns:
+            None if nothing selects, or only reading the conversation could tell (selector `activation`).
+        """
+        self._check_idle()
+        if self.dense or self.selector is None or self.selector.name == "activation":
+            return None
+        with self.model.lock.held():
+            live = self.model.selection
+            try:
+                return self.selector.select(Instruction(text, ()), self.keep).selection
+            finally:
+                self.model.switch(live)
 
     def set_budget(
         self, density: float | None = None, active_parameters: int | None = None, memory: int | None = None

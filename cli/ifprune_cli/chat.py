@@ -7,19 +7,20 @@ and nothing else.
 from __future__ import annotations
 
 import io
-import os
+import math
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Literal, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
 
-from .console import footer, note, one_line, progress, show, show_answer
-from .loading import Runtime, open_runtime
+from .console import footer, note, one_line, progress, show
+from .loading import Runtime, checkpoint_path, open_runtime
 from .logs import show_cause
 from .options import (
     Budget,
@@ -36,16 +37,36 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ifprune_mlx import Session, Stats
-    from ifprune_mlx.thinking import Thinking
+    from ifprune_mlx import Selection, Session, Stats
 
     from .chat_commands import Commands
     from .chat_input import LineEditor
 
 
+_STEP_SECONDS = 0.3  # while a prompt is read, Ctrl-C waits for a step's end; the first may take longer than this
+
+
 @dataclass(frozen=True)
 class _Sampling(Sampling):
-    prefill_step_size: PrefillStepOption = 512  # Ctrl-C and the progress bar wait for a step's end
+    prefill_step_size: PrefillStepOption = 512
+    repetition_penalty: Annotated[
+        Optional[float],
+        typer.Option(
+            "--repetition-penalty",
+            metavar="X",
+            rich_help_panel="Sampling",
+            help="Make the last 64 tokens this much less likely to come again, such as 1.1; 1 is off.  [default: 1; on "
+            "a terminal 1.1, where the density is below the checkpoint's own]",
+        ),
+    ] = None
+
+    def arguments(self) -> dict[str, Any]:
+        """As of all commands; the chat itself sets the penalty, since the density may change."""
+        from ifprune_mlx import IfpruneError
+
+        if self.repetition_penalty is not None and not 0 < self.repetition_penalty < math.inf:
+            raise IfpruneError(f"--repetition-penalty {self.repetition_penalty}: give a number above 0, such as 1.1")
+        return super().arguments()
 
 
 @dataclass(frozen=True)
@@ -85,41 +106,99 @@ def chat(
     sampling: _Sampling,
 ) -> int:
     """Chat with a model that selects its neurons by what is said. In the chat, /help lists the commands."""
-    from ifprune_mlx import ChatFileError, PromptError
+    typed = sys.stdin.isatty()
+    with ExitStack() as stack:
+        waiting = stack.enter_context(ExitStack())
+        waiting.enter_context(progress("loading", ""))
+        from .chat_input import LineEditor, keys_unseen, piped
 
-    tokens, load = conversing.max_tokens, conversing.load
-    if tokens == 0 or tokens < -1:
-        raise PromptError(f"max tokens is {tokens}; give a number above 0, or -1 for no limit")
-    if load is not None and not load.is_file():
-        raise ChatFileError(f"{load}: no such saved chat")
-    replace(choice, dense=False).check_exclusive(budget)  # /dense off goes back to the selection
-    check_exclusive({"--selection": choice.selection, "--task": choice.task, "--policy": conversing.policy})
-    template = {"--ignore-chat-template": conversing.ignore_chat_template}
-    check_exclusive({**template, "--chat-template-config": conversing.chat_template_config})
-    runtime = open_runtime(
-        model,
-        choice,
-        budget,
-        selecting,
-        sampling,
-        template=not conversing.ignore_chat_template,
-        variables=conversing.chat_template_config,
-    )
-    from .chat_commands import Commands
-    from .chat_input import LineEditor, piped
+        if typed:
+            stack.enter_context(keys_unseen())
+        from ifprune_mlx import ChatFileError, PromptError
 
-    session = _session(runtime, conversing)
-    commands = Commands(session)
-    if not sys.stdin.isatty():
-        return _Conversation(session, commands, tokens).run(piped(sys.stdin.buffer))
-    from ifprune_convert.embedded import cache_folder
+        tokens, load = conversing.max_tokens, conversing.load
+        if tokens == 0 or tokens < -1:
+            raise PromptError(f"max tokens is {tokens}; give a number above 0, or -1 for no limit")
+        if load is not None and not load.is_file():
+            raise ChatFileError(f"{load}: no such saved chat")
+        replace(choice, dense=False).check_exclusive(budget)  # /dense off goes back to the selection
+        check_exclusive({"--selection": choice.selection, "--task": choice.task, "--policy": conversing.policy})
+        template = {"--ignore-chat-template": conversing.ignore_chat_template}
+        check_exclusive({**template, "--chat-template-config": conversing.chat_template_config})
 
-    note(f"{runtime.name}\n{commands.describe()}\n/help for commands, Ctrl-D to leave")
-    if load is not None:
-        commands.show_turns(load)
-    editor = LineEditor(commands.names, commands.with_file, cache_folder() / "chat_history")
-    _Conversation(session, commands, tokens, editor).run(editor)
+        def opened(name: str | None, choice: SelectionOptions) -> Runtime:
+            return open_runtime(
+                replace(model, model=name),
+                choice,
+                budget,
+                selecting,
+                sampling,
+                template=not conversing.ignore_chat_template,
+                variables=conversing.chat_template_config,
+            )
+
+        from .chat_commands import Commands
+
+        runtime = opened(model.model, choice)
+        models = _Models(model, replace(choice, selection=None, task=None), opened)
+        commands = Commands(_session(runtime, conversing), runtime.name, models.change)
+        penalty = sampling.repetition_penalty
+        if not typed:
+            waiting.close()
+            return _Conversation(commands, tokens, penalty).run(piped(sys.stdin.buffer))
+        from ifprune_convert.embedded import cache_folder
+
+        from .chat_answer import AnswerWriter
+
+        AnswerWriter.prepare()
+        waiting.close()
+        note(f"{runtime.name}\n{commands.describe()}\n/help for commands, Ctrl-D to leave")
+        if load is not None:
+            commands.show_turns(load)
+        editor = LineEditor(commands.names, commands.with_file, commands.choices, cache_folder() / "chat_history")
+        commands.confirm = editor.confirm
+        _Conversation(commands, tokens, penalty, editor).run(editor)
     return 0
+
+
+class _Models:
+    """Takes a conversation from one model to another.
+
+    Args:
+        model: the options of the first one.
+        choice: what selects, on every model.
+        opened: loads a model by its name, None for the embedded one.
+    """
+
+    def __init__(
+        self, model: ModelOptions, choice: SelectionOptions, opened: Callable[[str | None, SelectionOptions], Runtime]
+    ) -> None:
+        self._model = model
+        self._choice = choice
+        self._opened = opened
+
+    def change(self, session: Session, name: str | None) -> str:
+        """Go on with the model of this name; returns what people call it.
+
+        Raises:
+            IfpruneError: if it cannot be used. The conversation then stays on its model.
+        """
+        from ifprune_mlx import Checkpoint
+
+        with progress("loading", ""):
+            Checkpoint.open(checkpoint_path(name, residency=self._model.residency))
+            session.model.close()  # the two may not fit into memory together
+            try:
+                runtime = self._opened(name, self._choice)
+            except BaseException:
+                self._move(session, self._opened(self._model.model, self._choice))
+                raise
+            self._move(session, runtime)
+            self._model = replace(self._model, model=name)
+        return runtime.name
+
+    def _move(self, session: Session, runtime: Runtime) -> None:
+        session.move_to(runtime.model, runtime.tokenizer, selector=runtime.selector, **runtime.budget)
 
 
 def _session(runtime: Runtime, conversing: _Conversing) -> Session:
@@ -132,6 +211,7 @@ def _session(runtime: Runtime, conversing: _Conversing) -> Session:
         policy=conversing.policy or "first",
         on_switch=conversing.on_switch or "reprefill",
         system_prompt=conversing.system_prompt,
+        prefill_seconds=_STEP_SECONDS if sys.stdin.isatty() else None,
         **runtime.arguments,
     )
     if conversing.load is None:
@@ -155,18 +235,24 @@ def _session(runtime: Runtime, conversing: _Conversing) -> Session:
 
 
 class _Conversation:
-    """The loop: takes messages, answers them or runs them as commands, and survives what goes wrong with one."""
+    """The loop: takes messages, answers them or runs them as commands, and survives what goes wrong with one.
 
-    def __init__(self, session: Session, commands: Commands, max_tokens: int, editor: LineEditor | None = None) -> None:
-        from ifprune_mlx.chat_template import thinking_in_chats
+    Args:
+        penalty: for repetitions; None for one where the density asks for it, if there is an editor.
+        editor: where a person types; None for messages of a pipe, which get what the model says as it is.
+    """
 
-        self._session = session
-        self._thinking = thinking_in_chats(session.tokenizer)
+    def __init__(
+        self, commands: Commands, max_tokens: int, penalty: float | None, editor: LineEditor | None = None
+    ) -> None:
         self._commands = commands
+        self._session = commands.session
         self._max_tokens = max_tokens
+        self._penalty = penalty
         self._editor = editor
-        self._answering = False
+        self._answering = self._loading = self._said = self._told_penalty = False
         self._interrupts = 0
+        self._told: Selection | None = None  # of the last message of another topic that was told of
 
     def run(self, messages: Iterable[str]) -> int:
         """Take messages until they end or one says /quit; the exit code: 1 if anything went wrong on the way."""
@@ -194,10 +280,19 @@ class _Conversation:
     def _take(self, text: str) -> bool:
         """Answer one message or carry out one command; False if the chat is to end."""
         text.encode("utf-8")
-        if text.startswith("/") and not text.startswith("//"):
+        if not text.startswith("/") or text.startswith("//"):
+            self._answer(text[1:] if text.startswith("/") else text)
+            return True
+        self._loading = text.startswith("/model") and self._editor is not None
+        try:
             return self._commands.run(text)
-        self._answer(text[1:] if text.startswith("/") else text)
-        return True
+        except KeyboardInterrupt:
+            if not self._loading:
+                raise
+            note("stopped; the model stays")
+            return True
+        finally:
+            self._loading = False
 
     def _explained(self, exc: Exception) -> str:
         """One line on what went wrong with a message, and what to do."""
@@ -212,31 +307,92 @@ class _Conversation:
 
     def _answer(self, text: str) -> None:
         """Stream one answer, then its figures."""
-        said = False
-        stats = None
-        shown = _Shown(self._thinking)
-        self._interrupts, self._answering = 0, True
+        from ifprune_mlx.chat_template import thinking_in_chats
+
+        from .chat_answer import AnswerWriter
+        from .chat_repetition import LoopFinder
+
+        session, stats, looped = self._session, None, False
+        live = session.model.selection
+        self._set_penalty()
+        shown = AnswerWriter(thinking_in_chats(session.tokenizer))
+        loops = LoopFinder() if self._editor is not None and self._penalty != 1 else None
+        self._interrupts, self._answering, self._said = 0, True, False
         try:
-            with progress("prefill", "tokens") as update:
-                for response in self._session.stream(text, max_tokens=self._max_tokens, progress=update):
-                    said = said or bool(response.text)
+            with progress("reading", "tokens") as update:
+                for response in session.stream(text, max_tokens=self._max_tokens, progress=update):
+                    self._said = self._said or bool(response.text)
                     shown.write(response.text)
                     stats = response.stats
+                    if loops is not None and not looped and loops.feed(response.token):
+                        looped = True
+                        session.cancel()
         finally:
             self._answering = False
             shown.finish()
-            if said or stats is not None:
+            if self._said or stats is not None:
                 show()
             if self._interrupts and self._editor is not None:
                 self._editor.discard()
-        if stats is not None:
-            if stats.completion_tokens:
-                note(f"{footer(stats)}{self._ending(stats)}", dim=True)
-            else:
-                note("[stopped before the answer began; the message is forgotten]", dim=True)
+        if stats is None:
+            return
+        if not stats.completion_tokens:
+            note("[stopped before the answer began; the message is forgotten]", dim=True)
+            return
+        note(f"{footer(stats, self._switched(live, stats))}{self._ending(stats, looped)}", dim=True)
+        self._tell_topic(text)
 
-    def _ending(self, stats: Stats) -> str:
+    def _set_penalty(self) -> None:
+        """Use the repetition penalty for the next answer; say so where nobody asked for it."""
+        from .chat_repetition import PENALTY, below_own_density, penalize
+
+        penalty = 1.0 if self._penalty is None else self._penalty
+        if self._penalty is None and self._editor is not None and below_own_density(self._session):
+            penalty = PENALTY
+            if not self._told_penalty:
+                own = self._session.model.checkpoint.layout.density
+                note(
+                    f"[below the model's own density, {own:.2f}: repetition penalty {penalty}; "
+                    "--repetition-penalty 1 turns it off]",
+                    dim=True,
+                )
+                self._told_penalty = True
+        penalize(self._session, penalty)
+
+    def _switched(self, live: Selection | None, stats: Stats) -> str:
+        """What the answer changed of the selection that was live before; empty if nothing."""
+        from ifprune_mlx import TaskStore
+
+        from .chat_topics import change
+
+        now = self._session.model.selection
+        if live is None or now is None or live.hash == now.hash:
+            return ""
+        return f"switched: {change(TaskStore(self._session.model.checkpoint), live, now)}"
+
+    def _tell_topic(self, text: str) -> None:
+        """Say that policy `auto` would have switched at this message, once for each other topic."""
+        from ifprune_mlx import TaskStore
+
+        from .chat_topics import change
+
+        session, live = self._session, self._session.selection
+        if self._editor is None or session.policy != "first" or live is None or len(session.messages) <= 2:
+            return
+        if session.selector is None or session.selector.name != live.selector:
+            return  # a task, or a file
+        other = session.would_select(text)
+        if other is None or other.agreement(live) >= session.switch_below:
+            self._told = None
+        elif self._told is None or other.agreement(self._told) < session.switch_below:
+            self._told = other
+            what = change(TaskStore(session.model.checkpoint), live, other)
+            note(f"[another topic: its own selection would be {what}; /policy auto follows topics]", dim=True)
+
+    def _ending(self, stats: Stats, looped: bool) -> str:
         """Why the answer ends where it does, if not of itself."""
+        if looped:
+            return "\n[ended: the answer was repeating itself; a higher /density or --repetition-penalty may help]"
         if stats.finish_reason == "cancelled":
             return " stopped"
         if stats.finish_reason != "length":
@@ -247,36 +403,12 @@ class _Conversation:
     def _interrupted(self, signum: int, frame: FrameType | None) -> None:
         """Ctrl-C. It only asks to stop: an exception within a model call would leave the layers' caches out of step."""
         if not self._answering:
-            if self._editor is None:
+            if self._editor is None or self._loading:
                 raise KeyboardInterrupt
             return  # at the prompt the line editor takes it; a command is over in a moment
         self._interrupts += 1
         self._session.cancel()
-        if self._interrupts == 2:
-            note("\nstopping after the step in work; Ctrl-C again leaves the chat at once")
+        if self._interrupts == 2 and not self._said:
+            note("stopping after the step in work; Ctrl-C again leaves the chat at once")
         if self._interrupts > 2:
             raise KeyboardInterrupt
-
-
-class _Shown:
-    """Writes an answer to stdout. Thoughts are dim on a terminal; elsewhere their marks tell them apart."""
-
-    def __init__(self, thinking: Thinking | None) -> None:
-        from ifprune_mlx.thinking import ThoughtFinder
-
-        dims = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        self._finder = ThoughtFinder(thinking) if thinking is not None and dims else None
-        self._mark = f"{thinking.start}\n" if thinking is not None and thinking.begun and not dims else ""
-
-    def write(self, text: str) -> None:
-        """Write what is final of one more piece of text."""
-        if text and self._mark:  # which stands in the prompt
-            text, self._mark = self._mark + text, ""
-        for thought, piece in [(False, text)] if self._finder is None else self._finder.feed(text):
-            show_answer(piece, dim=thought)
-
-    def finish(self) -> None:
-        """Write the rest, after the last text."""
-        if self._finder is not None:
-            thought, rest = self._finder.finish()
-            show_answer(rest, dim=thought)

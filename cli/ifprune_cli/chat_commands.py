@@ -10,11 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ifprune_mlx import ChatFileError, IfpruneError, Selection, Session, TaskStore
+from ifprune_mlx.checkpoint.hub import cached_checkpoints
 from ifprune_mlx.checkpoint.json_file import read_json_object
 
 from .console import note, parameters, report, shortened
+from .loading import EMBEDDED
 
 _TURNS_SHOWN = 8
+_POLICIES = {
+    "first": "the first message selects, for the whole conversation",
+    "turn": "every message selects",
+    "auto": "a message selects anew where the topic changes",
+    "system": "the system prompt selects",
+}
 
 
 @dataclass(frozen=True)
@@ -27,18 +35,29 @@ class _Command:
 class Commands:
     """The commands of one chat.
 
+    Args:
+        name: of its model.
+        change_model: takes it over to another model, the embedded one for None; returns that model's name.
+
     Attributes:
+        session: the conversation.
         names: every command, as it is typed.
         with_file: those that take a file name.
+        confirm: asks the person yes or no; None where nobody is there to ask.
     """
 
-    with_file = ("/select", "/save", "/load")
+    with_file = ("/select", "/save", "/load", "/model")
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    def __init__(self, session: Session, name: str, change_model: Callable[[Session, str | None], str]) -> None:
+        self.session = session
+        self.confirm: Callable[[str], bool] | None = None
+        self._name = name
+        self._change_model = change_model
         self._table = {
             "/help": _Command(self._help, "", "show this list"),
             "/reset": _Command(self._reset, "", "forget the conversation; the next message selects anew"),
+            "/model": _Command(self._model, "[NAME]", "go on with another model; alone: list those at hand"),
+            "/policy": _Command(self._policy, "[NAME]", f"what selects: {', '.join(_POLICIES)}; alone: show it"),
             "/select": _Command(
                 self._select, "[TEXT|FILE]", "select anew: by the next message, by TEXT, or use a saved .safetensors"
             ),
@@ -81,9 +100,19 @@ class Commands:
             raise ChatFileError(f"{shortened(argument, 40)}: {exc.strerror or exc}") from exc
         return True
 
+    def choices(self, name: str) -> list[str]:
+        """What may stand after a command, for completion."""
+        if name == "/model":
+            return _models()
+        if name == "/policy":
+            return list(_POLICIES)
+        if name == "/task":
+            return [task.name for task in TaskStore(self.session.model.checkpoint).tasks()]
+        return []
+
     def describe(self) -> str:
         """What selects, how much it keeps, and the policy unless it is `first`."""
-        session, model = self._session, self._session.model
+        session, model = self.session, self.session.model
         if session.dense:
             return f"dense, all {parameters(model.total_parameters)} parameters"
         if session.selection is not None:
@@ -101,11 +130,35 @@ class Commands:
         note("Ctrl-C stops an answer. Esc Enter, or a \\ at the end of the line, begins a new line.")
 
     def _reset(self, argument: str) -> None:
-        self._session.reset()
+        self.session.reset()
         note("forgot the conversation")
 
+    def _model(self, argument: str) -> None:
+        if not argument:
+            note(f"{self._name}, {parameters(self.session.model.total_parameters)} parameters")
+            note(f"at hand: {', '.join(_models())}; or give a folder, or a name on the hub")
+            return
+        embedded = argument.lower() == EMBEDDED.lower()
+        self._name = self._change_model(self.session, None if embedded else argument)
+        note(f"{self._name}\n{self.describe()}")
+        if self.session.messages:
+            note(f"it reads the conversation so far ({_turns(len(self.session.messages) // 2)}) with the next message")
+
+    def _policy(self, argument: str) -> None:
+        session = self.session
+        if not argument:
+            note(f"policy {session.policy}: {_POLICIES.get(session.policy, 'a fixed selection, for all messages')}")
+            return
+        if argument not in _POLICIES:
+            raise IfpruneError(f"unknown policy {shortened(argument, 20)}; choose {', '.join(_POLICIES)}")
+        if session.policy == "task":
+            raise IfpruneError("the selection is fixed in this conversation; start one without --selection or --task")
+        session.policy = argument
+        session.dense = False
+        note(f"policy {argument}: {_POLICIES[argument]}")
+
     def _select(self, argument: str) -> None:
-        session = self._session
+        session = self.session
         if not argument.endswith(".safetensors"):
             if "/" in argument and " " not in argument:
                 raise IfpruneError(
@@ -120,25 +173,26 @@ class Commands:
         note(f"uses {self._selection_line()}")
 
     def _task(self, argument: str) -> None:
-        store = TaskStore(self._session.model.checkpoint)
+        store = TaskStore(self.session.model.checkpoint)
         if not argument:
             names = ", ".join(task.name for task in store.tasks())
             note(f"tasks: {names}" if names else "no tasks yet; `ifprune select --prompt TEXT --save NAME` saves one")
             return
         self._refuse_turns("a task")
-        self._session.use(store.load(argument))
+        self.session.use(store.load(argument))
         note(f"uses task {argument}: {self._selection_line()}")
 
     def _refuse_turns(self, what: str) -> None:
         """Raise IfpruneError where the next message would select by itself, whatever is given now."""
-        policy = self._session.policy
+        policy = self.session.policy
         if policy in ("turn", "auto"):
             raise IfpruneError(
-                f"policy {policy} selects anew at every message; to use {what}, start with --policy first"
+                f"policy {policy} selects anew at every message; to use {what}, start with --policy first or type "
+                "/policy first"
             )
 
     def _density(self, argument: str) -> None:
-        session = self._session
+        session = self.session
         if not argument:
             live = session.selection
             note(self._share(session.keep))
@@ -156,12 +210,12 @@ class Commands:
     def _dense(self, argument: str) -> None:
         if argument not in ("", "on", "off"):
             raise IfpruneError("/dense takes on, off, or nothing to change over")
-        session = self._session
+        session = self.session
         session.dense = argument == "on" or (not argument and not session.dense)
         note(self.describe())
 
     def _stats(self, argument: str) -> None:
-        session = self._session
+        session = self.session
         stats, history, limit = session.stats, session.history, session.model.context_length
         if stats is None:
             note("no answer yet")
@@ -175,7 +229,7 @@ class Commands:
         note(f"  KV cache    {spans or 'empty'}")
 
     def _selection_line(self) -> str:
-        session = self._session
+        session = self.session
         selection = session.selection
         if session.dense:
             return "none: dense"
@@ -184,7 +238,7 @@ class Commands:
         return f"{selection.hash}, {selection.selector}, density {selection.density:.2f}"
 
     def _system(self, argument: str) -> None:
-        session = self._session
+        session = self.session
         if argument:
             session.system_prompt = None if argument == "none" else argument
         note(f"system prompt: {session.system_prompt}" if session.system_prompt else "no system prompt")
@@ -193,17 +247,20 @@ class Commands:
         path = _path(argument)
         if path.exists() and not _is_saved_chat(path):
             raise ChatFileError(f"{path}: exists and is not a saved chat; choose another name")
-        self._session.save(path)
-        note(f"saved {_turns(len(self._session.messages) // 2)} to {path}")
+        if path.exists() and self.confirm is not None and not self.confirm(f"{path} exists; overwrite it?"):
+            note("not saved")
+            return
+        self.session.save(path)
+        note(f"saved {_turns(len(self.session.messages) // 2)} to {path}")
 
     def _load(self, argument: str) -> None:
         path = _path(argument)
-        self._session.load(path)
+        self.session.load(path)
         self.show_turns(path)
 
     def show_turns(self, path: Path) -> None:
         """The turns that were loaded from `path`, a line each."""
-        messages = self._session.messages
+        messages = self.session.messages
         count, shown = len(messages) // 2, messages[-2 * _TURNS_SHOWN :]
         width = shutil.get_terminal_size().columns
         note(f"loaded {_turns(count)} from {path}; {self.describe()}")
@@ -214,16 +271,16 @@ class Commands:
 
     def _share(self, keep: tuple[int, ...]) -> str:
         """A *k* per FFN as density and parameters."""
-        checkpoint = self._session.model.checkpoint
+        checkpoint = self.session.model.checkpoint
         density = sum(keep) / sum(spec.d_ffn for spec in checkpoint.layout.ffns)
         active = parameters(checkpoint.active_parameters(keep))
         return f"density {density:.2f}, {active} of {parameters(checkpoint.parameters)} parameters active"
 
 
 def _path(argument: str) -> Path:
-    """A file name as a person types it: with ~, perhaps in quotes."""
-    if len(argument) >= 2 and argument[0] == argument[-1] and argument[0] in "'\"":
-        argument = argument[1:-1]
+    """A file name as a person types it: with ~, perhaps in quotes, of which completion leaves out the second."""
+    if len(argument) >= 2 and argument[0] in "'\"":
+        argument = argument[1:].removesuffix(argument[0])
     try:
         return Path(argument).expanduser()
     except RuntimeError as exc:
@@ -235,6 +292,10 @@ def _is_saved_chat(path: Path) -> bool:
         return path.is_file() and "messages" in read_json_object(path, ChatFileError)
     except ChatFileError:
         return False
+
+
+def _models() -> list[str]:
+    return [EMBEDDED, *cached_checkpoints()]
 
 
 def _turns(count: int) -> str:

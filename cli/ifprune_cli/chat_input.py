@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+import sys
+import termios
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,7 +21,7 @@ from prompt_toolkit.shortcuts import CompleteStyle
 
 from ifprune_mlx.errors import PromptError
 
-from .console import note
+from .console import note, printable
 
 _HISTORY_BYTES = 1_000_000
 
@@ -41,28 +43,47 @@ def piped(stream: BinaryIO) -> Iterator[str]:
             yield line
 
 
+@contextmanager
+def keys_unseen() -> Iterator[None]:
+    """Outside the line editor the terminal shows no keys: no `^C`, and nothing typed ahead, gets into an answer."""
+    terminal = sys.stdin.fileno()
+    before = termios.tcgetattr(terminal)
+    quiet = before.copy()
+    quiet[3] &= ~termios.ECHO
+    termios.tcsetattr(terminal, termios.TCSANOW, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(terminal, termios.TCSANOW, before)
+
+
 class LineEditor:
     """Iterates over what a person enters, until Ctrl-D. Enter sends; a pasted text with several lines is one message.
 
     Args:
         commands: completed at the beginning of the line.
         with_file: those of them that take a file name, which is completed too.
+        choices: what else may stand after a command.
         history: file of earlier lines; where it cannot be read or written, they are kept in memory.
     """
 
-    def __init__(self, commands: Sequence[str], with_file: Sequence[str], history: Path) -> None:
+    def __init__(
+        self, commands: Sequence[str], with_file: Sequence[str], choices: Callable[[str], Iterable[str]], history: Path
+    ) -> None:
+        output = create_output(always_prefer_tty=True)
+        self._question: PromptSession[str] = PromptSession(output=output)
         self._prompt: PromptSession[str] = PromptSession(
             [("bold", "> ")],
             multiline=True,
             prompt_continuation=[("", "  ")],
             history=_History(history),
             key_bindings=_keys(),
-            completer=_CommandCompleter(commands, with_file),
+            completer=_CommandCompleter(commands, with_file, choices),
             complete_while_typing=False,
             # A menu would reserve eight empty lines under the prompt.
             complete_style=CompleteStyle.READLINE_LIKE,
             enable_suspend=True,
-            output=create_output(always_prefer_tty=True),
+            output=output,
         )
 
     def __iter__(self) -> Iterator[str]:
@@ -77,6 +98,13 @@ class LineEditor:
                 return
             if text.strip():
                 yield text.rstrip()
+
+    def confirm(self, question: str) -> bool:
+        """Ask something; only a yes is one."""
+        try:
+            return self._question.prompt(f"{printable(question)} [y/N] ").strip().lower() in ("y", "yes")
+        except (KeyboardInterrupt, EOFError):
+            return False
 
     def discard(self) -> None:
         """Forget what was typed during an answer; otherwise each line of it would be answered."""
@@ -103,11 +131,14 @@ def _keys() -> KeyBindings:
 
 
 class _CommandCompleter(Completer):
-    """Completes /commands, and file names after those that take one."""
+    """Completes /commands, and what may stand after them."""
 
-    def __init__(self, commands: Sequence[str], with_file: Sequence[str]) -> None:
+    def __init__(
+        self, commands: Sequence[str], with_file: Sequence[str], choices: Callable[[str], Iterable[str]]
+    ) -> None:
         self._commands = commands
         self._with_file = with_file
+        self._choices = choices
         self._paths = PathCompleter(expanduser=True)
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
@@ -117,8 +148,12 @@ class _CommandCompleter(Completer):
             return
         if not space:
             yield from (Completion(f"{name} ", -len(text)) for name in self._commands if name.startswith(text))
-        elif command in self._with_file:
-            yield from self._paths.get_completions(Document(rest.lstrip()), complete_event)
+            return
+        rest = rest.lstrip()
+        yield from (Completion(name, -len(rest)) for name in self._choices(command) if name.startswith(rest))
+        if command in self._with_file:
+            # A quote before a name stays; `_path` takes it away.
+            yield from self._paths.get_completions(Document(rest.lstrip("'\"")), complete_event)
 
 
 class _History(FileHistory):

@@ -1,6 +1,6 @@
 """What commands print: results on stdout; progress, notes and figures on stderr.
 
-On a terminal, progress is one live line with a bar; in a pipe, it is a plain line now and then.
+On a terminal, progress is one live line that moves from the first moment; in a pipe, it is a plain line now and then.
 """
 
 from __future__ import annotations
@@ -8,18 +8,22 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sys
+import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ifprune_mlx import Stats
 
-# Seconds: work that ends sooner shows nothing; how often the line is renewed on a terminal and in a pipe.
+# Seconds: work that ends sooner shows no figures; how often the line is renewed on a terminal and in a pipe.
 _PATIENCE, _LIVE, _PLAIN = 0.5, 0.1, 5.0
-_BAR = 30
+_BAR = 20
 
 
 # What a terminal obeys instead of showing it, what changes the order in which a line is read, and half surrogates,
@@ -43,23 +47,48 @@ def one_line(text: object) -> str:
 
 
 def note(text: str, *, dim: bool = False) -> None:
-    """A line for the person at the terminal, on stderr; `dim` where that terminal has colours."""
+    """A line for the person at the terminal, on stderr; `dim` where that terminal has colours.
+
+    A terminal breaks it between words, and begins the next line under the last column of a table.
+    """
     text = printable(text)
+    if sys.stderr.isatty():
+        text = "\n".join(_wrapped(line, shutil.get_terminal_size().columns) for line in text.split("\n"))
     if dim and sys.stderr.isatty() and not os.environ.get("NO_COLOR"):
         text = f"\x1b[2m{text}\x1b[0m"
-    print(text, file=sys.stderr, flush=True)
+    with _live_line.hidden():
+        print(text, file=sys.stderr, flush=True)
+
+
+def _wrapped(line: str, width: int) -> str:
+    column = re.match(r" *(\S.*\S {2,})?", line)
+    indent = " " * len(column[0]) if column is not None and 2 * len(column[0]) < width else ""
+    wrap = partial(textwrap.wrap, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(wrap(line, width, subsequent_indent=indent)) if len(line) > width else line
 
 
 def show(text: object = "", end: str = "\n") -> None:
     """A result, on stdout."""
-    print(printable(str(text)), end=end, flush=True)
+    with _live_line.hidden():
+        print(printable(str(text)), end=end, flush=True)
 
 
 def show_answer(text: str, *, dim: bool = False) -> None:
     """A piece of a model's answer, on stdout: a pipe gets it as it is, a terminal without control characters."""
-    text = _UNPRINTABLE.sub("", text) if sys.stdout.isatty() else text
-    sys.stdout.write(f"\x1b[2m{text}\x1b[0m" if dim and text else text)
-    sys.stdout.flush()
+    text = without_controls(text) if sys.stdout.isatty() else text
+    draw(f"\x1b[2m{text}\x1b[0m" if dim and text else text)
+
+
+def without_controls(text: str) -> str:
+    """Text of any origin without what a terminal obeys."""
+    return _UNPRINTABLE.sub("", text)
+
+
+def draw(text: str) -> None:
+    """Text to stdout as it is, with what a terminal obeys."""
+    with _live_line.hidden():
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 def result_json(value: Mapping[str, Any]) -> None:
@@ -70,41 +99,107 @@ def result_json(value: Mapping[str, Any]) -> None:
     print(_UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", line), flush=True)
 
 
+class _LiveLine:
+    """The last line of a terminal while something is worked on. A thread turns its spinner, whatever the work does.
+
+    Jobs may lie within each other; the innermost that has a text is shown. Whatever else is written takes the line
+    away first.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._jobs: list[str | None] = []
+        self._turning = self._drawn = False
+        self._turns = 0
+
+    def begin(self, text: str) -> int:
+        """Show a job; returns its number."""
+        with self._lock:
+            self._jobs.append(text)
+            self._show(text)
+            if not self._turning:
+                self._turning = True
+                threading.Thread(target=self._turn, daemon=True).start()
+            return len(self._jobs) - 1
+
+    def change(self, job: int, text: str | None) -> None:
+        """What to show of a job from now on; None shows nothing."""
+        with self._lock:
+            self._jobs[job] = text
+            if text is None:
+                self._erase()
+
+    def end(self, job: int) -> None:
+        """Take a job away, and all within it."""
+        with self._lock:
+            del self._jobs[job:]
+            self._erase()
+
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """Nothing is drawn meanwhile."""
+        with self._lock:
+            self._erase()
+            yield
+
+    def _turn(self) -> None:
+        while True:
+            time.sleep(_LIVE)
+            with self._lock:
+                self._turning = bool(self._jobs)
+                if not self._turning:
+                    return
+                with suppress(OSError):  # the terminal has gone; what is said next finds out
+                    self._show(next((text for text in reversed(self._jobs) if text is not None), None))
+
+    def _show(self, text: str | None) -> None:
+        if text is None:
+            return
+        utf8 = (sys.stderr.encoding or "").lower().replace("-", "") == "utf8"
+        frames = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏" if utf8 else "|/-\\"
+        self._turns += 1
+        line = f"{frames[self._turns % len(frames)]} {text}"[: shutil.get_terminal_size().columns - 1]
+        print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
+        self._drawn = True
+
+    def _erase(self) -> None:
+        if self._drawn:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        self._drawn = False
+
+
+_live_line = _LiveLine()
+
+
 @contextmanager
 def progress(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     """A progress display; yields a function that takes (done, total), which may be called for one job after another."""
-    live = sys.stderr.isatty()
+    live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    job = _live_line.begin(label) if live else -1
     start = last = time.monotonic()
-    drawn = False
-
-    def clear() -> None:
-        nonlocal drawn
-        if drawn:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-        drawn = False
 
     def update(done: int, total: int) -> None:
-        nonlocal start, last, drawn
+        nonlocal start, last
         now = time.monotonic()
         if done >= total:
-            clear()  # what follows, such as an answer, begins on an empty line
             start = last = now
+            if live:
+                _live_line.change(job, None)  # what follows, such as an answer, begins on an empty line
             return
         if now - start < _PATIENCE or now - last < (_LIVE if live else _PLAIN) or not done:
             return
         last, rate = now, done / (now - start)
         figures = f"{100 * done / total:.0f} % ({_count(rate)} {unit}/s, {(total - done) / rate:.0f} s left)"
         if live:
-            bar = "#" * (_BAR * done // total)
-            print(f"\r\x1b[K{label} [{bar:<{_BAR}}] {figures}", end="", file=sys.stderr, flush=True)
-            drawn = True
+            _live_line.change(job, f"{label} [{'#' * (_BAR * done // total):<{_BAR}}] {figures}")
         else:
             note(f"{label}: {figures}")
 
     try:
         yield update
     finally:
-        clear()
+        if live:
+            _live_line.end(job)
 
 
 def _count(value: float) -> str:
@@ -141,13 +236,13 @@ def shortened(text: str, width: int) -> str:
     return printable if len(printable) <= width else printable[: max(width - 3, 1)] + "..."
 
 
-def footer(stats: Stats) -> str:
-    """One answer's figures in one line: what selected which neurons, and where the time went."""
+def footer(stats: Stats, more: str = "") -> str:
+    """One answer's figures in one line: what selected which neurons, and where the time went; and what else is told."""
     what = "dense" if stats.selection is None else f"{stats.selector} {stats.density:.2f} {stats.selection[:6]}"
     active = f"{parameters(stats.active_parameters)}/{parameters(stats.total_parameters)}"
     before = stats.select_s + stats.switch_s + stats.prefill_s
     speed = f"{stats.completion_tokens} tokens at {stats.tokens_per_s:.1f}/s"
-    return f"[{what} | {active} | first token {before:.2f} s | {speed}]"
+    return " | ".join(part for part in (f"[{what}", active, f"first token {before:.2f} s", speed, more) if part) + "]"
 
 
 def report(stats: Stats) -> str:

@@ -174,8 +174,14 @@ def convert(
     )
     units = {"download": "B", "convert": "weights", "calibrate": "tokens", "order": "chats"}
     with ExitStack() as shown:
-        bars = {stage: shown.enter_context(progress(stage, unit)) for stage, unit in units.items()}
-        done = run(model, mlx_path, options, lambda stage, *counts: bars[stage](*counts), note)
+        bars = {"convert": shown.enter_context(progress("convert", units["convert"]))}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in bars:
+                bars[stage] = shown.enter_context(progress(stage, units[stage]))
+            bars[stage](done, total)
+
+        done = run(model, mlx_path, options, report, note)
     _print(done, upload_repo, json)
 
 

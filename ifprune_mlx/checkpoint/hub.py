@@ -166,6 +166,18 @@ def cached_folder(name: str, file: str, revision: str | None = None) -> Path | N
     return Path(found).parents[file.count("/")] if isinstance(found, str) else None
 
 
+def cached_checkpoints() -> list[str]:
+    """The names, `owner/name`, of all IFP checkpoints in the hub's cache; needs no network."""
+    from huggingface_hub import constants
+
+    names = set()
+    for manifest in Path(constants.HF_HUB_CACHE).glob(f"models--*/snapshots/*/{MANIFEST}"):
+        with suppress(CheckpointError):
+            if SECTION in read_json_object(manifest.with_name("config.json"), CheckpointError):
+                names.add((hub_name(manifest) or "").partition("@")[0])
+    return sorted(names)
+
+
 def download(
     repository: Repository,
     names: Iterable[str],

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import mlx.core as mx
 import numpy as np
 
 from ifprune_mlx.errors import CheckpointError, IfpruneError
-from ifprune_mlx.prompt_cache import DENSE, History
+from ifprune_mlx.prompt_cache import DENSE, History, Pace
 from ifprune_mlx.selection.cache import SelectionCache
 from ifprune_mlx.selection.predictor import SparsityPredictor
 from ifprune_mlx.selection.selection import Selection, top_k
@@ -43,12 +43,14 @@ class Instruction:
         tokens: all token ids that the model reads before it answers.
         history: a prefix of `tokens` that the model has read already; None for none.
         progress: called with (tokens read, tokens) between chunks; may raise to stop.
+        pace: how much of the prompt is read at a time.
     """
 
     text: str
     tokens: tuple[int, ...]
     history: History | None = None
     progress: Callable[[int, int], None] | None = None
+    pace: Pace = field(default_factory=Pace)
 
 
 @dataclass(frozen=True)
@@ -146,10 +148,10 @@ class ActivationSelector:
             if not ahead:
                 model(mx.array([unread]))
                 mx.eval(recorder.state())
-            for start in range(0, len(ahead), _PREFILL_STEP):
+            before = len(history.tokens)
+            for chunk in instruction.pace.steps(ahead, _PREFILL_STEP):
                 if instruction.progress is not None:
-                    instruction.progress(start, total)
-                chunk = ahead[start : start + _PREFILL_STEP]
+                    instruction.progress(len(history.tokens) - before, total)
                 model(mx.array([chunk]), cache=history.kv)
                 mx.eval([cache.state for cache in history.kv], recorder.state())
                 history.append(chunk, DENSE)

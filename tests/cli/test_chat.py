@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import pty
 import re
-import select
 import signal
-import struct
 import subprocess
-import sys
-import termios
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,17 +16,12 @@ import pytest
 
 from ifprune_cli.chat_input import _History
 from ifprune_mlx import Model, Selection, Session
-from tests.cli.process import environment, run, run_here, start
+from tests.cli.process import run, run_here, start
+from tests.cli.terminal import PROMPT, Terminal
 from tests.tiny import write_checkpoint
 
-LONG = ["-m", "100000"]
-# A terminal is asked to bracket what is pasted while there is a prompt.
-PROMPT, PROMPT_LEFT = rb"\x1b\[\?2004h", rb"\x1b\[\?2004l"
-# Makes the pseudo-terminal on stdin the process's own, so that Ctrl-C on it becomes a signal.
-ON_TERMINAL = (
-    "import fcntl, runpy, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
-    "runpy.run_module('ifprune_cli.main', run_name='__main__', alter_sys=True)"
-)
+# The random models repeat themselves.
+LONG = ["-m", "100000", "--repetition-penalty", "1"]
 
 
 class Piped:
@@ -360,60 +349,6 @@ def wait_for(happened: Any) -> None:
     while not happened():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-
-
-class Terminal:
-    """A chat on a pseudo-terminal."""
-
-    def __init__(self, checkpoint: Path, cache: Path, *options: str) -> None:
-        self._master, slave = pty.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 200, 0, 0))
-        self._seen = b""
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", ON_TERMINAL, "chat", "--model", str(checkpoint), *options],
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            env=environment(cache, TERM="xterm", PROMPT_TOOLKIT_NO_CPR="1"),
-            start_new_session=True,
-        )
-        os.close(slave)
-
-    def __enter__(self) -> Terminal:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
-        os.close(self._master)
-
-    def send(self, keys: str) -> None:
-        """Press keys."""
-        os.write(self._master, keys.encode())
-
-    def expect(self, pattern: bytes) -> None:
-        """Wait until the pattern shows, and take what was shown up to its end."""
-        deadline = time.monotonic() + 60
-        while (match := re.search(pattern, self._seen, re.DOTALL)) is None:
-            ready, _, _ = select.select([self._master], [], [], max(deadline - time.monotonic(), 0))
-            assert ready, f"{pattern!r} never came; seen: {self._seen[-2000:]!r}"
-            self._seen += os.read(self._master, 65536)
-        assert b"Traceback" not in self._seen
-        self._seen = self._seen[match.end() :]
-
-    def stop_an_answer(self, keys: str) -> None:
-        """Enter a message at the prompt, and press Ctrl-C once its answer has begun."""
-        self.expect(PROMPT)
-        self.send(f"{keys}\r")
-        self.expect(PROMPT_LEFT + b".{20}")
-        self.send("\x03")
-        self.expect(rb"\] stopped")
-
-    def leave(self, keys: str = "\x04") -> int:
-        """Ctrl-D, and the exit code."""
-        self.expect(PROMPT)
-        self.send(keys)
-        return self._process.wait(timeout=60)
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(roomy_checkpoint: Path, tmp_path: Path) -> None:

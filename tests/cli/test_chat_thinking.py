@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.process import run_here
-from tests.cli.test_chat import PROMPT, Terminal
+from tests.cli.terminal import PROMPT, Terminal
 from tests.ifprune_mlx.serving.http.scripted import FAMILIES, write_templated
 
 OFF = '{"enable_thinking": false}'
