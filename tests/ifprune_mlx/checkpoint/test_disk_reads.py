@@ -82,7 +82,9 @@ def assert_reads(checkpoint: Checkpoint, ids: np.ndarray[tuple[int], np.dtype[np
             np.testing.assert_array_equal(rows, raw(expected[name])[ids])
 
 
-@pytest.mark.parametrize("stride", [lambda n: -(-n // 16) * 16, lambda n: 1 << 12, lambda n: 1 << 13], ids=["16", "4096", "8192"])
+@pytest.mark.parametrize(
+    "stride", [lambda n: -(-n // 16) * 16, lambda n: 1 << 12, lambda n: 1 << 13], ids=["16", "4096", "8192"]
+)
 def test_records_of_any_stride_are_read(tmp_path: Path, stride: object, monkeypatch: pytest.MonkeyPatch) -> None:
     """As earlier releases chose others, and later ones may."""
     monkeypatch.setattr(layout, "record_stride", stride)
