@@ -119,6 +119,9 @@ class OpenAI:
             "display_name": service.name,
             "created_at": datetime.fromtimestamp(service.started, timezone.utc).isoformat().replace("+00:00", "Z"),
             "ifprune": {
+                "task": selection.task,
+                "dense": bool(selection.dense),
+                "policy": selection.policy or "first",
                 "density": sum(keep) / sum(spec.d_ffn for spec in checkpoint.layout.ffns),
                 "active_parameters": checkpoint.active_parameters(keep),
                 "total_parameters": service.model.total_parameters,
