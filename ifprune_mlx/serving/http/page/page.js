@@ -18,12 +18,19 @@ const EXPLAINED = {
   dense: "All neurons answer. Nothing is selected.",
 };
 
-let model = null;
+let model = null, selector = null;
 let chat = newChat();
 let running = null; // the AbortController of the answer under way
 let answering = Promise.resolve(); // until it has ended
 
-const kind = (value = choice.value) => value.split(":")[0]; // of what selects: a key of EXPLAINED
+const kind = (value = choice.value) => value.split(":")[0]; // of what selects
+
+// What a choice means.
+function explained(value = choice.value) {
+  const own = kind(value);
+  // The selector `activation` has no use for a policy: it reads the whole prompt.
+  return EXPLAINED[selector === "activation" && own !== "task" && own !== "dense" ? "turn" : own];
+}
 
 function settings() {
   return {
@@ -50,8 +57,7 @@ function showSettings() {
   density.disabled = ["dense", "task"].includes(kind());
   beside.disabled = kind() === "dense";
   if (chat.turns.length) return;
-  conversation.replaceChildren(make("p", "hint", `Write a message. ${EXPLAINED[kind()]} This strip will show them.`));
-  if (kind() === "dense") conversation.firstChild.textContent = EXPLAINED.dense;
+  conversation.replaceChildren(make("p", "hint", `Write a message. ${explained()}`));
 }
 
 // The request for the last turn's answer.
@@ -118,7 +124,7 @@ async function ask(question) {
 
 // Receives an answer. Only a missing key is raised: what else goes wrong is said in its place.
 async function receive(body, view, signal) {
-  const { answer } = view, selects = kind(chat.settings.choice), because = EXPLAINED[selects];
+  const { answer } = view, because = explained(chat.settings.choice);
   let finish = null, selected = null;
   const select = async (hash) => {
     if (!hash || hash === selected) return;
@@ -150,7 +156,7 @@ async function receive(body, view, signal) {
   }
   view.finish();
   await select(answer.figures?.selection);
-  if (selects === "dense") clearStrip(EXPLAINED.dense, "All neurons are active");
+  if (chat.settings.choice === "dense") clearStrip(because, "All neurons are active");
 }
 
 // The sums over this conversation; what other clients of the server do is not in them.
@@ -234,7 +240,7 @@ async function openChat(id) {
   // The server knows the selections that were used recently.
   const hashes = chat.turns.map((turn) => turn.answer.figures?.selection).filter(Boolean).slice(-2);
   try {
-    for (const hash of hashes) await showSelection(hash, EXPLAINED[kind()]);
+    for (const hash of hashes) await showSelection(hash, explained());
   } catch {
     clearStrip("The server no longer knows this conversation's selection. The next message shows one.");
   }
@@ -279,6 +285,7 @@ async function begin() {
     choice.querySelectorAll("option[value^='task:']").forEach((option) => option.remove());
     for (const task of tasks) choice.add(new Option(`task ${task.name}`, `task:${task.name}`));
     const own = served.ifprune;
+    selector = own.selector;
     density.value = own.density;
     choice.value = own.task ? `task:${own.task}` : own.dense ? "dense" : own.policy;
     element("key-form").hidden = true;
