@@ -37,8 +37,21 @@ export class AnswerView {
   draw() {
     clearTimeout(this.#drawing);
     this.#drawing = null;
-    const start = performance.now(), { answer } = this, scroller = this.element.closest("main");
+    const start = performance.now();
+    this.#atEnd(() => this.#show());
+    this.#pause = Math.min(2000, 4 * (performance.now() - start));
+  }
+
+  // Makes a change; who has scrolled to the conversation's end stays there.
+  #atEnd(change) {
+    const scroller = this.element.closest("main");
     const atEnd = scroller.scrollTop + scroller.clientHeight >= scroller.scrollHeight - 8;
+    change();
+    if (atEnd) scroller.scrollTop = scroller.scrollHeight;
+  }
+
+  #show() {
+    const { answer } = this;
     this.thoughts.hidden = !answer.thoughts;
     this.thoughts.lastElementChild.textContent = answer.thoughts;
     try {
@@ -46,19 +59,21 @@ export class AnswerView {
     } catch { // no Markdown that can be shown
       this.content.textContent = answer.content;
     }
-    if (atEnd) scroller.scrollTop = scroller.scrollHeight;
-    this.#pause = Math.min(2000, 4 * (performance.now() - start));
   }
 
   wait(text) {
-    this.waiting.textContent = text;
+    this.#atEnd(() => { this.waiting.textContent = text; });
   }
 
   // Draws the whole answer, with what there is to say of it.
   finish() {
-    const { answer } = this, { figures } = answer;
     this.wait("");
     this.draw();
+    this.#atEnd(() => this.#conclude());
+  }
+
+  #conclude() {
+    const { answer } = this, { figures } = answer;
     this.end.textContent = answer.error || answer.ending;
     this.end.classList.toggle("error", Boolean(answer.error));
     if (!figures) return;

@@ -317,6 +317,7 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") {
     running?.abort();
     showChats(false);
+    element("settings").open = false;
   }
 });
 element("stop").addEventListener("click", () => running?.abort());

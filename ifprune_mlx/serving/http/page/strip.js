@@ -2,9 +2,8 @@
 
 import { getJSON } from "./api.js";
 
-const PIXELS = 60; // of height, for all layers
 const element = (id) => document.getElementById(id);
-const strip = element("strip"), sentence = element("sentence"), legend = element("legend");
+const strip = element("strip"), sentence = element("sentence");
 let shown = null, before = null; // selections: {hash, density, layers: [Uint8Array of 0 and 1]}
 
 // Nothing is selected; `text` says what will be, or why.
@@ -26,29 +25,39 @@ export async function showSelection(hash, because) {
     shown = { hash, density: fetched.density, layers };
   }
   strip.setAttribute("aria-label", `${percent(shown.density)} of ${shown.layers.length} layers' neurons are active`);
-  say(description(because));
+  say(...description(because));
   draw();
 }
 
-function say(text) {
-  sentence.textContent = text;
-  legend.hidden = shown === null || before === null;
+function say(...parts) {
+  sentence.replaceChildren(...parts);
 }
 
 const percent = (share) => `${Math.round(100 * share)} %`;
 
+// A square in the colour of the strip that the next words are about.
+function square(kind) {
+  const made = document.createElement("i");
+  made.className = kind;
+  return made;
+}
+
+// What the strip shows, in words and squares.
 function description(because) {
   if (!before) {
-    return `${percent(shown.density)} of the neurons in each of ${shown.layers.length} layers answer, drawn blue: a row is a layer. The others are not computed.`;
+    return [square("kept"), `${percent(shown.density)} of the neurons in each of ${shown.layers.length} layers answer: a bar is a layer. The others are not computed.`];
   }
-  if (before === shown) return `The same neurons as for the message before. ${because}`.trim();
-  const layers = shown.layers.map((mask, layer) => difference(mask, before.layers[layer], 0, mask.length));
+  if (before === shown) return [square("kept"), `The same neurons as for the message before. ${because}`];
+  const layers = differences();
   const sum = (name) => layers.reduce((total, one) => total + one[name], 0);
-  const [kept, entered, left] = [sum("kept"), sum("entered"), sum("left")];
-  const changes = layers.map((one) => (one.entered + one.left) / (one.kept + one.left));
+  const [stayed, entered, left] = [sum("stayed"), sum("entered"), sum("left")];
+  const changes = layers.map((one) => (one.entered + one.left) / one.width);
   const [most, least] = [Math.max(...changes), Math.min(...changes)].map((change) => changes.indexOf(change));
-  const where = most === least ? "" : ` Layer ${most} changed most, layer ${least} least.`;
-  return `New neurons: ${percent(entered / kept)} of those in use came in, ${percent(left / (kept - entered + left))} of those before went out.${where}`;
+  return [
+    "New neurons: ", square("entered"), `${percent(entered / (stayed + entered))} of those in use came in, `,
+    square("left"), `${percent(left / (stayed + left))} of those before went out.`,
+    most === least ? "" : ` Layer ${most} changed most, layer ${least} least.`,
+  ];
 }
 
 // A base64 bit mask, the first neuron in the highest bit, as one byte per neuron.
@@ -57,45 +66,38 @@ function unpacked(mask, width) {
   return Uint8Array.from({ length: width }, (_, neuron) => (bytes[neuron >> 3] >> (7 - (neuron & 7))) & 1);
 }
 
-// Of the neurons `first` to `end`: how many are kept, came in, and went out.
-function difference(mask, old, first, end) {
-  let kept = 0, entered = 0, left = 0;
-  for (let neuron = first; neuron < end; neuron += 1) {
-    kept += mask[neuron];
-    if (!old || mask[neuron] === old[neuron]) continue;
-    if (mask[neuron]) entered += 1;
-    else left += 1;
-  }
-  return { kept, entered, left };
+// Of each layer: how many of its neurons stayed, came in and went out.
+function differences() {
+  return shown.layers.map((mask, layer) => {
+    const old = (before ?? shown).layers[layer];
+    let stayed = 0, entered = 0, left = 0;
+    mask.forEach((kept, neuron) => {
+      if (kept && old[neuron]) stayed += 1;
+      else if (kept) entered += 1;
+      else if (old[neuron]) left += 1;
+    });
+    return { stayed, entered, left, width: mask.length };
+  });
 }
 
-export function draw() {
-  const layers = shown?.layers.length ?? 1;
-  const bins = Math.max(1, Math.min(Math.floor(strip.clientWidth / 4), ...(shown?.layers.map((layer) => layer.length) ?? [])));
-  strip.width = bins;
-  strip.height = layers;
-  strip.style.height = shown ? `${layers * Math.max(1, Math.min(8, Math.floor(PIXELS / layers)))}px` : "8px";
+// A bar for each layer: from the bottom, what stayed and came in, which is in use, and what went out.
+function draw() {
+  const { clientWidth, clientHeight } = strip, scale = devicePixelRatio;
+  strip.width = Math.round(clientWidth * scale);
+  strip.height = Math.round(clientHeight * scale);
   if (!shown) return;
-  const style = getComputedStyle(document.documentElement);
-  const [none, all, fresh, gone] = ["--none", "--kept", "--entered", "--left"].map((name) => rgb(style.getPropertyValue(name).trim()));
-  const image = new ImageData(bins, layers);
-  for (let layer = 0; layer < layers; layer += 1) {
-    const mask = shown.layers[layer];
-    for (let column = 0; column < bins; column += 1) {
-      const first = Math.floor((column * mask.length) / bins), end = Math.floor(((column + 1) * mask.length) / bins);
-      const { kept, entered, left } = difference(mask, before?.layers[layer], first, end);
-      const size = end - first, change = Math.min(1, (2 * Math.max(entered, left)) / size);
-      const plain = mixed(none, all, kept / size);
-      image.data.set([...mixed(plain, entered >= left ? fresh : gone, change), 255], 4 * (layer * bins + column));
+  const context = strip.getContext("2d"), style = getComputedStyle(document.documentElement);
+  differences().forEach((one, layer, { length }) => {
+    const x = Math.round((layer * strip.width) / length), end = Math.round(((layer + 1) * strip.width) / length);
+    let below = 0;
+    for (const [count, colour] of [[one.stayed, "--kept"], [one.entered, "--entered"], [one.left, "--left"]]) {
+      const from = Math.round((below * strip.height) / one.width);
+      below += count;
+      const to = Math.round((below * strip.height) / one.width);
+      context.fillStyle = style.getPropertyValue(colour);
+      context.fillRect(x, strip.height - to, Math.max(1, end - x - Math.round(scale)), to - from);
     }
-  }
-  strip.getContext("2d").putImageData(image, 0, 0);
-}
-
-const mixed = (from, to, share) => from.map((part, at) => Math.round(part + share * (to[at] - part)));
-
-function rgb(colour) {
-  return [1, 3, 5].map((at) => Number.parseInt(colour.slice(at, at + 2), 16));
+  });
 }
 
 addEventListener("resize", draw);

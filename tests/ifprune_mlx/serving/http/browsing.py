@@ -61,7 +61,7 @@ def bodies(tab: Any) -> list[dict[str, Any]]:
 
 
 def colours(tab: Any) -> set[str]:
-    """Of the strip's bins."""
+    """Of the strip's pixels."""
     tab.expected.append("willReadFrequently")  # of this
     found: list[str] = tab.evaluate(
         """() => {
