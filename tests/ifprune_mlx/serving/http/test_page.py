@@ -222,7 +222,9 @@ def test_inline_scripts_and_html_are_blocked_by_the_policy(tab: Any, page_server
     with pytest.raises(Exception, match="TrustedHTML"):
         tab.evaluate("document.body.insertAdjacentHTML('beforeend', '<p style=\"color: red\">')")
     with pytest.raises(Exception, match="TrustedScript"):
-        tab.evaluate("document.body.append(Object.assign(document.createElement('script'), {text: 'document.title=1'}))")
+        tab.evaluate(
+            "document.body.append(Object.assign(document.createElement('script'), {text: 'document.title=1'}))"
+        )
     tab.evaluate("document.body.append(Object.assign(document.createElement('img'), {src: 'http://127.0.0.1:1/'}))")
     expect(tab.locator("#model")).to_have_text("checkpoint")
     assert tab.title() == "checkpoint"

@@ -103,7 +103,9 @@ def test_a_damaged_or_full_store_is_no_end(tab: Any, page_server: str) -> None:
     tab.goto(f"{page_server}/#x")
     tab.reload()
     expect(tab.locator(".hint")).to_be_visible()
-    tab.evaluate("for (let at = 0; at < 15; at += 1) try { localStorage.setItem(at, 'x'.repeat(1 << (22 - at))); } catch {}")
+    tab.evaluate(
+        "for (let at = 0; at < 15; at += 1) try { localStorage.setItem(at, 'x'.repeat(1 << (22 - at))); } catch {}"
+    )
     ask(tab, "Hello there")
     expect(tab.locator(".error").first).to_contain_text("no room for the conversation")
     assert tab.locator(".answer .figures").inner_text() != ""

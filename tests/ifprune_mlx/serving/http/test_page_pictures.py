@@ -23,7 +23,7 @@ QUESTIONS = (
 def test_pictures(tab: Any, smollm2: Path, tmp_path: Path) -> None:
     file, named = Path(str(PICTURE)), tmp_path / "SmolLM2-135M-Instruct"
     named.symlink_to(smollm2)
-    with served_page(named, tmp_path, "--max-tokens", "120", "--policy", "turn") as url:
+    with served_page(named, tmp_path, "--max-tokens", "90", "--policy", "turn") as url:
         tab.set_default_timeout(300_000)
         tab.goto(url)
         for count, text in enumerate(QUESTIONS, 1):

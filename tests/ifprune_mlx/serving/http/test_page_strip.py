@@ -1,4 +1,4 @@
-"""The strip of the chat page shows what is selected as soon as it is, against the same conversation's selection before."""
+"""The strip of the chat page shows a selection as soon as it is made, against the conversation's selection before."""
 
 from __future__ import annotations
 
