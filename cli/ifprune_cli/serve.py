@@ -8,11 +8,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import webbrowser
 from contextlib import closing
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from importlib.util import find_spec
+from threading import Thread
 from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import typer
@@ -65,6 +67,7 @@ class _Server:
         bool, _server("--any-model", help="Let clients ask for any model; this one answers them all.")
     ] = False
     ui: Annotated[bool, _server("--ui", help="Serve a chat page at /.")] = False
+    open: Annotated[bool, _server("--open", help="Serve the chat page, and open it in the browser.")] = False
     max_body: Annotated[str, _server("--max-body", metavar="BYTES", help="Refuse requests with a larger body.")] = (
         "10MB"
     )
@@ -177,8 +180,8 @@ def serve(
     with closing(engine), closing(_service(runtime, engine, model, server, task, sampling, requests)) as service:
         origins = tuple(server.cors or ())
         limits = Limits(key, is_loopback(listener), server.host, origins, body_bytes, most + 64)
-        app = make_app(service, limits, ui=server.ui)
-        listen(app, listener, lambda: _announce(service.name, url(listener), json), engine.close)
+        app = make_app(service, limits, ui=server.ui or server.open)
+        listen(app, listener, lambda: _announce(service.name, url(listener), server, json), engine.close)
 
 
 def _service(
@@ -213,10 +216,20 @@ def _service(
     )
 
 
-def _announce(name: str, url: str, json: bool) -> None:
-    note(f"{name} listens on {url}; Ctrl-C ends it")
+def _announce(name: str, url: str, server: _Server, json: bool) -> None:
+    # Browsers do not all know the addresses that stand for every one of this machine's.
+    page = url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:") + "/"
+    chat = f", chat at {page}" if server.ui or server.open else ""
+    note(f"{name} listens on {url}{chat}; Ctrl-C ends it")
     if json:
         result_json({"url": url, "model": name, "pid": os.getpid()})
+    if server.open:
+        Thread(target=_open, args=(page,), daemon=True).start()  # some browsers return when they are closed
+
+
+def _open(page: str) -> None:
+    if not webbrowser.open(page):
+        note(f"no browser could be opened; open {page} yourself")
 
 
 def _check_installed() -> None:

@@ -234,7 +234,7 @@ class Engine:
         state.output_processor = OutputProcessor(request, self._tokenizer)
         state.constraint = None if request.grammar is None else request.grammar.constraint()
         state.started = time.monotonic()
-        state.has_read(read)
+        state.has_read(read, state.selection)
         room = (self._model.context_length or math.inf) - len(request.tokens)
         state.uid = self._decoder.insert(state, cache, read, int(min(request.max_tokens, room)))
 

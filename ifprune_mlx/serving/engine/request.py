@@ -103,6 +103,7 @@ class PromptProgress:
 
     read: int | None  # prompt tokens that need not be read any more; None while the request waits
     total: int  # tokens of the prompt
+    selection: Selection | None = None  # of the answer, told once, before its prompt is read; None if dense
 
 
 @dataclass(frozen=True)
@@ -205,10 +206,10 @@ class RequestState:
         """Send a part of the answer to the event loop that reads it; may be called in any thread."""
         self._in_loop(self.outputs.put_nowait, output)
 
-    def has_read(self, tokens: int) -> None:
+    def has_read(self, tokens: int, selection: Selection | None = None) -> None:
         """Tell how many tokens of the prompt need not be read any more; may be called in any thread."""
         if self.progress is not None:
-            self._in_loop(self.progress, PromptProgress(tokens, len(self.request.tokens)))
+            self._in_loop(self.progress, PromptProgress(tokens, len(self.request.tokens), selection))
 
     def _in_loop(self, call: Callable[..., None], given: object) -> None:
         try:

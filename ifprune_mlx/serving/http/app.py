@@ -34,16 +34,24 @@ from ifprune_mlx.serving.http.openai import OpenAI
 from ifprune_mlx.serving.http.service import Service
 
 _PAGE = Path(__file__).parent / "page"
-# Only these files of the page's folder are served.
+# Only files of these kinds in the page's folder are served.
+_PAGE_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+    ".txt": "text/plain; charset=utf-8",
+}
 _PAGE_FILES = {
-    "/": ("index.html", "text/html; charset=utf-8"),
-    "/page.css": ("page.css", "text/css; charset=utf-8"),
-    "/page.js": ("page.js", "text/javascript; charset=utf-8"),
-    "/icon.svg": ("icon.svg", "image/svg+xml"),
+    "/" if file.name == "index.html" else f"/{file.relative_to(_PAGE).as_posix()}": file
+    for file in sorted(_PAGE.rglob("*"))
+    if file.suffix in _PAGE_TYPES
 }
 _PAGE_HEADERS = {
+    # With trusted types, HTML comes into the page through DOMPurify alone.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types dompurify",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
@@ -80,8 +88,8 @@ def make_app(service: Service, limits: Limits, *, ui: bool = False) -> ASGIApp:
     metrics = Metrics(service.engine)
     api = make_api(service, metrics, with_key=limits.api_key is not None, max_body=limits.max_body)
     if ui:
-        for path, (name, media_type) in _PAGE_FILES.items():
-            api.add_route(path, _file((_PAGE / name).read_bytes(), media_type))
+        for path, file in _PAGE_FILES.items():
+            api.add_route(path, _file(file.read_bytes(), _PAGE_TYPES[file.suffix]))
     open_paths = frozenset({"/health", *(_PAGE_FILES if ui else ())})
     paths = frozenset({*api.openapi()["paths"], "/openapi.json", *open_paths})
     app: ASGIApp = RequestMiddleware(api, limits, metrics, paths, open_paths)

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from ifprune_mlx.detokenizer import bytes_of
+from ifprune_mlx.selection.selectors import default_selector
 from ifprune_mlx.serving.engine.request import Request, RequestOutput, RequestStats, TokenLogprob
 from ifprune_mlx.serving.http.chat_rendering import (
     EFFORTS,
@@ -119,6 +120,10 @@ class OpenAI:
             "display_name": service.name,
             "created_at": datetime.fromtimestamp(service.started, timezone.utc).isoformat().replace("+00:00", "Z"),
             "ifprune": {
+                "task": selection.task,
+                "dense": bool(selection.dense),
+                "policy": selection.policy or "first",
+                "selector": selection.selector or default_selector(service.model),
                 "density": sum(keep) / sum(spec.d_ffn for spec in checkpoint.layout.ffns),
                 "active_parameters": checkpoint.active_parameters(keep),
                 "total_parameters": service.model.total_parameters,

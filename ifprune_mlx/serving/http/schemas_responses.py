@@ -122,7 +122,8 @@ class TokenTotal(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """The served model, with the fields of both APIs. `ifprune` holds its size, density and context length."""
+    """The served model, with the fields of both APIs. `ifprune` holds its size, its context length, and what
+    selects for a request that does not say."""
 
     id: str
     object: Literal["model"]

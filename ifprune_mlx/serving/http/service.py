@@ -244,15 +244,14 @@ class Service:
                 index, output = latest
                 if isinstance(output, Exception):
                     raise output
+                self._remember(output.selection)
                 if isinstance(output, PromptProgress):
                     accepted.add(index)
                     if len(accepted) < len(tasks):
                         continue
                 else:
                     silence = None
-                    if output.stats is not None:
-                        left -= 1
-                        self._remember(output.selection)
+                    left -= output.stats is not None
                 yield index, output
         finally:
             for task in tasks:

@@ -81,9 +81,10 @@ class AnswerFormat(ABC):
         return iter(())
 
     def waiting(self, progress: PromptProgress) -> bytes:
-        """What is sent before the first token, so that clients and proxies wait: a comment, which clients skip."""
+        """What is sent before the first token, so that clients and proxies wait: comments, which clients skip."""
         stage = "queued" if progress.read is None else f"reading {progress.read}/{progress.total}"
-        return f": {stage}\n\n".encode()
+        selected = "" if progress.selection is None else f": selection {progress.selection.hash}\n\n"
+        return f"{selected}: {stage}\n\n".encode()
 
     @abstractmethod
     def events(self, answer: AnswerSoFar, parts: Sequence[Part], output: RequestOutput) -> Iterator[bytes]:

@@ -1,244 +1,260 @@
-// The chat page of `ifprune serve --ui`: streams answers, and draws the selection that computed them.
-// What a model writes is text: it only ever goes into textContent.
-"use strict";
+// The chat page of `ifprune serve --ui`: the conversation, its settings, and the list of the others.
+
+import { NeedsKey, getJSON, streamChat, useKey } from "./api.js";
+import { AnswerView, make, newAnswer } from "./answer.js";
+import { asMarkdown, deleteChat, findChats, loadChat, newChat, saveChat } from "./chats.js";
+import { clearStrip, showSelection } from "./strip.js";
 
 const element = (id) => document.getElementById(id);
-const conversation = element("conversation"), message = element("message"), strip = element("strip");
-const choice = element("choice"), density = element("density");
-const NEW = 0.25; // of a bin's kept neurons: where so many came in, it is orange
+const conversation = element("conversation"), message = element("message");
+const choice = element("choice"), density = element("density"), beside = element("beside");
+// What is selected when, by the choice.
+const EXPLAINED = {
+  first: "Your first message selects the neurons that answer. They stay for the whole conversation.",
+  turn: "Each message selects the neurons that answer it.",
+  auto: "Your first message selects the neurons that answer. A later one selects anew where the topic changes.",
+  system: "The system prompt selects the neurons that answer; without one, your first message does.",
+  task: "The neurons of a saved task answer, whatever you write.",
+  dense: "All neurons answer. Nothing is selected.",
+};
 
-let messages = []; // what was said, as the API takes it
-let model = null;
-let key = ""; // kept in this page only
+let model = null, selector = null;
+let chat = newChat();
 let running = null; // the AbortController of the answer under way
-let shown = null, before = null; // selections: {hash, density, layers: [Uint8Array of 0 and 1]}
+let answering = Promise.resolve(); // until it has ended
 
-class NeedsKey extends Error {}
+const kind = (value = choice.value) => value.split(":")[0]; // of what selects
 
-async function call(path, options = {}) {
-  const headers = { ...(options.body ? { "Content-Type": "application/json" } : {}) };
-  if (key) headers.Authorization = `Bearer ${key}`;
-  const response = await fetch(path, { ...options, headers });
-  if (response.ok) return response;
-  let said = `the server answered ${response.status}`;
-  try {
-    said = (await response.json()).error.message || said;
-  } catch { /* not JSON: the status says enough */ }
-  if (response.status === 401) throw new NeedsKey(said);
-  throw new Error(said);
+// What a choice means.
+function explained(value = choice.value) {
+  const own = kind(value);
+  // The selector `activation` has no use for a policy: it reads the whole prompt.
+  return EXPLAINED[selector === "activation" && own !== "task" && own !== "dense" ? "turn" : own];
 }
 
-// The server-sent events of a response, each `data:` line parsed; ends at [DONE] or with the response.
-async function* events(response) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let pending = "";
-  for (;;) {
-    const { done, value } = await reader.read();
-    if (done) return;
-    const lines = (pending + value).split(/\r?\n/);
-    pending = lines.pop();
-    for (const line of lines) {
-      if (!line.startsWith("data:")) continue;
-      const data = line.slice(5).trim();
-      if (data === "[DONE]") return;
-      yield JSON.parse(data);
-    }
+function settings() {
+  return {
+    choice: choice.value, density: Number(density.value), beside: beside.checked,
+    system: element("system").value.trim(), temperature: element("temperature").value,
+    maxTokens: element("max-tokens").value, stop: element("stop-strings").value,
+  };
+}
+
+function setSettings(given) {
+  choice.value = given.choice;
+  if (!choice.value) choice.value = "first"; // a task that is no more
+  density.value = given.density;
+  beside.checked = given.beside;
+  element("system").value = given.system;
+  element("temperature").value = given.temperature;
+  element("max-tokens").value = given.maxTokens;
+  element("stop-strings").value = given.stop;
+  showSettings();
+}
+
+function showSettings() {
+  element("density-shown").textContent = Number(density.value).toFixed(2);
+  density.disabled = ["dense", "task"].includes(kind());
+  beside.disabled = kind() === "dense";
+  if (chat.turns.length) return;
+  conversation.replaceChildren(make("p", "hint", `Write a message. ${explained()}`));
+}
+
+// The request for the last turn's answer.
+function requestBody() {
+  const { choice: selects, system, temperature, maxTokens, stop } = chat.settings;
+  const messages = system ? [{ role: "system", content: system }] : [];
+  const earlier = chat.turns.slice(0, -1).filter((turn) => turn.answer.content); // else there were two questions in a row
+  for (const turn of earlier) {
+    messages.push({ role: "user", content: turn.question }, { role: "assistant", content: turn.answer.content });
   }
+  messages.push({ role: "user", content: chat.turns.at(-1).question });
+  const body = { model, messages, stream_options: { include_usage: true } };
+  if (temperature) body.temperature = Number(temperature);
+  if (maxTokens) body.max_tokens = Number(maxTokens);
+  const stops = stop.split("\n").filter(Boolean);
+  if (stops.length) body.stop = stops;
+  if (selects === "dense") body.ifprune = { dense: true };
+  else if (selects.startsWith("task:")) body.ifprune = { task: selects.slice(5) };
+  else body.ifprune = { policy: selects, density: chat.settings.density };
+  return body;
 }
 
-function addTurn(kind, text) {
-  element("hint")?.remove();
-  const turn = document.createElement("div");
-  turn.className = `turn ${kind}`;
-  turn.textContent = text;
-  conversation.append(turn);
+function showTurn(turn) {
+  element("conversation").querySelector(".hint")?.remove();
+  const article = make("article", "turn");
+  article.append(make("div", "question", turn.question));
+  const answers = make("div", turn.beside ? "answers two" : "answers");
+  article.append(answers);
+  conversation.append(article);
+  const view = new AnswerView(answers, turn.answer, turn.beside ? "Sliced" : "");
+  const other = turn.beside ? new AnswerView(answers, turn.beside, "Dense") : null;
   conversation.scrollTop = conversation.scrollHeight;
-  return turn;
+  return { article, view, other };
 }
 
-function append(turn, text) {
-  const atEnd = conversation.scrollTop + conversation.clientHeight >= conversation.scrollHeight - 8;
-  turn.append(text); // a string becomes a text node
-  if (atEnd) conversation.scrollTop = conversation.scrollHeight;
-}
-
-function addSpan(turn, kind, text) {
-  const span = document.createElement("span");
-  span.className = kind;
-  span.textContent = text;
-  turn.append(span);
-  conversation.scrollTop = conversation.scrollHeight;
-  return span;
-}
-
-const addEnding = (turn, text) => addSpan(turn, "ending", text);
-
-function whatSelects() {
-  const { value } = choice;
-  if (value === "dense") return { dense: true };
-  if (value.startsWith("task:")) return { task: value.slice(5) };
-  return { policy: value, density: Number(density.value) };
-}
-
-async function ask(text) {
-  const question = { role: "user", content: text };
-  const own = addTurn("user", text);
-  const turn = addTurn("assistant", "");
+async function ask(question) {
+  const turn = { question, answer: newAnswer(), beside: beside.checked && !beside.disabled ? newAnswer() : null };
+  chat.turns.push(turn);
+  chat.settings = settings();
+  chat.model = model;
+  const { article, view, other } = showTurn(turn);
+  history.replaceState(null, "", `#${chat.id}`);
   conversation.setAttribute("aria-busy", "true");
   running = new AbortController();
   setRunning(true);
-  let said = "", thoughts = null, finish = null, figures = null, stopped = false;
+  keep();
+  const body = requestBody(), { signal } = running;
   try {
-    const body = JSON.stringify({
-      model, stream: true, messages: [...messages, question], stream_options: { include_usage: true },
-      ifprune: whatSelects(),
-    });
-    const response = await call("/v1/chat/completions", { method: "POST", body, signal: running.signal });
-    for await (const event of events(response)) {
-      if (event.error) throw new Error(event.error.message);
-      const [first] = event.choices ?? [];
-      if (first?.delta?.reasoning_content) {
-        thoughts ??= addSpan(turn, "thoughts", "");
-        append(thoughts, first.delta.reasoning_content);
-      }
-      if (first?.delta?.content) {
-        said += first.delta.content;
-        append(turn, first.delta.content);
+    other?.wait("comes after the sliced answer");
+    await receive(body, view, signal);
+    if (other) await receive({ ...body, ifprune: { dense: true } }, other, signal);
+  } catch (error) { // the server asks for a key
+    article.remove();
+    chat.turns.pop();
+    message.value ||= question;
+    askForKey();
+  }
+  running = null;
+  conversation.removeAttribute("aria-busy");
+  setRunning(false);
+  keep();
+  showFigures();
+}
+
+// Receives an answer. Only a missing key is raised: what else goes wrong is said in its place.
+async function receive(body, view, signal) {
+  const { answer } = view, because = explained(chat.settings.choice);
+  let finish = null, selected = null;
+  const select = async (hash) => {
+    if (!hash || hash === selected) return;
+    selected = hash;
+    await showSelection(hash, because).catch((error) => clearStrip(`The selection cannot be shown: ${error.message}`));
+  };
+  view.wait("waiting");
+  try {
+    for await (const { comment, event } of streamChat(body, signal)) {
+      const [first] = event?.choices ?? [];
+      if (comment?.startsWith("selection ")) await select(comment.slice(10));
+      else if (comment) view.wait(comment);
+      if (first?.delta?.content || first?.delta?.reasoning_content) {
+        answer.content += first.delta.content ?? "";
+        answer.thoughts += first.delta.reasoning_content ?? "";
+        view.wait(answer.content ? "" : "thinking");
+        view.update();
       }
       finish = first?.finish_reason ?? finish;
-      figures = event.ifprune ?? figures;
+      answer.figures = event?.ifprune ?? answer.figures;
+      answer.tokens = event?.usage?.completion_tokens ?? answer.tokens;
     }
-    if (finish === null) addEnding(turn, " [the connection ended before the answer did]");
+    if (finish === null) answer.ending = "[the connection ended before the answer did]";
+    if (finish === "length") answer.ending = "[cut off]";
   } catch (error) {
-    stopped = error.name === "AbortError";
-    if (error instanceof NeedsKey) {
-      own.remove();
-      turn.remove();
-      message.value = message.value || text;
-      askForKey();
-    } else if (!stopped) {
-      turn.className = "turn error";
-      turn.textContent = said ? `${said}\n${error.message}` : error.message;
-    }
-  } finally {
-    running = null;
-    conversation.removeAttribute("aria-busy");
-    setRunning(false);
+    if (error instanceof NeedsKey) throw error;
+    if (error.name === "AbortError") answer.ending = answer.content ? "[stopped]" : "[stopped before it began]";
+    else answer.error = error.message;
   }
-  if (stopped) addEnding(turn, said ? " [stopped]" : "[stopped before it began]");
-  if (finish === "length") addEnding(turn, " [cut off]");
-  // An answer that broke off without a word would leave two questions in a row.
-  if (said) messages.push(question, { role: "assistant", content: said });
-  if (figures) await showFigures(figures);
+  view.finish();
+  await select(answer.figures?.selection);
+  if (chat.settings.choice === "dense") clearStrip(because, "All neurons are active");
 }
 
-async function showFigures(figures) {
-  const seconds = (name) => `${name} ${(figures[`${name}_s`] ?? 0).toFixed(2)} s`;
-  const parts = [`${(figures.tokens_per_s ?? 0).toFixed(1)} tokens/s`];
-  if (figures.active_parameters) parts.push(`${count(figures.active_parameters)} of ${count(figures.total_parameters)} active`);
-  parts.push(...["select", "switch", "prefill", "decode"].map(seconds));
-  parts.push(figures.selection ? `${figures.selector ?? "selection"} ${figures.selection.slice(0, 6)}, density ${figures.density.toFixed(2)}` : "all neurons");
-  if (typeof figures.overlap === "number") parts.push(`${Math.round(100 * figures.overlap)} % of it active before`);
-  element("figures").replaceChildren(...parts.map((part) => {
-    const span = document.createElement("span");
-    span.textContent = part;
-    return span;
-  }));
+// The sums over this conversation; what other clients of the server do is not in them.
+function showFigures() {
+  const answers = chat.turns.map((turn) => turn.answer).filter((answer) => answer.figures);
+  const sum = (of) => answers.reduce((total, answer) => total + of(answer), 0);
+  const tokens = sum((answer) => answer.tokens), seconds = sum((answer) => answer.figures.decode_s);
+  const hashes = answers.map((answer) => answer.figures.selection);
+  const switches = hashes.filter((hash, at) => at > 0 && hash !== hashes[at - 1]).length;
+  const speed = seconds > 0 ? (tokens - answers.length) / seconds : 0;
+  element("figures").textContent = answers.length
+    ? `This conversation: ${answers.length} ${answers.length === 1 ? "answer" : "answers"}, ${tokens} tokens, ${speed.toFixed(1)} tokens/s, neurons switched ${switches} ${switches === 1 ? "time" : "times"}`
+    : "\u00a0";
+}
+
+function keep() {
   try {
-    await showSelection(figures.selection ?? null);
+    if (chat.turns.length) saveChat(chat);
   } catch (error) {
-    element("hovered").textContent = `the selection cannot be shown: ${error.message}`;
+    conversation.append(make("p", "error", error.message));
+  }
+  showList();
+}
+
+function showList() {
+  const items = findChats(element("search").value).map((found) => {
+    const item = make("li"), open = make("button", "open", found.title), remove = make("button", "remove", "×");
+    if (found.id === chat.id) open.setAttribute("aria-current", "true");
+    open.addEventListener("click", () => {
+      location.hash = found.id;
+      showChats(false);
+    });
+    remove.title = `Delete ${found.title}`;
+    remove.setAttribute("aria-label", remove.title);
+    remove.addEventListener("click", () => removeChat(found));
+    item.append(open, remove);
+    return item;
+  });
+  element("list").replaceChildren(...items);
+  element("export").disabled = !chat.turns.length;
+}
+
+async function removeChat(found) {
+  if (!confirm(`Delete “${found.title}”? It cannot be had back.`)) return;
+  if (found.id === chat.id) await openChat("");
+  deleteChat(found.id);
+  showList();
+  element("search").focus();
+}
+
+function exportChat() {
+  const address = URL.createObjectURL(new Blob([asMarkdown(chat)], { type: "text/markdown" }));
+  const link = make("a");
+  link.href = address;
+  link.download = `${chat.title.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40) || "chat"}.md`;
+  link.click();
+  URL.revokeObjectURL(address);
+}
+
+// Shows a kept conversation, or a new one.
+async function openChat(id) {
+  running?.abort();
+  await answering;
+  const found = loadChat(id);
+  chat = found ?? newChat();
+  history.replaceState(null, "", found ? `#${id}` : location.pathname);
+  showChats(false);
+  conversation.replaceChildren();
+  clearStrip("");
+  for (const turn of chat.turns) {
+    const { view, other } = showTurn(turn);
+    view.finish();
+    other?.finish();
+  }
+  if (found) setSettings(chat.settings);
+  else showSettings();
+  conversation.scrollTop = conversation.scrollHeight;
+  showList();
+  showFigures();
+  message.focus();
+  // The server knows the selections that were used recently.
+  const hashes = chat.turns.map((turn) => turn.answer.figures?.selection).filter(Boolean).slice(-2);
+  try {
+    for (const hash of hashes) await showSelection(hash, explained());
+  } catch {
+    clearStrip("The server no longer knows this conversation's selection. The next message shows one.");
   }
 }
 
-function count(parameters) {
-  return parameters >= 1e9 ? `${(parameters / 1e9).toFixed(2)}B` : `${Math.round(parameters / 1e6)}M`;
-}
-
-async function showSelection(hash) {
-  if (hash === null) {
-    shown = before = null;
-    strip.setAttribute("aria-label", "All neurons are active");
-  } else if (shown?.hash !== hash) {
-    const fetched = await (await call(`/v1/ifprune/selections/${encodeURIComponent(hash)}`)).json();
-    const layers = fetched.masks.map((mask, layer) => unpacked(mask, fetched.widths[layer]));
-    before = shown?.layers.length === layers.length ? shown : null;
-    shown = { hash, density: fetched.density, layers };
-    strip.setAttribute("aria-label", `${Math.round(100 * fetched.density)} % of ${layers.length} layers' neurons are active`);
-  }
-  draw();
-}
-
-// A base64 bit mask, the first neuron in the highest bit, as one byte per neuron.
-function unpacked(mask, width) {
-  const bytes = Uint8Array.from(atob(mask), (char) => char.charCodeAt(0));
-  return Uint8Array.from({ length: width }, (_, neuron) => (bytes[neuron >> 3] >> (7 - (neuron & 7))) & 1);
-}
-
-const columns = () => Math.max(1, Math.min(Math.floor(strip.clientWidth / 4), ...(shown?.layers.map((layer) => layer.length) ?? [])));
-
-// Of one layer's stretch `column` of `bins`: its neurons, those kept, and those of them that came in.
-function bin(layer, column, bins) {
-  const mask = shown.layers[layer], old = before?.layers[layer];
-  const first = Math.floor((column * mask.length) / bins), end = Math.floor(((column + 1) * mask.length) / bins);
-  let kept = 0, entered = 0;
-  for (let neuron = first; neuron < end; neuron += 1) {
-    kept += mask[neuron];
-    if (old && mask[neuron] && !old[neuron]) entered += 1;
-  }
-  return { first, end, kept, entered };
-}
-
-function draw() {
-  if (!shown) {
-    strip.height = 40;
-    strip.style.height = "40px";
-    strip.getContext("2d").clearRect(0, 0, strip.width, strip.height);
-    return;
-  }
-  const style = getComputedStyle(document.documentElement);
-  const [none, all, fresh] = ["--none", "--kept", "--entered"].map((name) => rgb(style.getPropertyValue(name).trim()));
-  const layers = shown.layers.length, bins = columns();
-  const image = new ImageData(bins, layers);
-  for (let layer = 0; layer < layers; layer += 1) {
-    for (let column = 0; column < bins; column += 1) {
-      const { first, end, kept, entered } = bin(layer, column, bins);
-      const share = kept / (end - first), colour = entered && entered >= NEW * kept ? fresh : all;
-      for (let part = 0; part < 3; part += 1) {
-        image.data[4 * (layer * bins + column) + part] = Math.round(none[part] + share * (colour[part] - none[part]));
-      }
-      image.data[4 * (layer * bins + column) + 3] = 255;
-    }
-  }
-  strip.width = bins;
-  strip.height = layers;
-  strip.style.height = `${layers * Math.max(2, Math.min(24, Math.floor(150 / layers)))}px`;
-  strip.getContext("2d").putImageData(image, 0, 0);
-}
-
-function rgb(colour) {
-  return [1, 3, 5].map((at) => Number.parseInt(colour.slice(at, at + 2), 16));
-}
-
-function describe(event) {
-  if (!shown) return;
-  const bins = columns(), layers = shown.layers.length;
-  const column = Math.min(bins - 1, Math.max(0, Math.floor((event.offsetX * bins) / strip.clientWidth)));
-  const layer = Math.min(layers - 1, Math.max(0, Math.floor((event.offsetY * layers) / strip.clientHeight)));
-  const { first, end, kept, entered } = bin(layer, column, bins);
-  const came = before ? `, ${entered} new` : "";
-  element("hovered").textContent = `layer ${layer}, neurons ${first} to ${end - 1}: ${kept} of ${end - first} kept${came}`;
+function showChats(on) {
+  element("chats").classList.toggle("shown", on);
+  element("show-chats").setAttribute("aria-expanded", String(on));
 }
 
 function setRunning(on) {
-  element("send").disabled = element("new").disabled = on;
+  element("send").disabled = on;
   element("stop").disabled = !on;
   if (!on) message.focus();
-}
-
-function setDensity() {
-  element("density-shown").textContent = Number(density.value).toFixed(2);
-  density.disabled = choice.value === "dense" || choice.value.startsWith("task:");
 }
 
 function askForKey() {
@@ -250,42 +266,46 @@ function askForKey() {
 function send() {
   const text = message.value.trim();
   if (!text || running) return;
+  if (!element("settings-form").checkValidity()) {
+    element("settings").open = true;
+    element("settings-form").reportValidity();
+    return;
+  }
   message.value = "";
-  ask(text);
+  answering = ask(text);
 }
 
-// What the server offers: the model's name, its default density, and its named tasks.
+// What the server offers: the model's name, its defaults, and its named tasks.
 async function begin() {
   try {
-    const [served] = (await (await call("/v1/models")).json()).data;
+    const [served] = (await getJSON("/v1/models")).data;
     model = served.id;
     element("model").textContent = document.title = model;
-    const known = served.ifprune?.density;
-    if (known) density.value = known;
-    const { tasks } = await (await call("/v1/ifprune/tasks")).json();
+    const { tasks } = await getJSON("/v1/ifprune/tasks");
     choice.querySelectorAll("option[value^='task:']").forEach((option) => option.remove());
-    for (const task of tasks) {
-      const option = new Option(`task ${task.name}`, `task:${task.name}`);
-      if (task.description) option.title = task.description;
-      choice.add(option);
-    }
+    for (const task of tasks) choice.add(new Option(`task ${task.name}`, `task:${task.name}`));
+    const own = served.ifprune;
+    selector = own.selector;
+    density.value = own.density;
+    choice.value = own.task ? `task:${own.task}` : own.dense ? "dense" : own.policy;
     element("key-form").hidden = true;
   } catch (error) {
     if (error instanceof NeedsKey) askForKey();
-    else addTurn("error", error.message);
+    else conversation.append(make("p", "error", error.message));
+    return;
   }
-  setDensity();
+  await openChat(location.hash.slice(1));
 }
 
 element("form").addEventListener("submit", (event) => {
   event.preventDefault();
   send();
 });
+element("settings-form").addEventListener("submit", (event) => event.preventDefault());
 element("key-form").addEventListener("submit", async (event) => {
   event.preventDefault();
-  key = element("key").value;
+  useKey(element("key").value);
   await begin();
-  if (element("key-form").hidden) message.focus();
 });
 message.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
@@ -294,19 +314,20 @@ message.addEventListener("keydown", (event) => {
   }
 });
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") running?.abort();
+  if (event.key === "Escape") {
+    running?.abort();
+    showChats(false);
+    element("settings").open = false;
+  }
 });
 element("stop").addEventListener("click", () => running?.abort());
-element("new").addEventListener("click", () => {
-  messages = [];
-  conversation.replaceChildren();
-  element("figures").replaceChildren("\u00a0");
-  message.focus();
-});
-density.addEventListener("input", setDensity);
-choice.addEventListener("change", setDensity);
-strip.addEventListener("pointermove", describe);
-strip.addEventListener("pointerleave", () => { element("hovered").textContent = "a row per layer"; });
-addEventListener("resize", draw);
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+element("new").addEventListener("click", () => openChat(""));
+element("export").addEventListener("click", exportChat);
+element("search").addEventListener("input", showList);
+element("show-chats").addEventListener("click", () => showChats(element("show-chats").getAttribute("aria-expanded") === "false"));
+density.addEventListener("input", showSettings);
+choice.addEventListener("change", showSettings);
+addEventListener("hashchange", () => openChat(location.hash.slice(1)));
+addEventListener("storage", showList); // of another tab
+addEventListener("pagehide", () => { if (running) keep(); });
 begin();

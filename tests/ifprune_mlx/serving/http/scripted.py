@@ -108,10 +108,10 @@ class Scripted:
 
 
 @contextmanager
-def scripted(folder: Path, family: str) -> Iterator[Scripted]:
+def scripted(folder: Path, family: str, *options: str) -> Iterator[Scripted]:
     """A server of a tiny model with the tokenizer of a family."""
     checkpoint, script = write_templated(folder / "checkpoint", *FAMILIES[family]), folder / "script.json"
     prelude = "from tests.ifprune_mlx.serving.http.script_tokens import install; install()"
     env = {"IFPRUNE_TEST_SCRIPT": str(script)}
-    with serving(checkpoint, folder / "cache", "--dense", env=env, prelude=prelude) as served:
+    with serving(checkpoint, folder / "cache", "--dense", *options, env=env, prelude=prelude) as served:
         yield Scripted(served, checkpoint, script)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import socket
 from pathlib import Path
@@ -91,11 +92,46 @@ def test_the_page_is_given_out_when_asked_for(served: Served, checkpoint: Path, 
         ("page.js", "text/javascript"),
         ("page.css", "text/css"),
         ("icon.svg", "image/svg+xml"),
+        ("vendor/markdown-it.umd.min.js", "text/javascript"),
+        ("vendor/purify.min.js", "text/javascript"),
+        ("vendor/highlight.min.js", "text/javascript"),
     ):
         assert name in page.text
         assert served.get(f"/{name}").headers["content-type"].startswith(kind)
+    licences = served.get("/vendor/LICENSES.txt").text
+    assert all(f"---- {name} ----" in licences for name in ("markdown-it", "highlight.js", "dompurify"))
+    assert not re.search(r"(src|href)=\"?(https?:)?//", page.text)  # nothing comes from elsewhere
     with serving(checkpoint, tmp_path) as server:
         assert server.get("/").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("options", "address"),
+    [((), None), (("--ui",), "127.0.0.1"), (("--host", "0.0.0.0", "--api-key", "k", "--ui"), "127.0.0.1")],
+)
+def test_the_start_line_says_where_the_chat_is(
+    checkpoint: Path, tmp_path: Path, options: tuple[str, ...], address: str | None
+) -> None:
+    with serving(checkpoint, tmp_path, *options) as server:
+        eventually(lambda: "Ctrl-C" in "".join(server.stderr))
+        [line] = [line for line in server.stderr if "Ctrl-C" in line]
+        chat = "" if address is None else f", chat at http://{address}:{server.address[1]}/"
+        assert line == f"checkpoint listens on {server.url}{chat}; Ctrl-C ends it\n"
+
+
+def test_open_opens_the_chat_in_the_browser(checkpoint: Path, tmp_path: Path) -> None:
+    opened, browser = tmp_path / "opened", tmp_path / "browser"
+    browser.write_text(f'#!/bin/sh\nprintf %s "$1" > "{opened}"\n')
+    browser.chmod(0o755)
+    with serving(checkpoint, tmp_path, "--open", env={"BROWSER": f"{browser} %s"}) as server:
+        eventually(lambda: opened.exists() and opened.read_text() != "")
+        assert opened.read_text() == f"{server.url}/"
+        assert "<title>ifprune</title>" in server.get("/").text
+
+
+def test_open_without_a_browser_says_what_to_open(checkpoint: Path, tmp_path: Path) -> None:
+    with serving(checkpoint, tmp_path, "--open", env={"BROWSER": "false %s", "PATH": "/nowhere"}) as server:
+        eventually(lambda: f"no browser could be opened; open {server.url}/ yourself" in "".join(server.stderr))
 
 
 def test_the_chat_template_can_be_ignored(checkpoint: Path, tmp_path: Path) -> None:
