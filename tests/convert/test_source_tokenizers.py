@@ -15,7 +15,7 @@ from ifprune_convert.pipeline import Options, convert
 from ifprune_convert.predictor import open_predictor
 from ifprune_convert.readers import open_source
 from ifprune_mlx import PredictorError, SourceError, load
-from tests.ifprune_mlx.test_tokenizer import ADDED, BEYOND, edit
+from tests.ifprune_mlx.test_tokenizer import ADDED, BEYOND, edit, padded
 from tests.tiny import TEMPLATE, write_source, write_tokenizer
 from tests.tiny_gguf import CONFIG, TOKENS, make_model, train_sentencepiece, write_gguf
 from tests.tiny_predictor import write_predictor
@@ -94,7 +94,7 @@ def test_a_sentencepiece_model_with_a_damaged_map_is_refused(tmp_path: Path, cha
 @pytest.mark.parametrize("kind", ADDED)
 def test_an_added_token_without_an_embedding_is_said(tmp_path: Path, kind: str) -> None:
     """As in Gemma 3's text models, which are fine without it."""
-    source, notes = edit(write_source(tmp_path / "source"), ADDED[kind]), list[str]()
+    source, notes = padded(write_source(tmp_path / "source"), ADDED[kind]), list[str]()
     convert(open_source(source), tmp_path / "out", Options(), note=notes.append)
     assert any("has no embeddings for " in note for note in notes)
 

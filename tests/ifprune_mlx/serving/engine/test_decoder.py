@@ -71,6 +71,6 @@ def test_the_cause_of_a_failed_trial_is_logged(
     with caplog.at_level(logging.DEBUG, "ifprune_mlx.serving"):
         assert batch_error(model) == math.inf
     warning, detail = caplog.records
-    assert warning.levelname == "WARNING"
+    assert warning.levelno == logging.WARNING
     assert warning.getMessage().endswith("decoding two sequences together failed: no such argument")
     assert detail.exc_info is not None
