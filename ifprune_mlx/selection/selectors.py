@@ -50,7 +50,7 @@ class Instruction:
     tokens: tuple[int, ...]
     history: History | None = None
     progress: Callable[[int, int], None] | None = None
-    pace: Pace = field(default_factory=Pace)
+    pace: Pace = field(default_factory=Pace, compare=False)
 
 
 @dataclass(frozen=True)

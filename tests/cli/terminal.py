@@ -59,12 +59,15 @@ class Terminal:
         self._seen = b""
         self.screen = pyte.HistoryScreen(columns, 50, history=1000)
         self._stream = pyte.ByteStream(self.screen)
+        surroundings = environment(cache, TERM="xterm", PROMPT_TOOLKIT_NO_CPR="1", **(env or {}))
+        for name in ("COLUMNS", "LINES"):  # of the tests' own terminal
+            surroundings.pop(name, None)
         self._process = subprocess.Popen(
             [sys.executable, "-c", ON_TERMINAL.format(prelude), "chat", "--model", str(checkpoint), *options],
             stdin=slave,
             stdout=slave,
             stderr=slave,
-            env=environment(cache, TERM="xterm", PROMPT_TOOLKIT_NO_CPR="1", **(env or {})),
+            env=surroundings,
             start_new_session=True,
         )
         os.close(slave)
