@@ -42,7 +42,7 @@ def test_a_conversation_is_kept_over_a_reload_and_goes_on(tab: Any, page_server:
 
 
 def test_a_conversation_whose_answer_was_under_way_is_kept_too(tab: Any, page_server: str) -> None:
-    tab.expected = ["net::ERR_ABORTED"]
+    tab.expected += ["net::ERR_ABORTED"]
     tab.goto(page_server)
     tab.click("#settings summary")
     tab.fill("#max-tokens", "6000")
