@@ -262,7 +262,11 @@ def test_an_error_of_the_server_is_shown_and_leaves_the_conversation(tab: Any, p
 
 def test_nothing_can_be_set_before_the_server_has_said_what_it_offers(tab: Any, page_server: str) -> None:
     held: list[Any] = []
-    tab.route("**/v1/ifprune/tasks", lambda route: held.append(route))
+
+    def hold(route: Any) -> None:
+        held.append(route)
+
+    tab.route("**/v1/ifprune/tasks", hold)
     with tab.expect_request("**/v1/ifprune/tasks"):
         tab.goto(page_server)
     for name in ("choice", "density", "beside", "message", "send", "new"):
