@@ -294,6 +294,8 @@ async function begin() {
     else conversation.append(make("p", "error", error.message));
     return;
   }
+  // Before, what the user does would be undone by the server's defaults.
+  for (const control of [choice, message, element("send"), element("new")]) control.disabled = false;
   await openChat(location.hash.slice(1));
 }
 
@@ -327,7 +329,7 @@ element("search").addEventListener("input", showList);
 element("show-chats").addEventListener("click", () => showChats(element("show-chats").getAttribute("aria-expanded") === "false"));
 density.addEventListener("input", showSettings);
 choice.addEventListener("change", showSettings);
-addEventListener("hashchange", () => openChat(location.hash.slice(1)));
+addEventListener("hashchange", () => { if (model) openChat(location.hash.slice(1)); });
 addEventListener("storage", showList); // of another tab
 addEventListener("pagehide", () => { if (running) keep(); });
 begin();

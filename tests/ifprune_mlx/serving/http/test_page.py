@@ -192,7 +192,7 @@ def test_it_is_used_by_the_keyboard_alone(tab: Any, page_server: str) -> None:
 
 
 def test_stop_ends_the_answer_here_and_in_the_server(tab: Any, page_server: str) -> None:
-    tab.expected = ["net::ERR_ABORTED"]
+    tab.expected += ["net::ERR_ABORTED"]
 
     def cancelled() -> float:
         with urllib.request.urlopen(f"{page_server}/metrics", timeout=60) as response:
@@ -217,7 +217,7 @@ def test_stop_ends_the_answer_here_and_in_the_server(tab: Any, page_server: str)
 
 def test_inline_scripts_and_html_are_blocked_by_the_policy(tab: Any, page_server: str) -> None:
     # Guards the other tests: violations do reach the console.
-    tab.expected = ["Content Security Policy", "requires 'TrustedHTML'", "requires 'TrustedScript'", "csp$"]
+    tab.expected += ["Content Security Policy", "requires 'TrustedHTML'", "requires 'TrustedScript'", "csp$"]
     tab.goto(page_server)
     with pytest.raises(Exception, match="TrustedHTML"):
         tab.evaluate("document.body.insertAdjacentHTML('beforeend', '<p style=\"color: red\">')")
@@ -231,7 +231,7 @@ def test_inline_scripts_and_html_are_blocked_by_the_policy(tab: Any, page_server
 
 
 def test_a_key_is_asked_for_where_the_server_wants_one(tab: Any, page_checkpoint: Path, tmp_path: Path) -> None:
-    tab.expected = ["401"]
+    tab.expected += ["401"]
     with served_page(page_checkpoint, tmp_path, "--api-key", KEY, "--max-tokens", "20") as url:
         tab.goto(url)
         expect(tab.locator("#key-form")).to_be_visible()
@@ -248,7 +248,7 @@ def test_a_key_is_asked_for_where_the_server_wants_one(tab: Any, page_checkpoint
 
 
 def test_an_error_of_the_server_is_shown_and_leaves_the_conversation(tab: Any, page_server: str) -> None:
-    tab.expected = ["400"]
+    tab.expected += ["400"]
     sent = bodies(tab)
     tab.goto(page_server)
     tab.fill("#density", "0.25")
@@ -258,3 +258,22 @@ def test_an_error_of_the_server_is_shown_and_leaves_the_conversation(tab: Any, p
     assert tab.locator(".answer .figures:not(:empty)").count() == 1
     assert sent[1]["messages"] == [{"role": "user", "content": "Hello there"}]
     assert json.dumps(sent[1]).count("xxx") == 0
+
+
+def test_nothing_can_be_set_before_the_server_has_said_what_it_offers(tab: Any, page_server: str) -> None:
+    held: list[Any] = []
+
+    def hold(route: Any) -> None:
+        held.append(route)
+
+    tab.route("**/v1/ifprune/tasks", hold)
+    with tab.expect_request("**/v1/ifprune/tasks"):
+        tab.goto(page_server)
+    for name in ("choice", "density", "beside", "message", "send", "new"):
+        assert tab.locator(f"#{name}").is_disabled(), name
+    eventually(lambda: tab.wait_for_timeout(10) is None and bool(held))
+    held[0].continue_()
+    tab.select_option("#choice", "turn")
+    ask(tab, "Hello there")
+    assert tab.input_value("#choice") == "turn"
+    assert tab.locator(".turn").count() == 1
