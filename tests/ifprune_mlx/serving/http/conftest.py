@@ -56,7 +56,8 @@ def served_real(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         yield server
 
 
-@pytest.fixture(scope="session")
+# Not for the session: playwright's event loop runs as long as it lives, and other tests start their own.
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Chromium, through playwright; skips where one of them is missing."""
     playwright = pytest.importorskip("playwright.sync_api")
