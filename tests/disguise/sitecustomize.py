@@ -25,6 +25,13 @@ def hide_linux() -> None:
             if name != "RLIMIT_NOFILE":  # every system has it, and mlx-lm cannot do without
                 delattr(module, name)
     sys.addaudithook(_without_proc)
+    stat = os.stat
+
+    def without_proc(path: Any, *given: Any, **named: Any) -> os.stat_result:
+        _without_proc("open", (path,))  # `os.stat` raises no event
+        return stat(path, *given, **named)
+
+    os.stat = without_proc
 
 
 def _without_proc(event: str, given: tuple[Any, ...]) -> None:
