@@ -4,6 +4,7 @@
     python scripts/evaluate_default.py --out docs        # the full table, and the plot in the docs
     python scripts/evaluate_default.py --data mine=chats.jsonl --sets unseen
     python scripts/evaluate_default.py --before-healing  # a predictor alone: an hour or two
+    python scripts/evaluate_default.py --candidate OUT   # what scripts/make_default.py --out OUT wrote
 
 Training reads other prompts of the seen sources (scripts/held_out) and nothing of the unseen ones
 (scripts/held_out/unseen). A density's tables are printed as soon as it is measured. Rows:
@@ -13,8 +14,9 @@ Training reads other prompts of the seen sources (scripts/held_out) and nothing 
     learned        the default: each prompt's own selection
     mismatched     the default under the selection of another prompt of the same file
     oracle         selected by the answer's own activations (with --oracle)
-    healed-static  one fixed selection, the mean of the predictor's over training instructions, and weights tuned for
-                   it on the same batches (scripts/controls/healed-static)
+    healed-static  one fixed selection, by scores learned on the same batches, and weights tuned for it on them
+                   (scripts/controls/healed-static)
+    healed-dense   weights tuned with all neurons on the same batches (where there is scripts/controls/healed-dense)
 
 Checkpoints are made in the cache at first use. Before healing there is one: the published weights and the predictor in
 `scripts/controls/before-healing`, whose mean over training instructions is the static selection that it is compared
@@ -47,7 +49,6 @@ from ifprune_mlx.eval.metrics import POOLED
 from ifprune_mlx.eval.plots import write_figure
 
 HERE = Path(__file__).parent
-DATA = HERE.parent / "convert" / "ifprune_convert" / "data" / "smollm2-135m-instruct"
 SETS = {"seen": HERE / "held_out", "unseen": HERE / "held_out" / "unseen"}
 SELECTORS = ("dense", "learned", "mismatched")
 BEFORE_HEALING = ("dense", "static", "static-own", "learned", "mismatched", "oracle")
@@ -56,31 +57,42 @@ PAIRS = (
     ("learned", "static"),
     ("learned", "static-own"),
     ("learned", "mismatched"),
+    ("learned", "healed-dense"),
+    ("healed-static", "healed-dense"),
     ("oracle", "static"),
     ("learned", "published"),
 )
 
 
-def healed_static() -> Path:
-    """The checkpoint of the healed static selection."""
-    adapter = HERE / "controls" / "healed-static"
-    target = cache_folder() / f"healed-static-{sha256_file(adapter / 'adapters.safetensors')[:8]}"
+def checkpoint(name: str, **parts: Path) -> Path:
+    """The published model with these parts of `Options`, made in the cache at first use."""
+    files = [file for part in parts.values() for file in (sorted(part.glob("*.safetensors")) or [part])]
+    target = cache_folder() / "-".join([name, *(sha256_file(file)[:8] for file in files)])
     if not target.is_dir():
-        options = Options(dtype=mx.float32, density=0.5, adapter=adapter, prior=DATA / "prior.safetensors")
+        options = replace(Options(dtype=mx.float32, density=0.5), **parts)
         convert(open_source(embedded_gguf(print)), target, options)
     return target
+
+
+def controls(folder: Path) -> dict[str, Path]:
+    """The checkpoints that were healed as long as the default."""
+    static, dense = folder / "healed-static", folder / "healed-dense"
+    found = {"static": checkpoint("healed-static", adapter=static, prior=static / "prior.safetensors")}
+    if dense.is_dir():
+        found["dense"] = checkpoint("healed-dense", adapter=dense)
+    return found
+
+
+def default(folder: Path) -> Path:
+    """The checkpoint of a default that is not shipped yet."""
+    adapter, predictor = folder / "adapter", folder / "predictor"
+    return checkpoint("candidate", adapter=adapter, predictor=predictor, prior=folder / "prior.safetensors")
 
 
 def before_healing() -> Path:
     """The checkpoint of the published weights with a predictor that was trained for them."""
     folder = HERE / "controls" / "before-healing"
-    predictor, prior = folder / "predictor", folder / "prior.safetensors"
-    made_from = (predictor / "head.safetensors", prior)
-    target = cache_folder() / "-".join(["before-healing", *(sha256_file(file)[:8] for file in made_from)])
-    if not target.is_dir():
-        options = Options(dtype=mx.float32, density=0.5, predictor=predictor, prior=prior)
-        convert(open_source(embedded_gguf(print)), target, options)
-    return target
+    return checkpoint("before-healing", predictor=folder / "predictor", prior=folder / "prior.safetensors")
 
 
 def tables(found: Evaluation, groups: Mapping[str, Sequence[str]]) -> Iterator[str]:
@@ -103,7 +115,7 @@ def tables(found: Evaluation, groups: Mapping[str, Sequence[str]]) -> Iterator[s
         yield f"{row:24}{' |'.join(cells)}"
     for row in found.selectors:
         shares = [[part.acceptance(row, name) for name in columns[title]] for title, part in parts.items()]
-        if row not in ("published", "dense") and None not in shares[0]:
+        if row not in ("published", "dense", "healed-dense") and None not in shares[0]:
             yield f"{f'accepted: {row}':24}{' |'.join(''.join(f'{share:9.3f}' for share in of) for of in shares)}"
     yield "differences, mean [95 % interval]; below 0 the first is better"
     for title, names in groups.items():
@@ -137,6 +149,7 @@ def main() -> None:
     parser.add_argument("--densities", type=numbers, help="default: 0.27,0.5; before healing 0.5")
     parser.add_argument("--oracle", action="store_true", help="one row more")
     parser.add_argument("--before-healing", action="store_true")
+    parser.add_argument("--candidate", type=Path, help="folder of a default that does not ship yet, and its controls")
     parser.add_argument("--out", type=Path, help="folder for quality.json and quality.svg")
     arguments = parser.parse_args()
     try:
@@ -154,21 +167,24 @@ def measure(arguments: argparse.Namespace) -> None:
         groups[title] = {name: SETS[title] / f"{name}.jsonl" for name in arguments.domains.split(",")}
     if arguments.data:
         groups["own"] = dict(named_files(arguments.data))
-    before = arguments.before_healing
+    before, candidate = arguments.before_healing, arguments.candidate
+    healed = {} if before else controls(candidate / "controls" if candidate else HERE / "controls")
+    model = before_healing() if before else default(candidate / "default") if candidate else ensure_embedded(print)
     config = EvalConfig(
-        model=before_healing() if before else ensure_embedded(print),
+        model=model,
         data={f"{title} {name}": file for title, files in groups.items() for name, file in files.items()},
         selectors=BEFORE_HEALING if before else (*SELECTORS, *(["oracle"] if arguments.oracle else [])),
         densities=arguments.densities or ((0.5,) if before else (0.27, 0.5)),
-        healed_static=None if before else healed_static(),
         limit=arguments.limit,
         max_length=256 if before else 192,
+        healed_static=healed.get("static"),
+        healed_dense=healed.get("dense"),
     )
     run = partial(evaluate, load=partial(load, dtype=mx.float32), progress=progress, report=note)
     published = None  # before healing the row `dense` is that
     if not before:
         base = replace(config, model=ensure_embedded(print, trained=False), selectors=("dense",), densities=(None,))
-        (published,) = run(replace(base, healed_static=None)).evaluations
+        (published,) = run(replace(base, healed_static=None, healed_dense=None)).evaluations
     titles = {title: list(files) for title, files in groups.items()}
     complete: list[Evaluation] = []
 
