@@ -1,6 +1,8 @@
 """Are greedy answers on a selection fluent? Judged by the dense model, against its own answers to the same prompts.
 
     python scripts/measure_answers.py --model CHECKPOINT --chats PROMPTS.jsonl --densities 0.7 0.8 0.9
+    python scripts/measure_answers.py --model DEFAULT --judge BASE --selector learned --densities 0.5 --limit 20 \
+        --max-tokens 128 --chats scripts/held_out/unseen/*.jsonl
 
 Prints per density the mean NLL (nats per token, under the dense model) of the answers beyond that of the dense model's
 own, the share of prompts where that is at most 0.5, and the share of 4-grams that repeat an earlier one (loops). A
@@ -39,16 +41,19 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--judge", help="the checkpoint whose dense model judges; --model's own if not given")
-    parser.add_argument("--chats", type=Path, required=True)
-    parser.add_argument("--limit", type=int, default=20)
+    parser.add_argument("--chats", type=Path, nargs="+", required=True)
+    parser.add_argument("--limit", type=int, default=20, help="prompts of each file, evenly spread over it")
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--selector", default="activation")
     parser.add_argument("--densities", type=float, nargs="+", default=[0.7, 0.8, 0.9])
     arguments = parser.parse_args()
     model, tokenizer = load(arguments.model)
     judge = load(arguments.judge)[0] if arguments.judge else model
-    lines = arguments.chats.read_text(encoding="utf-8").splitlines()
-    prompts = [json.loads(line)["messages"][:-1] for line in lines][:: max(len(lines) // arguments.limit, 1)]
+    prompts = []
+    for file in arguments.chats:
+        lines = file.read_text(encoding="utf-8").splitlines()
+        spread = lines[:: max(len(lines) // arguments.limit, 1)][: arguments.limit]
+        prompts += [json.loads(line)["messages"][:-1] for line in spread]
     own: list[float] = []
     for density in [None, *arguments.densities]:
         losses, loops = [], []
