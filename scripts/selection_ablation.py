@@ -206,7 +206,8 @@ def lines(known: Mapping[str, Sequence[float]]) -> Iterator[str]:
     cells = {tuple(key.split("/")): losses for key, losses in known.items()}
     for density in dict.fromkeys(density for density, _, _ in cells):
         domains = list(dict.fromkeys(domain for d, domain, _ in cells if d == density))
-        rows = list(dict.fromkeys(row for d, _, row in cells if d == density))
+        rows = dict.fromkeys(row for d, _, row in cells if d == density)
+        rows = [row for row in rows if all((density, domain, row) in cells for domain in domains)]  # measured in all
         yield f"\n| density {density} | {' | '.join(domains)} |\n|---|{'---|' * len(domains)}"
         for row in rows:
             yield f"| {row} | {' | '.join(f'{np.mean(cells[density, domain, row]):.3f}' for domain in domains)} |"
