@@ -214,8 +214,9 @@ class CachedSelector:
 
 
 def default_selector(model: Model) -> str:
-    """`learned` if the checkpoint has a predictor, else the selector that its config names."""
-    return "learned" if model.checkpoint.has_predictor else model.checkpoint.layout.selector
+    """What was measured as best, as the config names it; else `learned` if the checkpoint has a predictor."""
+    checkpoint = model.checkpoint
+    return "learned" if checkpoint.has_predictor and checkpoint.curve is None else checkpoint.layout.selector
 
 
 def make_selector(model: Model, name: str | Selector | None = None, *, seed: int = 0) -> Selector:
