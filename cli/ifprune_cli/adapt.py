@@ -110,7 +110,11 @@ def adapt(
         upload_repo=upload_repo,
         seed=seed,
     )
-    done = run(config, progress=progress, note=note)
+    try:
+        done = run(config, progress=progress, note=note)
+    except KeyboardInterrupt:
+        note(f"stopped; what is done lies in {config.work}, and the same command goes on")
+        raise
     if json:
         result_json(done.to_dict())
         return

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ifprune_mlx import Stats
 
-# Seconds: work that ends sooner shows no figures; how often the line is renewed on a terminal and in a pipe.
-_PATIENCE, _LIVE, _PLAIN = 0.5, 0.1, 5.0
+# Seconds: work that ends sooner shows no figures; how often the line is renewed on a terminal, and in a pipe, where it
+# is renewed less often after a minute.
+_PATIENCE, _LIVE, _PLAIN, _LATER = 0.5, 0.1, 5.0, 60.0
 _BAR = 20
 
 
@@ -186,7 +187,8 @@ def progress(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
             if live:
                 _live_line.change(job, None)  # what follows, such as an answer, begins on an empty line
             return
-        if now - start < _PATIENCE or now - last < (_LIVE if live else _PLAIN) or not done:
+        pause = _LIVE if live else _PLAIN if now - start < _LATER else _LATER
+        if now - start < _PATIENCE or now - last < pause or not done:
             return
         last, rate = now, done / (now - start)
         figures = f"{100 * done / total:.0f} % ({_count(rate)} {unit}/s, {(total - done) / rate:.0f} s left)"

@@ -40,7 +40,7 @@ class Job:
     """The record of a job, and its clock.
 
     Args:
-        folder: of the stages; made if it is not there.
+        folder: of the stages; made when there is something to keep.
         identity: what the job is; a folder of another one is refused.
         now: seconds that only grow.
 
@@ -57,8 +57,6 @@ class Job:
             self._restore()
         elif folder.exists() and any(folder.iterdir()):
             raise DataError(f"{folder}: is not of `ifprune adapt`; move it away, or give another --mlx-path")
-        folder.mkdir(parents=True, exist_ok=True)
-        self.save()
 
     @property
     def seconds(self) -> float:
@@ -88,6 +86,7 @@ class Job:
 
     def save(self) -> None:
         """Write the file."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._saved = self._now()
         value = {
             "version": _VERSION,

@@ -17,7 +17,7 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ifprune_convert.calibrate import shipped_examples
-from ifprune_convert.card import write_card
+from ifprune_convert.card import CARD, write_card
 from ifprune_convert.pipeline import Options, check_output, convert
 from ifprune_convert.readers import open_source
 from ifprune_convert.readers.hub import locate_source
@@ -26,9 +26,10 @@ from ifprune_mlx.checkpoint.atomic_write import new_folder
 from ifprune_mlx.checkpoint.budget import check_fits, resolve_keep
 from ifprune_mlx.checkpoint.density_curve import DensityCurve
 from ifprune_mlx.checkpoint.format import Checkpoint, write_manifest
+from ifprune_mlx.data.dataset import Record
 from ifprune_mlx.data.tokenize import Example, encode_all
 from ifprune_mlx.device import this_device
-from ifprune_mlx.errors import DataError, IfpruneError, SourceError
+from ifprune_mlx.errors import IfpruneError, SourceError
 from ifprune_mlx.eval.density_curve import LEAST_PROMPTS, dense_losses, measure_curve, set_curve
 from ifprune_mlx.eval.losses import Evaluation, compare
 from ifprune_mlx.generation import stream_generate
@@ -42,9 +43,10 @@ from .answers import HELD_OUT, Answers, prompts
 from .config import STAGES, AdaptConfig, Stage
 from .job import Job, StageRecord
 from .plan import Budget, duration, machine_rate, plan_lines, sized
-from .report import Findings, Sample, write_report
+from .report import PLOT, REPORT, Findings, Sample, write_report
 
 Note = Callable[[str], object]
+_FIRST_CHATS = 64
 _PROBE_CHATS, _PROBE_STEPS = 8, 2
 _OVERRUN = 1.05  # of the hours: training then stops as it is
 _SAMPLES, _SAMPLE_TOKENS = 6, 96
@@ -115,16 +117,19 @@ class _Run:
         sizes: Mapping[Stage, int],
     ) -> None:
         self.config, self._show, self._note, self._now, self._sizes = config, progress, note, now, sizes
-        check_output(config.output, config.overwrite)
+        self.job = Job(config.work, config.identity, now)
+        if not self._published():
+            check_output(config.output, config.overwrite)
         if config.upload_repo is not None:
             check_upload(config.upload_repo)
-        self.job = Job(config.work, config.identity, now)
         self._budget = Budget(config.hours, config.stages)
         self.answers = Answers(config.work / "answers")
 
     def run(self) -> Adaptation:
         """All stages, then the result."""
         config, job = self.config, self.job
+        if self._published():
+            return self._result()
         self._source = self._locate()
         self._check_source()
         if not job.stage("convert").done:
@@ -206,7 +211,7 @@ class _Run:
     # --- stages ---
 
     def _convert(self, record: StageRecord) -> None:
-        self._convert_to(self.base, replace(self._options, calibration=shipped_examples()))
+        self._convert_to(self.base, replace(self._options, calibration=self._first_chats()))
         checkpoint = Checkpoint.open(self.base)
         check_fits(checkpoint, "ram", checkpoint.widths, memory=self.config.memory)
 
@@ -411,14 +416,9 @@ class _Run:
                     start = self._now()
                     dense_losses(model, examples[:LEAST_PROMPTS])
                     rate = min(LEAST_PROMPTS, len(examples)) / (self._now() - start)
-                    # About 22 passes over each: three models, seven densities of two of them, and the samples.
-                    size = sized("evaluate", self._seconds("evaluate") - record.seconds, rate / 22)
+                    # About 30 passes: three models, seven densities of two, samples, two conversions.
+                    size = sized("evaluate", self._seconds("evaluate") - record.seconds, rate / 30)
                 self._decide(record, min(size, len(examples)))
-        if len(examples) < LEAST_PROMPTS:
-            raise DataError(
-                f"only {len(examples)} answered prompts are held out, and measuring needs {LEAST_PROMPTS}; "
-                "give more hours, or more prompts"
-            )
         return examples[: record.size]
 
     def _samples(self, best: str, by_domain: Mapping[str, list[Example]]) -> list[Sample]:
@@ -454,20 +454,31 @@ class _Run:
     def _finish(self) -> Adaptation:
         """Put the result in its place."""
         config, job = self.config, self.job
-        report: Path | None = None
         if job.stage("evaluate").done:
             self._publish(config.work / str(job.stage("evaluate").figures["chosen"]))
-            report = config.output / "REPORT.md"
         else:
             self._convert_to(config.output, self._halfway(), overwrite=config.overwrite)
             if job.stage("answers").done:
                 self._measure_halfway()
+        return self._result()
+
+    def _published(self) -> bool:
+        """Whether the result of this very job is in its place already."""
+        published = self.job.stage("evaluate").figures.get("id")
+        try:
+            return published is not None and Checkpoint.open(self.config.output).id == published
+        except IfpruneError:
+            return False
+
+    def _result(self) -> Adaptation:
+        """What is in its place now, uploaded if it is to be."""
+        config, page = self.config, None
         checkpoint = Checkpoint.open(config.output)
-        page = None
         if config.upload_repo is not None:
             self._note(f"uploading {checkpoint.disk_bytes / 1e6:.0f} MB to {config.upload_repo}")
             page = upload(checkpoint, config.upload_repo)
-        return Adaptation(checkpoint, report, job.seconds, page)
+        report = config.output / REPORT
+        return Adaptation(checkpoint, report if report.is_file() else None, self.job.seconds, page)
 
     def _halfway(self) -> Options:
         """How to convert what the stages so far gave."""
@@ -484,7 +495,7 @@ class _Run:
             return replace(self._options, predictor=self.measured / "predictor", prior=prior)
         if job.stage("calibrate").done:
             return replace(self._options, prior=prior)
-        return replace(self._options, calibration=shipped_examples())
+        return replace(self._options, calibration=self._first_chats())
 
     def _measure_halfway(self) -> None:
         """Give a checkpoint that stops early its curve and the defaults that follow from it."""
@@ -500,13 +511,16 @@ class _Run:
         """The chosen checkpoint with its report and card, in one renaming."""
         config = self.config
         with new_folder(config.output, overwrite=config.overwrite, error=SourceError) as folder:
-            shutil.copytree(chosen, folder, dirs_exist_ok=True)
-            for name in ("REPORT.md", "curve.svg"):
+            shutil.copytree(chosen, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(CARD))
+            for name in (REPORT, PLOT):
                 if (config.work / name).is_file():
                     shutil.copyfile(config.work / name, folder / name)
             manifest = Checkpoint.open(chosen).manifest
             write_manifest(folder, source=manifest["source"], licence=manifest["licence"])
-            write_card(Checkpoint.open(folder), config.output.absolute().name)
+            finished = Checkpoint.open(folder)
+            write_card(finished, config.output.absolute().name)
+            self.job.stage("evaluate").figures["id"] = finished.id
+            self.job.save()
             if config.overwrite:
                 check_output(config.output, True)
 
@@ -538,6 +552,11 @@ class _Run:
         if name not in self._budget.stages:
             return 0.0
         return self._budget.seconds(name, self.job.seconds)
+
+    def _first_chats(self) -> list[Record]:
+        """Chats for a first prior, which stands until the model's own answers give a better one: of all sources."""
+        chats = sorted(shipped_examples(), key=lambda record: record.key)
+        return chats[: self._sizes.get("convert", _FIRST_CHATS)]
 
     def _decide(self, record: StageRecord, size: int) -> None:
         record.size = size
