@@ -69,7 +69,7 @@ def info(model: ModelOption = None, verify: VerifyOption = False, json: JsonOpti
                     {"residency": at, "density": x, "resident": size, "fits": size <= device.usable}
                     for (at, x), size in resident.items()
                 ],
-                "default_selector": _default_selector(checkpoint),
+                "default_selector": checkpoint.default_selector,
                 "curve": None if curve is None else curve.to_dict(),
                 "dial": dial,
                 "usable_memory": device.usable,
@@ -109,19 +109,15 @@ def _rows(checkpoint: Checkpoint, selectors: list[str], tasks: str) -> list[tupl
         ("parameters", f"{parameters(checkpoint.parameters)}, {parameters(checkpoint.ffn_parameters)} of them in FFNs"),
         ("FFNs", f"{len(layout.ffns)}, neurons each: {', '.join(map(str, widths))}"),
         ("weights", f"{checkpoint.weight_bytes / 1e6:.0f} MB, {packed}; prior {prior}"),
-        ("selectors", f"{', '.join(selectors)} (default: {_default_selector(checkpoint)})"),
+        ("selectors", f"{', '.join(selectors)} (default: {checkpoint.default_selector})"),
         ("tasks", tasks),
         ("density", f"{layout.density:g} by default"),
     ]
 
 
-def _default_selector(checkpoint: Checkpoint) -> str:
-    return "learned" if checkpoint.has_predictor and checkpoint.curve is None else checkpoint.layout.selector
-
-
 def _dial(checkpoint: Checkpoint, keeps: dict[float, tuple[int, ...]]) -> list[dict[str, Any]]:
-    """What each density activates, reads and loses, the highest first; the loss is that of the best selector, or null
-    where it was not measured.
+    """What each density activates, reads and loses, the highest first; the loss is that of the best selector (of the
+    default selector at the default density), or null where it was not measured.
     """
     from ifprune_mlx.bench.benchmark import bytes_per_token
 
@@ -129,7 +125,10 @@ def _dial(checkpoint: Checkpoint, keeps: dict[float, tuple[int, ...]]) -> list[d
     whole = bytes_per_token(checkpoint, checkpoint.widths)
     for density, keep in sorted(keeps.items(), reverse=True):
         read = bytes_per_token(checkpoint, keep)
-        point = curve.best(density) if curve is not None and density in curve.densities else None
+        point = None
+        if curve is not None and density in curve.densities:
+            by_default = density == checkpoint.layout.density and checkpoint.default_selector in curve.selectors
+            point = curve.best(density, [checkpoint.default_selector] if by_default else None)
         dense = keep == checkpoint.widths
         rows.append(
             {
@@ -158,17 +157,22 @@ def _table(checkpoint: Checkpoint, dial: list[dict[str, Any]], on_ssd: dict[floa
         own, size = density == checkpoint.layout.density, on_ssd[density]
         lines.append(
             f"{'*' if own else ' '} {density:<7.3g} {parameters(row['active_parameters']):>7} "
-            f"{gigabytes(row['bytes_per_token']):>8} {row['speedup']:>5.2f}x {gigabytes(size):>9}"
+            f"{_size(row['bytes_per_token']):>8} {row['speedup']:>5.2f}x {_size(size):>9}"
             f"{'!' if size > usable else ' '} {lost:<23} {row['selector'] or ''}".rstrip()
         )
     about = "* the default. a token: bytes that one reads. up to: so much faster, by these bytes. on ssd: memory there"
     about += "; ! which does not fit." if any(size > usable for size in on_ssd.values()) else "."
     if (curve := checkpoint.curve) is not None:
         about += (
-            f" nats lost: loss beyond dense per answer token, with the best selector, on {len(curve.prompts)} held-out "
-            f"prompts."
+            f" nats lost: loss beyond dense per answer token, with the selector beside it, on {len(curve.prompts)} "
+            "held-out prompts."
         )
     return [*lines, *textwrap.wrap(about, 80)]
+
+
+def _size(count: int) -> str:
+    """A number of bytes in at most eight characters."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 def _slow_paths(checkpoint: Checkpoint) -> dict[str, str]:

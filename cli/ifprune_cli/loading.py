@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,14 +129,18 @@ def _load(checkpoint: Checkpoint, options: ModelOptions, memory: int | None) -> 
 
     from ifprune_mlx import load
 
-    with progress("load", "FFNs") as update:
+    float_bytes = None if options.dtype is None else int(getattr(mx, options.dtype.value).size)
+    sizes = (checkpoint.ffn_bytes(index, float_bytes) for index in range(len(checkpoint.layout.ffns)))
+    read, whole = [0, *accumulate(sizes)], checkpoint.loaded_bytes(float_bytes)
+    with progress("load", "B") as update:
         return load(
             checkpoint,
             dtype=None if options.dtype is None else getattr(mx, options.dtype.value),
             residency=options.residency,
             memory=memory,
             trust_remote_code=options.trust_remote_code,
-            progress=update,
+            # What is no FFN is read last, so the end comes after the last FFN.
+            progress=lambda done, total: update(read[done], whole),
         )
 
 
@@ -209,9 +214,9 @@ def open_runtime(
     float_bytes = None if model.dtype is None else int(getattr(mx, model.dtype.value).size)
     residency = choose_residency(checkpoint, model.residency, limits["memory"], float_bytes)
     selector = None if choice.selector is None else choice.selector.value
-    limits, selector = budget.on(checkpoint, selector, residency)
-    _check_memory(checkpoint, residency, float_bytes, limits, selection, choice.dense)
-    _warn_far_below(checkpoint, selector, limits)
+    kept, selector = budget.on(checkpoint, selector, residency)
+    _check_memory(checkpoint, residency, float_bytes, kept, selection, choice.dense)
+    _warn_far_below(checkpoint, selector, limits)  # not of what the curve chose by a given tolerance
     loaded, tokenizer = _load(checkpoint, model, limits["memory"])
     selecting.apply(loaded)
     if not template:
@@ -223,4 +228,4 @@ def open_runtime(
 
         tokenizer = with_variables(tokenizer, given)
     name = EMBEDDED if model.model is None else Path(model.model).name or Path(model.model).resolve().name
-    return Runtime(loaded, tokenizer, name, selector, selection, choice.dense, limits, generation)
+    return Runtime(loaded, tokenizer, name, selector, selection, choice.dense, kept, generation)
