@@ -214,6 +214,11 @@ def _print(done: Conversion, upload_repo: str | None, json: bool) -> None:
         result_json(done.to_dict() | {"peak_rss": most_resident()})
         return
     show(checkpoint.path)
+    if (curve := checkpoint.curve) is not None:
+        note(
+            f"default density {checkpoint.layout.density:g} with selector {checkpoint.default_selector}, by what "
+            f"{len(curve.prompts)} held-out prompts lost (`ifprune info` shows it)"
+        )
     told, command = way_to_load(checkpoint, model=upload_repo)
     note(
         f"{parameters(checkpoint.parameters)} parameters, {len(checkpoint.layout.ffns)} FFNs, "

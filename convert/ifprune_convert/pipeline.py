@@ -146,6 +146,8 @@ class Conversion:
             "ffns": len(self.checkpoint.layout.ffns),
             "parameters": self.checkpoint.parameters,
             "quantization": None if quantization is None else quantization.to_dict(),
+            "density": self.checkpoint.layout.density,
+            "selector": self.checkpoint.default_selector,
         } | ({} if self.page is None else {"uploaded": self.page})
 
 
