@@ -215,9 +215,11 @@ def _print(done: Conversion, upload_repo: str | None, json: bool) -> None:
         return
     show(checkpoint.path)
     if (curve := checkpoint.curve) is not None:
+        density = checkpoint.layout.density
+        why = "; every density below it lost more than the tolerance" if density == 1 else ""
         note(
-            f"default density {checkpoint.layout.density:g} with selector {checkpoint.default_selector}, by what "
-            f"{len(curve.prompts)} held-out prompts lost (`ifprune info` shows it)"
+            f"default density {density:g}, selector {checkpoint.default_selector}{why}; `ifprune info` shows what each "
+            f"density lost on {len(curve.prompts)} held-out prompts"
         )
     told, command = way_to_load(checkpoint, model=upload_repo)
     note(
