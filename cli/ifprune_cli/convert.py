@@ -214,6 +214,13 @@ def _print(done: Conversion, upload_repo: str | None, json: bool) -> None:
         result_json(done.to_dict() | {"peak_rss": most_resident()})
         return
     show(checkpoint.path)
+    if (curve := checkpoint.curve) is not None:
+        density = checkpoint.layout.density
+        why = "; every density below it lost more than the tolerance" if density == 1 else ""
+        note(
+            f"default density {density:g}, selector {checkpoint.default_selector}{why}; `ifprune info` shows what each "
+            f"density lost on {len(curve.prompts)} held-out prompts"
+        )
     told, command = way_to_load(checkpoint, model=upload_repo)
     note(
         f"{parameters(checkpoint.parameters)} parameters, {len(checkpoint.layout.ffns)} FFNs, "

@@ -37,7 +37,7 @@ from ifprune_mlx.checkpoint.hub import hub_name
 from ifprune_mlx.data.dataset import Record
 from ifprune_mlx.data.tokenize import encode_all
 from ifprune_mlx.errors import BudgetError, DataError, IfpruneError, PromptError, SourceError
-from ifprune_mlx.eval.density_curve import measure_curve
+from ifprune_mlx.eval.density_curve import LEAST_PROMPTS, measure_curve
 from ifprune_mlx.model import load, load_checkpoint
 from ifprune_mlx.selection.selection import Scores
 from ifprune_mlx.sparse.ffn_detection import find_ffns
@@ -146,6 +146,8 @@ class Conversion:
             "ffns": len(self.checkpoint.layout.ffns),
             "parameters": self.checkpoint.parameters,
             "quantization": None if quantization is None else quantization.to_dict(),
+            "density": self.checkpoint.layout.density,
+            "selector": self.checkpoint.default_selector,
         } | ({} if self.page is None else {"uploaded": self.page})
 
 
@@ -251,17 +253,22 @@ def _measure_curve(folder: Path, options: Options, held_out: list[Record], repor
     """Measure what each density loses, and put that and the defaults that follow from it into the config."""
     assert options.tolerance is not None
     density = DEFAULT_DENSITY if options.density is None else options.density
-    model, tokenizer = load(folder)
     try:
-        # Few tokens: the time is better spent on more prompts.
-        examples = encode_all(tokenizer, held_out, CURVE_TOKENS, note) if held_out else []
-        curve = measure_curve(model, examples, seconds=CURVE_SECONDS, note=note, progress=partial(report, "measure"))
+        if not held_out:
+            raise DataError(f"of the chats a fifth is held out, and that has to be {LEAST_PROMPTS}; give more")
+        model, tokenizer = load(folder)
+        try:
+            # Few tokens of each: the time is better spent on more prompts.
+            examples = encode_all(tokenizer, held_out, CURVE_TOKENS, note)
+            curve = measure_curve(
+                model, examples, seconds=CURVE_SECONDS, note=note, progress=partial(report, "measure")
+            )
+        finally:
+            model.close()
     except (BudgetError, DataError) as exc:
         if options.density is None:
             note(f"what each density loses was not measured ({exc}); the default density is {density:g}")
         return
-    finally:
-        model.close()
     selector = curve.best(density).selector
     if options.density is None:
         density, selector = curve.choose(options.tolerance)

@@ -233,6 +233,11 @@ class Checkpoint:
         return (self.path / "predictor" / "head.safetensors").is_file()
 
     @property
+    def default_selector(self) -> str:
+        """What was measured as best, as the config names it; without a curve, `learned` if there is a predictor."""
+        return "learned" if self.has_predictor and self.curve is None else self.layout.selector
+
+    @property
     def priors_file(self) -> Path:
         """The file with each neuron's importance (`prior.N`) and down row norm (`down_norm.N`), float32 `[d_ffn]`."""
         return self.path / "priors.safetensors"

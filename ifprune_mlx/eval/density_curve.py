@@ -20,7 +20,7 @@ from ifprune_mlx.eval.losses import compare
 from ifprune_mlx.eval.metrics import paired_differences
 from ifprune_mlx.model import Model, Progress
 
-DENSITIES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.27)
+DENSITIES = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.27)
 LEAST_PROMPTS = 8
 """With fewer, an interval says nothing."""
 _DOMAIN = "held out"

@@ -232,6 +232,12 @@ class _Run:
             assert record.size is not None
             with self._progress("answers", "answers") as update:
                 self.answers.write(model, tokenizer, wanted[: record.size], config.max_seq_length, config.seed, update)
+            examples = encode_all(tokenizer, self.answers.held_out(), config.max_seq_length, lambda line: None)
+        if len(examples) < LEAST_PROMPTS:  # before the long work
+            raise DataError(
+                f"of {record.size} answered prompts {len(examples)} are held out, and measuring needs "
+                f"{LEAST_PROMPTS}; give more prompts"
+            )
 
     def _calibrate(self, record: StageRecord) -> None:
         if record.size is None:
