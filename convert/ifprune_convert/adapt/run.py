@@ -29,7 +29,7 @@ from ifprune_mlx.checkpoint.format import Checkpoint, write_manifest
 from ifprune_mlx.data.dataset import Record
 from ifprune_mlx.data.tokenize import Example, encode_all
 from ifprune_mlx.device import this_device
-from ifprune_mlx.errors import IfpruneError, SourceError
+from ifprune_mlx.errors import DataError, IfpruneError, SourceError
 from ifprune_mlx.eval.density_curve import LEAST_PROMPTS, dense_losses, measure_curve, set_curve
 from ifprune_mlx.eval.losses import Evaluation, compare
 from ifprune_mlx.generation import stream_generate
