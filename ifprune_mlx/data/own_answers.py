@@ -13,11 +13,10 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
+from itertools import count, takewhile
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 from mlx import nn
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -31,7 +30,6 @@ _MARGIN = 8  # tokens that an answer may lose when its text is encoded again
 _TURNS = 2  # batches a block: more keep the batch fuller, fewer lose less when killed
 _IDLE = 4  # one in so many sequences may have ended before the others' cache is copied together
 _START_OF_TEXT = 200  # characters of a plain text that are given
-_Progress = Callable[[int, int], object]
 
 
 @dataclass
@@ -63,6 +61,7 @@ def own_answers(
     batch_size: int = 32,
     temperature: float = 0.7,
     seed: int = 0,
+    progress: Callable[[int], object] = lambda done: None,
 ) -> Iterator[Record]:
     """Answer the first prompt of each chat, and give the chats with those answers in the order of the prompts.
 
@@ -74,13 +73,15 @@ def own_answers(
         module: mlx-lm's model, dense and able to decode sequences together.
         records: chats; their own answers are not looked at, and need not be there.
         temperature: 0 takes the likeliest token.
+        progress: called with the number of prompts done, as each answer ends.
 
     Raises:
         PromptError: if the chat template refuses a prompt.
     """
     answering = _Answering(module, tokenizer, max_length, batch_size, temperature, seed)
+    ended = count(1)
     for start in range(0, len(records), answering.block):
-        chats = answering.answer(records[start : start + answering.block], lambda: None)
+        chats = answering.answer(records[start : start + answering.block], lambda: progress(next(ended)))
         yield from (chat for chat in chats if chat is not None)
 
 
@@ -95,7 +96,7 @@ def write_own_answers(
     temperature: float = 0.7,
     seed: int = 0,
     source: str = "",
-    progress: _Progress = lambda done, total: None,
+    progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> list[Record]:
     """Write `own_answers` to a file of JSON lines; the same call goes on where one that was killed stopped.
 
@@ -123,19 +124,14 @@ def write_own_answers(
     lines = max((_known_lines(file, ids) for file in (path, partial)), key=len)
     if len(lines) < len(records):
         del lines[len(lines) // answering.block * answering.block :]
-    done = len(lines)
-    progress(done, len(records))
-
-    def one_more() -> None:
-        nonlocal done
-        done += 1
-        progress(done, len(records))
-
+    progress(len(lines), len(records))
+    ended = count(len(lines) + 1)
     try:
         with partial.open("wb") as file:
             file.writelines(lines)
             for start in range(len(lines), len(records), answering.block):
-                chats = answering.answer(records[start : start + answering.block], one_more)
+                part = records[start : start + answering.block]
+                chats = answering.answer(part, lambda: progress(next(ended), len(records)))
                 new = [_line(chat, name) for chat, name in zip(chats, ids[start:], strict=False)]
                 file.writelines(new)
                 file.flush()
@@ -234,13 +230,11 @@ def _sampler(temperature: float, seed: str) -> Callable[[mx.array], mx.array]:
     """Samples one sequence's tokens, whatever else is sampled."""
     if temperature == 0:
         return _greedy
-    random = np.random.default_rng(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big"))
+    state = [mx.random.key(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big"))]
 
     def sample(logprobs: mx.array) -> mx.array:
-        # One random number for a token. A random number for every word of the vocabulary costs more than a small model.
-        sums = mx.cumsum(mx.softmax(logprobs.astype(mx.float32) / temperature, axis=-1), axis=-1)
-        # Scaled by the last sum, which rounding keeps from being 1, so that no token after the last is taken.
-        return mx.sum(sums < random.random() * sums[..., -1:], axis=-1)
+        state[0], key = mx.random.split(state[0])
+        return mx.random.categorical(logprobs / temperature, key=key)
 
     return sample
 

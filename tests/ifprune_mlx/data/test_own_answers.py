@@ -5,14 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import numpy as np
 import pytest
 
 from ifprune_mlx import load
 from ifprune_mlx.chat_template import plain_text, without_template
 from ifprune_mlx.data.dataset import Record, read_records
-from ifprune_mlx.data.own_answers import _sampler, own_answers, write_own_answers
+from ifprune_mlx.data.own_answers import own_answers, write_own_answers
 from ifprune_mlx.data.tokenize import encode
 from ifprune_mlx.errors import DataError
 
@@ -142,13 +140,3 @@ def test_the_start_of_a_plain_text_is_answered(tiny_checkpoint: Path) -> None:
     assert text.text is not None
     assert 180 < len(chat.instruction) <= 200
     assert text.text.startswith(chat.instruction)
-
-
-def test_a_random_number_picks_the_token_whose_share_it_falls_into() -> None:
-    """Against the shares themselves, over many draws."""
-    shares = np.array([0.5, 0.0, 0.3, 0.2])
-    sample = _sampler(0.5, "seed")
-    logprobs = mx.log(mx.array(np.sqrt(shares)[None].astype(np.float32)))
-    drawn = [sample(logprobs).item() for _ in range(4000)]
-    assert drawn[:20] == [again(logprobs).item() for again in [_sampler(0.5, "seed")] for _ in range(20)]
-    np.testing.assert_allclose(np.bincount(drawn, minlength=4) / len(drawn), shares, atol=0.03)
