@@ -280,12 +280,12 @@ def test_doctor_calls_a_predictor_of_nan_broken(tmp_path: Path, files: dict[str,
 
 
 def test_doctor_without_data_takes_the_shipped_prompts_and_says_so(tiny_checkpoint: Path) -> None:
-    arguments = ["--density", "0.5", "--limit", "2", "--max-length", "200", "--json"]
+    arguments = ["--density", "0.5", "--limit", "4", "--max-length", "200", "--json"]
     done = succeed("doctor", "--model", tiny_checkpoint, *arguments)
     assert "the dense model's own answers to them" in done.stderr
     value = answer(done)
     assert value["selector"] == "activation"
-    assert value["domains"] == {"code": 2, "maths": 2, "general": 2}
+    assert value["domains"] == {"code": 4, "maths": 4, "general": 4}
 
 
 CODE = "code={code}"
