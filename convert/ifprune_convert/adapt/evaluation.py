@@ -17,6 +17,7 @@ from ifprune_mlx.train.evaluation import collapse_reason
 from ifprune_mlx.train.static_prior import load_prior
 from ifprune_mlx.train.trainer import LEARNED_PRIOR
 
+from .answers import held_out
 from .job import StageRecord
 from .plan import sized
 from .report import Findings, Sample, write_report
@@ -29,6 +30,7 @@ _COMPARED = 0.5  # the density of the report's comparison
 
 
 def evaluate(ws: Workspace, record: StageRecord) -> None:
+    """Compare both results with what there was before, choose one and its density, and write the report."""
     arms = {
         "learned": replace(
             ws.options,
@@ -45,7 +47,7 @@ def evaluate(ws: Workspace, record: StageRecord) -> None:
     for name, options in arms.items():
         if not (ws.config.work / name).exists():
             ws.convert_to(ws.config.work / name, options)
-    examples = _held_out(ws, record)
+    examples = _examples(ws, record)
     by_domain: dict[str, list[Example]] = {}
     for example in examples:
         by_domain.setdefault(example.domain, []).append(example)
@@ -92,11 +94,11 @@ def evaluate(ws: Workspace, record: StageRecord) -> None:
     record.figures["chosen"] = best
 
 
-def _held_out(ws: Workspace, record: StageRecord) -> list[Example]:
+def _examples(ws: Workspace, record: StageRecord) -> list[Example]:
     """The held-out chats that there is time for, all domains mixed."""
     tokenizer_folder, length = ws.base, ws.config.max_seq_length
     with ws.loaded(tokenizer_folder) as (model, tokenizer):
-        examples = encode_all(tokenizer, ws.answers.held_out(), length, lambda line: None)
+        examples = encode_all(tokenizer, held_out(ws.answers), length, lambda line: None)
         if record.size is None:
             size = ws.sizes.get("evaluate")
             if size is None:

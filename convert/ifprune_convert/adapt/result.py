@@ -16,6 +16,7 @@ from ifprune_mlx.data.tokenize import encode_all
 from ifprune_mlx.errors import IfpruneError, SourceError
 from ifprune_mlx.eval.density_curve import LEAST_PROMPTS, measure_curve, set_curve
 
+from .answers import held_out
 from .report import PLOT, REPORT
 from .workspace import Workspace
 
@@ -102,7 +103,7 @@ def _halfway(ws: Workspace) -> Options:
 def _measure_halfway(ws: Workspace) -> None:
     """Give a checkpoint that stops early its curve and the defaults that follow from it."""
     with ws.loaded(ws.config.output) as (model, tokenizer):
-        examples = encode_all(tokenizer, ws.answers.held_out(), ws.config.max_seq_length, lambda line: None)
+        examples = encode_all(tokenizer, held_out(ws.answers), ws.config.max_seq_length, lambda line: None)
         if len(examples) < LEAST_PROMPTS:
             return
         with ws.progress("densities", "tokens") as update:

@@ -15,21 +15,21 @@ from ifprune_mlx.device import this_device
 from ifprune_mlx.errors import IfpruneError, SourceError
 from ifprune_mlx.train.evaluation import ProgressDisplay
 
-from . import training
 from .config import AdaptConfig, Stage
 from .evaluation import evaluate
 from .job import StageRecord
 from .plan import duration, machine_rate, plan_lines
 from .result import Adaptation, finish, published, result
+from .training import answers, calibrate, convert, distill, heal, select
 from .workspace import Workspace
 
 _DO: Mapping[Stage, Callable[[Workspace, StageRecord], None]] = {
-    "convert": training.convert,
-    "answers": training.answers,
-    "calibrate": training.calibrate,
-    "distill": training.distill,
-    "select": training.select,
-    "heal": training.heal,
+    "convert": convert,
+    "answers": answers,
+    "calibrate": calibrate,
+    "distill": distill,
+    "select": select,
+    "heal": heal,
     "evaluate": evaluate,
 }
 

@@ -11,57 +11,66 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ifprune_convert.calibrate import shipped_examples
 from ifprune_mlx.checkpoint.budget import check_fits
 from ifprune_mlx.checkpoint.format import Checkpoint
+from ifprune_mlx.data.own_answers import write_own_answers
 from ifprune_mlx.data.tokenize import encode_all
 from ifprune_mlx.errors import DataError
 from ifprune_mlx.eval.density_curve import LEAST_PROMPTS
 from ifprune_mlx.train import TrainConfig, train
 
-from .answers import HELD_OUT, Answers, prompts
+from .answers import HELD_OUT, domain_files, held_out, prompts, write_domains
 from .config import Stage
 from .job import StageRecord
 from .plan import sized
 from .workspace import Workspace
 
-_PROBE_CHATS, _PROBE_STEPS = 8, 2
+_PROBE_ANSWERS, _PROBE_CHATS, _PROBE_STEPS = 64, 8, 2  # 64 answers are a block of `own_answers`
 _OVERRUN = 1.05  # of the hours: training then stops as it is
 _DENSITIES = "0.5,0.27"
 
 
 def convert(ws: Workspace, record: StageRecord) -> None:
+    """Make the base of all that follows, with a first prior."""
     ws.convert_to(ws.base, replace(ws.options, calibration=ws.first_chats()))
     checkpoint = Checkpoint.open(ws.base)
     check_fits(checkpoint, "ram", checkpoint.widths, memory=ws.config.memory)
 
 
 def answers(ws: Workspace, record: StageRecord) -> None:
-    config = ws.config
-    wanted = prompts(config.data, shipped_examples, ws.note)
+    """Let the model answer prompts."""
+    wanted, length = prompts(ws.config.data, ws.note), ws.config.max_seq_length
     with ws.loaded(ws.base) as (model, tokenizer):
+        write = partial(
+            write_own_answers,
+            module=model.module,
+            tokenizer=tokenizer,
+            max_length=length,
+            seed=ws.config.seed,
+            source=model.checkpoint.id,
+        )
+        file = ws.config.work / "answers.jsonl"
         if record.size is None:
             size = ws.sizes.get("answers")
             if size is None:
-                with tempfile.TemporaryDirectory(dir=config.work) as folder:
-                    start = ws.now()
-                    probe = Answers(Path(folder))
-                    probe.write(model, tokenizer, wanted[:16], config.max_seq_length, config.seed, ws.ticking)
-                    rate = min(16, len(wanted)) / (ws.now() - start)
+                start = ws.now()
+                write(file, records=wanted[:_PROBE_ANSWERS])
+                rate = min(_PROBE_ANSWERS, len(wanted)) / (ws.now() - start)
                 size = sized("answers", ws.seconds("answers"), rate)
             ws.decide(record, min(size, len(wanted)))
-        assert record.size is not None
         with ws.progress("answers", "answers") as update:
-            ws.answers.write(model, tokenizer, wanted[: record.size], config.max_seq_length, config.seed, update)
-        examples = encode_all(tokenizer, ws.answers.held_out(), config.max_seq_length, lambda line: None)
-    if len(examples) < LEAST_PROMPTS:  # before the long work
+            found = write(file, records=wanted[: record.size], progress=update)
+        write_domains(ws.answers, found)
+        measurable = encode_all(tokenizer, held_out(ws.answers), length, lambda line: None)
+    if len(measurable) < LEAST_PROMPTS:  # before the long work
         raise DataError(
-            f"of {record.size} answered prompts {len(examples)} are held out, and measuring needs "
-            f"{LEAST_PROMPTS}; give more prompts"
+            f"of {record.size} answered prompts {len(measurable)} are held out, and measuring needs {LEAST_PROMPTS}; "
+            "give more prompts"
         )
 
 
 def calibrate(ws: Workspace, record: StageRecord) -> None:
+    """Measure which neurons the answers need."""
     if record.size is None:
         size = ws.sizes.get("calibrate")
         if size is None:
@@ -76,6 +85,7 @@ def calibrate(ws: Workspace, record: StageRecord) -> None:
 
 
 def distill(ws: Workspace, record: StageRecord) -> None:
+    """Fit a predictor to what `calibrate` measured."""
     size = ws.job.stage("calibrate").size
     assert size is not None
     record.figures |= _measure(ws, "distill", size)
@@ -103,6 +113,7 @@ def _measure(
 
 
 def select(ws: Workspace, record: StageRecord) -> None:
+    """Train the predictor's head and a fixed selection on the loss; the weights are held still."""
     config = replace(
         _training(ws, "sft", ws.selected),
         predictor=ws.measured / "predictor",
@@ -116,6 +127,7 @@ def select(ws: Workspace, record: StageRecord) -> None:
 
 
 def heal(ws: Workspace, record: StageRecord) -> None:
+    """Train adapters for both, on the same batches."""
     config = replace(
         _training(ws, "sft", ws.healed),
         start=ws.selected,
@@ -132,7 +144,7 @@ def _training(ws: Workspace, stage: Any, output: Path) -> TrainConfig:
     """What all stages of training have in common."""
     return TrainConfig(
         output=output,
-        data=ws.answers.files,
+        data=domain_files(ws.answers),
         model=ws.base,
         stage=stage,
         selector=("learned", "static-learned"),

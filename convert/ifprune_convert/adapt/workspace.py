@@ -16,7 +16,6 @@ from ifprune_mlx.data.dataset import Record
 from ifprune_mlx.model import Model, load
 from ifprune_mlx.train.evaluation import ProgressDisplay
 
-from .answers import Answers
 from .config import STAGES, AdaptConfig, Stage
 from .job import Job, StageRecord
 from .plan import Budget
@@ -32,6 +31,7 @@ class Workspace:
 
     Attributes:
         source: the path of the source, once it is there.
+        answers: folder of the model's own answers, a file for each domain.
 
     Raises:
         DataError: if the folder holds another job.
@@ -48,7 +48,7 @@ class Workspace:
         self.config, self.note, self.now, self.sizes, self._show = config, note, now, sizes, progress
         self.job = Job(config.work, config.identity, now)
         self.budget = Budget(config.hours, config.stages)
-        self.answers = Answers(config.work / "answers")
+        self.answers = config.work / "answers"
         self.source = Path()
 
     @cached_property
@@ -132,9 +132,6 @@ class Workspace:
                 update(done, total)
 
             yield both
-
-    def ticking(self, done: int, total: int) -> None:
-        self.job.tick()
 
     def ticked_note(self, line: str) -> None:
         self.job.tick()
