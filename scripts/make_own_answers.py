@@ -2,13 +2,12 @@
 
     python scripts/make_own_answers.py --model BASE --out FOLDER --count 150 SOURCES/*.jsonl
 
-BASE is a plain checkpoint of the model (no adapter). A call that was stopped goes on, in turns over all files.
+BASE is a plain checkpoint of the model (no adapter). A call that was stopped goes on when it is given again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -16,21 +15,9 @@ from pathlib import Path
 import mlx.core as mx
 
 from ifprune_mlx.data.dataloader import shuffled
-from ifprune_mlx.data.dataset import Record, read_records
-from ifprune_mlx.data.own_answers import own_answers
-from ifprune_mlx.errors import DataError
+from ifprune_mlx.data.dataset import read_records
+from ifprune_mlx.data.own_answers import write_own_answers
 from ifprune_mlx.model import load
-
-
-def wanted(file: Path, out: Path, count: int) -> list[Record]:
-    """The prompts of a file that have no answer yet."""
-    records = read_records(file, file.stem)
-    chosen = [records[int(index)] for index in shuffled(len(records), f"own/{file.stem}")[:count]]
-    try:
-        known = {record.key for record in read_records(out, file.stem)} if out.exists() else set()
-    except DataError:  # killed in its first line
-        known = set()
-    return [record for record in chosen if record.key not in known]
 
 
 def main() -> None:
@@ -46,25 +33,21 @@ def main() -> None:
     given = parser.parse_args()
     model, tokenizer = load(given.model, dtype=mx.float32)
     given.out.mkdir(parents=True, exist_ok=True)
-    began, done, tokens = time.perf_counter(), 0, 0
-    todo = {file: wanted(file, given.out / file.name, given.count) for file in given.files}
-    total = sum(map(len, todo.values()))
-    for file, records in todo.items():
-        with (given.out / file.name).open("a", encoding="utf-8") as lines:
-            for chat in own_answers(
-                model.module,
-                tokenizer,
-                records,
-                max_length=given.max_length,
-                batch_size=given.batch_size,
-                temperature=given.temperature,
-            ):
-                lines.write(json.dumps({"messages": list(chat.messages)}) + "\n")
-                lines.flush()
-                done += 1
-                tokens += len(tokenizer.encode(chat.messages[-1]["content"]))
-        rate = tokens / (time.perf_counter() - began)
-        print(f"{file.stem}: {done} of {total} prompts, {rate:.0f} answer tokens/s", file=sys.stderr, flush=True)
+    for file in given.files:
+        records = read_records(file, file.stem)
+        order = shuffled(len(records), f"own/{file.stem}")[: given.count]
+        began = time.perf_counter()
+        chats = write_own_answers(
+            given.out / file.name,
+            model.module,
+            tokenizer,
+            [records[int(index)] for index in order],
+            max_length=given.max_length,
+            batch_size=given.batch_size,
+            temperature=given.temperature,
+            source=str(given.model),
+        )
+        print(f"{file.stem}: {len(chats)} chats, {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

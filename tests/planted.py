@@ -214,7 +214,7 @@ def distil_experts(folder: Path, count: int, named: int, *, chats: int, held_out
         fitted += records[:chats]
         data[domain] = encode_all(tokenizer, records[chats:], 128, print)
     writer.close()
-    convert(open_source(source), folder / "checkpoint", Options(calibration=fitted))
+    convert(open_source(source), folder / "checkpoint", Options(calibration=fitted, tolerance=None))
     model, tokenizer = load(folder / "checkpoint")
     targets = measure(
         model, encode_all(tokenizer, fitted, 128, print), folder / "targets", Backbone.first_layers(model, 1)

@@ -15,6 +15,7 @@ from .evaluate import MaxLengthOption
 from .evaluate_report import overlap_words
 from .loading import load_model
 from .options import DataOption, DensityOption, DtypeOption, ModelOption, SelectorOption, TrustOption, named_files
+from .shipped import shipped_records, without_answers
 
 if TYPE_CHECKING:
     from ifprune_mlx.eval.analysis import Survey
@@ -59,22 +60,25 @@ def atlas(
 ) -> None:
     """Draw what a selector selects for the prompts of some domains, and what that costs.
 
+    Without --data the prompts are some that come with the package: code, maths and general.
+
     Charts: the overlap of every two prompts; whose neurons each layer has; where an answer's time goes; with
     --evaluation the loss against active parameters.
     """
-    from ifprune_mlx import DataError
     from ifprune_mlx.eval.plots import check_library
 
     # Whatever can be wrong is better found before selecting than after it.
-    if not data:
-        raise DataError("atlas needs prompts; give --data NAME=FILE.jsonl, once for every domain")
     check_library()
     _check_out(out)
     from ifprune_mlx import make_selector
     from ifprune_mlx.eval import analysis
     from ifprune_mlx.eval.evaluator import encode_domains, read_domains
 
-    records = read_domains(named_files(data), note)
+    if data:
+        records = read_domains(named_files(data), note)
+    else:
+        note("no --data: drawn for prompts that come with the package")
+        records = without_answers(shipped_records(limit, max_length, seed))
     quality = None if evaluation is None else analysis.Quality.read(evaluation)
     loaded, tokenizer = load_model(model, dtype, trust_remote_code)
     chosen = make_selector(loaded, None if selector is None else selector.value, seed=seed)

@@ -7,7 +7,23 @@ from __future__ import annotations
 
 import typer
 
-from . import atlas, bench, chat, convert, demo, doctor, evaluate, export, generate, info, select, serve, tasks, train
+from . import (
+    adapt,
+    atlas,
+    bench,
+    chat,
+    convert,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    info,
+    select,
+    serve,
+    tasks,
+    train,
+)
 from .option_groups import Command, with_groups
 
 app = typer.Typer(
@@ -37,6 +53,7 @@ for command, short_help in (
     (generate.generate, "Answer one prompt"),
     (serve.serve, "Serve a model over HTTP"),
     (convert.convert, "Make an IFP checkpoint of a dense one"),
+    (adapt.adapt, "Make a model your own sliced one, in one go"),
     (export.export, "Write a selection as a plain model"),
     (select.select, "Show or save what a prompt selects"),
     (tasks.tasks, "List or remove named tasks"),

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ifprune_mlx import Stats
 
-# Seconds: work that ends sooner shows no figures; how often the line is renewed on a terminal and in a pipe.
-_PATIENCE, _LIVE, _PLAIN = 0.5, 0.1, 5.0
+# Seconds: work that ends sooner shows no figures; how often the line is renewed on a terminal, and in a pipe, where it
+# is renewed less often after a minute.
+_PATIENCE, _LIVE, _PLAIN, _LATER = 0.5, 0.1, 5.0, 60.0
 _BAR = 20
 
 
@@ -173,22 +174,31 @@ _live_line = _LiveLine()
 
 @contextmanager
 def progress(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress display; yields a function that takes (done, total), which may be called for one job after another."""
+    """A progress display; yields a function that takes (done, total), which may be called for one job after another.
+
+    The rate is that since a job's first call: what was done by then may have taken long for another reason, such as
+    opening the source, or no time at all, such as the part of a file that was there already.
+    """
     live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
     job = _live_line.begin(label) if live else -1
-    start = last = time.monotonic()
+    last = time.monotonic()
+    began: tuple[float, int] | None = None
 
     def update(done: int, total: int) -> None:
-        nonlocal start, last
+        nonlocal last, began
         now = time.monotonic()
         if done >= total:
-            start = last = now
+            last, began = now, None
             if live:
                 _live_line.change(job, None)  # what follows, such as an answer, begins on an empty line
             return
-        if now - start < _PATIENCE or now - last < (_LIVE if live else _PLAIN) or not done:
+        if began is None:
+            began = now, done
+        elapsed, since = now - began[0], done - began[1]
+        pause = _LIVE if live else _PLAIN if elapsed < _LATER else _LATER
+        if elapsed < _PATIENCE or now - last < pause or since <= 0:
             return
-        last, rate = now, done / (now - start)
+        last, rate = now, since / elapsed
         figures = f"{100 * done / total:.0f} % ({_count(rate)} {unit}/s, {(total - done) / rate:.0f} s left)"
         if live:
             _live_line.change(job, f"{label} [{'#' * (_BAR * done // total):<{_BAR}}] {figures}")

@@ -63,7 +63,20 @@ CastOption = Annotated[
     _weights("--dtype", help="Float type of what is not quantized.  [default: the source's; GGUF: float16]"),
 ]
 DefaultDensityOption = Annotated[
-    Optional[float], _selecting("--density", help="The checkpoint's default density.  [default: 0.9]")
+    Optional[float],
+    _selecting(
+        "--density",
+        help="The checkpoint's default density.  [default: by --tolerance after --calibrate, else 0.9]",
+    ),
+]
+DefaultToleranceOption = Annotated[
+    Optional[float],
+    _selecting(
+        "--tolerance",
+        metavar="NATS",
+        help="After --calibrate, measure what each density loses on chats held out, and make the lowest that loses at "
+        "most this much per answer token the default.  [default: 0.05]",
+    ),
 ]
 PredictorOption = Annotated[
     Optional[Path], _selecting("--predictor", metavar="FOLDER", help="A trained sparsity predictor to put in.")
@@ -132,6 +145,7 @@ def convert(
     float_down: FloatDownOption = False,
     dtype: CastOption = None,
     density: DefaultDensityOption = None,
+    tolerance: DefaultToleranceOption = None,
     predictor: PredictorOption = None,
     predictor_bits: PredictorBitsOption = None,
     calibrate: CalibrateOption = None,
@@ -149,10 +163,13 @@ def convert(
 
     from ifprune_convert import calibrate as chats
     from ifprune_convert.packing import head_bits, quantization_of
-    from ifprune_convert.pipeline import DEFAULT_DENSITY, Options
+    from ifprune_convert.pipeline import Options
     from ifprune_convert.pipeline import convert as run
     from ifprune_mlx import IfpruneError
+    from ifprune_mlx.checkpoint.density_curve import TOLERANCE
 
+    if tolerance is not None and calibrate is None:
+        raise IfpruneError("--tolerance is about what is measured after calibration; give --calibrate as well")
     if not quantize and (q_bits is not None or q_group_size is not None or q_mode != "affine"):
         raise IfpruneError("--q-bits, --q-group-size and --q-mode need --quantize (-q) as well")
     examples = None if calibrate is None else chats.SHIPPED if calibrate == SHIPPED else Path(calibrate)
@@ -160,7 +177,8 @@ def convert(
         quantization=quantization_of(q_mode, q_group_size, q_bits) if quantize else None,
         float_down=float_down,
         dtype=None if dtype is None else getattr(mx, dtype.value),
-        density=DEFAULT_DENSITY if density is None else density,
+        density=density,
+        tolerance=TOLERANCE if tolerance is None else tolerance,
         adapter=adapter,
         predictor=predictor,
         predictor_bits=head_bits(predictor, predictor_bits, quantize),
@@ -172,7 +190,7 @@ def convert(
         trust_remote_code=trust_remote_code,
         upload_repo=upload_repo,
     )
-    units = {"download": "B", "convert": "weights", "calibrate": "tokens", "order": "chats"}
+    units = {"download": "B", "convert": "weights", "calibrate": "tokens", "measure": "tokens", "order": "chats"}
     with ExitStack() as shown:
         bars = {"convert": shown.enter_context(progress("convert", units["convert"]))}
 
@@ -196,6 +214,13 @@ def _print(done: Conversion, upload_repo: str | None, json: bool) -> None:
         result_json(done.to_dict() | {"peak_rss": most_resident()})
         return
     show(checkpoint.path)
+    if (curve := checkpoint.curve) is not None:
+        density = checkpoint.layout.density
+        why = "; every density below it lost more than the tolerance" if density == 1 else ""
+        note(
+            f"default density {density:g}, selector {checkpoint.default_selector}{why}; `ifprune info` shows what each "
+            f"density lost on {len(curve.prompts)} held-out prompts"
+        )
     told, command = way_to_load(checkpoint, model=upload_repo)
     note(
         f"{parameters(checkpoint.parameters)} parameters, {len(checkpoint.layout.ffns)} FFNs, "

@@ -13,7 +13,7 @@ from .generate import answer, as_messages
 from .loading import open_runtime
 from .options import (
     Budget,
-    DensityOption,
+    DialOption,
     DtypeOption,
     JsonOption,
     ModelOption,
@@ -41,7 +41,7 @@ def demo(
     model: ModelOption = None,
     dtype: DtypeOption = None,
     selector: SelectorOption = None,
-    density: DensityOption = None,
+    density: DialOption = None,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-m", min=1, help="Generate at most this many tokens for each answer.")
     ] = 256,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json as encoder
 from enum import Enum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
@@ -14,15 +12,15 @@ from .evaluate import EvalSeedOption, MaxLengthOption
 from .evaluate_report import overlap_words
 from .loading import load_model
 from .options import DataOption, DensityOption, DtypeOption, ModelOption, TrustOption, named_files
+from .shipped import shipped_records, with_own_answers
 
 if TYPE_CHECKING:
-    from ifprune_mlx.data.dataset import Record
     from ifprune_mlx.eval.diagnose import Diagnosis
 
 NOT_DYNAMIC = 3
 """Exit code of `--strict` for every other verdict; 1 is for what cannot be judged, as with all commands."""
 
-# For a verdict within minutes on two CPU cores; the shipped chats have five sources.
+# For a verdict within minutes on two CPU cores; the shipped prompts are to be answered first.
 _LIMIT, _SHIPPED_LIMIT = 20, 8
 
 
@@ -69,11 +67,14 @@ def doctor(
     from ifprune_mlx.eval.evaluator import encode_domains, read_domains
 
     limit = limit or (_LIMIT if data else _SHIPPED_LIMIT)
-    records = read_domains(named_files(data), note) if data else _shipped()
+    records = read_domains(named_files(data), note) if data else shipped_records(limit, max_length, seed)
     loaded, tokenizer = load_model(model, dtype, trust_remote_code)
     name = selector.value if selector is not None else "learned" if loaded.checkpoint.has_predictor else "activation"
     chooser = make_selector(loaded, name, seed=seed)
     keep = loaded.keep(density)
+    if not data:
+        note("no --data: judging on prompts that come with the package, and on the dense model's own answers to them")
+        records = with_own_answers(loaded, tokenizer, records, max_length, seed)
     examples = encode_domains(loaded, tokenizer, records, limit=limit, max_length=max_length, seed=seed, report=note)
     with progress("doctor", "tokens") as update:
         diagnosis = diagnose(loaded, examples, chooser, keep, seed=seed, progress=update)
@@ -83,20 +84,6 @@ def doctor(
         show(diagnosis.explanation)
         _figures(diagnosis)
     return NOT_DYNAMIC if strict and diagnosis.verdict != DYNAMIC else 0
-
-
-def _shipped() -> dict[str, list[Record]]:
-    """The calibration chats that come with the package, each of their sources as a domain."""
-    from importlib.resources import files
-
-    from ifprune_convert.calibrate import shipped_examples
-
-    note("no --data: judging on the shipped calibration chats; the prior was measured on such, which favours static")
-    text = Path(str(files("ifprune_convert") / "data" / "calibration.jsonl")).read_text(encoding="utf-8")
-    records: dict[str, list[Record]] = {}
-    for line, record in zip(text.splitlines(), shipped_examples(), strict=True):
-        records.setdefault(encoder.loads(line)["source"], []).append(record)
-    return records
 
 
 def _figures(diagnosis: Diagnosis) -> None:

@@ -13,7 +13,7 @@ from .loading import check_selection, load_model, open_checkpoint
 from .options import (
     ActiveParamsOption,
     Budget,
-    DensityOption,
+    DialOption,
     DtypeOption,
     FolderOption,
     JsonOption,
@@ -53,7 +53,7 @@ def export(
     prompt: PromptOption = None,
     system_prompt: SystemPromptOption = None,
     selector: SelectorOption = None,
-    density: DensityOption = None,
+    density: DialOption = None,
     active_params: ActiveParamsOption = None,
     requantize_down: RequantizeOption = False,
     overwrite: OverwriteOption = False,
@@ -63,7 +63,7 @@ def export(
     json: JsonOption = False,
 ) -> None:
     """Write the neurons of one selection as a plain model, which mlx-lm runs without ifprune."""
-    budget = Budget(density, active_params)
+    budget = Budget(density, active_params=active_params)
     ways = ({"--prompt": prompt}, {"--system-prompt": system_prompt}, {"--selector": selector})
     amounts = {"--density": density, "--active-params": active_params}
     check_exclusive(*({"--selection": selection, **way} for way in (*ways, amounts)))
@@ -81,8 +81,9 @@ def export(
     elif text is not None:
         loaded, tokenizer = load_model(model, dtype, trust_remote_code)
         messages = as_messages(text, system_prompt)
-        chosen = select_for(loaded, tokenizer, text, messages, selector and selector.value, seed, **budget.arguments())
         checkpoint = loaded.checkpoint
+        limits, name = budget.on(checkpoint, selector and selector.value)
+        chosen = select_for(loaded, tokenizer, text, messages, name, seed, **limits)
         loaded.close()  # before anything is written
     else:
         raise IfpruneError("nothing says which neurons to keep; give --selection FILE or --prompt TEXT")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -39,7 +40,10 @@ def info(model: ModelOption = None, verify: VerifyOption = False, json: JsonOpti
         )
     selectors = (["learned"] if checkpoint.has_predictor else []) + ["activation", "static", "random"]
     tasks = TaskStore(checkpoint).tasks()
-    keeps = {density: resolve_keep(checkpoint, density=density) for density in _DENSITIES}
+    curve = checkpoint.curve
+    shown = _DENSITIES if curve is None else (*curve.densities, checkpoint.layout.density, 1.0)
+    keeps = {density: resolve_keep(checkpoint, density=density) for density in sorted({*shown})}
+    dial = _dial(checkpoint, keeps)
     slow = _slow_paths(checkpoint)
     kernels = {str(tokens): asdict(choice) for tokens, choice in choose(checkpoint).items()}
     device = this_device()
@@ -65,6 +69,9 @@ def info(model: ModelOption = None, verify: VerifyOption = False, json: JsonOpti
                     {"residency": at, "density": x, "resident": size, "fits": size <= device.usable}
                     for (at, x), size in resident.items()
                 ],
+                "default_selector": checkpoint.default_selector,
+                "curve": None if curve is None else curve.to_dict(),
+                "dial": dial,
                 "usable_memory": device.usable,
                 "command": command,
             }
@@ -76,11 +83,6 @@ def info(model: ModelOption = None, verify: VerifyOption = False, json: JsonOpti
     whole, usable, have = map(gigabytes, (resident[RAM, 1.0], device.usable, device.memory))
     where = f"{whole} with residency ram{tight[RAM, 1.0]}; weights may take {usable} of this machine's {have}"
     rows.append(("memory", where))
-    for density, keep in keeps.items():
-        active, part = parameters(checkpoint.active_parameters(keep)), gigabytes(resident[SSD, density])
-        rows.append(
-            (f"  at {density:g}", f"{active} active parameters; {part} with residency ssd{tight[SSD, density]}")
-        )
     rows.append(("to load it", f"{told}: {command}" if told else command))
     paths = "; ".join(f"{name}: {reason}" for name, reason in slow.items()) or "none on this machine"
     rows.append(("slow paths", f"{paths} (whether answers are batched is tried out when the model is served)"))
@@ -89,6 +91,8 @@ def info(model: ModelOption = None, verify: VerifyOption = False, json: JsonOpti
         rows.append(("verified", "every file has the manifest's sha256"))
     for name, value in rows:
         show(f"{name:<11} {one_line(value)}")
+    for line in _table(checkpoint, dial, {density: resident[SSD, density] for density in keeps}, device.usable):
+        show(line)
 
 
 def _rows(checkpoint: Checkpoint, selectors: list[str], tasks: str) -> list[tuple[str, str]]:
@@ -105,10 +109,70 @@ def _rows(checkpoint: Checkpoint, selectors: list[str], tasks: str) -> list[tupl
         ("parameters", f"{parameters(checkpoint.parameters)}, {parameters(checkpoint.ffn_parameters)} of them in FFNs"),
         ("FFNs", f"{len(layout.ffns)}, neurons each: {', '.join(map(str, widths))}"),
         ("weights", f"{checkpoint.weight_bytes / 1e6:.0f} MB, {packed}; prior {prior}"),
-        ("selectors", f"{', '.join(selectors)} (default: {selectors[0]})"),
+        ("selectors", f"{', '.join(selectors)} (default: {checkpoint.default_selector})"),
         ("tasks", tasks),
         ("density", f"{layout.density:g} by default"),
     ]
+
+
+def _dial(checkpoint: Checkpoint, keeps: dict[float, tuple[int, ...]]) -> list[dict[str, Any]]:
+    """What each density activates, reads and loses, the highest first; the loss is that of the best selector (of the
+    default selector at the default density), or null where it was not measured.
+    """
+    from ifprune_mlx.bench.benchmark import bytes_per_token
+
+    curve, rows = checkpoint.curve, []
+    whole = bytes_per_token(checkpoint, checkpoint.widths)
+    for density, keep in sorted(keeps.items(), reverse=True):
+        read = bytes_per_token(checkpoint, keep)
+        point = None
+        if curve is not None and density in curve.densities:
+            by_default = density == checkpoint.layout.density and checkpoint.default_selector in curve.selectors
+            point = curve.best(density, [checkpoint.default_selector] if by_default else None)
+        dense = keep == checkpoint.widths
+        rows.append(
+            {
+                "density": density,
+                "active_parameters": checkpoint.active_parameters(keep),
+                "bytes_per_token": read,
+                "speedup": whole / read,
+                "lost": 0.0 if dense else point and point.lost,
+                "low": 0.0 if dense else point and point.low,
+                "high": 0.0 if dense else point and point.high,
+                "selector": point and point.selector,
+            }
+        )
+    return rows
+
+
+def _table(checkpoint: Checkpoint, dial: list[dict[str, Any]], on_ssd: dict[float, int], usable: int) -> list[str]:
+    """`_dial` for people, at most 80 columns."""
+    lines = ["", "  density  active  a token  up to    on ssd  nats lost (95 %)        selector"]
+    for row in dial:
+        density, lost = row["density"], "not measured"
+        if row["density"] == 1:
+            lost = "0"
+        elif row["lost"] is not None:
+            lost = f"{row['lost']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
+        own, size = density == checkpoint.layout.density, on_ssd[density]
+        lines.append(
+            f"{'*' if own else ' '} {density:<7.3g} {parameters(row['active_parameters']):>7} "
+            f"{_size(row['bytes_per_token']):>8} {row['speedup']:>5.2f}x {_size(size):>9}"
+            f"{'!' if size > usable else ' '} {lost:<23} {row['selector'] or ''}".rstrip()
+        )
+    about = "* the default. a token: bytes that one reads. up to: so much faster, by these bytes. on ssd: memory there"
+    about += "; ! which does not fit." if any(size > usable for size in on_ssd.values()) else "."
+    if (curve := checkpoint.curve) is not None:
+        about += (
+            f" nats lost: loss beyond dense per answer token, with the selector beside it, on {len(curve.prompts)} "
+            "held-out prompts."
+        )
+    return [*lines, *textwrap.wrap(about, 80)]
+
+
+def _size(count: int) -> str:
+    """A number of bytes in at most eight characters."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 def _slow_paths(checkpoint: Checkpoint) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from ifprune_mlx import Checkpoint, Model, Selection
 
 EMBEDDED = "SmolLM2-135M-Instruct"
+_FAR = 0.75  # of a checkpoint's own density; below, it is said what that costs
 
 
 def checkpoint_path(
@@ -86,20 +88,40 @@ def load_model(
 
 
 def _check_memory(
-    checkpoint: Checkpoint, options: ModelOptions, limits: dict[str, Any], selection: Selection | None, dense: bool
+    checkpoint: Checkpoint,
+    residency: str,
+    float_bytes: int | None,
+    limits: dict[str, Any],
+    selection: Selection | None,
+    dense: bool,
 ) -> None:
     """Raise BudgetError unless what the options ask for fits into memory; `limits` as in `Runtime.budget`."""
-    import mlx.core as mx
+    from ifprune_mlx.checkpoint.budget import SSD, check_fits, resolve_keep
 
-    from ifprune_mlx.checkpoint.budget import SSD, check_fits, choose_residency, resolve_keep
-
-    float_bytes = None if options.dtype is None else int(getattr(mx, options.dtype.value).size)
-    memory = limits["memory"]
-    residency = choose_residency(checkpoint, options.residency, memory, float_bytes)
     if selection is not None and residency == SSD:
-        check_fits(checkpoint, SSD, selection.keep, memory=memory, float_bytes=float_bytes, asked=True)
+        check_fits(checkpoint, SSD, selection.keep, memory=limits["memory"], float_bytes=float_bytes, asked=True)
     elif selection is None and not dense:
         resolve_keep(checkpoint, **limits, residency=residency, float_bytes=float_bytes)
+
+
+def _warn_far_below(checkpoint: Checkpoint, selector: str | None, limits: dict[str, Any]) -> None:
+    """Say in one line what a density far below the checkpoint's own was measured to lose."""
+    from ifprune_mlx.checkpoint.budget import resolve_keep
+
+    asked = {name: limits[name] for name in ("density", "active_parameters")}
+    curve = checkpoint.curve
+    if curve is None or not any(asked.values()):
+        return
+    neurons = sum(checkpoint.widths)
+    density, own = (sum(resolve_keep(checkpoint, **given)) / neurons for given in (asked, {}))
+    if density >= _FAR * own:
+        return
+    name = selector or checkpoint.layout.selector
+    point = curve.best(density, [name] if name in curve.selectors else None)
+    note(
+        f"density {density:.2f} is far below this checkpoint's own, {own:.2f}: with selector {point.selector}, density "
+        f"{point.density:g} lost {point.lost:.2f} nats per answer token (95 %: {point.low:.2f} to {point.high:.2f})"
+    )
 
 
 def _load(checkpoint: Checkpoint, options: ModelOptions, memory: int | None) -> tuple[Model, TokenizerWrapper]:
@@ -107,14 +129,18 @@ def _load(checkpoint: Checkpoint, options: ModelOptions, memory: int | None) -> 
 
     from ifprune_mlx import load
 
-    with progress("load", "FFNs") as update:
+    float_bytes = None if options.dtype is None else int(getattr(mx, options.dtype.value).size)
+    sizes = (checkpoint.ffn_bytes(index, float_bytes) for index in range(len(checkpoint.layout.ffns)))
+    read, whole = [0, *accumulate(sizes)], checkpoint.loaded_bytes(float_bytes)
+    with progress("load", "B") as update:
         return load(
             checkpoint,
             dtype=None if options.dtype is None else getattr(mx, options.dtype.value),
             residency=options.residency,
             memory=memory,
             trust_remote_code=options.trust_remote_code,
-            progress=update,
+            # What is no FFN is read last, so the end comes after the last FFN.
+            progress=lambda done, total: update(read[done], whole),
         )
 
 
@@ -167,7 +193,10 @@ def open_runtime(
     Raises:
         IfpruneError: if an option is out of range, or the model, the selection or the task cannot be used.
     """
+    import mlx.core as mx
+
     from ifprune_mlx import Checkpoint, Selection, TaskStore
+    from ifprune_mlx.checkpoint.budget import choose_residency
     from ifprune_mlx.selection.presets import check_task_name
 
     selection = None if choice.selection is None else Selection.load(choice.selection)
@@ -182,7 +211,12 @@ def open_runtime(
         check_selection(checkpoint, selection, choice.selection)
     if choice.task is not None:
         selection = TaskStore(checkpoint).load(choice.task)
-    _check_memory(checkpoint, model, limits, selection, choice.dense)
+    float_bytes = None if model.dtype is None else int(getattr(mx, model.dtype.value).size)
+    residency = choose_residency(checkpoint, model.residency, limits["memory"], float_bytes)
+    selector = None if choice.selector is None else choice.selector.value
+    kept, selector = budget.on(checkpoint, selector, residency)
+    _check_memory(checkpoint, residency, float_bytes, kept, selection, choice.dense)
+    _warn_far_below(checkpoint, selector, limits)  # not of what the curve chose by a given tolerance
     loaded, tokenizer = _load(checkpoint, model, limits["memory"])
     selecting.apply(loaded)
     if not template:
@@ -194,5 +228,4 @@ def open_runtime(
 
         tokenizer = with_variables(tokenizer, given)
     name = EMBEDDED if model.model is None else Path(model.model).name or Path(model.model).resolve().name
-    selector = None if choice.selector is None else choice.selector.value
-    return Runtime(loaded, tokenizer, name, selector, selection, choice.dense, limits, generation)
+    return Runtime(loaded, tokenizer, name, selector, selection, choice.dense, kept, generation)

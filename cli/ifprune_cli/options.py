@@ -44,6 +44,7 @@ class DtypeName(str, Enum):
 
 
 Residency = Literal["ram", "ssd"]
+_AUTO = "auto"
 
 
 def _check_system_prompt(value: Optional[str]) -> Optional[str]:
@@ -54,6 +55,16 @@ def _check_system_prompt(value: Optional[str]) -> Optional[str]:
     except UnicodeEncodeError as exc:  # bytes of the command line that were not UTF-8
         raise PromptError("--system-prompt is not UTF-8 text; convert it, for example with iconv") from exc
     return value
+
+
+def _density(text: str) -> str:
+    """What `--density` takes where `auto` may be given."""
+    try:
+        if text != _AUTO:
+            float(text)
+    except ValueError as exc:
+        raise typer.BadParameter(f"{text!r} is not a valid number, nor auto") from exc
+    return text
 
 
 # typer reads these at run time, so they are spelled for Python 3.10.
@@ -116,6 +127,25 @@ DensityOption = Annotated[
         metavar="X",
         help="Keep this share of each FFN's neurons, above 0 and at most 1, rounded to whole blocks of neurons.  "
         "[default: the checkpoint's]",
+    ),
+]
+DialOption = Annotated[
+    Optional[str],
+    selection_option(
+        "--density",
+        metavar="X|auto",
+        parser=_density,
+        help="Keep this share of each FFN's neurons, above 0 and at most 1, rounded to whole blocks of neurons. auto "
+        "is the lowest that was measured to lose at most --tolerance, with its selector.  [default: the checkpoint's]",
+    ),
+]
+ToleranceOption = Annotated[
+    Optional[float],
+    selection_option(
+        "--tolerance",
+        metavar="NATS",
+        help="Take the lowest density that was measured to lose at most this much per answer token.  "
+        "[default: 0.05 with --density auto]",
     ),
 ]
 ActiveParamsOption = Annotated[
@@ -232,26 +262,65 @@ def template_variables(text: str | None) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Budget:
-    """The three ways to say how much to keep."""
+    """The ways to say how much to keep."""
 
-    density: DensityOption = None
+    density: DialOption = None
+    tolerance: ToleranceOption = None
     active_params: ActiveParamsOption = None
     memory: MemoryOption = None
 
     def arguments(self) -> dict[str, Any]:
-        """The budget as `ifprune_mlx` takes it.
+        """The budget as `ifprune_mlx` takes it, without what a checkpoint's curve decides.
 
         Raises:
-            BudgetError: if a quantity cannot be read.
+            BudgetError: if a quantity cannot be read, or the tolerance is out of range.
+            IfpruneError: if an option would be ignored.
         """
         from ifprune_mlx.checkpoint.budget import parse_quantity
+        from ifprune_mlx.checkpoint.density_curve import check_tolerance
 
         active, memory = self.active_params, self.memory
+        fixed = None if self.density == _AUTO else self.density
+        if self.tolerance is not None:
+            check_tolerance(self.tolerance)
+            check_exclusive(
+                *({"--tolerance": True, **one} for one in ({"--density": fixed}, {"--active-params": active}))
+            )
+        elif self.density == _AUTO:
+            check_exclusive({"--density auto": True, "--active-params": active})
         return {
-            "density": self.density,
+            "density": None if fixed is None else float(fixed),
             "active_parameters": None if active is None else parse_quantity(active, "--active-params"),
             "memory": None if memory is None else parse_quantity(memory, "--memory"),
         }
+
+    def on(
+        self, checkpoint: Checkpoint, selector: str | None, residency: str | None = None
+    ) -> tuple[dict[str, Any], str | None]:
+        """The budget on a checkpoint, and the selector to use: the given one, or the curve's where that was asked for.
+
+        Args:
+            residency: `ssd` leaves out the selector that reads with all neurons.
+
+        Raises:
+            BudgetError: if the checkpoint has no curve, or the selector is not on it.
+        """
+        from ifprune_mlx.checkpoint.density_curve import TOLERANCE
+        from ifprune_mlx.errors import BudgetError
+
+        arguments = self.arguments()
+        if self.density != _AUTO and self.tolerance is None:
+            return arguments, selector
+        if checkpoint.curve is None:
+            raise BudgetError(
+                f"{checkpoint.path}: what its densities lose was not measured; give --density as a number, or convert "
+                "the source again with --calibrate"
+            )
+        names = checkpoint.curve.selectors if selector is None else (selector,)
+        if residency == "ssd":
+            names = tuple(name for name in names if name != "activation")
+        density, chosen = checkpoint.curve.choose(TOLERANCE if self.tolerance is None else self.tolerance, names)
+        return arguments | {"density": density}, chosen
 
 
 @dataclass(frozen=True)
@@ -269,6 +338,7 @@ class SelectionOptions:
         check_exclusive(
             {**fixed, "--selector": self.selector},
             {**fixed, "--density": budget.density, "--active-params": budget.active_params},
+            {**fixed, "--tolerance": budget.tolerance},
         )
 
 

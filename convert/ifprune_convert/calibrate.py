@@ -17,8 +17,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ifprune_mlx.chat_template import render_messages
 from ifprune_mlx.checkpoint.neuron_layout import FLOATS
 from ifprune_mlx.checkpoint.safetensors_io import load_arrays, read_safetensors_header
-from ifprune_mlx.data.dataset import Record, read_records
+from ifprune_mlx.data.dataset import Record, read_records, split
 from ifprune_mlx.errors import DataError, SourceError
+from ifprune_mlx.eval.density_curve import LEAST_PROMPTS
 from ifprune_mlx.model import Model
 from ifprune_mlx.selection.selection import Scores
 from ifprune_mlx.sparse.importance import recorded
@@ -30,6 +31,7 @@ SHIPPED = Path(str(files("ifprune_convert") / "data" / "calibration.jsonl"))
 """The calibration set that comes with the package (its sources and licences stand in `data/README.md`)."""
 _MEASURED = "give one that was measured on this model, such as priors.safetensors of a checkpoint made from it"
 _STEP = 64
+_HELD_OUT = 0.2
 MAX_TOKENS = 512
 """Tokens of one chat that are looked at; the rest is cut off."""
 
@@ -49,6 +51,19 @@ def read_examples(file: Path) -> list[Record]:
     if any(record.text is not None for record in records):
         raise DataError(f"{file}: holds plain text; calibration takes chats, with messages, or prompt and completion")
     return records
+
+
+def hold_out(examples: Sequence[Record]) -> tuple[list[Record], list[Record]]:
+    """The chats to calibrate on, and about a fifth of them apart, to measure densities on.
+
+    A prompt alone decides on which side it is; those held out stand in an order of no meaning, each once. Where they
+    would be too few to measure anything, all are calibrated on.
+    """
+    fitted = [chat for chat in examples if split(chat, _HELD_OUT) == "train"]
+    held_out = {chat.key: chat for chat in examples if split(chat, _HELD_OUT) == "valid"}
+    if not fitted or len(held_out) < LEAST_PROMPTS:
+        return list(examples), []
+    return fitted, [held_out[key] for key in sorted(held_out)]
 
 
 def measure_prior(

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ifprune_mlx.checkpoint.density_curve import TOLERANCE
 from ifprune_mlx.checkpoint.ffn_spec import FFNSpec
 from ifprune_mlx.checkpoint.format import Quantization
 from ifprune_mlx.device import Device, this_device
@@ -86,6 +87,7 @@ def _command(source: Path, out: Path, options: Options) -> str:
         "q-group-size": None if packed is None or usual else packed.group_size,
         "dtype": None if options.dtype is None else str(options.dtype).removeprefix("mlx.core."),
         "density": options.density,
+        "tolerance": options.tolerance if options.calibration is not None and options.tolerance != TOLERANCE else None,
         "predictor": options.predictor,
         "predictor-bits": None if options.predictor is None else bits or "none",
         "prior": options.prior if isinstance(options.prior, Path) else None,

@@ -6,11 +6,10 @@ user would open it. Peak memory is the size of the largest tensor or FFN, not of
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,27 +21,31 @@ from mlx import nn
 from ifprune_mlx.chat_sandbox import TemplateLimitError
 from ifprune_mlx.checkpoint.atomic_write import check_free, foreign_files, new_folder
 from ifprune_mlx.checkpoint.budget import keep_count
+from ifprune_mlx.checkpoint.density_curve import TOLERANCE, check_tolerance
 from ifprune_mlx.checkpoint.ffn_spec import FFNSpec, split_fused
 from ifprune_mlx.checkpoint.format import (
     MANIFEST,
-    SECTION,
     Checkpoint,
     Layout,
     Quantization,
+    change_section,
     neurons_file,
+    write_config,
     write_manifest,
 )
 from ifprune_mlx.checkpoint.hub import hub_name
 from ifprune_mlx.data.dataset import Record
-from ifprune_mlx.errors import IfpruneError, PromptError, SourceError
-from ifprune_mlx.model import load_checkpoint
+from ifprune_mlx.data.tokenize import encode_all
+from ifprune_mlx.errors import BudgetError, DataError, IfpruneError, PromptError, SourceError
+from ifprune_mlx.eval.density_curve import LEAST_PROMPTS, measure_curve
+from ifprune_mlx.model import load, load_checkpoint
 from ifprune_mlx.selection.selection import Scores
 from ifprune_mlx.sparse.ffn_detection import find_ffns
 from ifprune_mlx.tokenizer import embedding_rows, load_tokenizer, render_chat, tokens_beyond
 
 from . import layout
 from .adapter import Adapter, open_adapter
-from .calibrate import measure_prior, read_examples, read_prior
+from .calibrate import hold_out, measure_prior, read_examples, read_prior
 from .card import CARD, write_card
 from .frequency import order_by_frequency
 from .fusing import all_finite
@@ -59,13 +62,17 @@ from .upload import check_upload, upload
 from .weight_files import Shards, write_neurons
 
 Report = Callable[[str, int, int], None]
-"""Called with (stage, done, total): stage `download` counts bytes, `convert` weights of the source, `calibrate` tokens,
-`order` chats."""
+"""Called with (stage, done, total): stage `download` counts bytes, `convert` weights of the source, `calibrate` and
+`measure` tokens, `order` chats."""
 Note = Callable[[str], None]
 """Called with a line for the user."""
 
 # The lowest of 0.7, 0.8, 0.85 and 0.9 at which the training-free selector stayed fluent on SmolLM2 (docs/log.md).
 DEFAULT_DENSITY = 0.9
+CURVE_SECONDS = 120.0
+"""What measuring the densities may take, where more than the fewest prompts are measured."""
+CURVE_TOKENS = 256
+"""Of a chat, when densities are measured."""
 _FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 _SLOW_WEIGHTS = 50_000_000
 _ROWS = 4096
@@ -80,7 +87,10 @@ class Options:
             floats, or the packed bytes of a quantized mlx-lm model (all but the down projections).
         float_down: keep the down projections of a quantized model as floats instead of packing them anew at 8 bits.
         dtype: float type to cast to; None keeps the source's, but quantized GGUF tensors become float16.
-        density: the checkpoint's default density.
+        density: the checkpoint's default density; None is the lowest that loses at most `tolerance`, where that is
+            measured, else `DEFAULT_DENSITY`.
+        tolerance: nats per answer token. With chats to calibrate on, some are held out, and conversion ends with
+            measuring what each density loses on them. None measures nothing.
         adapter: folder of an adapter, of mlx-lm or PEFT, to fuse into the weights.
         predictor: folder of a trained sparsity predictor to put in, ours or one in the layout of the authors' code.
         predictor_bits: bits to pack its head's second layer with, 8 or 4; None leaves it as it is.
@@ -97,7 +107,8 @@ class Options:
     quantization: Quantization | None = None
     float_down: bool = False
     dtype: mx.Dtype | None = None
-    density: float = DEFAULT_DENSITY
+    density: float | None = None
+    tolerance: float | None = TOLERANCE
     adapter: Path | None = None
     predictor: Path | None = None
     predictor_bits: int | None = None
@@ -135,6 +146,8 @@ class Conversion:
             "ffns": len(self.checkpoint.layout.ffns),
             "parameters": self.checkpoint.parameters,
             "quantization": None if quantization is None else quantization.to_dict(),
+            "density": self.checkpoint.layout.density,
+            "selector": self.checkpoint.default_selector,
         } | ({} if self.page is None else {"uploaded": self.page})
 
 
@@ -155,7 +168,10 @@ def convert(
         IfpruneError: naming what cannot be used or written; `out` is then as it was.
     """
     out = Path(out)
-    keep_count(options.density, 64)
+    if options.density is not None:
+        keep_count(options.density, 64)
+    if options.tolerance is not None:
+        check_tolerance(options.tolerance)
     calibration, order = _examples(options.calibration), _examples(options.order)
     check_output(out, options.overwrite)
     if options.upload_repo is not None:
@@ -197,11 +213,7 @@ def convert(
         finish = partial(write_manifest, folder, source=_origin(source, options), licence=source.licence)
         # These steps need a checkpoint that opens, so it gets a manifest before its files are final and hashed.
         if calibration is not None:
-            finish(hashed=False)
-            model = load_checkpoint(Checkpoint.open(folder))
-            prior = measure_prior(model, folder, calibration, partial(report, "calibrate"))
-            model.close()
-            _write_priors(folder, prior, down_norms, "calibrated")
+            _calibrate(folder, options, calibration, down_norms, partial(finish, hashed=False), report, note)
         if order is not None:
             finish(hashed=False)
             order_by_frequency(folder, order, partial(report, "order"))
@@ -214,6 +226,53 @@ def convert(
         return Conversion(checkpoint, seconds)
     note(f"uploading {checkpoint.path} ({checkpoint.disk_bytes / 1e6:.0f} MB) to {options.upload_repo}")
     return Conversion(checkpoint, seconds, upload(checkpoint, options.upload_repo))
+
+
+def _calibrate(
+    folder: Path,
+    options: Options,
+    chats: list[Record],
+    down_norms: list[Scores],
+    finish: Callable[[], None],
+    report: Report,
+    note: Note,
+) -> None:
+    """Measure the prior on chats, and what each density loses on those held out; `finish` writes a manifest."""
+    fitted, held_out = (chats, []) if options.tolerance is None else hold_out(chats)
+    finish()
+    model = load_checkpoint(Checkpoint.open(folder))
+    prior = measure_prior(model, folder, fitted, partial(report, "calibrate"))
+    model.close()
+    _write_priors(folder, prior, down_norms, "calibrated")
+    if options.tolerance is not None:
+        finish()
+        _measure_curve(folder, options, held_out, report, note)
+
+
+def _measure_curve(folder: Path, options: Options, held_out: list[Record], report: Report, note: Note) -> None:
+    """Measure what each density loses, and put that and the defaults that follow from it into the config."""
+    assert options.tolerance is not None
+    density = DEFAULT_DENSITY if options.density is None else options.density
+    try:
+        if not held_out:
+            raise DataError(f"of the chats a fifth is held out, and that has to be {LEAST_PROMPTS}; give more")
+        model, tokenizer = load(folder)
+        try:
+            # Few tokens of each: the time is better spent on more prompts.
+            examples = encode_all(tokenizer, held_out, CURVE_TOKENS, note)
+            curve = measure_curve(
+                model, examples, seconds=CURVE_SECONDS, note=note, progress=partial(report, "measure")
+            )
+        finally:
+            model.close()
+    except (BudgetError, DataError) as exc:
+        if options.density is None:
+            note(f"what each density loses was not measured ({exc}); the default density is {density:g}")
+        return
+    selector = curve.best(density).selector
+    if options.density is None:
+        density, selector = curve.choose(options.tolerance)
+    change_section(folder, replace(model.checkpoint.layout, density=density, selector=selector, curve=curve))
 
 
 def _examples(given: list[Record] | Path | None) -> list[Record] | None:
@@ -413,9 +472,8 @@ def _write_config(folder: Path, source: Source, options: Options, specs: list[FF
     if packing.section is not None:
         config["quantization"] = packing.section
     selector = "learned" if options.predictor is not None else "activation"
-    section = Layout(tuple(specs), options.density, selector, packing.gate_up, packing.down)
-    config[SECTION] = section.to_dict()
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    density = DEFAULT_DENSITY if options.density is None else options.density
+    write_config(folder, config, Layout(tuple(specs), density, selector, packing.gate_up, packing.down))
 
 
 _SAMPLE = [

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ifprune_mlx.checkpoint.atomic_write import restore_folder, sha256_file
 from ifprune_mlx.checkpoint.budget import keep_count
 from ifprune_mlx.checkpoint.config_check import check_names, refuse_custom_code
+from ifprune_mlx.checkpoint.density_curve import DensityCurve
 from ifprune_mlx.checkpoint.ffn_spec import FFNSpec
 from ifprune_mlx.checkpoint.json_file import read_json_object
 from ifprune_mlx.checkpoint.neuron_layout import FLOATS, READABLE, RECORDS, Strip, strips_of
@@ -81,6 +82,7 @@ class Layout:
     # Order of the neurons in their files: None is the source's; `frequency` puts those selected most often first, and a
     # tensor `order`, int32 `[d_ffn]`, names the neuron in each row. Everything else keeps the source's numbering.
     order: str | None = None
+    curve: DensityCurve | None = None  # what each density loses; None if that was not measured
 
     def to_dict(self) -> dict[str, Any]:
         """The section as JSON."""
@@ -93,7 +95,8 @@ class Layout:
             "selector": self.selector,
             "quantization": quantization if any(quantization.values()) else None,
         }
-        return section if self.order is None else section | {"order": self.order}
+        optional = {"order": self.order, "curve": None if self.curve is None else self.curve.to_dict()}
+        return section | {key: value for key, value in optional.items() if value is not None}
 
     @classmethod
     def from_dict(cls, section: Any, where: Path) -> Layout:
@@ -110,7 +113,7 @@ class Layout:
                 "update ifprune-mlx, or convert the source again"
             )
         known = {"format_version", "ffns", "density", "selector", "quantization"}
-        _exact_keys(section, known, f"{where}, section {SECTION}", {"order"})
+        _exact_keys(section, known, f"{where}, section {SECTION}", {"order", "curve"})
         ffn_keys = {field.name for field in fields(FFNSpec) if field.default is MISSING}
         specs = []
         try:
@@ -123,6 +126,9 @@ class Layout:
             keep_count(density, 64)
             if section["selector"] not in SELECTOR_NAMES:
                 raise CheckpointError(f"{where}: unknown default selector {section['selector']!r}; update ifprune-mlx")
+            curve = None if section.get("curve") is None else DensityCurve.from_dict(section["curve"])
+            if unknown := set(curve.selectors if curve else ()) - set(SELECTOR_NAMES):
+                raise CheckpointError(f"{where}: unknown selector {unknown.pop()!r} in its curve; update ifprune-mlx")
             if section.get("order") not in (None, *ORDERS):
                 raise CheckpointError(f"{where}: unknown order of neurons {section['order']!r}; update ifprune-mlx")
             quantization = section["quantization"]
@@ -137,7 +143,7 @@ class Layout:
             raise CheckpointError(f"{where}: {exc}") from exc
         except (AttributeError, OverflowError, TypeError, ValueError) as exc:
             raise CheckpointError(f"{where}: section {SECTION} is malformed ({exc}); convert the source again") from exc
-        return cls(tuple(specs), density, section["selector"], gate_up, down, section.get("order"))
+        return cls(tuple(specs), density, section["selector"], gate_up, down, section.get("order"), curve)
 
 
 def _exact_keys(
@@ -217,9 +223,19 @@ class Checkpoint:
         return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
+    def curve(self) -> DensityCurve | None:
+        """What each density loses, by selector; None if that was not measured."""
+        return self.layout.curve
+
+    @property
     def has_predictor(self) -> bool:
         """Whether a trained sparsity predictor is inside."""
         return (self.path / "predictor" / "head.safetensors").is_file()
+
+    @property
+    def default_selector(self) -> str:
+        """What was measured as best, as the config names it; without a curve, `learned` if there is a predictor."""
+        return "learned" if self.has_predictor and self.curve is None else self.layout.selector
 
     @property
     def priors_file(self) -> Path:
@@ -475,6 +491,27 @@ def _checked_manifest(path: Path, manifest: dict[str, Any]) -> list[str]:
                 f"{file}: {size} bytes, {MANIFEST} says {entry['size']}; copy or convert the checkpoint again"
             )
     return list(files)
+
+
+def write_config(folder: Path, config: Mapping[str, Any], layout: Layout) -> None:
+    """Write `config.json` with the layout as its section."""
+    text = json.dumps({**config, SECTION: layout.to_dict()}, indent=1) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+
+
+def change_section(folder: Path, layout: Layout) -> None:
+    """Replace the section of a checkpoint's config, and the config's entry in the manifest, by new files.
+
+    The folder is one that nobody has opened: there are moments when the two do not belong together.
+    """
+    config = read_json_object(folder / "config.json")
+    manifest = read_json_object(folder / MANIFEST)
+    for name in ("config.json", MANIFEST):
+        (folder / name).unlink()  # either may be a link to a file of another checkpoint
+    write_config(folder, config, layout)
+    file = folder / "config.json"
+    manifest["files"]["config.json"] = {"size": file.stat().st_size, "sha256": sha256_file(file)}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
 def write_manifest(folder: Path, *, source: str, licence: str | None, hashed: bool = True) -> None:

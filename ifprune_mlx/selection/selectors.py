@@ -213,11 +213,6 @@ class CachedSelector:
         return Selected(selection)
 
 
-def default_selector(model: Model) -> str:
-    """`learned` if the checkpoint has a predictor, else the selector that its config names."""
-    return "learned" if model.checkpoint.has_predictor else model.checkpoint.layout.selector
-
-
 def make_selector(model: Model, name: str | Selector | None = None, *, seed: int = 0) -> Selector:
     """A selector by name; None takes the checkpoint's default, a selector is returned as it is.
 
@@ -228,7 +223,7 @@ def make_selector(model: Model, name: str | Selector | None = None, *, seed: int
         CheckpointError: for `learned` without a predictor in the checkpoint.
     """
     if name is None:
-        name = default_selector(model)
+        name = model.checkpoint.default_selector
     elif not isinstance(name, str):
         return name
     selector: RepeatableSelector

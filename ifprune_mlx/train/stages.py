@@ -67,13 +67,18 @@ def _silent(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def train(
-    config: TrainConfig, *, progress: ProgressDisplay = _silent, report: Callable[[str], object] = print
+    config: TrainConfig,
+    *,
+    progress: ProgressDisplay = _silent,
+    report: Callable[[str], object] = print,
+    stop: Callable[[], bool] = lambda: False,
 ) -> TrainResult:
     """Train one stage, or go on with it where an earlier call with the same config was stopped.
 
     Args:
         progress: called as `with progress(label, unit) as update:`, and then `update(done, total)`.
         report: receives lines for a person: data left out, losses, evaluations.
+        stop: asked after every step of the arms; True saves the run and ends it.
 
     Raises:
         IfpruneError: (or a subclass) if the model, the data or an earlier run in the folder cannot be used.
@@ -89,7 +94,7 @@ def train(
         dtype = own_dtype(checkpoint) if config.dtype is None else getattr(mx, config.dtype)
         model, tokenizer = load(checkpoint, dtype=dtype, progress=update)
     check_kernels(model)
-    stage = _Stage(config, model, tokenizer, progress, report)
+    stage = _Stage(config, model, tokenizer, progress, report, stop)
     run = {"calibrate": stage.calibrate, "distill": stage.distill}.get(config.stage, stage.train_arms)
     path, figures = run()
     return TrainResult(config.stage, path, figures, time.perf_counter() - began)
@@ -105,9 +110,10 @@ class _Stage:
         tokenizer: TokenizerWrapper,
         progress: ProgressDisplay,
         report: Callable[[str], object],
+        stop: Callable[[], bool],
     ) -> None:
         self._config, self._model, self._tokenizer = config, model, tokenizer
-        self._progress, self._report = progress, report
+        self._progress, self._report, self._stop = progress, report, stop
         self._records = {
             name: read_records(file, name, strict=config.strict, report=report) for name, file in config.data.items()
         }
@@ -165,7 +171,7 @@ class _Stage:
                 copy_backbone(folder or model.checkpoint.path / "predictor", config.output / "predictor")
             if trainer.step:
                 self._report(f"goes on after step {trainer.step} of {config.iters}")
-        collapsed = trainer.fit(Evaluator(trainer, valid_data, progress, self._report), self._report)
+        collapsed = trainer.fit(Evaluator(trainer, valid_data, progress, self._report), self._report, self._stop)
         return config.output, {"steps": trainer.step, "tokens": trainer.tokens, "collapsed": collapsed}
 
     def _measure(self) -> Targets:

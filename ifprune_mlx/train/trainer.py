@@ -106,12 +106,18 @@ class Trainer:
         """Whether this process is the one that writes."""
         return int(self._group.rank()) == 0
 
-    def fit(self, evaluate: Callable[[], bool], report: Callable[[str], object]) -> bool:
+    def fit(
+        self,
+        evaluate: Callable[[], bool],
+        report: Callable[[str], object],
+        stop: Callable[[], bool] = lambda: False,
+    ) -> bool:
         """Train to the end of the run, with reports, evaluations and states on disk in between.
 
         Args:
             evaluate: measures the arms, and says whether the learned one has collapsed.
             report: receives the lines for a person.
+            stop: asked after every step; True, of the process that writes, ends training as it is.
 
         Returns:
             Whether the learned arm has collapsed.
@@ -133,6 +139,8 @@ class Trainer:
             # After the evaluation, so that a resumed run repeats it if the kill came before its line was written.
             if self.step % config.save_every == 0 or last:
                 self.save()
+            if self.agreed(stop()):
+                break
         if self.step < total:
             self.save()
         return collapsed

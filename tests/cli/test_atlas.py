@@ -139,3 +139,9 @@ def test_without_matplotlib_one_line_says_what_to_install(
         assert list(tmp_path.iterdir()) == []
     # Whoever draws nothing needs none.
     succeed("select", "--prompt", "x", "--model", tiny_checkpoint)
+
+
+def test_without_data_the_shipped_prompts_are_drawn(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    done = succeed("atlas", "--model", tiny_checkpoint, "--limit", "2", "--timed", "0", "--out", tmp_path, "--json")
+    assert "prompts that come with the package" in done.stderr
+    assert {name: len(keys) for name, keys in answer(done)["prompts"].items()} == {"code": 2, "maths": 2, "general": 2}

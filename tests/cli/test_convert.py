@@ -61,3 +61,32 @@ def test_plain_output_is_the_folder(tmp_path: Path) -> None:
 )
 def test_calibrate_may_stand_alone(given: list[str], expected: list[str]) -> None:
     assert with_calibrate_value(["convert", *given]) == ["convert", *expected]
+
+
+def test_after_calibration_it_says_which_defaults_it_found(tmp_path: Path) -> None:
+    source, out, chats = write_source(tmp_path / "source"), tmp_path / "out", tmp_path / "chats.jsonl"
+    chats.write_text("".join(f'{{"prompt": "Count {i}.", "completion": "{i} and {7 * i}."}}\n' for i in range(60)))
+    arguments = ("convert", "--model", source, "--mlx-path", out, "--calibrate", chats, "--overwrite")
+    done = run_here(*arguments, "--tolerance", "100")
+    assert (done.returncode, done.stdout) == (0, f"{out}\n")
+    checkpoint = Checkpoint.open(out)
+    assert checkpoint.layout.density == 0.27
+    assert "held-out prompts with activation, static: about" in done.stderr
+    assert f"default density 0.27, selector {checkpoint.layout.selector}; `ifprune info` shows" in done.stderr
+    done = run_here(*arguments, "--tolerance", "0", "--json")
+    assert json.loads(done.stdout)["density"] in (1, *(point.density for point in Checkpoint.open(out).curve.points))  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--tolerance", "0.1"), "give --calibrate as well"),
+        (("--calibrate", "--tolerance", "nan"), "tolerance nan is not usable"),
+        (("--calibrate", "--tolerance", "-1"), "tolerance -1 is not usable"),
+    ],
+)
+def test_tolerances_that_are_refused(tmp_path: Path, options: tuple[str, ...], words: str) -> None:
+    done = run_here("convert", "--model", write_source(tmp_path / "source"), "--mlx-path", tmp_path / "out", *options)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert words in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import io
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 
 from ifprune_cli.console import note, progress
+from ifprune_cli.loading import load_model
+from ifprune_mlx import Checkpoint
 
 
 class Terminal(io.TextIOWrapper):
@@ -76,3 +81,58 @@ def test_notes_wrap_between_words_under_their_last_column(monkeypatch: pytest.Mo
         "short",
         "",
     ]
+
+
+class Clock:
+    """Time that passes when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def test_the_time_left_is_not_that_of_the_first_piece(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The first of 1000 pieces comes after 29 s, since the source was opened before; a piece takes 0.02 s.
+    clock = Clock()
+    monkeypatch.setattr("ifprune_cli.console.time", clock)
+    with progress("convert", "weights") as update:
+        clock.now += 29
+        update(1, 1000)
+        clock.now += 0.2
+        update(11, 1000)
+        assert capsys.readouterr().err == ""  # too early to tell
+        clock.now += 1.8
+        update(101, 1000)
+        assert capsys.readouterr().err == "convert: 10 % (50 weights/s, 18 s left)\n"
+
+
+def test_what_was_there_already_is_no_speed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr("ifprune_cli.console.time", clock)
+    with progress("download", "B") as update:
+        update(900, 1000)
+        clock.now += 10
+        update(910, 1000)
+    assert capsys.readouterr().err == "download: 91 % (1.0 B/s, 90 s left)\n"
+
+
+def test_loading_counts_bytes_of_all_weights(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[tuple[str, int, int]] = []
+
+    @contextmanager
+    def display(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+        yield lambda done, total: shown.append((unit, done, total))
+
+    monkeypatch.setattr("ifprune_cli.loading.progress", display)
+    model, _ = load_model(str(tiny_checkpoint), None, False)
+    model.close()
+    checkpoint = Checkpoint.open(tiny_checkpoint)
+    ffn, whole = checkpoint.ffn_bytes(0), checkpoint.weight_bytes
+    assert shown == [("B", ffn, whole), ("B", 2 * ffn, whole)]
+    assert 2 * ffn < whole

@@ -18,7 +18,6 @@ from ifprune_mlx.selection.selectors import (
     Instruction,
     Selected,
     Selector,
-    default_selector,
     make_selector,
 )
 from ifprune_mlx.serving.engine.request import (
@@ -69,7 +68,7 @@ class ActiveSelection:
         if params.selection is not None:
             state.selection, state.selection_key = params.selection, params.selection.hash
             return
-        name, repeats = params.selector or default_selector(model), bool(state.request.instruction_tokens)
+        name, repeats = params.selector or model.checkpoint.default_selector, bool(state.request.instruction_tokens)
         if params.dense or (name == _ACTIVATION and not repeats):
             # `activation` reads the prompt to select, and decoding continues from its KV cache.
             state.selection_key = DENSE if params.dense else EXCLUSIVE
@@ -159,7 +158,7 @@ def check_selecting(model: Model, params: SelectionParams) -> None:
     if params.selection is not None:
         model.check(params.selection)
         return
-    name = params.selector or default_selector(model)
+    name = params.selector or model.checkpoint.default_selector
     model.keep(params.density, params.active_parameters)
     if (params.dense or name == _ACTIVATION) and model.residency == SSD:
         raise BudgetError("not all neurons are in memory; load the model with residency ram to use it dense")

@@ -15,7 +15,6 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from ifprune_mlx.detokenizer import bytes_of
-from ifprune_mlx.selection.selectors import default_selector
 from ifprune_mlx.serving.engine.request import Request, RequestOutput, RequestStats, TokenLogprob
 from ifprune_mlx.serving.http.chat_rendering import (
     EFFORTS,
@@ -123,7 +122,7 @@ class OpenAI:
                 "task": selection.task,
                 "dense": bool(selection.dense),
                 "policy": selection.policy or "first",
-                "selector": selection.selector or default_selector(service.model),
+                "selector": selection.selector or service.model.checkpoint.default_selector,
                 "density": sum(keep) / sum(spec.d_ffn for spec in checkpoint.layout.ffns),
                 "active_parameters": checkpoint.active_parameters(keep),
                 "total_parameters": service.model.total_parameters,

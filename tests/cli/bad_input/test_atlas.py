@@ -29,11 +29,6 @@ def quality(at: Place, value: Any) -> list[Argument]:
 
 
 @case
-def no_data(at: Place) -> Bad:
-    return Bad(["atlas", "--model", at.sound, "--out", at / "out"], ("atlas needs prompts", "--data NAME=FILE"))
-
-
-@case
 def no_folder(at: Place) -> Bad:
     return Bad(["atlas", "--model", at.sound, "--data", "x=x.jsonl"], ("--out", "--help"), code=2)
 

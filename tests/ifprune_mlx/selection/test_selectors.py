@@ -32,7 +32,6 @@ from ifprune_mlx.selection.selectors import (
     LearnedSelector,
     RandomSelector,
     StaticSelector,
-    default_selector,
 )
 from ifprune_mlx.session import Session
 from tests.ifprune_mlx.reference import open_model, random_selection
@@ -196,7 +195,7 @@ def test_activation_reports_progress_and_can_be_stopped_there(model: Model) -> N
 
 
 def test_the_default_is_what_the_checkpoint_names(model: Model) -> None:
-    assert default_selector(model) == "activation"
+    assert model.checkpoint.default_selector == "activation"
     assert make_selector(model).name == "activation"
 
 

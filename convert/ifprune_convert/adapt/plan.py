@@ -1,0 +1,130 @@
+"""How a budget of hours is divided over the stages, and how much of each fits into its part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from .config import Stage
+
+SHARES: Mapping[Stage, float] = {
+    "convert": 0.04,
+    "answers": 0.20,
+    "calibrate": 0.12,
+    "distill": 0.02,
+    "select": 0.20,
+    "heal": 0.30,
+    "evaluate": 0.12,
+}
+"""Of the hours. Healing is what more time helps longest (docs/log.md)."""
+BOUNDS: Mapping[Stage, tuple[int, int]] = {
+    "answers": (48, 6000),
+    "calibrate": (32, 2000),
+    "select": (2, 2000),
+    "heal": (2, 20000),
+    "evaluate": (16, 600),
+}
+"""Least and most of what a stage does: answers, chats, steps, steps, prompts. More than that is time better spent on
+the stages behind it; with less, a stage gives nothing worth having."""
+UNITS: Mapping[Stage, str] = {
+    "answers": "answers",
+    "calibrate": "chats",
+    "select": "steps",
+    "heal": "steps",
+    "evaluate": "prompts",
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Seconds for the stages that are still to come.
+
+    Args:
+        hours: for the whole job.
+        stages: all of it, in order.
+    """
+
+    hours: float
+    stages: Sequence[Stage]
+
+    def seconds(self, stage: Stage, spent: float) -> float:
+        """For a stage that begins after `spent` seconds of the job: its share of what is left, so that what one stage
+        takes too much, all others give."""
+        coming = self.stages[self.stages.index(stage) :]
+        left = max(self.hours * 3600 - spent, 0.0)
+        return left * SHARES[stage] / sum(SHARES[name] for name in coming)
+
+
+def sized(stage: Stage, seconds: float, per_second: float) -> int:
+    """How much of a stage fits into so many seconds at a measured rate, within its bounds."""
+    least, most = BOUNDS[stage]
+    return max(least, min(most, int(seconds * per_second)))
+
+
+def plan_lines(
+    hours: float, stages: Sequence[Stage], flops: float, parameters: int, disk: float, memory: float, room: float
+) -> list[str]:
+    """The plan for a person, before anything is done.
+
+    Args:
+        flops: floating-point operations a second that this machine was measured to do in matrix products.
+        parameters: of the model.
+        disk: bytes that the stages and the result take at most.
+        memory: bytes that weights and training take at most.
+        room: bytes that weights may take here.
+    """
+    budget = Budget(hours, stages)
+    chat = 150 * parameters  # a short chat, in multiply-adds of one pass
+    cost: Mapping[Stage, float] = {
+        "answers": 2 * chat * 2,  # batched decoding reaches about half the rate
+        "calibrate": 3 * 2 * chat,
+        "select": 8 * 2 * 6 * chat * 0.6,  # eight chats a step, two arms, forwards and backwards, half of the FFNs
+        "heal": 8 * 2 * 6 * chat * 0.6,
+        "evaluate": 15 * 2 * chat,
+    }
+    does: Mapping[Stage, str] = {
+        "convert": "read the source, write a checkpoint, measure a first prior",
+        "answers": "let the model answer prompts: what it will learn from",
+        "calibrate": "measure which neurons the answers need",
+        "distill": "fit a predictor to that",
+        "select": "train predictor and fixed selection on the loss, weights held still",
+        "heal": "train adapters for both selections",
+        "evaluate": "compare on held-out prompts, measure densities, write the report",
+    }
+    lines = [
+        f"plan: {hours:g} h on this machine ({flops / 1e12:.2g} TFLOP/s in matrix products), "
+        f"{parameters / 1e9:.2g}B parameters; up to {disk / 1e9:.1f} GB of disk, and {memory / 1e9:.1f} GB of memory "
+        f"of the {room / 1e9:.1f} GB that weights may take"
+    ]
+    for stage in stages:
+        seconds = budget.seconds(stage, 0) if stage == stages[0] else hours * 3600 * _share(stage, stages)
+        amount = f"about {sized(stage, seconds, flops / cost[stage])} {UNITS[stage]}" if stage in cost else ""
+        lines.append(f"  {stage:10}{duration(seconds):>10}  {amount:20}  {does[stage]}")
+    return lines
+
+
+def _share(stage: Stage, stages: Sequence[Stage]) -> float:
+    return SHARES[stage] / sum(SHARES[name] for name in stages)
+
+
+def duration(seconds: float) -> str:
+    """A time for a person."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def machine_rate(now: Callable[[], float]) -> float:
+    """Floating-point operations a second in float32 matrix products of a model's size, measured for about a second."""
+    import mlx.core as mx
+
+    size = 1024
+    a = mx.random.normal((256, size))
+    b = mx.random.normal((size, size))
+    mx.eval(a, b, a @ b)
+    start, count = now(), 0
+    while now() - start < 1.0 and count < 20_000:
+        mx.eval([a @ b for _ in range(4)])
+        count += 4
+    return count * 2 * 256 * size * size / max(now() - start, 1e-9)

@@ -1,0 +1,192 @@
+"""The stages from the source to healed weights. Each is given its record, and goes on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ifprune_mlx.checkpoint.budget import check_fits
+from ifprune_mlx.checkpoint.format import Checkpoint
+from ifprune_mlx.data.own_answers import write_own_answers
+from ifprune_mlx.data.tokenize import encode_all
+from ifprune_mlx.errors import DataError
+from ifprune_mlx.eval.density_curve import LEAST_PROMPTS
+from ifprune_mlx.train import TrainConfig, train
+
+from .answers import HELD_OUT, domain_files, held_out, prompts, write_domains
+from .config import Stage
+from .job import StageRecord
+from .plan import sized
+from .workspace import Workspace
+
+_PROBE_ANSWERS, _PROBE_CHATS, _PROBE_STEPS = 64, 8, 2  # 64 answers are a block of `own_answers`
+_OVERRUN = 1.05  # of the hours: training then stops as it is
+_DENSITIES = "0.5,0.27"
+
+
+def convert(ws: Workspace, record: StageRecord) -> None:
+    """Make the base of all that follows, with a first prior."""
+    ws.convert_to(ws.base, replace(ws.options, calibration=ws.first_chats()))
+    checkpoint = Checkpoint.open(ws.base)
+    check_fits(checkpoint, "ram", checkpoint.widths, memory=ws.config.memory)
+
+
+def answers(ws: Workspace, record: StageRecord) -> None:
+    """Let the model answer prompts."""
+    wanted, length = prompts(ws.config.data, ws.note), ws.config.max_seq_length
+    with ws.loaded(ws.base) as (model, tokenizer):
+        write = partial(
+            write_own_answers,
+            module=model.module,
+            tokenizer=tokenizer,
+            max_length=length,
+            seed=ws.config.seed,
+            source=model.checkpoint.id,
+        )
+        file = ws.config.work / "answers.jsonl"
+        if record.size is None:
+            size = ws.sizes.get("answers")
+            if size is None:
+                start = ws.now()
+                write(file, records=wanted[:_PROBE_ANSWERS])
+                rate = min(_PROBE_ANSWERS, len(wanted)) / (ws.now() - start)
+                size = sized("answers", ws.seconds("answers"), rate)
+            ws.decide(record, min(size, len(wanted)))
+        with ws.progress("answers", "answers") as update:
+            found = write(file, records=wanted[: record.size], progress=update)
+        write_domains(ws.answers, found)
+        measurable = encode_all(tokenizer, held_out(ws.answers), length, lambda line: None)
+    if len(measurable) < LEAST_PROMPTS:  # before the long work
+        raise DataError(
+            f"of {record.size} answered prompts {len(measurable)} are held out, and measuring needs {LEAST_PROMPTS}; "
+            "give more prompts"
+        )
+
+
+def calibrate(ws: Workspace, record: StageRecord) -> None:
+    """Measure which neurons the answers need."""
+    if record.size is None:
+        size = ws.sizes.get("calibrate")
+        if size is None:
+            marks: list[tuple[int, float]] = []
+            _measure(ws, "calibrate", _PROBE_CHATS, lambda done: marks.append((done, ws.now())))
+            (first, began), (last, ended) = marks[0], marks[-1]
+            rate = (last - first) / max(ended - began, 1e-9)
+            size = sized("calibrate", ws.seconds("calibrate"), rate)
+        ws.decide(record, size)
+    assert record.size is not None
+    record.figures |= _measure(ws, "calibrate", record.size)
+
+
+def distill(ws: Workspace, record: StageRecord) -> None:
+    """Fit a predictor to what `calibrate` measured."""
+    size = ws.job.stage("calibrate").size
+    assert size is not None
+    record.figures |= _measure(ws, "distill", size)
+
+
+def _measure(
+    ws: Workspace, stage: Any, chats: int, mark: Callable[[int], object] = lambda done: None
+) -> dict[str, Any]:
+    """Train's stages `calibrate` and `distill`, which share what they measure."""
+    layers = max(1, len(Checkpoint.open(ws.base).layout.ffns) * 2 // 5)
+    config = replace(_training(ws, stage, ws.measured), layers=layers, rank=64, chats=chats)
+
+    @contextmanager
+    def shown(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+        with ws.progress(label, unit) as update:
+
+            def both(done: int, total: int) -> None:
+                update(done, total)
+                if label == "measure":
+                    mark(done)
+
+            yield both
+
+    return dict(train(config, progress=shown, report=lambda line: None).figures)
+
+
+def select(ws: Workspace, record: StageRecord) -> None:
+    """Train the predictor's head and a fixed selection on the loss; the weights are held still."""
+    config = replace(
+        _training(ws, "sft", ws.selected),
+        predictor=ws.measured / "predictor",
+        fine_tune_type="none",
+        teacher=0.5,
+        head_learning_rate=3e-4,
+        scores_learning_rate=3e-3,
+        head_start=0.0,
+    )
+    record.figures |= _train(ws, "select", record, config)
+
+
+def heal(ws: Workspace, record: StageRecord) -> None:
+    """Train adapters for both, on the same batches."""
+    config = replace(
+        _training(ws, "sft", ws.healed),
+        start=ws.selected,
+        teacher=0.5,
+        learning_rate=7e-4,
+        head_learning_rate=1e-4,
+        scores_learning_rate=1e-3,
+        head_start=0.02,
+    )
+    record.figures |= _train(ws, "heal", record, config)
+
+
+def _training(ws: Workspace, stage: Any, output: Path) -> TrainConfig:
+    """What all stages of training have in common."""
+    return TrainConfig(
+        output=output,
+        data=domain_files(ws.answers),
+        model=ws.base,
+        stage=stage,
+        selector=("learned", "static-learned"),
+        densities=_DENSITIES,
+        held_out=HELD_OUT,
+        max_seq_length=ws.config.max_seq_length,
+        eval_prompts=0,
+        seed=ws.config.seed,
+    )
+
+
+def _train(ws: Workspace, stage: Stage, record: StageRecord, config: TrainConfig) -> dict[str, Any]:
+    """Train arms for as many steps as there is time for."""
+    if record.size is None:
+        size = ws.sizes.get(stage)
+        step = 1.0
+        if size is None:
+            with tempfile.TemporaryDirectory(dir=ws.config.work) as folder:
+                probe = replace(config, output=Path(folder) / "probe", iters=_PROBE_STEPS)
+                train(probe, progress=ws.progress, report=lambda line: None)
+                lines = (probe.output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+                step = float(json.loads(lines[-1])["seconds"])
+            size = sized(stage, ws.seconds(stage), 1 / step)
+        record.figures["step_seconds"] = step
+        ws.decide(record, size)
+    assert record.size is not None
+    step = float(record.figures["step_seconds"])
+    config = replace(
+        config,
+        iters=record.size,
+        warmup=min(20, record.size // 5),
+        save_every=max(1, int(45 / step)),
+        steps_per_report=max(1, int(20 / step)),
+    )
+    stop = partial(_late, ws, stage)
+    return dict(train(config, progress=ws.progress, report=ws.ticked_note, stop=stop).figures)
+
+
+def _late(ws: Workspace, stage: Stage) -> bool:
+    """Whether training has to end at once, since what follows needs the time."""
+    if ws.sizes:
+        return False
+    behind = ws.budget.stages[ws.budget.stages.index(stage) + 1 :]
+    whole = sum(ws.seconds(name) for name in behind)
+    return ws.job.seconds + whole > _OVERRUN * ws.config.hours * 3600

@@ -1,0 +1,138 @@
+"""Where a job works: its folders, its clock, and what all stages use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ifprune_convert.calibrate import shipped_examples
+from ifprune_convert.pipeline import Options, convert
+from ifprune_mlx.data.dataset import Record
+from ifprune_mlx.model import Model, load
+from ifprune_mlx.train.evaluation import ProgressDisplay
+
+from .config import STAGES, AdaptConfig, Stage
+from .job import Job, StageRecord
+from .plan import Budget
+
+_FIRST_CHATS = 64
+
+
+class Workspace:
+    """The folders of a job, its record and its displays.
+
+    Args:
+        progress, note, now, sizes: as `adapt` takes them.
+
+    Attributes:
+        source: the path of the source, once it is there.
+        answers: folder of the model's own answers, a file for each domain.
+
+    Raises:
+        DataError: if the folder holds another job.
+    """
+
+    def __init__(
+        self,
+        config: AdaptConfig,
+        progress: ProgressDisplay,
+        note: Callable[[str], object],
+        now: Callable[[], float],
+        sizes: Mapping[Stage, int],
+    ) -> None:
+        self.config, self.note, self.now, self.sizes, self._show = config, note, now, sizes, progress
+        self.job = Job(config.work, config.identity, now)
+        self.budget = Budget(config.hours, config.stages)
+        self.answers = config.work / "answers"
+        self.source = Path()
+
+    @cached_property
+    def options(self) -> Options:
+        """Of every conversion: no calibration, no curve."""
+        config = self.config
+        return Options(
+            quantization=config.quantization,
+            dtype=config.dtype,
+            tolerance=None,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+        )
+
+    @property
+    def base(self) -> Path:
+        """The converted model, from which everything is measured and trained."""
+        return self.config.work / "base"
+
+    @property
+    def measured(self) -> Path:
+        """What `calibrate` and `distill` wrote."""
+        return self.config.work / "measured"
+
+    @property
+    def selected(self) -> Path:
+        """The run that trains selections with the weights held still."""
+        return self.config.work / "selected"
+
+    @property
+    def healed(self) -> Path:
+        """The run that heals."""
+        return self.config.work / "healed"
+
+    def seconds(self, stage: str) -> float:
+        """What a stage that begins now may take."""
+        name = next(known for known in STAGES if known == stage)
+        if name not in self.budget.stages:
+            return 0.0
+        return self.budget.seconds(name, self.job.seconds)
+
+    def decide(self, record: StageRecord, size: int) -> None:
+        record.size = size
+        self.job.save()
+
+    def first_chats(self) -> list[Record]:
+        """Chats for a first prior, which stands until the model's own answers give a better one: of all sources."""
+        chats = sorted(shipped_examples(), key=lambda record: record.key)
+        return chats[: self.sizes.get("convert", _FIRST_CHATS)]
+
+    def convert_to(self, folder: Path, options: Options, *, overwrite: bool = True) -> None:
+        with self.progress("convert", "weights") as update, self.progress("calibrate", "tokens") as calibrating:
+
+            def report(stage: str, done: int, total: int) -> None:
+                (update if stage == "convert" else calibrating)(done, total)
+
+            convert(
+                self.source,
+                folder,
+                replace(options, overwrite=overwrite and folder.exists()),
+                report,
+                lambda line: None,
+            )
+
+    @contextmanager
+    def loaded(self, folder: Path) -> Iterator[tuple[Model, TokenizerWrapper]]:
+        with self.progress("load", "FFNs") as update:
+            model, tokenizer = load(folder, memory=self.config.memory, progress=update)
+        try:
+            yield model, tokenizer
+        finally:
+            model.close()
+
+    @contextmanager
+    def progress(self, label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+        """A display that keeps the job's clock as well."""
+        with self._show(label, unit) as update:
+
+            def both(done: int, total: int) -> None:
+                self.job.tick()
+                update(done, total)
+
+            yield both
+
+    def ticked_note(self, line: str) -> None:
+        self.job.tick()
+        self.note(line)
