@@ -7,7 +7,23 @@ from __future__ import annotations
 
 import typer
 
-from . import atlas, bench, chat, convert, demo, doctor, evaluate, export, generate, info, select, serve, tasks, train
+from . import (
+    atlas,
+    bench,
+    chat,
+    convert,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    info,
+    models,
+    select,
+    serve,
+    tasks,
+    train,
+)
 from .option_groups import Command, with_groups
 
 app = typer.Typer(
@@ -40,6 +56,7 @@ for command, short_help in (
     (export.export, "Write a selection as a plain model"),
     (select.select, "Show or save what a prompt selects"),
     (tasks.tasks, "List or remove named tasks"),
+    (models.models, "List or remove converted models"),
     (info.info, "Show what a checkpoint holds"),
     (demo.demo, "Three answers, dense beside sliced"),
     (train.train, "Train a sparsity predictor"),

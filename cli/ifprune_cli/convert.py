@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import typer
 
-from .console import note, parameters, progress, result_json, show
+from .console import note, parameters, result_json, show, stages
 from .options import DtypeName, FolderOption, JsonOption, TrustOption
 
 if TYPE_CHECKING:
@@ -172,15 +171,7 @@ def convert(
         trust_remote_code=trust_remote_code,
         upload_repo=upload_repo,
     )
-    units = {"download": "B", "convert": "weights", "calibrate": "tokens", "order": "chats"}
-    with ExitStack() as shown:
-        bars = {"convert": shown.enter_context(progress("convert", units["convert"]))}
-
-        def report(stage: str, done: int, total: int) -> None:
-            if stage not in bars:
-                bars[stage] = shown.enter_context(progress(stage, units[stage]))
-            bars[stage](done, total)
-
+    with stages() as report:
         done = run(model, mlx_path, options, report, note)
     _print(done, upload_repo, json)
 
