@@ -47,7 +47,7 @@ _NAME = "source.json"  # in a source's folder: what people call the source
 # A file of up to so many bits per weight is packed with as many as the number says; a larger one is not packed.
 _PACKED = ((5.5, 4), (9.0, 8))
 # Every so many of the chats that ship are enough for a first prior.
-_EVERY = 3
+_EVERY = 4
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def ensure_converted(
 
     Args:
         model: a GGUF file, a folder of safetensors, or a model of the hub (`ORG/NAME`, or `ORG/NAME:FILE.gguf`).
-        convert_it: False takes only what is in the cache already.
+        convert_it: False takes only what is in the cache already, and gives back a local path as it is.
         residency, memory: what the model will be loaded with; without either, one that can never fit is refused.
 
     Raises:
@@ -137,11 +137,11 @@ def ensure_converted(
     if (found := place.ready(state)) is not None:
         return found
     if not convert_it:
-        path = Path(model).expanduser()
-        what = (
-            f"{path / 'config.json'}: has no {SECTION} section" if path.is_dir() else f"{model}: is no IFP checkpoint"
+        if (path := Path(model).expanduser()).exists():
+            return path  # opening it says why it is no checkpoint
+        raise CheckpointError(
+            f"{model}: is no IFP checkpoint; convert the model: ifprune convert --model {shlex.quote(model)}"
         )
-        raise CheckpointError(f"{what}; convert the model: ifprune convert --model {shlex.quote(model)}")
     try:
         with _alone(place.folder, lambda: note(f"Another process converts {model}; waiting for it")):
             if (found := place.ready(state)) is not None:
