@@ -6,6 +6,7 @@ whose norms of down rows tell that model's neurons: a predictor names neurons by
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ import numpy as np
 
 from ifprune_mlx.checkpoint.format import Checkpoint
 from ifprune_mlx.checkpoint.hub import Progress, cached_folder, download, is_hub_id, list_repository
+from ifprune_mlx.checkpoint.json_file import read_json_object
 from ifprune_mlx.checkpoint.safetensors_io import load_arrays, read_safetensors_header
 from ifprune_mlx.errors import PredictorError
 from ifprune_mlx.selection.selection import Scores
@@ -27,6 +29,7 @@ from .upload import upload_files
 
 _PREDICTOR, _ADAPTER, _PRIOR = "predictor", "adapter", "prior.safetensors"
 _PARTS = (f"{_PREDICTOR}/", f"{_ADAPTER}/", _PRIOR)
+_PATHS = ("model", "data", "adapter_path", "resume_adapter_file", "config", "base_model_name_or_path")
 # Norms of the same neurons are alike whatever the bits per weight, and so are those of a model that was fine-tuned:
 # both correlate above 0.9. Those of other models do not correlate.
 _LEAST_CORRELATION = 0.5
@@ -138,9 +141,17 @@ def upload_predictor(checkpoint: Checkpoint, adapter: Path | None, name: str) ->
         shutil.copytree(checkpoint.path / "predictor", folder / _PREDICTOR)
         if adapter is not None:
             shutil.copytree(adapter, folder / _ADAPTER, ignore=_no_part)
+            _hide_paths(folder / _ADAPTER / "adapter_config.json")
         shutil.copyfile(checkpoint.priors_file, folder / _PRIOR)
         (folder / CARD).write_text(predictor_card(checkpoint, name), encoding="utf-8")
         return upload_files(folder, name, ["*"], "Sparsity predictor")
+
+
+def _hide_paths(file: Path) -> None:
+    """Take from an adapter's config what names folders of this machine; nothing that fuses it reads that."""
+    config = read_json_object(file, PredictorError)
+    kept = {key: value for key, value in config.items() if key not in _PATHS}
+    file.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
 
 def _no_part(folder: str, names: Sequence[str]) -> list[str]:
