@@ -297,7 +297,12 @@ def _convert(place: _Place, state: str, trust_remote_code: bool, asks_less: bool
     write_atomic(place.folder / _NAME, lambda file: file.write_text(text, encoding="utf-8"), SourceError)
     if target.exists():  # damaged
         shutil.rmtree(target)
-    convert(source, target, options, report, note)
+    try:
+        convert(source, target, options, report, note)
+    except BaseException:
+        if not earlier:
+            shutil.rmtree(place.folder, ignore_errors=True)
+        raise
     for other in place.folder.iterdir():
         if other not in (target, place.folder / _NAME):
             shutil.rmtree(other, ignore_errors=True)
