@@ -15,6 +15,10 @@ class CheckpointError(IfpruneError):
     """An IFP checkpoint is damaged, incomplete, or of a format that this version does not read."""
 
 
+class DenseModelError(CheckpointError):
+    """A model of the hub that is no IFP checkpoint, and may be converted into one."""
+
+
 class SourceError(IfpruneError):
     """A dense checkpoint cannot be converted."""
 

@@ -15,7 +15,15 @@ import typer
 
 from .console import gigabytes, kernel_lines, note, progress, result_json, show
 from .loading import open_checkpoint
-from .options import DensityOption, DtypeName, DtypeOption, JsonFileOption, ModelOption, output_option
+from .options import (
+    AnyModelOption,
+    DensityOption,
+    DtypeName,
+    DtypeOption,
+    JsonFileOption,
+    NoConvertOption,
+    output_option,
+)
 
 if TYPE_CHECKING:
     from ifprune_mlx import Checkpoint
@@ -113,7 +121,8 @@ def bench(
     shape: _Shape,
     measured: _Measured,
     outputs: _Outputs,
-    model: ModelOption = None,
+    model: AnyModelOption = None,
+    no_convert: NoConvertOption = False,
     dtype: DtypeOption = None,
     density: DensityOption = None,
 ) -> None:
@@ -134,7 +143,7 @@ def bench(
     with tempfile.TemporaryDirectory(prefix="ifprune-bench-", dir=outputs.work) as name:
         folder = Path(name)
         if shape.shape is None:
-            checkpoint, cast = open_checkpoint(model), None if dtype is None else dtype.value
+            checkpoint, cast = open_checkpoint(model, converts=not no_convert), None if dtype is None else dtype.value
         else:
             checkpoint, cast = shape.make(folder, dtype), None
         if dtype is None and (chosen := default_dtype(checkpoint)) is not None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 import typer
 
 from .console import footer, note, one_line, progress, show
-from .loading import Runtime, checkpoint_path, open_runtime
+from .loading import Runtime, model_path, open_runtime
 from .logs import show_cause
 from .options import (
     Budget,
@@ -186,7 +186,7 @@ class _Models:
         from ifprune_mlx import Checkpoint
 
         with progress("loading", ""):
-            Checkpoint.open(checkpoint_path(name, residency=self._model.residency))
+            Checkpoint.open(model_path(replace(self._model, model=name), None))
             session.model.close()  # the two may not fit into memory together
             try:
                 runtime = self._opened(name, self._choice)

@@ -14,7 +14,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # is renewed less often after a minute.
 _PATIENCE, _LIVE, _PLAIN, _LATER = 0.5, 0.1, 5.0, 60.0
 _BAR = 20
+_UNITS = {"download": "B", "convert": "weights", "calibrate": "tokens", "measure": "tokens", "order": "chats"}
 
 
 # What a terminal obeys instead of showing it, what changes the order in which a line is read, and half surrogates,
@@ -210,6 +211,20 @@ def progress(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     finally:
         if live:
             _live_line.end(job)
+
+
+@contextmanager
+def stages() -> Iterator[Callable[[str, int, int], None]]:
+    """Progress of a conversion; yields a function that takes (stage, done, total), as `ifprune_convert` reports."""
+    with ExitStack() as shown:
+        bars = {"convert": shown.enter_context(progress("convert", _UNITS["convert"]))}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in bars:
+                bars[stage] = shown.enter_context(progress(stage, _UNITS[stage]))
+            bars[stage](done, total)
+
+        yield report
 
 
 def _count(value: float) -> str:

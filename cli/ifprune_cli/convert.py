@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import typer
 
-from .console import note, parameters, progress, result_json, show
+from .console import note, parameters, progress, result_json, show, stages
 from .options import DtypeName, FolderOption, JsonOption, TrustOption
 
 if TYPE_CHECKING:
@@ -79,7 +78,13 @@ DefaultToleranceOption = Annotated[
     ),
 ]
 PredictorOption = Annotated[
-    Optional[Path], _selecting("--predictor", metavar="FOLDER", help="A trained sparsity predictor to put in.")
+    Optional[str],
+    _selecting(
+        "--predictor",
+        metavar="FOLDER|HUB_ID",
+        help="A trained sparsity predictor to put in. Adapter and prior come from there as well, if it has them and "
+        "no option says otherwise.",
+    ),
 ]
 PredictorBitsOption = Annotated[
     Optional[Literal["8", "4", "none"]],
@@ -121,6 +126,14 @@ UploadOption = Annotated[
         help="Upload the result to this new or empty repository of the Hugging Face hub.",
     ),
 ]
+UploadPredictorOption = Annotated[
+    Optional[str],
+    _output(
+        "--upload-predictor",
+        metavar="OWNER/NAME",
+        help="Upload predictor, adapter and prior alone, without the weights, for --predictor of others.",
+    ),
+]
 
 
 def with_calibrate_value(arguments: Sequence[str]) -> list[str]:
@@ -154,6 +167,7 @@ def convert(
     mlx_path: FolderOption = Path("mlx_model"),
     overwrite: OverwriteOption = False,
     upload_repo: UploadOption = None,
+    upload_predictor: UploadPredictorOption = None,
     json: JsonOption = False,
 ) -> None:
     """Convert a dense checkpoint into an IFP checkpoint, layer by layer."""
@@ -165,6 +179,7 @@ def convert(
     from ifprune_convert.packing import head_bits, quantization_of
     from ifprune_convert.pipeline import Options
     from ifprune_convert.pipeline import convert as run
+    from ifprune_convert.share import SharedPredictor, locate_predictor
     from ifprune_mlx import IfpruneError
     from ifprune_mlx.checkpoint.density_curve import TOLERANCE
 
@@ -173,32 +188,30 @@ def convert(
     if not quantize and (q_bits is not None or q_group_size is not None or q_mode != "affine"):
         raise IfpruneError("--q-bits, --q-group-size and --q-mode need --quantize (-q) as well")
     examples = None if calibrate is None else chats.SHIPPED if calibrate == SHIPPED else Path(calibrate)
+    shared = SharedPredictor()
+    if predictor is not None:
+        with progress("download", "B") as update:
+            shared = locate_predictor(predictor, update)
     options = Options(
         quantization=quantization_of(q_mode, q_group_size, q_bits) if quantize else None,
         float_down=float_down,
         dtype=None if dtype is None else getattr(mx, dtype.value),
         density=density,
         tolerance=TOLERANCE if tolerance is None else tolerance,
-        adapter=adapter,
-        predictor=predictor,
-        predictor_bits=head_bits(predictor, predictor_bits, quantize),
+        adapter=adapter or shared.adapter,
+        predictor=shared.predictor,
+        predictor_bits=head_bits(shared.predictor, predictor_bits, quantize),
         calibration=examples,
-        prior=prior,
+        prior=prior or (shared.prior if examples is None else None),
+        check_neurons=shared.check_neurons(),
         order=(examples or chats.SHIPPED) if order == "frequency" else None,
         overwrite=overwrite,
         revision=revision,
         trust_remote_code=trust_remote_code,
         upload_repo=upload_repo,
+        upload_predictor=upload_predictor,
     )
-    units = {"download": "B", "convert": "weights", "calibrate": "tokens", "measure": "tokens", "order": "chats"}
-    with ExitStack() as shown:
-        bars = {"convert": shown.enter_context(progress("convert", units["convert"]))}
-
-        def report(stage: str, done: int, total: int) -> None:
-            if stage not in bars:
-                bars[stage] = shown.enter_context(progress(stage, units[stage]))
-            bars[stage](done, total)
-
+    with stages() as report:
         done = run(model, mlx_path, options, report, note)
     _print(done, upload_repo, json)
 

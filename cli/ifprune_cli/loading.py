@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .console import note, progress
+from .console import note, progress, stages
 from .options import (
     Budget,
     DtypeName,
@@ -35,30 +36,61 @@ def checkpoint_path(
     loads: bool = True,
     residency: Residency | None = None,
     memory: int | None = None,
+    converts: bool = False,
+    trust_remote_code: bool = False,
 ) -> Path:
-    """The folder of the given model, downloaded if it is one of the hub, or of the embedded default, which is fetched
-    and converted if this is its first use.
+    """The folder of the given model, downloaded if it is one of the hub and converted into the cache if it is no IFP
+    checkpoint; or of the embedded default, which is fetched and converted if this is its first use.
 
     Args:
         trained: of the embedded model, the one with the trained predictor; else the one that training begins with.
         loads, residency, memory: as `ifprune_mlx.checkpoint.hub.resolve` takes them.
+        converts: False takes of models that are no IFP checkpoints only those converted before.
     """
     if model is not None:
+        from ifprune_convert.model_cache import ensure_converted, names_dense_model
         from ifprune_mlx.checkpoint.hub import resolve
+        from ifprune_mlx.errors import DenseModelError
 
-        with progress("download", "B") as update:
-            return resolve(model, progress=update, loads=loads, residency=residency, memory=memory)
+        with stages() as report:
+            if not names_dense_model(model):
+                try:
+                    shown = partial(report, "download")
+                    return resolve(model, progress=shown, loads=loads, residency=residency, memory=memory)
+                except DenseModelError:
+                    if not converts:
+                        raise
+            return ensure_converted(
+                model,
+                trust_remote_code=trust_remote_code,
+                convert_it=converts,
+                residency=residency,
+                memory=memory,
+                report=report,
+                note=note,
+            )
     from ifprune_convert.embedded import ensure_embedded
 
     with progress("convert", "weights") as update:
         return ensure_embedded(note, lambda stage, done, total: update(done, total), trained=trained)
 
 
-def open_checkpoint(model: str | None) -> Checkpoint:
-    """Open the given checkpoint, or the embedded default, without loading weights."""
+def model_path(options: ModelOptions, memory: int | None) -> Path:
+    """`checkpoint_path` as the options of a command say."""
+    return checkpoint_path(
+        options.model,
+        residency=options.residency,
+        memory=memory,
+        converts=not options.no_convert,
+        trust_remote_code=options.trust_remote_code,
+    )
+
+
+def open_checkpoint(model: str | None, *, converts: bool = False) -> Checkpoint:
+    """Open the given checkpoint, or the embedded default, without loading weights; `converts` as above."""
     from ifprune_mlx import Checkpoint
 
-    return Checkpoint.open(checkpoint_path(model, loads=False))
+    return Checkpoint.open(checkpoint_path(model, loads=False, converts=converts))
 
 
 def check_selection(model: Model | Checkpoint, selection: Selection, file: Path) -> None:
@@ -204,7 +236,7 @@ def open_runtime(
         check_task_name(choice.task)
     limits, given = budget.arguments(), template_variables(variables)
     generation: dict[str, Any] = {} if sampling is None else sampling.arguments()
-    checkpoint = Checkpoint.open(checkpoint_path(model.model, residency=model.residency, memory=limits["memory"]))
+    checkpoint = Checkpoint.open(model_path(model, limits["memory"]))
     if sampling is not None:
         sampling.check(checkpoint)
     if choice.selection is not None and selection is not None:

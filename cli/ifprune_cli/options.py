@@ -77,6 +77,18 @@ ModelOption = Annotated[
         "and converts at first use.",
     ),
 ]
+AnyModelOption = Annotated[
+    Optional[str],
+    _model(
+        "--model",
+        metavar="FOLDER|FILE|HUB_ID",
+        help="Load this IFP checkpoint, or any model of the hub, GGUF file or folder of safetensors, which is "
+        "converted into the cache at first use. Without it, ifprune uses the embedded SmolLM2-135M-Instruct.",
+    ),
+]
+NoConvertOption = Annotated[
+    bool, _model("--no-convert", help="Refuse a model that is no IFP checkpoint and would have to be converted.")
+]
 DtypeOption = Annotated[
     Optional[DtypeName],
     _model(
@@ -216,10 +228,11 @@ def check_exclusive(*groups: dict[str, Any]) -> None:
 class ModelOptions:
     """Which model to load, and how."""
 
-    model: ModelOption = None
+    model: AnyModelOption = None
     dtype: DtypeOption = None
     residency: ResidencyOption = None
     trust_remote_code: TrustOption = False
+    no_convert: NoConvertOption = False
 
 
 IgnoreTemplateOption = Annotated[

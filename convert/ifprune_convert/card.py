@@ -61,6 +61,22 @@ def model_card(checkpoint: Checkpoint, name: str) -> str:
     return _page(name, front, about, rows, usage)
 
 
+def predictor_card(checkpoint: Checkpoint, name: str) -> str:
+    """The card of a checkpoint's predictor without its weights: for which model it is, and how to put both together."""
+    source = checkpoint.manifest["source"].partition(" + adapter ")[0]
+    base = _base_model(source)
+    front = ["library_name: mlx", "tags: [mlx, ifprune]"]
+    front += [] if base is None else [f"base_model: {base}", "base_model_relation: adapter"]
+    front += _licence(checkpoint.manifest["licence"])
+    rows = {"for": source, "FFNs": len(checkpoint.layout.ffns), "from checkpoint": checkpoint.id}
+    about = [
+        f"A sparsity predictor for Instruction-Following Pruning ([arXiv 2501.02086]({_METHOD})), with the adapter",
+        "that heals its model, if there is one, and without the model itself.",
+    ]
+    usage = ["```", f"ifprune convert --model {base or 'MODEL'} --predictor {name} --mlx-path mlx_model", "```", ""]
+    return _page(name, front, about, rows, usage)
+
+
 def plain_card(checkpoint: Checkpoint, selection: Selection, name: str) -> str:
     """The card of one selection as a plain model: where it comes from, and how to run it."""
     licence = checkpoint.manifest["licence"]

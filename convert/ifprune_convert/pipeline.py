@@ -55,6 +55,7 @@ from .predictor import open_predictor
 from .readers import open_source
 from .readers.chat_templates import keep_used_templates
 from .readers.hub import locate_source
+from .share import CheckNeurons, upload_predictor
 from .skeleton import build_skeleton, listing
 from .source import PackedSource, Source
 from .tokenizer_trial import try_tokenizer
@@ -94,6 +95,7 @@ class Options:
         adapter: folder of an adapter, of mlx-lm or PEFT, to fuse into the weights.
         predictor: folder of a trained sparsity predictor to put in, ours or one in the layout of the authors' code.
         predictor_bits: bits to pack its head's second layer with, 8 or 4; None leaves it as it is.
+        check_neurons: is asked whether the model is the one that the predictor was trained for.
         calibration: chats, or their file, to measure the prior on; None takes it from the weights, or from `prior`.
         prior: ready importance per FFN, float32 `[d_ffn]` each, or the safetensors file that holds it.
         order: chats, or their file, by whose selections to put the neurons in order of frequency, for residency `ssd`;
@@ -102,6 +104,7 @@ class Options:
         revision: branch, tag or commit of a source on the hub; None is its main branch.
         trust_remote_code: changes only the message that refuses a source with its own Python code.
         upload_repo: new or empty repository of the hub, `OWNER/NAME`, to upload the checkpoint to.
+        upload_predictor: another one, to upload predictor, adapter and prior to, without the weights.
     """
 
     quantization: Quantization | None = None
@@ -112,6 +115,7 @@ class Options:
     adapter: Path | None = None
     predictor: Path | None = None
     predictor_bits: int | None = None
+    check_neurons: CheckNeurons = lambda index, norms: None
     calibration: list[Record] | Path | None = None
     prior: list[Scores] | Path | None = None
     order: list[Record] | Path | None = None
@@ -119,6 +123,7 @@ class Options:
     revision: str | None = None
     trust_remote_code: bool = False
     upload_repo: str | None = None
+    upload_predictor: str | None = None
 
     @property
     def bits(self) -> float | None:
@@ -174,8 +179,7 @@ def convert(
         check_tolerance(options.tolerance)
     calibration, order = _examples(options.calibration), _examples(options.order)
     check_output(out, options.overwrite)
-    if options.upload_repo is not None:
-        check_upload(options.upload_repo)
+    _check_uploads(options)
     if isinstance(source, str | Path):
         path = locate_source(
             str(source),
@@ -222,10 +226,26 @@ def convert(
         if options.overwrite:  # it has been hours, maybe
             check_output(out, True)
     checkpoint, seconds = Checkpoint.open(out), time.perf_counter() - start
+    return Conversion(checkpoint, seconds, _upload(checkpoint, options, note))
+
+
+def _check_uploads(options: Options) -> None:
+    """Ask the hub, before the long work, whether what is to be uploaded may be."""
+    if options.upload_predictor is not None and options.predictor is None:
+        raise SourceError("--upload-predictor needs --predictor as well, the trained predictor")
+    for name in filter(None, (options.upload_repo, options.upload_predictor)):
+        check_upload(name)
+
+
+def _upload(checkpoint: Checkpoint, options: Options, note: Note) -> str | None:
+    """Upload what is asked for; returns the page of the checkpoint."""
+    if options.upload_predictor is not None:
+        note(f"uploading the predictor to {options.upload_predictor}")
+        note(f"uploaded to {upload_predictor(checkpoint, options.adapter, options.upload_predictor)}")
     if options.upload_repo is None:
-        return Conversion(checkpoint, seconds)
+        return None
     note(f"uploading {checkpoint.path} ({checkpoint.disk_bytes / 1e6:.0f} MB) to {options.upload_repo}")
-    return Conversion(checkpoint, seconds, upload(checkpoint, options.upload_repo))
+    return upload(checkpoint, options.upload_repo)
 
 
 def _calibrate(
@@ -342,6 +362,7 @@ class _Writer:
         mx.eval(tensors)
         down = layout.down_rows(self._take(f"{spec.path}.{spec.down}.weight"))
         norms = layout.row_norms(down)
+        self.options.check_neurons(index, norms)
         prior = layout.weight_prior(gate, up, norms)
         del gate, up
         if not np.isfinite(prior).all():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from fnmatch import fnmatch
+from pathlib import Path
 
 from ifprune_mlx.checkpoint.format import MANIFEST, Checkpoint
 from ifprune_mlx.checkpoint.hub import hub_failure, is_hub_id
@@ -55,8 +56,6 @@ def check_upload(name: str) -> None:
 def upload(checkpoint: Checkpoint, name: str) -> str:
     """Upload a checkpoint to `name`, which is made if it does not exist, and write its model card for that name.
 
-    On a terminal the hub's client shows its progress bars.
-
     Returns:
         The repository's page.
 
@@ -64,26 +63,45 @@ def upload(checkpoint: Checkpoint, name: str) -> str:
         SourceError: if it fails. The checkpoint stays, and the message says how to try again; what was transferred
             is not transferred again.
     """
+    write_card(checkpoint, name)
+    try:
+        return upload_files(checkpoint.path, name, [*checkpoint.manifest["files"], MANIFEST, CARD], "IFP checkpoint")
+    except SourceError as exc:
+        raise SourceError(
+            f"{exc}. The checkpoint is complete; upload it again with `hf upload {name} {checkpoint.path}`"
+        ) from exc
+
+
+def upload_files(folder: Path, name: str, files: list[str], message: str) -> str:
+    """Upload files of a folder, by their patterns, to `name`, which is made if it does not exist.
+
+    On a terminal the hub's client shows its progress bars.
+
+    Args:
+        message: of the commit.
+
+    Returns:
+        The repository's page.
+
+    Raises:
+        SourceError: if it fails.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if not sys.stderr.isatty():
         disable_progress_bars()
-    write_card(checkpoint, name)
     api = HfApi()
     try:
         page = str(api.create_repo(name, exist_ok=True))
         api.upload_folder(
             repo_id=name,
-            folder_path=checkpoint.path,
-            allow_patterns=[*checkpoint.manifest["files"], MANIFEST, CARD],
-            commit_message="IFP checkpoint",
+            folder_path=folder,
+            allow_patterns=files,
+            commit_message=message,
         )
     except Exception as exc:  # as in `check_upload`
-        raise SourceError(
-            f"{name}: {_reason(exc)}. The checkpoint is complete; upload it again with "
-            f"`hf upload {name} {checkpoint.path}`"
-        ) from exc
+        raise SourceError(f"{name}: {_reason(exc)}") from exc
     return page
 
 

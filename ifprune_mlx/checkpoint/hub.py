@@ -21,7 +21,7 @@ from ifprune_mlx.checkpoint.atomic_write import restore_folder
 from ifprune_mlx.checkpoint.budget import check_files
 from ifprune_mlx.checkpoint.format import MANIFEST, SECTION, Checkpoint, Layout
 from ifprune_mlx.checkpoint.json_file import read_json_object
-from ifprune_mlx.errors import CheckpointError, IfpruneError
+from ifprune_mlx.errors import CheckpointError, DenseModelError, IfpruneError
 
 Progress = Callable[[int, int], None]
 """Called with (bytes downloaded, bytes in all)."""
@@ -84,8 +84,9 @@ def resolve(
 
     Raises:
         BudgetError: if the resident weights are larger than what the GPU may use; no weights are downloaded then.
-        CheckpointError: if it is neither, the repository is no IFP checkpoint, the disk is too small, the hub cannot be
-            reached, or a downloaded file is damaged.
+        DenseModelError: if the repository is no IFP checkpoint.
+        CheckpointError: if it is neither, the disk is too small, the hub cannot be reached, or a downloaded file is
+            damaged.
     """
     path = Path(path_or_repo).expanduser()
     name = str(path_or_repo)
@@ -94,12 +95,14 @@ def resolve(
         return path
     try:
         repository = list_repository(name, revision, CheckpointError)
-    except CheckpointError:
+    except CheckpointError as exc:
         if (folder := cached_folder(name, MANIFEST, revision)) is not None:
             return folder
+        if cached_folder(name, "config.json", revision) is not None:
+            raise DenseModelError(str(exc)) from exc
         raise
     if MANIFEST not in repository.files:
-        raise CheckpointError(
+        raise DenseModelError(
             f"{name}: is a repository of the hub, but no IFP checkpoint (it has no {MANIFEST}); "
             f"convert it first: ifprune convert --model {name}"
         )

@@ -63,7 +63,7 @@ def locate_source(
         SourceError: in one line, if the hub has no such model, it cannot be converted, or it cannot be downloaded.
     """
     path = Path(source).expanduser()
-    name, file = _parse(source)
+    name, file = parse_source(source)
     if path.exists() or path.is_symlink() or name is None:
         if revision is not None:
             raise SourceError(f"{source}: --revision is for a model of the hub, ORG/NAME, and this is a local path")
@@ -92,7 +92,7 @@ def locate_source(
     return download(repository, weights, error=SourceError, progress=progress, room=room)
 
 
-def _parse(source: str) -> tuple[str | None, str | None]:
+def parse_source(source: str) -> tuple[str | None, str | None]:
     """The hub id in what was given, and the GGUF of it that was named; (None, None) if it can only be a path."""
     match = re.fullmatch(r"([^/:]+/[^/:]+)(?:[:/](.+\.gguf))?", source, re.IGNORECASE)
     return (match[1], match[2]) if match and is_hub_id(match[1]) else (None, None)

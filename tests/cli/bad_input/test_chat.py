@@ -57,7 +57,7 @@ def saved_chat_of_another_kind(at: Place) -> Bad:
 @case
 def gguf_to_chat_with(at: Place) -> Bad:
     file = at.gguf()
-    return Bad(["chat", "--model", file], (str(file), "is a GGUF file", "ifprune convert --model"))
+    return Bad(["chat", "--no-convert", "--model", file], (str(file), "is a GGUF file", "ifprune convert --model"))
 
 
 @case

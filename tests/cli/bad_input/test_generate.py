@@ -85,7 +85,7 @@ def damaged_tokenizer(at: Place) -> Bad:
 
 @case
 def plain_model_folder(at: Place) -> Bad:
-    return Bad(at.generate(at.source), ("config.json", "no ifpruning section", "ifprune convert"))
+    return Bad(at.generate(at.source, "--no-convert"), ("config.json", "no ifpruning section", "ifprune convert"))
 
 
 @case
@@ -376,14 +376,14 @@ def task_of_junk(at: Place) -> Bad:
 @case
 def gguf_as_model(at: Place) -> Bad:
     file = at.gguf()
-    return Bad(at.generate(file), (str(file), "is a GGUF file", "ifprune convert --model"))
+    return Bad(at.generate(file, "--no-convert"), (str(file), "is a GGUF file", "ifprune convert --model"))
 
 
 @case
 def folder_of_pickles_as_model(at: Place) -> Bad:
     folder = at.dense()
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    return Bad(at.generate(folder), ("config.json", "no ifpruning section", "ifprune convert"))
+    return Bad(at.generate(folder), (str(folder), "are Python pickles", "use the model's safetensors or GGUF version"))
 
 
 @case
@@ -396,7 +396,7 @@ def model_that_the_hub_lacks(at: Place) -> Bad:
 def dense_model_of_the_hub(at: Place) -> Bad:
     name = at.upload(at.source)
     words = (name, "no IFP checkpoint", f"ifprune convert --model {name}")
-    return Bad(at.generate(name), words, env=at.online)
+    return Bad(at.generate(name, "--no-convert"), words, env=at.online)
 
 
 @case
