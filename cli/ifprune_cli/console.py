@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import textwrap
 import threading
@@ -21,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ifprune_mlx import Stats
 
-# Seconds: work that ends sooner shows no figures; how often the line is renewed on a terminal and in a pipe.
-_PATIENCE, _LIVE, _PLAIN = 0.5, 0.1, 5.0
+# Seconds: work that ends sooner shows no figures; how often the line is renewed on a terminal, and in a pipe at first:
+# there each pause is twice the one before, up to the last number, so that a day of training does not fill a log.
+_PATIENCE, _LIVE, _PLAIN, _LONGEST_PLAIN = 0.5, 0.1, 5.0, 300.0
 _BAR = 20
 
 
@@ -177,23 +179,25 @@ def progress(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
     job = _live_line.begin(label) if live else -1
     start = last = time.monotonic()
+    pause = _LIVE if live else _PLAIN
 
     def update(done: int, total: int) -> None:
-        nonlocal start, last
+        nonlocal start, last, pause
         now = time.monotonic()
         if done >= total:
             start = last = now
             if live:
                 _live_line.change(job, None)  # what follows, such as an answer, begins on an empty line
             return
-        if now - start < _PATIENCE or now - last < (_LIVE if live else _PLAIN) or not done:
+        if now - start < _PATIENCE or now - last < pause or not done:
             return
         last, rate = now, done / (now - start)
-        figures = f"{100 * done / total:.0f} % ({_count(rate)} {unit}/s, {(total - done) / rate:.0f} s left)"
+        figures = f"{100 * done / total:.0f} % ({_count(rate)} {unit}/s, {duration((total - done) / rate)} left)"
         if live:
             _live_line.change(job, f"{label} [{'#' * (_BAR * done // total):<{_BAR}}] {figures}")
         else:
             note(f"{label}: {figures}")
+            pause = min(2 * pause, _LONGEST_PLAIN)
 
     try:
         yield update
@@ -206,7 +210,44 @@ def _count(value: float) -> str:
     for factor, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= factor:
             return f"{value / factor:.1f}{suffix}"
-    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}" if value >= 0.1 else f"{value:.2g}"
+
+
+@contextmanager
+def interrupt_seen(text: str | None) -> Iterator[None]:
+    """Say this the moment that Ctrl-C is pressed: Python hears of it only when the work in C++ that it waits for ends.
+
+    Does nothing without a text, or where the signals are another's.
+    """
+    if text is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard, tell = os.pipe()
+    os.set_blocking(tell, False)
+    before = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+
+    def wait() -> None:
+        while number := os.read(heard, 1):
+            if number[0] == signal.SIGINT:
+                note(text)
+                return
+
+    listener = threading.Thread(target=wait, daemon=True)
+    listener.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(tell)
+        listener.join()
+        os.close(heard)
+
+
+def duration(seconds: float) -> str:
+    """A time in a unit that suits it: 95 s, 12 min, 2.5 h."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def parameters(count: int) -> str:

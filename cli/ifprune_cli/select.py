@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,17 +12,21 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from .console import note, result_json, shortened, show
-from .generate import PromptOption, as_messages, read_prompt
+from .generate import as_messages, read_prompt
 from .loading import Runtime, check_selection, open_runtime
 from .options import (
     Budget,
+    IgnoreTemplateOption,
     JsonOption,
     ModelOptions,
+    PromptArgument,
+    PromptOption,
     SeedOption,
     Selecting,
     SelectionOptions,
     SelectorOption,
     SystemPromptOption,
+    given_prompt,
     output_option,
 )
 
@@ -85,25 +90,27 @@ class _Outputs:
 
 
 def select(
-    prompt: PromptOption,
     model: ModelOptions,
     budget: Budget,
     selecting: Selecting,
     compared: _Compared,
     outputs: _Outputs,
+    words: PromptArgument = None,
+    prompt: PromptOption = None,
     selector: SelectorOption = None,
     system_prompt: SystemPromptOption = None,
+    ignore_chat_template: IgnoreTemplateOption = False,
     seed: SeedOption = 0,
 ) -> None:
     """Select neurons for an instruction, compare them with other selections, and show or save them."""
-    text = read_prompt(prompt)
+    text = read_prompt(given_prompt(words, prompt))
     texts = dict.fromkeys(read_prompt(other, "--with-prompt") for other in compared.with_prompt or [])
     from ifprune_mlx import Selection, TaskStore, make_selector
     from ifprune_mlx.selection.selection import top_k
 
     outputs.check()
     files = {file: Selection.load(file) for file in compared.compare or []}
-    runtime = open_runtime(model, SelectionOptions(selector), budget, selecting)
+    runtime = open_runtime(model, SelectionOptions(selector), budget, selecting, template=not ignore_chat_template)
     for file, other in files.items():
         check_selection(runtime.model, other, file)
     instruction, *instructions = _instructions(runtime, [text, *texts], system_prompt)
@@ -146,7 +153,7 @@ def _instructions(runtime: Runtime, texts: Sequence[str], system_prompt: str | N
 
 
 def _print(selection: Selection, others: dict[str, Selection], seconds: float, outputs: _Outputs) -> None:
-    """The selection and its overlaps as one JSON object, or the hash on stdout and the rest in words."""
+    """The selection and its overlaps as one JSON object, or in words, and its hash alone on stdout."""
     shares = {name: selection.overlap_by_layer(other) for name, other in others.items()}
     if outputs.json:
         result_json(
@@ -161,14 +168,14 @@ def _print(selection: Selection, others: dict[str, Selection], seconds: float, o
             }
         )
         return
-    show(selection.hash)
-    if outputs.layers:
-        show("\n".join(_table(selection, shares)))
     widths = selection.widths
     kept = f"{sum(selection.keep)} of {sum(widths)} neurons in {len(widths)} FFNs"
     note(f"{selection.selector}, density {selection.density:.3f}: {kept}, selected in {seconds:.2f} s")
     for name, other in others.items():
         note(f"overlap with {shortened(name, 60)}: {100 * selection.overlap(other):.1f} %")
+    show(f"selection {selection.hash}" if sys.stdout.isatty() else selection.hash)
+    if outputs.layers:
+        show("\n".join(_table(selection, shares)))
     if outputs.save_to is not None:
         note(f"saved to {outputs.save_to}; use it with: ifprune generate --selection {outputs.save_to} --prompt ...")
     if outputs.plot is not None:

@@ -108,9 +108,11 @@ class _Stage:
     ) -> None:
         self._config, self._model, self._tokenizer = config, model, tokenizer
         self._progress, self._report = progress, report
-        self._records = {
-            name: read_records(file, name, strict=config.strict, report=report) for name, file in config.data.items()
-        }
+        with progress("read data", ""):
+            self._records = {
+                name: read_records(file, name, strict=config.strict, report=report)
+                for name, file in config.data.items()
+            }
 
     def calibrate(self) -> tuple[Path, dict[str, Any]]:
         """Measure how much answers need each neuron, and write the priors."""
@@ -144,8 +146,9 @@ class _Stage:
     def train_arms(self) -> tuple[Path, dict[str, Any]]:
         """Train the arms on the same batches, and evaluate them on held-out prompts."""
         config, model, progress = self._config, self._model, self._progress
-        train_data = {name: self._train_examples(name) for name in config.data}
-        valid_data = self._valid_data() if config.eval_prompts else {}
+        with progress("encode data", ""):
+            train_data = {name: self._train_examples(name) for name in config.data}
+            valid_data = self._valid_data() if config.eval_prompts else {}
         folder = self._predictor_folder()
         predictor = self._predictor(folder)
         earlier = [config.output] if (config.output / STATE).is_file() else []
@@ -165,7 +168,8 @@ class _Stage:
                 copy_backbone(folder or model.checkpoint.path / "predictor", config.output / "predictor")
             if trainer.step:
                 self._report(f"goes on after step {trainer.step} of {config.iters}")
-        collapsed = trainer.fit(Evaluator(trainer, valid_data, progress, self._report), self._report)
+        with progress("train", "steps") as update:
+            collapsed = trainer.fit(Evaluator(trainer, valid_data, progress, self._report), self._report, update)
         return config.output, {"steps": trainer.step, "tokens": trainer.tokens, "collapsed": collapsed}
 
     def _measure(self) -> Targets:
