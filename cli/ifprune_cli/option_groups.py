@@ -65,8 +65,7 @@ def panels(command: Any, context: typer.Context) -> dict[str, list[tuple[str, st
         if record is not None:  # a hidden option has none
             usual = "Options" if parameter.param_type_name == "option" else "Arguments"
             found.setdefault(getattr(parameter, "rich_help_panel", None) or usual, []).append(record)
-    first = {name: found.pop(name) for name in ("Arguments", "Options") if name in found}
-    return {**first, **found}
+    return {name: found[name] for name in dict.fromkeys(("Arguments", "Options", *found)) if name in found}
 
 
 class Commands(typer.core.TyperGroup):

@@ -58,6 +58,7 @@ def train(
     save_every: options.SaveEvery = TrainConfig.save_every,
     stop_on_collapse: options.StopOnCollapse = False,
     strict: options.Strict = False,
+    ignore_chat_template: options.IgnoreChatTemplate = False,
     seed: options.Seed = TrainConfig.seed,
     dtype: DtypeOption = None,
     json: options.Json = False,

@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ifprune_mlx.chat_template import without_template
 from ifprune_mlx.checkpoint.format import Checkpoint
 from ifprune_mlx.checkpoint.hub import resolve
 from ifprune_mlx.data.dataloader import DataMixture, shuffled
@@ -88,6 +89,8 @@ def train(
         # Gradients may leave float16's range, so that no chip's default replaces bfloat16 here.
         dtype = own_dtype(checkpoint) if config.dtype is None else getattr(mx, config.dtype)
         model, tokenizer = load(checkpoint, dtype=dtype, progress=update)
+    if config.ignore_chat_template:
+        tokenizer = without_template(tokenizer)
     check_kernels(model)
     stage = _Stage(config, model, tokenizer, progress, report)
     run = {"calibrate": stage.calibrate, "distill": stage.distill}.get(config.stage, stage.train_arms)
