@@ -14,7 +14,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # there each pause is twice the one before, up to the last number, so that a day of training does not fill a log.
 _PATIENCE, _LIVE, _PLAIN, _LONGEST_PLAIN = 0.5, 0.1, 5.0, 300.0
 _BAR = 20
+_TABLE_WIDTH = 80
 
 
 # What a terminal obeys instead of showing it, what changes the order in which a line is read, and half surrogates,
@@ -267,6 +268,24 @@ def kernel_lines(kernels: Mapping[str, Mapping[str, str]]) -> list[str]:
         name = "MLX's kernel" if choice["kernel"] == "mlx" else "our kernel"
         alike.setdefault(f"{name} ({choice['reason']})", []).append(tokens)
     return [f"{' to '.join(dict.fromkeys((n[0], n[-1])))} tokens: {line}" for line, n in alike.items()]
+
+
+def table(labels: Sequence[str], columns: Sequence[Sequence[str]], label_width: int = 0) -> list[str]:
+    """Lines of a table that fit 80 columns: what has no room beside the labels follows in further blocks of lines.
+
+    Args:
+        labels: the first column, from its heading on.
+        columns: the others, likewise; their cells are aligned to the right.
+        label_width: the first column's, at least.
+    """
+    left = max(label_width, *map(len, labels))
+    blocks: list[list[str]] = []
+    for column in columns:
+        width = max(map(len, column))
+        if not blocks or len(blocks[-1][0]) + 1 + width > _TABLE_WIDTH:
+            blocks.append([f"{label:<{left}}" for label in labels])
+        blocks[-1] = [f"{line} {cell:>{width}}" for line, cell in zip(blocks[-1], column, strict=True)]
+    return [line.rstrip() for block in blocks for line in block]
 
 
 def shortened(text: str, width: int) -> str:

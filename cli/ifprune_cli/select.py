@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from .console import note, result_json, shortened, show
+from .console import note, result_json, shortened, show, table
 from .generate import as_messages, read_prompt
 from .loading import Runtime, check_selection, open_runtime
 from .options import (
@@ -225,11 +225,13 @@ def _named(**kinds: dict[str, Selection]) -> dict[str, Selection]:
 
 def _table(selection: Selection, shares: dict[str, list[float]]) -> list[str]:
     """A line per FFN: its neurons, how many are kept, and the share of these that every other selection keeps."""
-    columns = [shortened(name, _NAME_WIDTH) for name in shares]
-    lines = [f"{'FFN':>4} {'neurons':>8} {'kept':>8} " + " ".join(f"{name:>9}" for name in columns)]
-    for index, (width, k) in enumerate(zip(selection.widths, selection.keep, strict=True)):
-        cells = [
-            f"{values[index]:>{max(9, len(name))}.3f}" for name, values in zip(columns, shares.values(), strict=True)
-        ]
-        lines.append(f"{index:>4} {width:>8} {k:>8} " + " ".join(cells))
-    return lines
+    ffns = enumerate(zip(selection.widths, selection.keep, strict=True))
+    labels = [
+        f"{'FFN':>4} {'neurons':>8} {'kept':>8}",
+        *(f"{index:>4} {width:>8} {k:>8}" for index, (width, k) in ffns),
+    ]
+    columns = [
+        [f"{shortened(name, _NAME_WIDTH):>9}", *(f"{share:.3f}" for share in of_layer)]
+        for name, of_layer in shares.items()
+    ]
+    return table(labels, columns)
