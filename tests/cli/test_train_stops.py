@@ -21,6 +21,7 @@ from ifprune_mlx.train import TrainConfig, train, trainer
 from ifprune_mlx.train.step import Arm
 from ifprune_mlx.train.trainer import Trainer
 from tests.cli.process import environment, start
+from tests.cli.terminal import Terminal
 
 
 @pytest.fixture
@@ -166,6 +167,18 @@ def test_the_command_says_how_to_go_on(tiny_checkpoint: Path, data: Path, tmp_pa
         first = next(line for line in process.stderr if line.startswith(b"goes on"))
         process.kill()
     assert first.decode() == f"goes on after step {step} of 100000\n"
+
+
+def test_a_terminal_shows_progress_and_answers_ctrl_c(tiny_checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    """A spinner before anything is loaded, then a bar with what is left; Ctrl-C is told of in words."""
+    how = ["--data", f"maths={data}", "--output", str(tmp_path / "run"), "--stage", "sft", "--selector", "static"]
+    how += ["--iters", "100000", "--eval-prompts", "0", "--save-every", "100000"]
+    with Terminal(tiny_checkpoint, tmp_path, *how, command="train") as terminal:
+        terminal.expect(rb"loading\x1b")
+        terminal.expect(rb"step 1/100000: static")
+        terminal.expect(rb"train \[ +\] 0 % \([0-9.]+ steps/s, [0-9.]+ (s|min|h) left\)")
+        terminal.send("\x03")
+        terminal.expect(rb"stopping \.\.\..*stopped at step \d+ of 100000; .*the same command goes on .*interrupted")
 
 
 def test_ctrl_c_is_answered_while_python_waits(tmp_path: Path) -> None:
