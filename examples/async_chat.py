@@ -7,12 +7,10 @@ import asyncio
 import sys
 from contextlib import aclosing
 
-from ifprune_convert.embedded import ensure_embedded
 from ifprune_mlx import Session, load
 
 # Any folder that `ifprune convert` made; without one, the embedded SmolLM2 (fetched and converted at first use).
-path = sys.argv[1] if len(sys.argv) > 1 else ensure_embedded(print)
-model, tokenizer = load(path)
+model, tokenizer = load(*sys.argv[1:2])
 
 
 async def ask(session: Session, question: str) -> str:

@@ -5,12 +5,10 @@ python examples/embed.py [IFP checkpoint]
 
 import sys
 
-from ifprune_convert.embedded import ensure_embedded
 from ifprune_mlx import Session, load
 
 # Any folder that `ifprune convert` made; without one, the embedded SmolLM2 (fetched and converted at first use).
-path = sys.argv[1] if len(sys.argv) > 1 else ensure_embedded(print)
-model, tokenizer = load(path)
+model, tokenizer = load(*sys.argv[1:2])
 session = Session(model, tokenizer, policy="first")
 
 for question in ("What is the capital of France?", "And what is it known for?"):

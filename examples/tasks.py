@@ -5,22 +5,18 @@ python examples/tasks.py [IFP checkpoint]
 
 import sys
 
-from ifprune_convert.embedded import ensure_embedded
-from ifprune_mlx import Instruction, Session, TaskStore, load, make_selector
-from ifprune_mlx.chat_template import render_messages
+from ifprune_mlx import Session, TaskStore, load
 
 NAME = "geography"
 # Any folder that `ifprune convert` made; without one, the embedded SmolLM2 (fetched and converted at first use).
-path = sys.argv[1] if len(sys.argv) > 1 else ensure_embedded(print)
-model, tokenizer = load(path)
+model, tokenizer = load(*sys.argv[1:2])
 store = TaskStore(model.checkpoint)
 
 if NAME not in [task.name for task in store.tasks()]:
     # As `ifprune select --prompt ... --save geography` does, once.
     text = "Answer questions about countries, capitals, rivers and mountains."
-    tokens = render_messages(tokenizer, [{"role": "user", "content": text}])
-    selected = make_selector(model).select(Instruction(text, tuple(tokens)), model.keep())
-    print(f"saved to {store.save(NAME, selected.selection)}")
+    Session(model, tokenizer).select(text).save(NAME)
+    print(f"saved to {store.folder / NAME}.safetensors")
 
 # As `ifprune chat --task geography` does: the selection stays whatever is said.
 session = Session(model, tokenizer, selection=store.load(NAME))

@@ -90,6 +90,7 @@ class GenerationRequest:
         switch_below: keep `selection` unless the new one's agreement with it (`Selection.agreement`) is below this;
             None always switches.
         continues: the answer continues the text of `tokens`, and is no message of its own.
+        switched: called with the selection once it is active, before the prompt is read; not if dense.
     """
 
     tokens: list[int]
@@ -100,6 +101,7 @@ class GenerationRequest:
     on_switch: str = REPREFILL
     switch_below: float | None = None
     continues: bool = False
+    switched: Callable[[Selection], object] | None = None
 
 
 def usable_temperature(temperature: float, top_p: float = 1.0) -> float:
@@ -307,6 +309,8 @@ class _Run:
         name = DENSE if selection is None else selection.hash
         self._rewind({name} if self.request.on_switch == REPREFILL else None)
         self.reused = len(self.history.tokens)
+        if selection is not None and self.request.switched is not None:
+            self.request.switched(selection)
 
     def _select(self) -> Selection | None:
         """The selection for the answer. A selector's own dense prefill becomes the history."""

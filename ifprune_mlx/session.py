@@ -11,14 +11,15 @@ import base64
 import json
 import math
 import threading
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ifprune_mlx.chat_template import render_messages
+from ifprune_mlx.chat_template import check_prompt, render_messages
 from ifprune_mlx.checkpoint.atomic_write import write_atomic
 from ifprune_mlx.checkpoint.json_file import read_json_object
 from ifprune_mlx.errors import ChatFileError, IfpruneError, PromptError, SelectionError, reason_of
@@ -26,10 +27,13 @@ from ifprune_mlx.generation import KEEP, REPREFILL, GenerationRequest, Generatio
 from ifprune_mlx.model import Model, Progress
 from ifprune_mlx.model_lock import ModelBusyError, Operation
 from ifprune_mlx.prompt_cache import History
+from ifprune_mlx.selection.presets import NamedSelection
 from ifprune_mlx.selection.selection import Selection
 from ifprune_mlx.selection.selectors import SELECTORS, Instruction, Selector, make_selector
 
 POLICIES = ("first", "turn", "auto", "task", "system")
+OnSwitch = Callable[[Selection | None, Selection], object]
+"""Called with the selection before, None at first, and the new one."""
 _FILE_FORMAT = 1
 # At this agreement an answer loses almost nothing on another message's selection (docs/performance.md).
 SWITCH_BELOW = 0.75
@@ -49,7 +53,9 @@ class Session:
         selection: a fixed selection; required for policy `task`, and implies it.
         dense: begin with all neurons active.
         density, active_parameters, memory: the budget; see `ifprune_mlx.checkpoint.budget.resolve_keep`.
-        on_switch: after a switch, `reprefill` recomputes the history (exact), `keep` continues from it (fast).
+        on_switch: after a switch, `reprefill` recomputes the history (exact), `keep` continues from it (fast). Or a
+            function that is told whenever the conversation gets another selection, before the first token and in the
+            thread that computes; the history is then recomputed.
         switch_below: policy `auto` switches if the agreement (`Selection.agreement`) is below this.
         system_prompt: comes before the first message.
         max_kv_size: how many tokens a layer's KV cache may hold; see `ifprune_mlx.prompt_cache.make_cache`.
@@ -60,6 +66,7 @@ class Session:
         messages: the conversation so far, without the system prompt.
         selection: the current or fixed selection; None before the first answer.
         selector: chooses the next selection; None where one is fixed.
+        switched: the function given as `on_switch`; None for none.
         keep: *k* per FFN of the next selection.
         history: the tokens read, with their KV cache and its provenance.
         stats: the last answer's.
@@ -80,7 +87,7 @@ class Session:
         density: float | None = None,
         active_parameters: int | None = None,
         memory: int | None = None,
-        on_switch: str = REPREFILL,
+        on_switch: str | OnSwitch = REPREFILL,
         switch_below: float = SWITCH_BELOW,
         system_prompt: str | None = None,
         max_kv_size: int | None = None,
@@ -95,7 +102,8 @@ class Session:
         self.model = model
         self.tokenizer = tokenizer
         self.policy = "task" if selection is not None else policy
-        self.on_switch = on_switch
+        self.switched = None if isinstance(on_switch, str) else on_switch
+        self.on_switch = on_switch if isinstance(on_switch, str) else REPREFILL
         self.switch_below = switch_below
         self.system_prompt = system_prompt
         self.dense = dense
@@ -113,6 +121,7 @@ class Session:
         self._seed = seed
         self._instruction: str | None = None
         self._stop: threading.Event | None = None  # of the answer under way
+        self._told: Selection | None = None  # what `switched` was last told
 
     def stream(
         self, text: str, *, max_tokens: int = 256, progress: Progress | None = None
@@ -165,7 +174,7 @@ class Session:
         self._check_idle()
         self.messages = []
         self.history = History.empty(self.model, self._max_kv_size)
-        self._instruction = None
+        self._instruction = self._told = None
         self.stats = None
         if self.policy != "task":
             self.selection = None
@@ -207,8 +216,27 @@ class Session:
         keep, chosen = model.keep(density, active_parameters, memory), make_selector(model, selector, seed=self._seed)
         history = History.empty(model, self._max_kv_size)
         self.model, self.tokenizer, self.keep, self.selector, self.history = model, tokenizer, keep, chosen, history
-        self.selection, self.stats = None, None
+        self.selection, self.stats, self._told = None, None, None
         self.policy = "first" if self.policy == "task" else self.policy
+
+    def select(self, text: str) -> NamedSelection:
+        """What this message selects if it begins a conversation; neither the model nor this conversation changes.
+
+        Returns:
+            The selection: `use` takes it, `save("name")` on it keeps it as a task, which `TaskStore` finds again.
+
+        Raises:
+            PromptError: if the message is empty, or longer than the context.
+            ModelBusyError: if an answer is under way.
+        """
+        self._check_idle()
+        if not text.strip():
+            raise PromptError("the message is empty; write something that selects")
+        tokens = render_messages(self.tokenizer, [*self._system, {"role": "user", "content": text}])
+        check_prompt(self.model, tokens)
+        selector = self.selector or make_selector(self.model, None, seed=self._seed)
+        found = self._selected(selector, Instruction(text, tuple(tokens)))
+        return NamedSelection(found.ids, found.widths, found.selector, self.model.checkpoint)
 
     def would_select(self, text: str) -> Selection | None:
         """What this message would select now under policy `auto`; neither the model nor the conversation changes.
@@ -219,10 +247,14 @@ class Session:
         self._check_idle()
         if self.dense or self.selector is None or self.selector.name == "activation":
             return None
+        return self._selected(self.selector, Instruction(text, ()))
+
+    def _selected(self, selector: Selector, instruction: Instruction) -> Selection:
+        """What a selector chooses; the model is afterwards as it was."""
         with self.model.lock.held():
             live = self.model.selection
             try:
-                return self.selector.select(Instruction(text, ()), self.keep).selection
+                return selector.select(instruction, self.keep).selection
             finally:
                 self.model.switch(live)
 
@@ -332,8 +364,7 @@ class Session:
         if not text.strip():
             raise PromptError("the message is empty; write something to answer")
         user = {"role": "user", "content": text}
-        system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
-        request = self._request(text, [*system, *self.messages, user])
+        request = replace(self._request(text, [*self._system, *self.messages, user]), switched=self._tell)
         said, answered = "", False
         self._stop, thread = stop, threading.get_ident()
         try:
@@ -365,6 +396,16 @@ class Session:
                 if not self.dense:
                     self.selection = self.model.selection
                     self._instruction = request.instruction
+
+    @property
+    def _system(self) -> list[dict[str, str]]:
+        return [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
+
+    def _tell(self, selection: Selection) -> None:
+        before = self._told
+        if self.switched is not None and (before is None or before.hash != selection.hash):
+            self._told = selection
+            self.switched(before, selection)
 
     def _check_idle(self) -> None:
         self.model.lock.check_open()

@@ -47,9 +47,9 @@ def reference() -> str:
 
 def _options(command: typer.main.click.Command, context: typer.Context) -> Iterator[str]:
     """A table of a command's options under their headings: names with what they take, and help with defaults."""
-    for heading, records in panels(command, context).items():
-        yield f"| {heading} | |" if heading == "Options" else f"| **{heading}** | |"
-        if heading == "Options":
+    for number, (heading, records) in enumerate(panels(command, context).items()):
+        yield f"| **{heading}** | |" if number else f"| {heading} | |"
+        if not number:
             yield "|---|---|"
         for names, text in records:
             yield f"| `{_names(names)}` | {_text(text)} |"

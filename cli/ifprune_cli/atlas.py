@@ -14,7 +14,16 @@ from .console import note, progress, result_json, show
 from .evaluate import MaxLengthOption
 from .evaluate_report import overlap_words
 from .loading import load_model
-from .options import DataOption, DensityOption, DtypeOption, ModelOption, SelectorOption, TrustOption, named_files
+from .options import (
+    DataOption,
+    DensityOption,
+    DtypeOption,
+    IgnoreTemplateOption,
+    ModelOption,
+    SelectorOption,
+    TrustOption,
+    named_files,
+)
 from .shipped import shipped_records, without_answers
 
 if TYPE_CHECKING:
@@ -56,6 +65,7 @@ def atlas(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the pick, and of the random selector.")] = 0,
     dtype: DtypeOption = None,
     trust_remote_code: TrustOption = False,
+    ignore_chat_template: IgnoreTemplateOption = False,
     json: Annotated[bool, typer.Option("--json", help="Print the numbers behind the charts, one JSON object.")] = False,
 ) -> None:
     """Draw what a selector selects for the prompts of some domains, and what that costs.
@@ -80,7 +90,7 @@ def atlas(
         note("no --data: drawn for prompts that come with the package")
         records = without_answers(shipped_records(limit, max_length, seed))
     quality = None if evaluation is None else analysis.Quality.read(evaluation)
-    loaded, tokenizer = load_model(model, dtype, trust_remote_code)
+    loaded, tokenizer = load_model(model, dtype, trust_remote_code, template=not ignore_chat_template)
     chosen = make_selector(loaded, None if selector is None else selector.value, seed=seed)
     examples = encode_domains(loaded, tokenizer, records, limit=limit, max_length=max_length, seed=seed, report=note)
     with progress("select", "prompts") as update:

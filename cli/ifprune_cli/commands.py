@@ -25,10 +25,17 @@ from . import (
     tasks,
     train,
 )
-from .option_groups import Command, with_groups
+from .option_groups import Command, Commands, with_groups
 
+_HEADINGS = {
+    "Use a model": ("chat", "generate", "serve", "demo"),
+    "Look at what is selected": ("select", "tasks", "info", "atlas"),
+    "Make a model": ("convert", "adapt", "train", "export", "models"),
+    "Measure": ("bench", "evaluate", "doctor"),
+}
 app = typer.Typer(
     name="ifprune",
+    cls=Commands,
     help="Instruction-Following Pruning on MLX: a model reads the instruction and runs on the neurons it needs.",
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -52,19 +59,21 @@ def root(
 for command, short_help in (
     (chat.chat, "Chat with a model"),
     (generate.generate, "Answer one prompt"),
-    (serve.serve, "Serve a model over HTTP"),
+    (serve.serve, "Serve a model to other apps, over HTTP"),
     (convert.convert, "Make an IFP checkpoint of a dense one"),
     (adapt.adapt, "Make a model your own sliced one, in one go"),
     (export.export, "Write a selection as a plain model"),
-    (select.select, "Show or save what a prompt selects"),
-    (tasks.tasks, "List or remove named tasks"),
+    (select.select, "Show, compare or save what a prompt selects"),
+    (tasks.tasks, "List or remove saved selections"),
     (models.models, "List or remove converted models"),
     (info.info, "Show what a checkpoint holds"),
-    (demo.demo, "Three answers, dense beside sliced"),
-    (train.train, "Train a sparsity predictor"),
-    (bench.bench, "Time dense against sliced"),
-    (evaluate.evaluate, "Losses by kind of selection"),
-    (atlas.atlas, "Draw what a selector does"),
-    (doctor.doctor, "Does the selector follow the prompt?"),
+    (demo.demo, "See three answers, with all neurons and with some"),
+    (train.train, "Train a predictor, and heal what it prunes"),
+    (bench.bench, "Measure the speed, with all neurons and with some"),
+    (evaluate.evaluate, "Measure what it costs to leave neurons out"),
+    (atlas.atlas, "Draw which prompts share which neurons"),
+    (doctor.doctor, "Find out whether neurons follow the prompt"),
 ):
-    app.command(command.__name__, cls=Command, short_help=short_help)(with_groups(command))
+    name = command.__name__
+    heading = next((heading for heading, names in _HEADINGS.items() if name in names), "Others")
+    app.command(name, cls=Command, short_help=short_help, rich_help_panel=heading)(with_groups(command))

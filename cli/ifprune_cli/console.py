@@ -9,11 +9,12 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ifprune_mlx import Stats
 
-# Seconds: work that ends sooner shows no figures; how often the line is renewed on a terminal, and in a pipe, where it
-# is renewed less often after a minute.
-_PATIENCE, _LIVE, _PLAIN, _LATER = 0.5, 0.1, 5.0, 60.0
+# Seconds: work that ends sooner shows no figures; how often the line is renewed on a terminal, and in a pipe at first:
+# there each pause is twice the one before, up to the last number, so that a day of training does not fill a log.
+_PATIENCE, _LIVE, _PLAIN, _LONGEST_PLAIN = 0.5, 0.1, 5.0, 60.0
 _BAR = 20
+_TABLE_WIDTH = 80
 _UNITS = {"download": "B", "convert": "weights", "calibrate": "tokens", "measure": "tokens", "order": "chats"}
 
 
@@ -184,9 +186,10 @@ def progress(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     job = _live_line.begin(label) if live else -1
     last = time.monotonic()
     began: tuple[float, int] | None = None
+    pause = _LIVE if live else _PLAIN
 
     def update(done: int, total: int) -> None:
-        nonlocal last, began
+        nonlocal last, began, pause
         now = time.monotonic()
         if done >= total:
             last, began = now, None
@@ -196,15 +199,15 @@ def progress(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
         if began is None:
             began = now, done
         elapsed, since = now - began[0], done - began[1]
-        pause = _LIVE if live else _PLAIN if elapsed < _LATER else _LATER
         if elapsed < _PATIENCE or now - last < pause or since <= 0:
             return
         last, rate = now, since / elapsed
-        figures = f"{100 * done / total:.0f} % ({_count(rate)} {unit}/s, {(total - done) / rate:.0f} s left)"
+        figures = f"{100 * done / total:.0f} % ({_count(rate)} {unit}/s, {duration((total - done) / rate)} left)"
         if live:
             _live_line.change(job, f"{label} [{'#' * (_BAR * done // total):<{_BAR}}] {figures}")
         else:
             note(f"{label}: {figures}")
+            pause = min(2 * pause, _LONGEST_PLAIN)
 
     try:
         yield update
@@ -231,7 +234,44 @@ def _count(value: float) -> str:
     for factor, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= factor:
             return f"{value / factor:.1f}{suffix}"
-    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}" if value >= 0.1 else f"{value:.2g}"
+
+
+@contextmanager
+def interrupt_seen(text: str | None) -> Iterator[None]:
+    """Say this the moment that Ctrl-C is pressed: Python hears of it only when the work in C++ that it waits for ends.
+
+    Does nothing without a text, or where the signals are another's.
+    """
+    if text is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard, tell = os.pipe()
+    os.set_blocking(tell, False)
+    before = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+
+    def wait() -> None:
+        while number := os.read(heard, 1):
+            if number[0] == signal.SIGINT:
+                note(text)
+                return
+
+    listener = threading.Thread(target=wait, daemon=True)
+    listener.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(tell)
+        listener.join()
+        os.close(heard)
+
+
+def duration(seconds: float) -> str:
+    """A time in a unit that suits it: 95 s, 12 min, 2.5 h."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def parameters(count: int) -> str:
@@ -251,6 +291,24 @@ def kernel_lines(kernels: Mapping[str, Mapping[str, str]]) -> list[str]:
         name = "MLX's kernel" if choice["kernel"] == "mlx" else "our kernel"
         alike.setdefault(f"{name} ({choice['reason']})", []).append(tokens)
     return [f"{' to '.join(dict.fromkeys((n[0], n[-1])))} tokens: {line}" for line, n in alike.items()]
+
+
+def table(labels: Sequence[str], columns: Sequence[Sequence[str]], label_width: int = 0) -> list[str]:
+    """Lines of a table that fit 80 columns: what has no room beside the labels follows in further blocks of lines.
+
+    Args:
+        labels: the first column, from its heading on.
+        columns: the others, likewise; their cells are aligned to the right.
+        label_width: the first column's, at least.
+    """
+    left = max(label_width, *map(len, labels))
+    blocks: list[list[str]] = []
+    for column in columns:
+        width = max(map(len, column))
+        if not blocks or len(blocks[-1][0]) + 1 + width > _TABLE_WIDTH:
+            blocks.append([f"{label:<{left}}" for label in labels])
+        blocks[-1] = [f"{line} {cell:>{width}}" for line, cell in zip(blocks[-1], column, strict=True)]
+    return [line.rstrip() for block in blocks for line in block]
 
 
 def shortened(text: str, width: int) -> str:

@@ -15,6 +15,7 @@ from .options import (
     Budget,
     DialOption,
     DtypeOption,
+    IgnoreTemplateOption,
     JsonOption,
     ModelOption,
     ModelOptions,
@@ -42,13 +43,15 @@ def demo(
     dtype: DtypeOption = None,
     selector: SelectorOption = None,
     density: DialOption = None,
+    ignore_chat_template: IgnoreTemplateOption = False,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-m", min=1, help="Generate at most this many tokens for each answer.")
     ] = 256,
     json: JsonOption = False,
 ) -> None:
     """Answer three instructions with all neurons and with the selected ones, and compare the speed."""
-    runtime = open_runtime(ModelOptions(model, dtype), SelectionOptions(selector), Budget(density), selecting)
+    loaded, choice, template = ModelOptions(model, dtype), SelectionOptions(selector), not ignore_chat_template
+    runtime = open_runtime(loaded, choice, Budget(density), selecting, template=template)
     answers: list[dict[str, Any]] = []
     before: Selection | None = None
     answer(runtime, PROMPTS[0][1], max_tokens=2, dense=True)  # the first tokens of a process are slow

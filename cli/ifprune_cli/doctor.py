@@ -11,7 +11,15 @@ from .console import note, progress, result_json, show
 from .evaluate import EvalSeedOption, MaxLengthOption
 from .evaluate_report import overlap_words
 from .loading import load_model
-from .options import DataOption, DensityOption, DtypeOption, ModelOption, TrustOption, named_files
+from .options import (
+    DataOption,
+    DensityOption,
+    DtypeOption,
+    IgnoreTemplateOption,
+    ModelOption,
+    TrustOption,
+    named_files,
+)
 from .shipped import shipped_records, with_own_answers
 
 if TYPE_CHECKING:
@@ -55,6 +63,7 @@ def doctor(
     ] = False,
     dtype: DtypeOption = None,
     trust_remote_code: TrustOption = False,
+    ignore_chat_template: IgnoreTemplateOption = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Say whether selections follow the instruction: dynamic, static or broken.
@@ -68,7 +77,7 @@ def doctor(
 
     limit = limit or (_LIMIT if data else _SHIPPED_LIMIT)
     records = read_domains(named_files(data), note) if data else shipped_records(limit, max_length, seed)
-    loaded, tokenizer = load_model(model, dtype, trust_remote_code)
+    loaded, tokenizer = load_model(model, dtype, trust_remote_code, template=not ignore_chat_template)
     name = selector.value if selector is not None else "learned" if loaded.checkpoint.has_predictor else "activation"
     chooser = make_selector(loaded, name, seed=seed)
     keep = loaded.keep(density)

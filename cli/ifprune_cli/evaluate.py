@@ -12,7 +12,16 @@ import typer
 from .console import note, progress, result_json, show
 from .evaluate_report import notes, tables
 from .loading import load_model, open_checkpoint
-from .options import DataOption, DensityOption, DtypeOption, JsonFileOption, ModelOption, TrustOption, named_files
+from .options import (
+    DataOption,
+    DensityOption,
+    DtypeOption,
+    IgnoreTemplateOption,
+    JsonFileOption,
+    ModelOption,
+    TrustOption,
+    named_files,
+)
 
 if TYPE_CHECKING:
     from ifprune_mlx.eval import EvalResult
@@ -120,6 +129,7 @@ def evaluate(
     seed: EvalSeedOption = 0,
     dtype: DtypeOption = None,
     trust_remote_code: TrustOption = False,
+    ignore_chat_template: IgnoreTemplateOption = False,
     plot: PlotOption = None,
     json: JsonFileOption = None,
 ) -> None:
@@ -150,7 +160,9 @@ def evaluate(
         open_checkpoint(given)
     result = run(
         config,
-        load=lambda folder: load_model(None if folder is None else str(folder), dtype, trust_remote_code),
+        load=lambda folder: load_model(
+            None if folder is None else str(folder), dtype, trust_remote_code, template=not ignore_chat_template
+        ),
         progress=progress,
         report=note,
         on_evaluation=_print_tables if str(json) != "-" else lambda result: None,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .console import note
+from .console import note, shortened, table
 
 if TYPE_CHECKING:
     from ifprune_mlx.eval.losses import Evaluation
@@ -13,9 +14,10 @@ if TYPE_CHECKING:
 
 _METRICS = {
     "accuracy": "share answered rightly",
-    "margin": "nats per token, the right option's mean log likelihood minus the best other one's",
-    "cut_off": "share of the answers that ended at --max-tokens",
+    "margin": "right option's lead, nats per token",
+    "cut_off": "share of answers cut by --max-tokens",
 }
+_LABEL = 17
 _OF_HARNESS = "as lm-evaluation-harness defines it"
 _LOWER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter", "wer")
 
@@ -64,15 +66,14 @@ def _losses(result: Evaluation) -> list[str]:
         return []
     columns = [*domains, POOLED] if len(domains) > 1 else domains
     counts = ", ".join(f"{len(keys)} {domain}" for domain, keys in result.keys.items())
-    lines = [f"nats per answer token, mean over prompts ({counts}), density {result.density:.3f}"]
-    accepted = any(row.accepted is not None for row in result.rows)
-    lines.append(_line("", [f"{name:>9}" for name in [*columns, *(["accepted"] if accepted else [])]]))
-    for selector in result.selectors:
-        cells = [f"{result.nll(selector, name):>{max(9, len(name))}.3f}" for name in columns]
-        if (share := result.acceptance(selector)) is not None:
-            cells.append(f"{share:>9.3f}")
-        lines.append(_line(selector, cells))
-    return lines
+    caption = f"nats per answer token, mean over prompts ({counts}), density {result.density:.3f}"
+    cells = [
+        [_head(name, 9), *(f"{result.nll(selector, name):.3f}" for selector in result.selectors)] for name in columns
+    ]
+    if any(row.accepted is not None for row in result.rows):
+        shares = map(result.acceptance, result.selectors)
+        cells.append([_head("accepted", 9), *("" if share is None else f"{share:.3f}" for share in shares)])
+    return [*_caption(caption), *table(["", *result.selectors], cells, _LABEL)]
 
 
 def _differences(result: Evaluation) -> list[str]:
@@ -84,32 +85,33 @@ def _differences(result: Evaluation) -> list[str]:
     pairs = [(name, "static") for name in present if name not in ("dense", "static", "random")]
     pairs += [(own, name) for name in ("healed-static", "mismatched", "cross-domain")]
     columns = [*result.keys, POOLED] if len(result.keys) > 1 else list(result.keys)
-    lines = []
-    for a, b in pairs:
-        if a not in present or b not in present:
-            continue
-        found = [result.difference(a, b, name) for name in columns]
-        cells = ["" if d is None else f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]" for d in found]
-        lines.append(_line(f"{a} - {b}", [f"{cell:>24}" for cell in cells], 32))
-    if not lines:
+    pairs = [(a, b) for a, b in pairs if a in present and b in present]
+    if not pairs:
         return []
-    head = _line("", [f"{name:>24}" for name in columns], 32)
-    return ["differences, mean [95 % interval]; below 0 the first is better", head, *lines]
+    cells = []
+    for name in columns:
+        found = [result.difference(a, b, name) for a, b in pairs]
+        told = ["" if d is None else f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]" for d in found]
+        cells.append([_head(name, 23), *told])
+    labels = ["", *(f"{a} - {b}" for a, b in pairs)]
+    return ["differences, mean [95 % interval]; below 0 the first is better", *table(labels, cells, 31)]
 
 
 def _tasks(result: Evaluation) -> list[list[str]]:
     """A table for every metric of every task."""
-    blocks: dict[tuple[str, str], list[str]] = {}
+    blocks: dict[str, list[tuple[str, str, str]]] = {}
     for summary in result.summaries:
         row = summary.row
-        if (row.task, row.metric) not in blocks:
-            head = f"{row.task}, {row.metric.replace('_', '-')} ({len(row.per_question)} questions), "
-            head += f"density {result.density:.3f}: {_explained(row.metric)}"
-            columns = ["mean [95 % interval]", "minus static"]
-            blocks[row.task, row.metric] = [head, _line("", [f"{name:>24}" for name in columns])]
-        cells = [_cell(summary.figure, ""), _cell(summary.minus_static, "+")]
-        blocks[row.task, row.metric].append(_line(row.selector, [f"{cell:>24}" for cell in cells]).rstrip())
-    return list(blocks.values())
+        caption = f"{row.task}, {row.metric.replace('_', '-')} ({len(row.per_question)} questions), "
+        caption += f"density {result.density:.3f}: {_explained(row.metric)}"
+        told = (row.selector, _cell(summary.figure, ""), _cell(summary.minus_static, "+"))
+        blocks.setdefault(caption, []).append(told)
+    heads = ("", "mean [95 % interval]", "minus static")
+    found = []
+    for caption, rows in blocks.items():
+        labels, *columns = zip(heads, *rows, strict=True)
+        found.append([*_caption(caption), *table(labels, columns, _LABEL)])
+    return found
 
 
 def _explained(metric: str) -> str:
@@ -126,5 +128,10 @@ def _cell(figure: Figure | None, sign: str) -> str:
     return f"{text} [{figure.low:{sign}.3f}, {figure.high:{sign}.3f}]"
 
 
-def _line(label: str, cells: Sequence[str], width: int = 18) -> str:
-    return f"{label:<{width}}" + " ".join(cells)
+def _head(name: str, width: int) -> str:
+    """A column's heading, by which the column has at least this width."""
+    return f"{shortened(name, 24):>{width}}"
+
+
+def _caption(text: str) -> list[str]:
+    return textwrap.wrap(text, 80, break_on_hyphens=False)

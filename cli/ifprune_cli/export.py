@@ -16,12 +16,14 @@ from .options import (
     DialOption,
     DtypeOption,
     FolderOption,
+    IgnoreTemplateOption,
     JsonOption,
     ModelOption,
     SeedOption,
     SelectionOption,
     SelectorOption,
     SystemPromptOption,
+    TaskOption,
     TrustOption,
     check_exclusive,
 )
@@ -50,8 +52,10 @@ def export(
     mlx_path: FolderOption,
     model: ModelOption = None,
     selection: SelectionOption = None,
+    task: TaskOption = None,
     prompt: PromptOption = None,
     system_prompt: SystemPromptOption = None,
+    ignore_chat_template: IgnoreTemplateOption = False,
     selector: SelectorOption = None,
     density: DialOption = None,
     active_params: ActiveParamsOption = None,
@@ -66,27 +70,31 @@ def export(
     budget = Budget(density, active_params=active_params)
     ways = ({"--prompt": prompt}, {"--system-prompt": system_prompt}, {"--selector": selector})
     amounts = {"--density": density, "--active-params": active_params}
-    check_exclusive(*({"--selection": selection, **way} for way in (*ways, amounts)))
+    fixed = {"--selection": selection, "--task": task}
+    check_exclusive(*({**fixed, **way} for way in (*ways, amounts)))
     text = None if prompt is None else read_prompt(prompt)
     import mlx.core as mx
 
     from ifprune_convert.export import check_output, export_selection, select_for
-    from ifprune_mlx import IfpruneError, Selection
+    from ifprune_mlx import IfpruneError, Selection, TaskStore
 
     check_output(mlx_path, overwrite)
     if selection is not None:
         chosen = Selection.load(selection)
         checkpoint = open_checkpoint(model)
         check_selection(checkpoint, chosen, selection)
+    elif task is not None:
+        checkpoint = open_checkpoint(model)
+        chosen = TaskStore(checkpoint).load(task)
     elif text is not None:
-        loaded, tokenizer = load_model(model, dtype, trust_remote_code)
+        loaded, tokenizer = load_model(model, dtype, trust_remote_code, template=not ignore_chat_template)
         messages = as_messages(text, system_prompt)
         checkpoint = loaded.checkpoint
         limits, name = budget.on(checkpoint, selector and selector.value)
         chosen = select_for(loaded, tokenizer, text, messages, name, seed, **limits)
         loaded.close()  # before anything is written
     else:
-        raise IfpruneError("nothing says which neurons to keep; give --selection FILE or --prompt TEXT")
+        raise IfpruneError("nothing says which neurons to keep; give --selection FILE, --task NAME or --prompt TEXT")
     with progress("export", "bytes") as update:
         exported = export_selection(
             checkpoint,

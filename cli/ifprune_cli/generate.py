@@ -13,34 +13,35 @@ from .console import note, progress, report, result_json, show, show_answer
 from .loading import Runtime, open_runtime
 from .options import (
     Budget,
+    IgnoreTemplateOption,
     JsonOption,
     ModelOptions,
+    PromptArgument,
+    PromptOption,
     Sampling,
     Selecting,
     SelectionOptions,
     SystemPromptOption,
     TemplateVariablesOption,
+    given_prompt,
 )
 
 if TYPE_CHECKING:
     from ifprune_mlx import Stats
     from ifprune_mlx.chat_template import Prompt
 
-PromptOption = Annotated[str, typer.Option("--prompt", "-p", help="The instruction. With -, it is read from stdin.")]
-
 
 def generate(
-    prompt: PromptOption,
     model: ModelOptions,
     choice: SelectionOptions,
     budget: Budget,
     selecting: Selecting,
     sampling: Sampling,
+    words: PromptArgument = None,
+    prompt: PromptOption = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-m", help="Generate at most this many tokens.")] = 256,
     system_prompt: SystemPromptOption = None,
-    ignore_chat_template: Annotated[
-        bool, typer.Option("--ignore-chat-template", help="Take the prompt as it is.")
-    ] = False,
+    ignore_chat_template: IgnoreTemplateOption = False,
     json_schema: Annotated[
         Optional[Path], typer.Option("--json-schema", help="Answer with JSON that the JSON schema in this file allows.")
     ] = None,
@@ -48,14 +49,22 @@ def generate(
     json: JsonOption = False,
 ) -> None:
     """Answer one prompt on the neurons that it selects."""
-    text = read_prompt(prompt)
+    text = read_prompt(given_prompt(words, prompt))
     choice.check_exclusive(budget)
     schema = None if json_schema is None else read_schema(json_schema)
-    runtime = open_runtime(model, choice, budget, selecting, sampling, variables=chat_template_config)
+    runtime = open_runtime(
+        model,
+        choice,
+        budget,
+        selecting,
+        sampling,
+        template=not ignore_chat_template,
+        variables=chat_template_config,
+    )
     with progress("prefill", "tokens") as update:
         said, stats = answer(
             runtime,
-            text if ignore_chat_template else as_messages(text, system_prompt),
+            as_messages(text, system_prompt),
             streams=not json,
             max_tokens=max_tokens,
             instruction=text,

@@ -111,12 +111,22 @@ def load_model(
     trained: bool = True,
     residency: Residency | None = None,
     memory: int | None = None,
+    template: bool = True,
 ) -> tuple[Model, TokenizerWrapper]:
-    """Load the given checkpoint, or the embedded default; `trained` as in `checkpoint_path`, the rest as in `load`."""
+    """Load the given checkpoint, or the embedded default; `trained` as in `checkpoint_path`, the rest as in `load`.
+
+    Args:
+        template: False reads messages as plain text, whatever chat template the model has.
+    """
     from ifprune_mlx import Checkpoint
 
     checkpoint = Checkpoint.open(checkpoint_path(model, trained=trained, residency=residency, memory=memory))
-    return _load(checkpoint, ModelOptions(model, dtype, residency, trust_remote_code), memory)
+    loaded, tokenizer = _load(checkpoint, ModelOptions(model, dtype, residency, trust_remote_code), memory)
+    if not template:
+        from ifprune_mlx.chat_template import without_template
+
+        tokenizer = without_template(tokenizer)
+    return loaded, tokenizer
 
 
 def _check_memory(

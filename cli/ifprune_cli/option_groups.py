@@ -63,9 +63,23 @@ def panels(command: Any, context: typer.Context) -> dict[str, list[tuple[str, st
     for parameter in command.get_params(context):
         record = parameter.get_help_record(context)
         if record is not None:  # a hidden option has none
-            found.setdefault(getattr(parameter, "rich_help_panel", None) or "Options", []).append(record)
-    own = found.pop("Options")  # every command has --help
-    return {"Options": own, **found}
+            usual = "Options" if parameter.param_type_name == "option" else "Arguments"
+            found.setdefault(getattr(parameter, "rich_help_panel", None) or usual, []).append(record)
+    return {name: found[name] for name in dict.fromkeys(("Arguments", "Options", *found)) if name in found}
+
+
+class Commands(typer.core.TyperGroup):
+    """The commands, whose plain `--help` has a section for every `rich_help_panel`."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the sections."""
+        found: dict[str, list[tuple[str, str]]] = {}
+        for name in self.list_commands(ctx):
+            command: Any = self.get_command(ctx, name)
+            found.setdefault(command.rich_help_panel, []).append((name, command.get_short_help_str(limit=60)))
+        for heading, records in found.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
 
 
 class Command(typer.core.TyperCommand):

@@ -214,6 +214,12 @@ JsonFileOption = Annotated[
 FolderOption = Annotated[Path, output_option("--mlx-path", metavar="FOLDER", help="Where to write.")]
 
 
+PromptArgument = Annotated[
+    Optional[str], typer.Argument(metavar="PROMPT", help="The instruction. With -, it is read from stdin.")
+]
+PromptOption = Annotated[Optional[str], typer.Option("--prompt", "-p", help="The instruction, as an option.")]
+
+
 def check_exclusive(*groups: dict[str, Any]) -> None:
     """Raise IfpruneError if two options of a group are given, one of which would be ignored."""
     from ifprune_mlx import IfpruneError
@@ -222,6 +228,20 @@ def check_exclusive(*groups: dict[str, Any]) -> None:
         given = [name for name, value in group.items() if value not in (None, False)]
         if len(given) > 1:
             raise IfpruneError(f"{' and '.join(given)} exclude each other; give one of them")
+
+
+def given_prompt(argument: str | None, option: str | None) -> str:
+    """The instruction of the command line.
+
+    Raises:
+        click's UsageError: if there is none.
+        IfpruneError: if there are two.
+    """
+    check_exclusive({"PROMPT": argument, "--prompt": option})
+    prompt = argument if option is None else option
+    if prompt is None:
+        raise typer.BadParameter("give it in quotes, or - for stdin", param_hint="PROMPT")
+    return prompt
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,18 +11,22 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from .console import note, result_json, shortened, show
-from .generate import PromptOption, as_messages, read_prompt
+from .console import note, result_json, shortened, show, table
+from .generate import as_messages, read_prompt
 from .loading import Runtime, check_selection, open_runtime
 from .options import (
     Budget,
+    IgnoreTemplateOption,
     JsonOption,
     ModelOptions,
+    PromptArgument,
+    PromptOption,
     SeedOption,
     Selecting,
     SelectionOptions,
     SelectorOption,
     SystemPromptOption,
+    given_prompt,
     output_option,
 )
 
@@ -85,25 +90,27 @@ class _Outputs:
 
 
 def select(
-    prompt: PromptOption,
     model: ModelOptions,
     budget: Budget,
     selecting: Selecting,
     compared: _Compared,
     outputs: _Outputs,
+    words: PromptArgument = None,
+    prompt: PromptOption = None,
     selector: SelectorOption = None,
     system_prompt: SystemPromptOption = None,
+    ignore_chat_template: IgnoreTemplateOption = False,
     seed: SeedOption = 0,
 ) -> None:
     """Select neurons for an instruction, compare them with other selections, and show or save them."""
-    text = read_prompt(prompt)
+    text = read_prompt(given_prompt(words, prompt))
     texts = dict.fromkeys(read_prompt(other, "--with-prompt") for other in compared.with_prompt or [])
     from ifprune_mlx import Selection, TaskStore, make_selector
     from ifprune_mlx.selection.selection import top_k
 
     outputs.check()
     files = {file: Selection.load(file) for file in compared.compare or []}
-    runtime = open_runtime(model, SelectionOptions(selector), budget, selecting)
+    runtime = open_runtime(model, SelectionOptions(selector), budget, selecting, template=not ignore_chat_template)
     for file, other in files.items():
         check_selection(runtime.model, other, file)
     instruction, *instructions = _instructions(runtime, [text, *texts], system_prompt)
@@ -146,7 +153,7 @@ def _instructions(runtime: Runtime, texts: Sequence[str], system_prompt: str | N
 
 
 def _print(selection: Selection, others: dict[str, Selection], seconds: float, outputs: _Outputs) -> None:
-    """The selection and its overlaps as one JSON object, or the hash on stdout and the rest in words."""
+    """The selection and its overlaps as one JSON object, or in words, and its hash alone on stdout."""
     shares = {name: selection.overlap_by_layer(other) for name, other in others.items()}
     if outputs.json:
         result_json(
@@ -161,14 +168,14 @@ def _print(selection: Selection, others: dict[str, Selection], seconds: float, o
             }
         )
         return
-    show(selection.hash)
-    if outputs.layers:
-        show("\n".join(_table(selection, shares)))
     widths = selection.widths
     kept = f"{sum(selection.keep)} of {sum(widths)} neurons in {len(widths)} FFNs"
     note(f"{selection.selector}, density {selection.density:.3f}: {kept}, selected in {seconds:.2f} s")
     for name, other in others.items():
         note(f"overlap with {shortened(name, 60)}: {100 * selection.overlap(other):.1f} %")
+    show(f"selection {selection.hash}" if sys.stdout.isatty() else selection.hash)
+    if outputs.layers:
+        show("\n".join(_table(selection, shares)))
     if outputs.save_to is not None:
         note(f"saved to {outputs.save_to}; use it with: ifprune generate --selection {outputs.save_to} --prompt ...")
     if outputs.plot is not None:
@@ -218,11 +225,13 @@ def _named(**kinds: dict[str, Selection]) -> dict[str, Selection]:
 
 def _table(selection: Selection, shares: dict[str, list[float]]) -> list[str]:
     """A line per FFN: its neurons, how many are kept, and the share of these that every other selection keeps."""
-    columns = [shortened(name, _NAME_WIDTH) for name in shares]
-    lines = [f"{'FFN':>4} {'neurons':>8} {'kept':>8} " + " ".join(f"{name:>9}" for name in columns)]
-    for index, (width, k) in enumerate(zip(selection.widths, selection.keep, strict=True)):
-        cells = [
-            f"{values[index]:>{max(9, len(name))}.3f}" for name, values in zip(columns, shares.values(), strict=True)
-        ]
-        lines.append(f"{index:>4} {width:>8} {k:>8} " + " ".join(cells))
-    return lines
+    ffns = enumerate(zip(selection.widths, selection.keep, strict=True))
+    labels = [
+        f"{'FFN':>4} {'neurons':>8} {'kept':>8}",
+        *(f"{index:>4} {width:>8} {k:>8}" for index, (width, k) in ffns),
+    ]
+    columns = [
+        [f"{shortened(name, _NAME_WIDTH):>9}", *(f"{share:.3f}" for share in of_layer)]
+        for name, of_layer in shares.items()
+    ]
+    return table(labels, columns)

@@ -47,6 +47,7 @@ def tasks(
         what = "cannot be used"
         if row["selection"] is not None:
             what = f"{row['selection']}, {row['selector']}, density {row['density']:.2f}"
-        show(f"{row['name']:<{width}}  {whose:<7}  {what}")
+        line = f"{row['name']:<{width}}  {whose:<7}  {what}"
+        show(line if len(line) <= 80 else f"{row['name']}\n  {whose:<7}  {what}")
     if not rows and remove is None:
         note("no tasks yet; `ifprune select --prompt TEXT --save NAME` saves one")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ifprune_mlx.train.config import TrainConfig
 
 from . import train_options as options
-from .console import note, parameters, progress, result_json, show
+from .console import interrupt_seen, note, parameters, progress, result_json, show
 from .loading import checkpoint_path
 from .options import DtypeOption, ModelOption, named_files
 
@@ -58,6 +58,7 @@ def train(
     save_every: options.SaveEvery = TrainConfig.save_every,
     stop_on_collapse: options.StopOnCollapse = False,
     strict: options.Strict = False,
+    ignore_chat_template: options.IgnoreChatTemplate = False,
     seed: options.Seed = TrainConfig.seed,
     dtype: DtypeOption = None,
     json: options.Json = False,
@@ -69,7 +70,8 @@ def train(
     arms (learned, static, none) on the same batches. All resume where they were stopped.
     """
     settings = _config(**locals())
-    result = _run(settings)
+    with progress("loading", ""):
+        result = _run(settings)
     if result is None:
         return
     if json:
@@ -100,8 +102,15 @@ def _run(config: TrainConfig) -> TrainResult | None:
 
     from ifprune_mlx.train import train
 
-    result = train(replace(config, model=model), progress=progress, report=note)
-    return None if mx.distributed.init().rank() else result
+    leads = mx.distributed.init().rank() == 0
+    try:
+        with interrupt_seen("stopping ..." if leads else None):
+            result = train(replace(config, model=model), progress=progress, report=note)
+    except KeyboardInterrupt:
+        if leads:
+            note(f"the same command goes on from what is in {config.output}")
+        raise
+    return result if leads else None
 
 
 def _summary(result: TrainResult, config: TrainConfig) -> str:

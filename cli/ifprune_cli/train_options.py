@@ -115,6 +115,9 @@ MaxSeqLength = Annotated[
     int, _option("max_seq_length", DATA, "Cut chats off after this many tokens; for pretrain, of two chunks.")
 ]
 HeldOut = Annotated[float, _option("held_out", DATA, "Never train on this share of the prompts.")]
+IgnoreChatTemplate = Annotated[
+    bool, _option("ignore_chat_template", DATA, "Read chats as plain text that the model continues.")
+]
 Strict = Annotated[bool, _option("strict", DATA, "Stop at a bad line instead of leaving it out.")]
 
 Layers = Annotated[int, _option("layers", PREDICTOR, "Let the predictor read this many first layers (distill).")]

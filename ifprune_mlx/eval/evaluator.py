@@ -127,7 +127,7 @@ class EvalResult:
 def evaluate(
     config: EvalConfig,
     *,
-    load: Loader = load_checkpoint,  # type: ignore[assignment]
+    load: Loader = load_checkpoint,
     progress: ProgressDisplay = no_progress,
     report: Report = lambda line: None,
     on_evaluation: Callable[[Evaluation], object] = lambda evaluation: None,

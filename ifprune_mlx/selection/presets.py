@@ -61,6 +61,24 @@ class Task:
     shipped: bool
 
 
+@dataclass(frozen=True, eq=False)
+class NamedSelection(Selection):
+    """A selection that can become a task, since it knows its checkpoint; see `Session.select`."""
+
+    checkpoint: Checkpoint
+
+    def save(self, path: str | Path) -> None:
+        """Keep it as the task of this name, or write a file if the name ends in .safetensors.
+
+        Raises:
+            TaskError, SelectionError: if it cannot be written.
+        """
+        if Path(path).suffix == _SUFFIX:
+            super().save(path)
+        else:
+            TaskStore(self.checkpoint).save(str(path), self)
+
+
 class TaskStore:
     """The named tasks of one checkpoint. A user's own goes before a shipped one of the same name.
 
@@ -128,7 +146,7 @@ class TaskStore:
                 f"task {name}: {self.folder} cannot be made ({reason_of(exc)}); set IFPRUNE_DATA to another folder"
             ) from exc
         try:
-            selection.save(file)
+            Selection.save(selection, file)
         except SelectionError as exc:
             raise TaskError(f"task {name}: {exc} (IFPRUNE_DATA sets the folder)") from exc
         return file

@@ -174,10 +174,14 @@ def measure(
     end = len(examples) if count is None else min(count, len(examples))
     for start in range(0, end, PART):
         file = folder / f"part-{start // PART:05d}.safetensors"
+
+        def measured(count: int, start: int = start) -> None:
+            if progress is not None:
+                progress(min(start + count, end), end)
+
         if not file.is_file():
-            _measure_part(model, examples[start : start + PART], file, backbone, masks, micro_batch_size)
-        if progress is not None:
-            progress(min(start + PART, end), end)
+            _measure_part(model, examples[start : start + PART], file, backbone, masks, micro_batch_size, measured)
+        measured(PART)
     return load(folder)
 
 
@@ -276,6 +280,7 @@ def _measure_part(
     backbone: Backbone,
     masks: Sequence[mx.array],
     micro_batch_size: int,
+    measured: Callable[[int], None],
 ) -> None:
     importance = np.empty((len(chats), sum(len(mask) for mask in masks)), np.float16)
     features: dict[int, Floats] = {}
@@ -285,6 +290,7 @@ def _measure_part(
         model.switch(None)
         features |= zip(group, np.array(backbone.features([chats[index].instruction for index in group])), strict=True)
         importance[group] = np.concatenate(attribution(model, [chats[index] for index in group], masks), axis=1)
+        measured(start + len(group))
     for index, chat in enumerate(chats):
         if not (np.isfinite(importance[index]).all() and np.isfinite(features[index]).all()):
             raise DataError(

@@ -66,6 +66,7 @@ class TrainConfig:
     held_out: float = 0.15  # share of the prompts that is never trained on
     max_seq_length: int = 256  # most tokens of a chat, or of the two chunks of a text
     strict: bool = False  # raise at a bad line of data instead of leaving it out
+    ignore_chat_template: bool = False  # read chats as plain text that the model continues
 
     # calibrate and distill
     layers: int = 12  # first layers of the model that the predictor reads with
@@ -132,7 +133,7 @@ class TrainConfig:
         """
         self._convert_numbers()
         self._convert_files()
-        for name in ("strict", "grad_checkpoint", "stop_on_collapse"):
+        for name in ("strict", "ignore_chat_template", "grad_checkpoint", "stop_on_collapse"):
             if not isinstance(getattr(self, name), bool):
                 raise DataError(f"{_flag(name)} {getattr(self, name)}: give true or false")
         arms = self.selector if isinstance(self.selector, list | tuple) else (self.selector,)

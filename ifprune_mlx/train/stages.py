@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ifprune_mlx.chat_template import without_template
 from ifprune_mlx.checkpoint.format import Checkpoint
 from ifprune_mlx.checkpoint.hub import resolve
 from ifprune_mlx.data.dataloader import DataMixture, shuffled
@@ -93,6 +94,8 @@ def train(
         # Gradients may leave float16's range, so that no chip's default replaces bfloat16 here.
         dtype = own_dtype(checkpoint) if config.dtype is None else getattr(mx, config.dtype)
         model, tokenizer = load(checkpoint, dtype=dtype, progress=update)
+    if config.ignore_chat_template:
+        tokenizer = without_template(tokenizer)
     check_kernels(model)
     stage = _Stage(config, model, tokenizer, progress, report, stop)
     run = {"calibrate": stage.calibrate, "distill": stage.distill}.get(config.stage, stage.train_arms)
@@ -114,9 +117,11 @@ class _Stage:
     ) -> None:
         self._config, self._model, self._tokenizer = config, model, tokenizer
         self._progress, self._report, self._stop = progress, report, stop
-        self._records = {
-            name: read_records(file, name, strict=config.strict, report=report) for name, file in config.data.items()
-        }
+        with progress("read data", ""):
+            self._records = {
+                name: read_records(file, name, strict=config.strict, report=report)
+                for name, file in config.data.items()
+            }
 
     def calibrate(self) -> tuple[Path, dict[str, Any]]:
         """Measure how much answers need each neuron, and write the priors."""
@@ -150,8 +155,9 @@ class _Stage:
     def train_arms(self) -> tuple[Path, dict[str, Any]]:
         """Train the arms on the same batches, and evaluate them on held-out prompts."""
         config, model, progress = self._config, self._model, self._progress
-        train_data = {name: self._train_examples(name) for name in config.data}
-        valid_data = self._valid_data() if config.eval_prompts else {}
+        with progress("encode data", ""):
+            train_data = {name: self._train_examples(name) for name in config.data}
+            valid_data = self._valid_data() if config.eval_prompts else {}
         folder = self._predictor_folder()
         predictor = self._predictor(folder)
         earlier = [config.output] if (config.output / STATE).is_file() else []
@@ -171,7 +177,9 @@ class _Stage:
                 copy_backbone(folder or model.checkpoint.path / "predictor", config.output / "predictor")
             if trainer.step:
                 self._report(f"goes on after step {trainer.step} of {config.iters}")
-        collapsed = trainer.fit(Evaluator(trainer, valid_data, progress, self._report), self._report, self._stop)
+        evaluate = Evaluator(trainer, valid_data, progress, self._report)
+        with progress("train", "steps") as update:
+            collapsed = trainer.fit(evaluate, self._report, update, self._stop)
         return config.output, {"steps": trainer.step, "tokens": trainer.tokens, "collapsed": collapsed}
 
     def _measure(self) -> Targets:

@@ -26,6 +26,7 @@ from mlx.optimizers import AdamW, cosine_decay, join_schedules, linear_schedule
 from ifprune_mlx.data.dataloader import DataMixture, batches
 from ifprune_mlx.data.tokenize import Example
 from ifprune_mlx.errors import DataError
+from ifprune_mlx.model import Progress
 from ifprune_mlx.selection.predictor import SparsityPredictor
 from ifprune_mlx.selection.selection import Scores
 from ifprune_mlx.train.checkpointing import (
@@ -45,6 +46,7 @@ from ifprune_mlx.train.trainable import TrainableModel
 
 LEARNED_PRIOR = "prior-static-learned.safetensors"
 _LEAST = 1e-30  # of a prior whose logarithm is taken
+_SAVE_SECONDS = 300.0  # between states on disk, where `save_every` steps take longer
 
 
 class Trainer:
@@ -59,6 +61,7 @@ class Trainer:
 
     Attributes:
         step: steps done.
+        saved_step: steps of the state on disk; 0 without one.
         tokens: tokens predicted so far.
         arms: as they are now.
 
@@ -96,6 +99,7 @@ class Trainer:
         }
         self._identity = json.dumps(identity, sort_keys=True)
         self._position = self._restore()
+        self.saved_step, self._between_steps = self.step, True
         self._check_agreement()
         self._batches = batches(
             mixture, config.batch_size, rank=self._group.rank(), world=self._group.size(), state=self._position
@@ -110,35 +114,61 @@ class Trainer:
         self,
         evaluate: Callable[[], bool],
         report: Callable[[str], object],
+        progress: Progress = lambda done, total: None,
         stop: Callable[[], bool] = lambda: False,
     ) -> bool:
         """Train to the end of the run, with reports, evaluations and states on disk in between.
 
+        KeyboardInterrupt saves the steps that are whole, and passes on.
+
         Args:
             evaluate: measures the arms, and says whether the learned one has collapsed.
             report: receives the lines for a person.
+            progress: called with (steps done by this call, steps that it has to do).
             stop: asked after every step; True, of the process that writes, ends training as it is.
 
         Returns:
             Whether the learned arm has collapsed.
         """
+        try:
+            return self._fit(evaluate, report, progress, stop)
+        except KeyboardInterrupt:
+            if self._between_steps and self.step > self.saved_step:
+                self.save()
+            if self.leader:
+                done = f"stopped at step {self.step} of {self.config.iters}"
+                report(f"{done}; the state of step {self.saved_step} is saved")
+            raise
+
+    def _fit(
+        self,
+        evaluate: Callable[[], bool],
+        report: Callable[[str], object],
+        progress: Progress,
+        stop: Callable[[], bool],
+    ) -> bool:
         config, total = self.config, self.config.iters
         collapsed = evaluate() if self.step == 0 else False
         began, first_step, lines = time.monotonic(), self.step, list[dict[str, Any]]()
+        saved = began
         while self.step < total and not (collapsed and config.stop_on_collapse):
             lines.append(self.advance())
             self.record(lines[-1])
+            progress(self.step - first_step, total - first_step)
             last = self.step == total
-            if self.step % config.steps_per_report == 0 or last:
+            if self.step % config.steps_per_report == 0 or last or self.step == first_step + 1:
                 if self.leader:
                     left = (time.monotonic() - began) / (self.step - first_step) * (total - self.step)
                     report(f"step {self.step}/{total}: {_losses(lines)}, {_duration(left)} left")
                 lines = []
             if self.step % config.steps_per_eval == 0 or last:
+                self._between_steps = False  # a state of this step says that it was evaluated
                 collapsed = evaluate()
+                self._between_steps = True
             # After the evaluation, so that a resumed run repeats it if the kill came before its line was written.
-            if self.step % config.save_every == 0 or last:
+            if self.step % config.save_every == 0 or last or time.monotonic() - saved >= _SAVE_SECONDS:
                 self.save()
+                saved = time.monotonic()
             if self.agreed(stop()):
                 break
         if self.step < total:
@@ -176,7 +206,7 @@ class Trainer:
                     sums[number, self._domains.index(example.domain)] += added
             if config.micro_batch_size == 1:  # buffers of a length that the next one does not have
                 mx.clear_cache()
-        norms = {}
+        self._between_steps, norms = False, {}  # until all arms have made it
         for arm in self.arms:
             if self._group.size() > 1:
                 arm.gradients = _summed(arm.gradients, self._group)
@@ -186,6 +216,7 @@ class Trainer:
         self.step += 1
         self.tokens += batch.targets
         self._position = batch.state
+        self._between_steps = True
         return {
             "step": self.step,
             "tokens": self.tokens,
@@ -221,6 +252,7 @@ class Trainer:
         # Last, so that a run killed in between writes the others again.
         arrays = {f"{arm.name}/{name}": array for arm in self.arms for name, array in arm.state().items()}
         save_state(folder, self._identity, arrays, step=self.step, tokens=self.tokens, position=self._position)
+        self.saved_step = self.step
 
     def learned_prior(self, arm: Arm) -> list[Scores]:
         """The scores of `static-learned` as a prior, per FFN float32 `[d_ffn]`."""

@@ -1,4 +1,4 @@
-"""`ifprune chat` on a pseudo-terminal, and what a person sees there."""
+"""`ifprune chat`, or another command, on a pseudo-terminal, and what a person sees there."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ON_TERMINAL = (
 
 
 class Terminal:
-    """A chat on a pseudo-terminal.
+    """A command on a pseudo-terminal.
 
     Args:
         checkpoint: of the model.
@@ -39,6 +39,7 @@ class Terminal:
         options: of the command.
         columns: the terminal's width.
         prelude: Python statements that the process runs first.
+        command: which one, if not chat.
         env: changes to its environment.
 
     Attributes:
@@ -52,6 +53,7 @@ class Terminal:
         *options: str,
         columns: int = 200,
         prelude: str = "pass",
+        command: str = "chat",
         env: Mapping[str, str] | None = None,
     ) -> None:
         self._master, slave = pty.openpty()
@@ -63,7 +65,7 @@ class Terminal:
         for name in ("COLUMNS", "LINES"):  # of the tests' own terminal
             surroundings.pop(name, None)
         self._process = subprocess.Popen(
-            [sys.executable, "-c", ON_TERMINAL.format(prelude), "chat", "--model", str(checkpoint), *options],
+            [sys.executable, "-c", ON_TERMINAL.format(prelude), command, "--model", str(checkpoint), *options],
             stdin=slave,
             stdout=slave,
             stderr=slave,

@@ -34,7 +34,7 @@ def exported(at: Place, name: str = "plain") -> Path:
 
 @case
 def export_of_no_selection(at: Place) -> Bad:
-    return Bad(export(at), ("nothing says which neurons", "give --selection FILE or --prompt TEXT"))
+    return Bad(export(at), ("nothing says which neurons", "give --selection FILE, --task NAME or --prompt TEXT"))
 
 
 @case
