@@ -196,16 +196,17 @@ class _Place:
         path = Path(self.model).expanduser()
         repository, file = parse_source(self.model)
         if repository is None or path.exists():
-            return str(path.resolve())
+            try:
+                return str(path.resolve())
+            except ValueError:  # no name that a file can have
+                return str(path.absolute())
         return repository if file is None else f"{repository}:{file}"
 
     @property
     def folder(self) -> Path:
         last = Path(self.name).name if Path(self.name).is_absolute() else self.name
         short = re.sub(r"[^\w.-]+", "-", last, flags=re.ASCII)[-60:].strip("-.")
-        return (
-            _models_folder() / f"{short}-{hashlib.sha256(self.name.encode(errors='surrogateescape')).hexdigest()[:8]}"
-        )
+        return _models_folder() / f"{short}-{hashlib.sha256(self.name.encode(errors='surrogatepass')).hexdigest()[:8]}"
 
     def state(self) -> str:
         """What changes when the source does: the commit, or names, sizes and times of the files.
