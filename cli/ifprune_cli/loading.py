@@ -52,6 +52,11 @@ def checkpoint_path(
         return ensure_embedded(note, lambda stage, done, total: update(done, total), trained=trained)
 
 
+def model_name(model: str | None) -> str:
+    """What to call the given model, or the embedded default."""
+    return EMBEDDED if model is None else Path(model).name or Path(model).resolve().name
+
+
 def open_checkpoint(model: str | None) -> Checkpoint:
     """Open the given checkpoint, or the embedded default, without loading weights."""
     from ifprune_mlx import Checkpoint
@@ -193,6 +198,5 @@ def open_runtime(
         from ifprune_mlx.chat_template import with_variables
 
         tokenizer = with_variables(tokenizer, given)
-    name = EMBEDDED if model.model is None else Path(model.model).name or Path(model.model).resolve().name
     selector = None if choice.selector is None else choice.selector.value
-    return Runtime(loaded, tokenizer, name, selector, selection, choice.dense, limits, generation)
+    return Runtime(loaded, tokenizer, model_name(model.model), selector, selection, choice.dense, limits, generation)
