@@ -52,11 +52,6 @@ def checkpoint_path(
         return ensure_embedded(note, lambda stage, done, total: update(done, total), trained=trained)
 
 
-def model_name(model: str | None) -> str:
-    """What to call the given model, or the embedded default."""
-    return EMBEDDED if model is None else Path(model).name or Path(model).resolve().name
-
-
 def open_checkpoint(model: str | None) -> Checkpoint:
     """Open the given checkpoint, or the embedded default, without loading weights."""
     from ifprune_mlx import Checkpoint
@@ -200,3 +195,8 @@ def open_runtime(
         tokenizer = with_variables(tokenizer, given)
     selector = None if choice.selector is None else choice.selector.value
     return Runtime(loaded, tokenizer, model_name(model.model), selector, selection, choice.dense, limits, generation)
+
+
+def model_name(model: str | None) -> str:
+    """What to call the given model, or the embedded default."""
+    return EMBEDDED if model is None else Path(model).name or Path(model).resolve().name
