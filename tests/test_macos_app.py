@@ -64,6 +64,8 @@ def predicting(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def window(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The app's window, without a model. It is closed at the end, and must end its thread then."""
     monkeypatch.syspath_prepend(str(SOURCES))
+    # Tiny models say the same token for ever; who tests that an answer is stopped needs a long one.
+    monkeypatch.setattr("ifprune_cli.chat_repetition.LoopFinder.feed", lambda self, token: False)
     application = QtWidgets.QApplication.instance() or QtWidgets.QApplication([])
     from ifprune_chat.window import Window
 
@@ -277,7 +279,7 @@ def test_an_error_during_an_answer_stays(window: Any) -> None:
     window.conversation.begin_answer()
     window.conversation.add("It *began*")
     window.fail("the disk is full")
-    window._answered(None, False, True)
+    window._answered(None, "", False, True)
     assert said(window) == "You\nHello\nAnswer\nIt began\nError\nthe disk is full"
 
 
@@ -386,6 +388,43 @@ def test_a_damaged_chat_is_said_in_a_line(chat: Any, tmp_path: Path) -> None:
     wait(lambda: "Error\n" in said(chat))
     assert "not a saved chat" in said(chat)
     assert chat.ready
+
+
+def test_a_loop_is_ended_with_a_line(chat: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ifprune_cli.chat_repetition.LoopFinder.feed", lambda self, token: True)
+    say(chat, "Hello there")
+    assert said(chat).endswith(" [ended: it was repeating itself; a higher density may help]")
+    assert "tokens/s" in chat.figures.text()
+
+
+def test_a_line_of_an_answer_ends_on_the_screen_and_code_stays_as_it_is(window: Any) -> None:
+    window.conversation.begin_answer()
+    window.conversation.add("one\ntwo\n\n~~~\nx = 1\n```\n~~~\nthree\nfour")
+    window.conversation.end_answer()
+    lines = said(window).replace("\u2028", "\n").split("\n")
+    assert [line for line in lines if line] == ["Answer", "one", "two", "x = 1", "```", "three", "four"]
+
+
+def test_the_end_is_followed_until_the_reader_scrolls_up(window: Any) -> None:
+    shown, bar = window.conversation, window.conversation.verticalScrollBar()
+    shown.begin_answer()
+    for number in range(200):
+        shown.add(f"line {number}\n\n")
+    shown.end_answer()
+    window.beside.setChecked(True)  # makes the lines shorter, and the text longer
+    shown.say("You", "And now?")
+    shown.begin_answer()
+    wait(lambda: 0 < bar.maximum() == bar.value())
+    bar.setValue(bar.maximum() // 2)
+    place = bar.value()
+    shown.add("more\n\n" * 50)
+    shown._draw()
+    QtWidgets.QApplication.processEvents()
+    assert bar.value() == place
+    bar.setValue(bar.maximum())
+    shown.add("more\n\n" * 50)
+    shown._draw()
+    wait(lambda: bar.value() == bar.maximum())
 
 
 def test_closing_during_an_answer_ends_it(chat: Any) -> None:

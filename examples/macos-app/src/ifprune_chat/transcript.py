@@ -23,6 +23,10 @@ class Transcript(QTextEdit):
         self.document().setDocumentMargin(12)
         self._answer = ""
         self._begin: int | None = None  # where the answer that is coming begins
+        self._follows = True  # the end, until the reader scrolls up
+        bar = self.verticalScrollBar()
+        bar.valueChanged.connect(lambda place: self._follow(place >= bar.maximum() - 4))
+        bar.rangeChanged.connect(lambda _, end: bar.setValue(end) if self._follows else None)
         self._redraw = QTimer(self, singleShot=True, interval=_REDRAW_MS)
         self._redraw.timeout.connect(self._draw)
 
@@ -44,7 +48,7 @@ class Transcript(QTextEdit):
         cursor.insertText(who, name)
         cursor.insertBlock(QTextBlockFormat(), QTextCharFormat())
         cursor.insertText(text)
-        self._scroll_to_end()
+        self._follow(True)
 
     def begin_answer(self) -> None:
         """Add an answer, of which nothing is known yet."""
@@ -65,27 +69,43 @@ class Transcript(QTextEdit):
         self._begin = None
         if words:
             self._end().insertText(words, QTextCharFormat())
-            self._scroll_to_end()
 
     def _draw(self) -> None:
         self._redraw.stop()
-        bar = self.verticalScrollBar()
+        follows, bar = self._follows, self.verticalScrollBar()
         place = bar.value()
-        at_end = place >= bar.maximum() - 4
         cursor = self._end()
         cursor.setPosition(self._begin or 0, QTextCursor.MoveMode.KeepAnchor)
         cursor.removeSelectedText()
         cursor.setBlockFormat(QTextBlockFormat())
-        cursor.insertMarkdown(self._answer, _MARKDOWN)
+        cursor.insertMarkdown(_with_breaks(self._answer), _MARKDOWN)
         if self._end().position() == self._begin:  # such as the fence of code that has not come
             cursor.insertText(self._answer)
-        bar.setValue(bar.maximum() if at_end else place)
+        self._follow(follows)
+        if not follows:
+            bar.setValue(place)
+
+    def _follow(self, follows: bool) -> None:
+        self._follows = follows
+        if follows:
+            bar = self.verticalScrollBar()
+            bar.setValue(bar.maximum())
 
     def _end(self) -> QTextCursor:
         cursor = QTextCursor(self.document())
         cursor.movePosition(QTextCursor.MoveOperation.End)
         return cursor
 
-    def _scroll_to_end(self) -> None:
-        bar = self.verticalScrollBar()
-        bar.setValue(bar.maximum())
+
+def _with_breaks(text: str) -> str:
+    """Markdown in which a line that ends outside code ends on the screen, too, as models mean it."""
+    lines, fence = [], ""
+    for line in text.split("\n"):
+        mark = line.lstrip()[:3]
+        if not fence and mark in ("```", "~~~"):
+            fence = mark
+        elif fence and mark == fence:
+            fence = ""
+        breaks = not fence and mark.strip() not in ("", "```", "~~~")
+        lines.append(f"{line}  " if breaks else line)
+    return "\n".join(lines)

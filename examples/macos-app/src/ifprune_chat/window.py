@@ -331,13 +331,8 @@ class Window(QMainWindow):
             f"{budget.density:.2f}, {_count(budget.active)} of {_count(budget.total)} parameters"
         )
 
-    def _answered(self, stats: Stats | None, dense: bool, last: bool) -> None:
-        words = ""
-        if stats is not None and stats.finish_reason == "cancelled":
-            words = " [stopped]" if stats.completion_tokens else "[stopped before it began; nothing is kept]"
-        elif stats is not None and stats.finish_reason == "length":
-            words = " [cut off]"
-        (self.dense_conversation if dense else self.conversation).end_answer(words)
+    def _answered(self, stats: Stats | None, end: str, dense: bool, last: bool) -> None:
+        (self.dense_conversation if dense else self.conversation).end_answer(end)
         if stats is not None:
             before = f"{self.figures.text()}\n" if dense else ""
             self.figures.setText(before + _figures(stats))

@@ -18,6 +18,7 @@ import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from PySide6.QtCore import QObject, Signal, SignalInstance, Slot
 
+from ifprune_cli.chat_repetition import PENALTY, LoopFinder, below_own_density, penalize
 from ifprune_convert.embedded import ensure_embedded
 from ifprune_mlx import IfpruneError, Model, PromptError, Session, Stats, TaskStore, load
 from ifprune_mlx.selection.presets import data_folder
@@ -72,8 +73,9 @@ class Worker(QObject):
     switched = Signal(object)  # the live Selection, or None for all neurons; before the prompt is read
     said = Signal(str)  # the next piece of the answer
     said_dense = Signal(str)  # the next piece of the dense answer beside it
-    # An answer's Stats, None if there is none: `failed` has then said why; is it the dense one beside, and the last?
-    answered = Signal(object, bool, bool)
+    # An answer's Stats, None if there is none: `failed` has then said why; how it ended, if not by itself; is it the
+    # dense one beside, and the last?
+    answered = Signal(object, str, bool, bool)
     opened = Signal(object, str)  # a saved chat: its messages, and what selects
     failed = Signal(str)  # one line
     ended = Signal()
@@ -112,15 +114,15 @@ class Worker(QObject):
         """Answer one message, piece by piece; `beside`: once more with all neurons."""
         session = self._session
         before = [] if session is None else list(session.messages)
-        stats = self._stream(session, text, self.said)
+        stats, end = self._stream(session, text, self.said)
         beside = beside and stats is not None and not self.stop.is_set()
-        self.answered.emit(stats, False, not beside)
+        self.answered.emit(stats, end, False, not beside)
         if stats is not None:
             self._keep(text)
         if beside:
             dense = self._new_session(dense=True)
             dense.messages = before  # reads the same conversation
-            self.answered.emit(self._stream(dense, text, self.said_dense), True, True)
+            self.answered.emit(*self._stream(dense, text, self.said_dense), True, True)
 
     @Slot(str)
     def choose(self, choice: str) -> None:
@@ -197,11 +199,12 @@ class Worker(QObject):
         # Stopping waits for a step of the prefill: half a thousand tokens are soon read.
         return Session(self._model, self._tokenizer, prefill_step_size=512, **options)
 
-    def _stream(self, session: Session | None, text: str, said: SignalInstance) -> Stats | None:
-        """Answer a message in a conversation; None if that failed."""
+    def _stream(self, session: Session | None, text: str, said: SignalInstance) -> tuple[Stats | None, str]:
+        """Answer a message in a conversation; its Stats, None if that failed, and how it ended."""
         if session is None or self.stop.is_set():
-            return None
-        stats = None
+            return None, ""
+        stats, loops, loop = None, LoopFinder(), False
+        penalize(session, PENALTY if below_own_density(session) else 1)
 
         def show_selection() -> None:
             if session is self._session:
@@ -222,14 +225,15 @@ class Worker(QObject):
                     show_selection()
                 if response.text:
                     said.emit(response.text)
-                if self.stop.is_set():
+                loop = loop or loops.feed(response.token)
+                if loop or self.stop.is_set():
                     session.cancel()
                 stats = response.stats
         except _FAILURES as exc:
             full = isinstance(exc, PromptError) and session.messages
             self.failed.emit(f"{_line(exc)} (File, New Chat begins another one)" if full else _line(exc))
-            return None
-        return stats
+            return None, ""
+        return stats, "" if stats is None else _end(stats, loop)
 
     def _keep(self, text: str) -> None:
         """Save the conversation, under the time and the words that it began with."""
@@ -272,6 +276,15 @@ class Worker(QObject):
             self.advanced.emit(what, done, total)
 
         return advance
+
+
+def _end(stats: Stats, loop: bool) -> str:
+    """How an answer ended, in words, if not by itself."""
+    if loop:
+        return " [ended: it was repeating itself; a higher density may help]"
+    if stats.finish_reason == "cancelled":
+        return " [stopped]" if stats.completion_tokens else "[stopped before it began; nothing is kept]"
+    return " [cut off]" if stats.finish_reason == "length" else ""
 
 
 def _line(exc: Exception) -> str:
