@@ -475,7 +475,7 @@ sys.exit(app.main([{str(checkpoint)!r}]))
 def test_screenshot(window: Any, smollm2: Path) -> None:
     window.open_model(str(smollm2))
     wait(lambda: window.ready)
-    for text in ("How do I take care of a houseplant?", "Write a Python function that reverses a string."):
+    for text in ("What is the capital of France?", "Write a Python function that reverses a string."):
         window.beside.setChecked("Python" in text)
         say(window, text, end=False)
         wait(lambda: window.ready, 500)

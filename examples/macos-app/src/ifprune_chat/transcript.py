@@ -6,7 +6,7 @@ Whatever an answer holds is inert: HTML stays text, no picture is loaded, no lin
 from __future__ import annotations
 
 from PySide6.QtCore import QTimer, QUrl
-from PySide6.QtGui import QTextBlockFormat, QTextCharFormat, QTextCursor, QTextDocument
+from PySide6.QtGui import QTextBlockFormat, QTextCharFormat, QTextCursor, QTextDocument, QTextFormat
 from PySide6.QtWidgets import QTextEdit
 
 # An answer is drawn anew, as a whole, since what comes next can change the meaning of what was there.
@@ -30,7 +30,7 @@ class Transcript(QTextEdit):
         self._redraw = QTimer(self, singleShot=True, interval=_REDRAW_MS)
         self._redraw.timeout.connect(self._draw)
 
-    def loadResource(self, kind: int, name: QUrl) -> None:
+    def loadResource(self, kind: int, name: QUrl | str) -> None:
         """Nothing: a picture in an answer could name any file or address."""
 
     def say(self, who: str, text: str) -> None:
@@ -81,9 +81,22 @@ class Transcript(QTextEdit):
         cursor.insertMarkdown(_with_breaks(self._answer), _MARKDOWN)
         if self._end().position() == self._begin:  # such as the fence of code that has not come
             cursor.insertText(self._answer)
+        self._shrink_headings()
         self._follow(follows)
         if not follows:
             bar.setValue(place)
+
+    def _shrink_headings(self) -> None:
+        """A chat is no book: `# Test` may be a comment of code that has no fence."""
+        smaller = QTextCharFormat()
+        smaller.setProperty(QTextFormat.Property.FontSizeAdjustment, 1)
+        block = self.document().findBlock(self._begin or 0)
+        while block.isValid():
+            if block.blockFormat().headingLevel():
+                cursor = QTextCursor(block)
+                cursor.select(QTextCursor.SelectionType.BlockUnderCursor)
+                cursor.mergeCharFormat(smaller)
+            block = block.next()
 
     def _follow(self, follows: bool) -> None:
         self._follows = follows
