@@ -14,11 +14,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from ifprune_convert.pipeline import Options, convert
+from ifprune_convert.readers import open_source
 from ifprune_mlx import Instruction, Selection, TaskStore, load, make_selector
 from tests.cli.process import environment
+from tests.ifprune_mlx.reference import random_selection
 from tests.tiny import write_checkpoint
+from tests.tiny_predictor import write_predictor
 
 os.environ.setdefault("QT_QPA_PLATFORM", "offscreen")
 QtWidgets = pytest.importorskip("PySide6.QtWidgets", exc_type=ImportError)
@@ -45,10 +50,22 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("app") / "checkpoint", max_position_embeddings=4096)
 
 
+@pytest.fixture(scope="module")
+def predicting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a predictor, which selects before the prompt is read."""
+    folder = tmp_path_factory.mktemp("predicting")
+    write_checkpoint(folder / "plain")
+    options = Options(predictor=write_predictor(folder / "head"))
+    convert(open_source(folder / "source-of-plain"), folder / "checkpoint", options)
+    return folder / "checkpoint"
+
+
 @pytest.fixture
 def window(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The app's window, without a model. It is closed at the end, and must end its thread then."""
     monkeypatch.syspath_prepend(str(SOURCES))
+    # Tiny models say the same token for ever; who tests that an answer is stopped needs a long one.
+    monkeypatch.setattr("ifprune_cli.chat_repetition.LoopFinder.feed", lambda self, token: False)
     application = QtWidgets.QApplication.instance() or QtWidgets.QApplication([])
     from ifprune_chat.window import Window
 
@@ -195,9 +212,9 @@ def test_the_event_loop_stays_free_during_an_answer(chat: Any) -> None:
 def test_a_full_context_says_what_to_do(window: Any, tiny_checkpoint: Path) -> None:
     window.open_model(str(tiny_checkpoint))
     wait(lambda: window.ready)
-    say(window, "Hello there" * 20)
-    say(window, "Hello there" * 20)
-    assert said(window).endswith("(File, New Chat forgets this one)")
+    for _ in range(3):  # more than the context holds, whatever is answered
+        say(window, "Hello there" * 20)
+    assert said(window).endswith("(File, New Chat begins another one)")
     window._new_chat()
     say(window, "Hello there")
     assert said(window).startswith("You\nHello there\nAnswer\n")
@@ -206,6 +223,208 @@ def test_a_full_context_says_what_to_do(window: Any, tiny_checkpoint: Path) -> N
 def test_an_answer_with_html_is_shown_as_text(chat: Any) -> None:
     say(chat, "<b>Hello</b> <img src=x>")
     assert said(chat).startswith("You\n<b>Hello</b> <img src=x>\n")
+
+
+MARKDOWN = """# Title
+
+Some **bold**, <b>raw</b> <script>alert(1)</script> and ![pixel](file:///etc/hostname) ![far](http://a.example/x.png).
+[A link](javascript:alert)
+
+```python
+def f(x):
+    return x
+```
+
+| a | b |
+|---|---|
+| 1 | 2 |
+"""
+
+
+def test_answers_are_markdown_and_nothing_in_them_is_loaded(window: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = window.conversation
+    asked: list[str] = []
+    loading = type(shown).loadResource
+
+    def watched(self: Any, kind: int, name: Any) -> Any:
+        asked.append(name.toString())
+        return loading(self, kind, name)
+
+    monkeypatch.setattr(type(shown), "loadResource", watched)
+    shown.say("You", "**not** bold")
+    shown.begin_answer()
+    for piece in (MARKDOWN[start : start + 7] for start in range(0, len(MARKDOWN), 7)):
+        shown.add(piece)
+        shown._draw()  # as often as it can be
+    shown.end_answer(" [cut off]")
+    window.grab()
+    text = said(window)
+    assert text.startswith("You\n**not** bold\nAnswer\nTitle\nSome bold, <b>raw</b> <script>alert(1)</script> and ")
+    assert "```" not in text
+    assert "def f(x):\n    return x\n" in text
+    assert text.endswith(" [cut off]")
+    assert text.count("Title") == 1
+    assert set(asked) <= {"file:///etc/hostname", "http://a.example/x.png"}
+    assert all(loading(shown, 2, QtCore.QUrl(name)) is None for name in asked)
+    html = shown.toHtml()
+    assert "font-weight:700" in html.partition("bold")[0].rpartition("<span")[2]
+    assert "<table" in html
+    # The next message begins below it, in its own style.
+    shown.say("You", "and **now**?")
+    assert said(window).endswith(" [cut off]\nYou\nand **now**?")
+
+
+def test_an_error_during_an_answer_stays(window: Any) -> None:
+    window.conversation.say("You", "Hello")
+    window.conversation.begin_answer()
+    window.conversation.add("It *began*")
+    window.fail("the disk is full")
+    window._answered(None, "", False, True)
+    assert said(window) == "You\nHello\nAnswer\nIt began\nError\nthe disk is full"
+
+
+def test_the_strip_changes_before_the_prompt_is_read_and_says_what_one_sees(predicting: Path, window: Any) -> None:
+    window.open_model(str(predicting))
+    wait(lambda: window.ready)
+    events: list[str] = []
+    window._worker.switched.connect(lambda selection: events.append("switched"))
+    window._worker.advanced.connect(lambda what, done, total: events.append(f"{what} {done}"))
+    window._worker.said.connect(lambda text: events.append("said"))
+    set_density(window, 25)
+    say(window, "Hello there")
+    assert events[:2] == ["switched", "Reading 0"]
+    assert "said" in events
+    assert window.sentence.text() == window.strip.sentence()
+    assert window.sentence.text().startswith("25% of the neurons in each of 2 layers answer")
+
+
+def test_the_sentence_counts_what_came_in_and_went_out(window: Any) -> None:
+    one, other = random_selection((128, 128), (32, 32), 0), random_selection((128, 128), (64, 32), 1)
+    window._switched(one)
+    window._switched(other)
+    stayed = [np.isin(new, old).sum() for new, old in zip(other.ids, one.ids, strict=True)]
+    came, went = 1 - sum(stayed) / 96, 1 - sum(stayed) / 64
+    wanted = f"New neurons: {came:.0%} of those in use came in, {went:.0%} of those before went out. "
+    assert window.sentence.text() == f"{wanted}Layer 0 changed most, layer 1 least."
+    window._switched(other)  # the first token of the same answer
+    assert window.sentence.text().startswith(wanted)
+    window._switched(None)
+    assert window.sentence.text() == ""
+
+
+def test_dense_beside_answers_the_same_conversation_with_all_neurons(chat: Any) -> None:
+    assert not chat.dense_conversation.isVisible()
+    set_density(chat, 25)
+    say(chat, "Hello there")
+    chat.beside.setChecked(True)
+    assert chat.dense_conversation.isVisible()
+    say(chat, "Something else")
+    sliced, dense = said(chat), str(chat.dense_conversation.toPlainText())
+    assert sliced.count("Answer\n") == 2
+    assert dense.startswith("You\nSomething else\nAnswer\n")
+    assert dense.partition("Answer\n")[2] not in ("", sliced.rpartition("Answer\n")[2])
+    assert "all neurons" in chat.figures.text().splitlines()[1]
+    assert chat.strip.selection is not None  # of the sliced answer
+    # What was said beside it is no part of the conversation.
+    assert [message["content"] for message in chat._worker._session.messages[::2]] == ["Hello there", "Something else"]
+    say(chat, "And now?")
+    assert chat.strip.selection.density == 0.25
+    # It read the conversation, not only the message: a new one answers otherwise.
+    chat.choice.setCurrentIndex(chat.choice.findData("dense"))
+    chat.choice.activated.emit(chat.choice.currentIndex())
+    assert not chat.beside.isEnabled()
+
+
+def test_stop_ends_the_answer_beside_too(chat: Any) -> None:
+    chat.beside.setChecked(True)
+    say(chat, "Tell me a long story", end=False)
+    wait(lambda: str(chat.dense_conversation.toPlainText()).partition("Answer\n")[2])
+    QtTest.QTest.keyClick(chat.message, QtCore.Qt.Key.Key_Escape)
+    wait(lambda: chat.ready, 10)
+    assert str(chat.dense_conversation.toPlainText()).endswith(" [stopped]")
+    assert not said(chat).endswith(" [stopped]")
+
+
+def chats(window: Any) -> list[Any]:
+    """What the menu lists."""
+    window.chats.aboutToShow.emit()
+    return [action for action in window.chats.actions() if action.isEnabled()]
+
+
+def test_chats_are_saved_listed_opened_and_deleted(
+    chat: Any, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IFPRUNE_DATA", str(tmp_path))
+    chat.open_model(str(checkpoint))
+    wait(lambda: chat.ready)
+    assert chats(chat) == []
+    say(chat, "Hello / there & everybody?")
+    say(chat, "And then?")
+    wait(lambda: chats(chat))
+    first, seen = chat.strip.selection, said(chat)
+    chat._new_chat()
+    assert said(chat) == ""
+    say(chat, "Another chat")
+    wait(lambda: len(chats(chat)) == 2)
+    names = [action.text() for action in chats(chat)]
+    (old,) = [action for action in chats(chat) if action.text().endswith(" Hello there everybody")]
+    old.trigger()
+    wait(lambda: said(chat).startswith("You\nHello / there"))
+    assert said(chat).replace(" [cut off]", "") == seen.replace(" [cut off]", "")
+    say(chat, "Go on")
+    assert said(chat).count("You\n") == 3
+    assert chat._worker._session.messages[0]["content"] == "Hello / there & everybody?"
+    assert [action.text() for action in chats(chat)] == names  # it went into its own file
+    assert first.hash != chat.strip.selection.hash
+    chat._forget_chat()
+    wait(lambda: len(chats(chat)) == 1)
+    assert chats(chat)[0].text().endswith(" Another chat")
+
+
+def test_a_damaged_chat_is_said_in_a_line(chat: Any, tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    file.write_text("{")
+    chat._pick_chat(file)
+    wait(lambda: "Error\n" in said(chat))
+    assert "not a saved chat" in said(chat)
+    assert chat.ready
+
+
+def test_a_loop_is_ended_with_a_line(chat: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ifprune_cli.chat_repetition.LoopFinder.feed", lambda self, token: True)
+    say(chat, "Hello there")
+    assert said(chat).endswith(" [ended: it was repeating itself; a higher density may help]")
+    assert "tokens/s" in chat.figures.text()
+
+
+def test_a_line_of_an_answer_ends_on_the_screen_and_code_stays_as_it_is(window: Any) -> None:
+    window.conversation.begin_answer()
+    window.conversation.add("one\ntwo\n\n~~~\nx = 1\n```\n~~~\nthree\nfour")
+    window.conversation.end_answer()
+    lines = said(window).replace("\u2028", "\n").split("\n")
+    assert [line for line in lines if line] == ["Answer", "one", "two", "x = 1", "```", "three", "four"]
+
+
+def test_the_end_is_followed_until_the_reader_scrolls_up(window: Any) -> None:
+    shown, bar = window.conversation, window.conversation.verticalScrollBar()
+    shown.begin_answer()
+    for number in range(200):
+        shown.add(f"line {number}\n\n")
+    shown.end_answer()
+    window.beside.setChecked(True)  # makes the lines shorter, and the text longer
+    shown.say("You", "And now?")
+    shown.begin_answer()
+    wait(lambda: 0 < bar.maximum() == bar.value())
+    bar.setValue(bar.maximum() // 2)
+    place = bar.value()
+    shown.add("more\n\n" * 50)
+    shown._draw()
+    QtWidgets.QApplication.processEvents()
+    assert bar.value() == place
+    bar.setValue(bar.maximum())
+    shown.add("more\n\n" * 50)
+    shown._draw()
+    wait(lambda: bar.value() == bar.maximum())
 
 
 def test_closing_during_an_answer_ends_it(chat: Any) -> None:
@@ -256,7 +475,8 @@ sys.exit(app.main([{str(checkpoint)!r}]))
 def test_screenshot(window: Any, smollm2: Path) -> None:
     window.open_model(str(smollm2))
     wait(lambda: window.ready)
-    for text in ("Write a Python function that reverses a string.", "How do I take care of a houseplant?"):
+    for text in ("What is the capital of France?", "Write a Python function that reverses a string."):
+        window.beside.setChecked("Python" in text)
         say(window, text, end=False)
-        wait(lambda: window.ready, 300)
+        wait(lambda: window.ready, 500)
     assert window.grab().save(str(PICTURE))

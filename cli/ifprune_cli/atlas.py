@@ -13,7 +13,7 @@ import typer
 from .console import note, progress, result_json, show
 from .evaluate import MaxLengthOption
 from .evaluate_report import overlap_words
-from .loading import load_model
+from .loading import load_model, model_name
 from .options import (
     DataOption,
     DensityOption,
@@ -97,8 +97,7 @@ def atlas(
         found = analysis.survey(loaded, examples, chosen, loaded.keep(density), progress=update)
     value, charts = found.to_dict(), {"overlap": analysis.overlap_chart(found), "shared": analysis.shared_chart(found)}
     if quality is not None:
-        name = loaded.checkpoint.path.name if model is None else Path(model).name
-        value["quality"], charts["quality"] = quality.to_dict(), analysis.quality_chart(name, quality)
+        value["quality"], charts["quality"] = quality.to_dict(), analysis.quality_chart(model_name(model), quality)
     if timed:
         budget = {"count": timed, "max_tokens": max_tokens, "seed": seed}
         with progress("answer", "answers") as update:

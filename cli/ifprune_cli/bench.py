@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from .console import gigabytes, kernel_lines, note, progress, result_json, show
-from .loading import open_checkpoint
+from .loading import model_name, open_checkpoint
 from .options import (
     AnyModelOption,
     DensityOption,
@@ -99,6 +99,7 @@ class _Outputs:
     plot: Annotated[Optional[Path], output_option("--plot", metavar="FILE", help="Draw the rates as .png or .svg.")] = (
         None
     )
+    details: Annotated[bool, output_option("--details", help="Print all that was measured.")] = False
     json: JsonFileOption = None
 
     def check(self) -> None:
@@ -148,7 +149,8 @@ def bench(
             checkpoint, cast = shape.make(folder, dtype), None
         if dtype is None and (chosen := default_dtype(checkpoint)) is not None:
             cast = str(chosen).removeprefix("mlx.core.")  # for the plain models as well
-        result = {"shape": shape.shape or "checkpoint", **_measure(checkpoint, folder, cast, density, measured)}
+        names = {"model": shape.shape or model_name(model), "shape": shape.shape or "checkpoint"}
+        result = {**names, **_measure(checkpoint, folder, cast, density, measured)}
     if outputs.plot is not None:
         _draw(result, outputs.plot)
     if outputs.json is not None and str(outputs.json) == "-":
@@ -157,7 +159,10 @@ def bench(
     if outputs.json is not None:
         text = json.dumps(result) + "\n"
         write_atomic(outputs.json, lambda file: file.write_text(text, encoding="utf-8"), IfpruneError)
-    show("\n".join(_table(result)))
+    lines = [*_headline(result), "", *_table(result)]
+    show("\n".join([*lines, "", *_details(result)] if outputs.details else lines))
+    if not outputs.details:
+        note("--details prints all that was measured")
 
 
 def _measure(
@@ -196,18 +201,45 @@ def _measure(
         return measure(config, update)
 
 
+def _headline(result: dict[str, Any]) -> list[str]:
+    """The line that people come for, and one that says so where the first token comes later."""
+    ratio, rows = result["headline"], {row["name"]: row for row in result["rows"]}
+    memory = f"memory {ratio['memory']:.2f}x"
+    if ratio["memory_ssd"] is not None:
+        memory += f" ({ratio['memory_ssd']:.2f}x on ssd)"
+    line = f"sliced {ratio['decode']:.2f}x {ratio['against']} in decoding, {ratio['prefill']:.2f}x in reading, "
+    lines = [f"{line}TTFT {ratio['ttft']:.2f}x, {memory}"]
+    if ratio["ttft"] > 1:
+        dense, sliced = rows[ratio["against"]], rows["sliced"]
+        lines.append(
+            f"the first token comes later: after {sliced['ttft_s']:.3f} s instead of {dense['ttft_s']:.3f} s, "
+            f"of which {sliced['select_s'] + sliced['switch_s']:.3f} s select and switch"
+        )
+    return lines
+
+
 def _table(result: dict[str, Any]) -> list[str]:
-    """In words: a row each, and what the ratios say."""
+    """A row for everything that was timed."""
+    lines = [_row("", "read tok/s", "decode tok/s", "TTFT s", "memory")]
+    for row in result["rows"]:
+        rates = f"{row['prefill_tok_s']:.1f}", f"{row['decode_tok_s']:.2f}"
+        lines.append(_row(row["name"], *rates, f"{row['ttft_s']:.3f}", gigabytes(row["rss"])))
+    return lines
+
+
+def _row(name: str, *cells: str) -> str:
+    return f"{name:<14} " + " ".join(f"{cell:>12}" for cell in cells)
+
+
+def _details(result: dict[str, Any]) -> list[str]:
+    """What else was measured: spreads, parts of the TTFT, and ratios in words."""
     bandwidth, ratios, intervals = result["machine"]["bandwidth"], result["ratios"], result["intervals"]
-    heads = ("prefill tok/s", "decode tok/s", "of limit", "select s", "switch s", "TTFT s", "MLX peak", "resident")
-    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    lines = [_row("", "decode +-", "of limit", "select s", "switch s", "MLX peak")]
     for row in result["rows"]:
         share = "" if row["share_of_limit"] is None else f"{100 * row['share_of_limit']:.0f} %"
-        decode = f"{row['decode_tok_s']:.2f} ± {50 * row['decode_spread']:.0f} %"
-        cells = [row["name"], f"{row['prefill_tok_s']:.1f}", decode, share]
-        cells += [f"{row[what]:.3f}" for what in ("select_s", "switch_s", "ttft_s")]
-        cells += [gigabytes(row["peak_memory"]), gigabytes(row["rss"])]
-        lines.append("| " + " | ".join(cells) + " |")
+        times = f"{row['select_s']:.3f}", f"{row['switch_s']:.3f}"
+        spread = f"{50 * row['decode_spread']:.0f} %"
+        lines.append(_row(row["name"], spread, share, *times, gigabytes(row["peak_memory"])))
     intervals_shown = {
         "decode_vs_static": "sliced decoding / a plain model of that size",
         "prefill_vs_static": "sliced prefill / a plain model of that size",
@@ -241,13 +273,10 @@ def _table(result: dict[str, Any]) -> list[str]:
 def _draw(result: dict[str, Any], path: Path) -> None:
     from ifprune_mlx.eval.plots import bar_chart, write_figure
 
-    rates = {
-        row["name"]: {
-            "measured": row["decode_tok_s"],
-            "limit of the memory": row["decode_tok_s"] / row["share_of_limit"],
-        }
-        for row in result["rows"]
-        if row["share_of_limit"] is not None
-    }
-    title = f"Decoding, {result['shape']}, {result['layers']} layers, density {result['density']:.2f}"
-    write_figure(bar_chart(title, "tokens per second", rates), path)
+    bars = {}
+    for row in result["rows"]:
+        share = row["share_of_limit"]
+        name = row["name"] if share is None else f"{row['name']} ({100 * share:.0f} % of the memory's limit)"
+        bars[name] = {"measured": row["decode_tok_s"]}
+    layers = f"{result['layers']} layers, density {result['density']:.2f}"
+    write_figure(bar_chart(f"{result['model']}: decoding, {layers}", "tokens per second", bars), path)

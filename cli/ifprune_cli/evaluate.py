@@ -11,7 +11,7 @@ import typer
 
 from .console import note, progress, result_json, show
 from .evaluate_report import notes, tables
-from .loading import load_model, open_checkpoint
+from .loading import load_model, model_name, open_checkpoint
 from .options import (
     DataOption,
     DensityOption,
@@ -106,7 +106,8 @@ PlotOption = Annotated[
     _output(
         "--plot",
         metavar="FILE",
-        help="Draw the losses against the active parameters (.png or .svg). Needs ifprune-mlx[plots].",
+        help="Draw the losses, of several densities against the active parameters (.png or .svg). "
+        "Needs ifprune-mlx[plots].",
     ),
 ]
 
@@ -171,14 +172,14 @@ def evaluate(
     if json is not None:
         _write_json(json, result.evaluations[0].to_dict() if densities is None else result.to_dict())
     if plot is not None:
-        _draw(result, plot)
+        _draw(result, model_name(model), plot)
 
 
-def _draw(result: EvalResult, plot: Path) -> None:
+def _draw(result: EvalResult, name: str, plot: Path) -> None:
     from ifprune_mlx.eval.analysis import Quality, quality_chart
     from ifprune_mlx.eval.plots import write_figure
 
-    write_figure(quality_chart(result.model, Quality.of(result.to_dict(), "--plot")), plot)
+    write_figure(quality_chart(name, Quality.of(result.to_dict(), "--plot")), plot)
 
 
 def _print_tables(result: Evaluation) -> None:

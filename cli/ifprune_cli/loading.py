@@ -269,5 +269,9 @@ def open_runtime(
         from ifprune_mlx.chat_template import with_variables
 
         tokenizer = with_variables(tokenizer, given)
-    name = EMBEDDED if model.model is None else Path(model.model).name or Path(model.model).resolve().name
-    return Runtime(loaded, tokenizer, name, selector, selection, choice.dense, kept, generation)
+    return Runtime(loaded, tokenizer, model_name(model.model), selector, selection, choice.dense, kept, generation)
+
+
+def model_name(model: str | None) -> str:
+    """What to call the given model, or the embedded default."""
+    return EMBEDDED if model is None else Path(model).name or Path(model).resolve().name

@@ -66,8 +66,8 @@ class _Outputs:
         output_option(
             "--plot",
             metavar="FILE",
-            help="Draw where the kept neurons lie, or, with --with-prompt or --compare, the overlaps (.png or .svg). "
-            "This needs ifprune-mlx[plots].",
+            help="Draw what is kept here and not by the static selection, or by that of one --with-prompt or "
+            "--compare; of several, draw the overlaps (.png or .svg). This needs ifprune-mlx[plots].",
         ),
     ] = None
     json: JsonOption = False
@@ -131,7 +131,7 @@ def select(
     if outputs.save is not None:
         store.save(outputs.save, selection)
     if outputs.plot is not None:
-        _draw(outputs.plot, text, selection, others if texts or files else {})
+        _draw(outputs.plot, text, selection, others, [*map(str, files), *texts])
     _print(selection, others, seconds, outputs)
 
 
@@ -184,14 +184,16 @@ def _print(selection: Selection, others: dict[str, Selection], seconds: float, o
         note(f"saved as task {outputs.save}; use it with: ifprune generate --task {outputs.save} --prompt ...")
 
 
-def _draw(plot: Path, text: str, selection: Selection, others: dict[str, Selection]) -> None:
-    """One selection as strips, or it and others as a matrix of overlaps."""
-    from ifprune_mlx.eval.analysis import selection_chart, selections_chart
+def _draw(plot: Path, text: str, selection: Selection, others: dict[str, Selection], asked: Sequence[str]) -> None:
+    """The difference to the one selection that was asked for, or to the static one; of more, a matrix of overlaps."""
+    from ifprune_mlx.eval.analysis import difference_chart, selections_chart
     from ifprune_mlx.eval.plots import write_figure
 
-    if not others:
-        title = f"Kept for: {shortened(text, 60)} ({selection.selector}, density {selection.density:.2f})"
-        write_figure(selection_chart(title, selection), plot)
+    if len(asked) < 2:
+        # Those that were asked for come last in `others`, the static one comes first.
+        other, name = (list(others.values())[-1], "the other") if asked else (next(iter(others.values())), "static")
+        title = " against ".join([*(f'"{shortened(part, _NAME_WIDTH)}"' for part in (text, *asked)), name][:2])
+        write_figure(difference_chart(title, selection, other, name), plot)
         return
     short: dict[str, Selection] = {}
     for name, each in {text: selection, **others}.items():

@@ -263,6 +263,7 @@ def _report(
         "selector": "learned" if checkpoint.has_predictor else "random",
         "predictor_bytes": checkpoint.predictor_bytes,
         "rows": rows,
+        "headline": _headline(rows),
         "ratios": {
             **{name: None if value is None else value["median"] for name, value in measured.items()},
             "select_switch_share_of_ttft": of_sliced(lambda r: (r["select_s"] + r["switch_s"]) / r["ttft_s"]),
@@ -278,6 +279,19 @@ def _report(
         "intervals": {name: value for name, value in measured.items() if value is not None},
         "memory": memory,
     }
+
+
+def _headline(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What most people want to know: the row `sliced` divided by the dense one, figure by figure of the table.
+
+    `against` names the dense row, mlx-lm's if it was measured. `memory_ssd` is of the row `sliced ssd`, or None.
+    """
+    named = {row["name"]: row for row in rows}
+    dense, sliced = named.get(DENSE, named[OUR_DENSE]), named[SLICED]
+    figures = {"decode": "decode_tok_s", "prefill": "prefill_tok_s", "ttft": "ttft_s", "memory": "rss"}
+    ssd = named[ON_SSD]["rss"] / dense["rss"] if ON_SSD in named else None
+    ratios = {name: sliced[what] / dense[what] for name, what in figures.items()}
+    return {"against": dense["name"], **ratios, "memory_ssd": ssd}
 
 
 def _cast_scale(config: BenchConfig) -> float | None:

@@ -35,7 +35,7 @@ from ifprune_mlx.eval.metrics import (
     mean_overlaps,
     paired_differences,
 )
-from ifprune_mlx.eval.plots import Matrix, Panel, Series, band_chart, bar_chart, line_chart, matrix_chart, strip_chart
+from ifprune_mlx.eval.plots import Matrix, Panel, Series, band_chart, bar_chart, line_chart, matrix_chart
 from ifprune_mlx.generation import stream_generate
 from ifprune_mlx.model import Model, Progress
 from ifprune_mlx.selection.cache import SelectionCache
@@ -51,7 +51,6 @@ BANDS = ("all domains", "some domains", "single prompts", "nobody")
 PARTS = ("select", "switch", "prefill", "decode")
 
 _HALF = 0.5
-_BINS = 96
 _LEVELS = ("dense", "healed-dense")  # their loss does not depend on the density
 _WARM_UP = 4
 _LARGEST_EVALUATION = 1 << 26  # bytes
@@ -294,6 +293,8 @@ def shared_chart(found: Survey) -> Figure:
 def quality_chart(name: str, quality: Quality) -> Figure:
     """Draw losses against active parameters: a panel per domain, after one over all domains if there are several.
 
+    Of a single density they are bars.
+
     Args:
         name: of the model.
     """
@@ -301,6 +302,11 @@ def quality_chart(name: str, quality: Quality) -> Figure:
     every = [(active, _with_mean(losses)) for active, losses in quality.curve]
     titles = {POOLED: "mean over domains"} if len(first) > 1 else {}
     titles |= {domain: domain for domain in first}
+    if len(every) == 1:
+        active, losses = every[0]
+        where = f"{active / 1e6:.1f}M of {quality.total_parameters / 1e6:.1f}M parameters active"
+        bars = {title: losses[domain] for domain, title in titles.items()}
+        return bar_chart(f"{name}: loss of given answers", f"nats per answer token, {where}", bars)
     panels = []
     for domain, title in titles.items():
         series = []
@@ -333,15 +339,19 @@ def machine() -> str:
     return f"{platform.system()} {platform.machine()}, {mx.default_device().type.name}"
 
 
-def selection_chart(title: str, selection: Selection) -> Figure:
-    """Draw where in each layer the kept neurons lie."""
-    bins = min(_BINS, *selection.widths)
-    shares = np.zeros((len(selection.widths), bins))
-    for row, ids, width in zip(shares, selection.ids, selection.widths, strict=True):
-        inside = np.bincount(np.arange(width, dtype=np.int64) * bins // width, minlength=bins)
-        row[:] = np.bincount(ids.astype(np.int64) * bins // width, minlength=bins) / inside
-    where = "place in the layer, % of its neurons, in the source model's order"
-    return strip_chart(title, where, "layer", "share of neurons kept", shares)
+def difference_chart(title: str, one: Selection, other: Selection, name: str) -> Figure:
+    """Draw how much of each layer two selections of one model keep, both or one of them.
+
+    Args:
+        name: of the other, such as `static`.
+    """
+    bands: dict[str, list[float]] = {"both": [], "this prompt only": [], f"{name} only": []}
+    for ids, others, width in zip(one.ids, other.ids, one.widths, strict=True):
+        common = np.intersect1d(ids, others, assume_unique=True).size
+        for band, count in zip(bands.values(), (common, ids.size - common, others.size - common), strict=True):
+            band.append(100 * count / width)
+    label = f"layer ({one.selector}, density {one.density:.2f})"
+    return band_chart(title, label, "% of the layer's neurons, kept for", bands)
 
 
 def selections_chart(title: str, selections: Mapping[str, Selection]) -> Figure:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -40,7 +40,8 @@ _COLUMNS = 2
 _DPI = 160
 _LOG_RATIO = 3.0  # y is logarithmic from this highest / lowest value on, so that one bad line does not flatten others
 _MOST_NUMBERS = 12  # most rows of a matrix that shows its numbers
-_MOST_NAMES = 40
+_NUMBER, _LETTER = 0.42, 0.075  # inches that a number and a letter of a name take
+_COLOUR_BAR = 1.3  # inches
 _STYLE: Any = {
     "axes.axisbelow": True,
     "axes.edgecolor": "#666666",
@@ -192,10 +193,10 @@ def bar_chart(
 
 
 def band_chart(title: str, x_label: str, y_label: str, bands: Mapping[str, Sequence[float]]) -> Figure:
-    """Draw bands stacked over x = 0, 1, 2, ..., the first at the bottom.
+    """Draw bands of percentages stacked over x = 0, 1, 2, ..., the first at the bottom.
 
     Args:
-        bands: by name, one number of at least 0 for each x; all of one length.
+        bands: by name, a number for each x, together at most 100; all of one length.
     """
     names = list(bands)
     with _drawing(title, 3.9) as figure:
@@ -210,7 +211,7 @@ def band_chart(title: str, x_label: str, y_label: str, bands: Mapping[str, Seque
             handles.append(handle)
             base += values
         axes.set_xlim(-0.5, len(base) - 0.5)
-        axes.set_ylim(0, float(base.max()))
+        axes.set_ylim(0, 100)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
@@ -221,22 +222,26 @@ def band_chart(title: str, x_label: str, y_label: str, bands: Mapping[str, Seque
 def matrix_chart(
     title: str, label: str, value_label: str, matrices: Sequence[Matrix], low: float, high: float
 ) -> Figure:
-    """Draw square heat maps side by side with one colour scale; small ones show their numbers.
+    """Draw square heat maps with one colour scale, side by side if they fit; small ones show their numbers.
 
     Args:
         label: of rows and columns.
         matrices: at least one.
         low, high: ends of the scale; values beyond them get the end's colour.
     """
-    size = _WIDTH / (len(matrices) + 0.4) if len(matrices) > 1 else 6.4
-    with _drawing(title, size + 0.6) as figure:
-        grid = figure.subplots(1, len(matrices), squeeze=False)
+    margin = _LETTER * max(len(name) for matrix in matrices for name, _ in matrix.groups) + 0.4
+    side = max(map(_legible, matrices))
+    columns = len(matrices) if len(matrices) * (side + margin) + _COLOUR_BAR <= _WIDTH else 1
+    rows = len(matrices) // columns
+    side = min(side, (_WIDTH - _COLOUR_BAR) / columns - margin)
+    with _drawing(title, 0.5 + rows * (side + margin + 0.3)) as figure:
+        grid = figure.subplots(rows, columns, squeeze=False)
         for axes, matrix in zip(grid.flat, matrices, strict=True):
-            image = _heat(axes, matrix.values, low, high, "equal")
+            image = _heat(axes, matrix.values, low, high)
             axes.set_title(matrix.title)
             axes.set_xlabel(label)
             axes.set_ylabel(label)
-            _name_groups(axes, matrix.groups)
+            _name_groups(axes, matrix.groups, side)
             if len(matrix.values) <= _MOST_NUMBERS:
                 _write_numbers(axes, matrix.values, low, high)
         values = np.concatenate([matrix.values.ravel() for matrix in matrices])  # NaN is beyond neither end
@@ -244,26 +249,6 @@ def matrix_chart(
         beyond = ends[bool((values < low).any()), bool((values > high).any())]
         bar = figure.colorbar(image, ax=list(grid.flat), extend=beyond, shrink=0.75, aspect=30)
         bar.set_label(value_label, fontsize=9)
-    return figure
-
-
-def strip_chart(title: str, x_label: str, y_label: str, value_label: str, strips: Values) -> Figure:
-    """Draw a strip of colours for each row, the first on top, from 0 to 100 % of the row's length.
-
-    Args:
-        strips: float64 `[rows, bins]`, from 0 to 1.
-    """
-    rows = len(strips)
-    with _drawing(title, min(max(1.6 + 0.16 * rows, 2.4), 8.0)) as figure:
-        from matplotlib.ticker import MaxNLocator
-
-        axes = figure.subplots()
-        image = _heat(axes, strips, 0.0, 1.0, "auto")
-        image.set_extent((0, 100, rows - 0.5, -0.5))
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
-        figure.colorbar(image, ax=axes, label=value_label, aspect=30)
     return figure
 
 
@@ -321,25 +306,37 @@ def _lines(axes: Axes, panel: Panel, names: Sequence[str], x_label: str, y_label
     return handles
 
 
-def _heat(axes: Axes, values: Values, low: float, high: float, aspect: Literal["equal", "auto"]) -> Any:
+def _heat(axes: Axes, values: Values, low: float, high: float) -> Any:
     import matplotlib as mpl
 
     colours = mpl.colormaps[_COLOUR_MAP].with_extremes(bad="#dddddd")
     axes.spines[:].set_visible(False)
-    return axes.imshow(values, cmap=colours, vmin=low, vmax=high, aspect=aspect, interpolation="nearest")
+    return axes.imshow(values, cmap=colours, vmin=low, vmax=high, aspect="equal", interpolation="nearest")
 
 
-def _name_groups(axes: Axes, groups: Sequence[tuple[str, int]]) -> None:
-    """Write each group's name at its middle on both axes, and draw lines between groups."""
+def _legible(matrix: Matrix) -> float:
+    """Inches that a matrix's side takes so that its names, and its numbers if it shows them, do not overlap."""
+    rows, names = len(matrix.values), len(matrix.groups)
+    return max(2.8, names * _pitch(names), rows * _NUMBER if rows <= _MOST_NUMBERS else 0.0)
+
+
+def _pitch(names: int) -> float:
+    """Inches from one name to the next: many are written smaller."""
+    return 0.26 if names <= _MOST_NUMBERS else 0.2
+
+
+def _name_groups(axes: Axes, groups: Sequence[tuple[str, int]], side: float) -> None:
+    """Write each group's name at its middle on both axes, `side` inches long, and draw lines between groups."""
     ends = np.cumsum([count for _, count in groups])
     middles = [end - (count + 1) / 2 for end, (_, count) in zip(ends, groups, strict=True)]
     names = [name for name, _ in groups]
-    every = math.ceil(len(names) / _MOST_NAMES)  # more names would overlap
-    long = max(map(len, names)) > 8
+    pitch = _pitch(len(names))
+    every = max(1, math.ceil(round(len(names) * pitch / side, 3)))  # more names would overlap
+    long = max(map(len, names)) * _LETTER > side / len(names)
     turned: dict[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if long else {}
     axes.set_xticks(middles[::every], names[::every], **turned)
     axes.set_yticks(middles[::every], names[::every])
-    axes.tick_params(length=0)
+    axes.tick_params(length=0, labelsize=pitch * 40)
     if any(count > 1 for _, count in groups):
         for end in ends[:-1]:
             axes.axhline(end - 0.5, color="white", linewidth=1.5)

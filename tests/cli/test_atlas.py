@@ -97,13 +97,12 @@ def select(checkpoint: Path, *more: Any) -> dict[str, Any]:
     return answer(done)
 
 
-def test_a_selection_is_drawn_as_strips(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_selection_is_drawn_beside_the_static_one(tiny_checkpoint: Path, tmp_path: Path) -> None:
     plain = select(tiny_checkpoint)
     drawn = select(tiny_checkpoint, "--plot", tmp_path / "x.svg")
     assert drawn["selection"] == plain["selection"]
     found = texts(tmp_path / "x.svg")
-    assert "Kept for: sort $a$ list (activation, density 0.50)" in found
-    assert {"layer", "share of neurons kept"} <= found
+    assert {'"sort $a$ list" against static', "layer (activation, density 0.50)", "static only"} <= found
     select(tiny_checkpoint, "--plot", tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 

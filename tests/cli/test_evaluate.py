@@ -248,7 +248,7 @@ def test_a_chart_of_one_density_and_one_domain(tiny_checkpoint: Path, files: dic
     plot = tmp_path / "chart.svg"
     arguments = ["--data", f"code={files['code']}", "--selectors", "dense,static", "--limit", "2", "--plot", plot]
     succeed("evaluate", "--model", tiny_checkpoint, *arguments)
-    assert "code" in xml_texts(plot)
+    assert {"code", "dense", "static", "checkpoint: loss of given answers"} <= set(xml_texts(plot))
     assert "mean over domains" not in xml_texts(plot)
 
 

@@ -14,6 +14,7 @@ from ifprune_cli.commands import app
 from ifprune_cli.demo import PROMPTS
 from ifprune_mlx import Checkpoint, Selection, TaskStore
 from tests.cli.process import run, run_here
+from tests.cli.test_evaluate import xml_texts
 from tests.cli.test_generate import KEYS as GENERATE_KEYS
 from tests.cli.test_generate import answer, succeed
 
@@ -97,6 +98,22 @@ def test_select_prints_overlaps_by_layer(tiny_checkpoint: Path) -> None:
         f"overlap with {' '.join(long.split())[:57]}...",
         "overlap with write a poem",
     ]
+
+
+def test_select_draws_the_difference_to_static_or_to_another_prompt(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    base = ("select", "--model", tiny_checkpoint, "--density", "0.25", "--prompt", "2 + 2", "--plot")
+    plots = {name: tmp_path / f"{name}.svg" for name in ("static", "prompt", "file", "several")}
+    file = tmp_path / "poem.safetensors"
+    succeed("select", "--model", tiny_checkpoint, "--prompt", "write a poem", "--save-to", file)
+    succeed(*base, plots["static"])
+    succeed(*base, plots["prompt"], "--with-prompt", "write a poem")
+    succeed(*base, plots["file"], "--compare", file)
+    succeed(*base, plots["several"], "--with-prompt", "write a poem", "--compare", file)
+    found = {name: xml_texts(plot) for name, plot in plots.items()}
+    assert {'"2 + 2" against static', "static only", "this prompt only", "both"} <= set(found["static"])
+    assert {'"2 + 2" against "write a poem"', "the other only"} <= set(found["prompt"])
+    assert "the other only" in found["file"]
+    assert "share of the row's neurons that the column keeps, too" in found["several"]
 
 
 def test_select_saves_a_task(tiny_checkpoint: Path) -> None:

@@ -17,9 +17,9 @@ from ifprune_mlx.eval.analysis import (
     PARTS,
     Quality,
     Survey,
+    difference_chart,
     overlap_chart,
     quality_chart,
-    selection_chart,
     selections_chart,
     shared_chart,
     survey,
@@ -123,16 +123,34 @@ def test_charts_show_the_numbers(found: tuple[Survey, list[Selection]]) -> None:
     (axes,) = shared_chart(result).axes
     heights = [bar.get_height() for bar in axes.patches]
     assert heights == pytest.approx([100 * share for name in BANDS for share in result.bands[name]])
-    image = np.asarray(selection_chart("x", flat[0]).axes[0].images[0].get_array())
-    assert image.shape == (2, 96)
-    sizes = np.bincount(np.arange(128) * 96 // 128)
-    assert (image * sizes).sum(axis=1) == pytest.approx(KEEP)
-    assert image[1, 95] == np.mean(np.isin(np.flatnonzero(np.arange(128) * 96 // 128 == 95), flat[0].ids[1]))
     # Of another density the overlap is not the same both ways.
     both = {"one": flat[0], "other": random_selection(WIDTHS, (20, 20), 9)}
     square = selections_chart("x", both).axes[0].images[0].get_array()
     assert square[0, 1] == pytest.approx(both["one"].overlap(both["other"]))
     assert square[1, 0] == pytest.approx(both["other"].overlap(both["one"]))
+
+
+def test_the_difference_of_two_selections_is_drawn_layer_by_layer() -> None:
+    one, other = random_selection(WIDTHS, (40, 64), 0), random_selection(WIDTHS, (20, 64), 1)
+    (axes,) = difference_chart("x", one, other, "static").axes
+    shared = [np.isin(mine, theirs).sum() for mine, theirs in zip(one.ids, other.ids, strict=True)]
+    counts = [*shared, *(40 - shared[0], 64 - shared[1]), *(20 - shared[0], 64 - shared[1])]
+    assert [bar.get_height() for bar in axes.patches] == pytest.approx([100 * count / 128 for count in counts])
+    assert axes.get_ylim() == (0, 100)
+    legend = [text.get_text() for text in axes.figure.legends[0].get_texts()]
+    assert legend == ["static only", "this prompt only", "both"]
+
+
+def test_one_density_is_drawn_as_bars_that_the_legend_names() -> None:
+    value = written()
+    value["curve"] = value["curve"][:1]
+    figure = quality_chart("model", Quality.of(value, "x"))
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["mean over domains", "code", "maths"]
+    losses = [[1.5, 2.0, 9.0 - 0.5], [1.0, 1.5, 8.0], [2.0, 2.5, 9.0]]
+    assert [bar.get_width() for bar in axes.patches] == [loss for domain in losses for loss in domain]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["dense", "learned", "random"]
+    assert figure.get_suptitle() == "model: loss of given answers"
 
 
 def test_one_prompt_and_all_neurons_are_charts_too(tiny: tuple[Model, Any]) -> None:
@@ -142,7 +160,6 @@ def test_one_prompt_and_all_neurons_are_charts_too(tiny: tuple[Model, Any]) -> N
     assert result.bands["all domains"] == [1.0, 1.0]
     overlap_chart(result)
     shared_chart(result)
-    selection_chart("x", everything)
     json.dumps(result.to_dict(), allow_nan=False)
 
 

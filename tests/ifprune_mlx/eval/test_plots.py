@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -10,8 +11,10 @@ from xml.etree import ElementTree
 import matplotlib as mpl
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from ifprune_mlx.errors import IfpruneError
 from ifprune_mlx.eval.plots import (
@@ -23,7 +26,6 @@ from ifprune_mlx.eval.plots import (
     check_plot,
     line_chart,
     matrix_chart,
-    strip_chart,
     write_figure,
 )
 
@@ -48,7 +50,6 @@ def every_chart() -> dict[str, Figure]:
         "matrix": matrix_chart(
             "Shared", "by", "share", [Matrix("日本 \u2713", square, (("a", 1), ("b", 1)))], 0.5, 0.9
         ),
-        "strips": strip_chart("Kept", "place, %", "layer", "share", np.linspace(0, 1, 12).reshape(3, 4)),
     }
 
 
@@ -145,12 +146,26 @@ def test_a_matrix_shows_its_numbers_and_its_groups() -> None:
     assert big.images[0].colorbar.extend == "both"  # there is less than 0.5 and more than 0.9
 
 
-def test_strips_are_rows_from_the_top() -> None:
-    values = np.linspace(0, 1, 12).reshape(3, 4)
-    axes = strip_chart("Kept", "place, %", "layer", "share", values).axes[0]
-    assert np.array_equal(axes.images[0].get_array(), values)
-    assert axes.images[0].get_extent() == [0, 100, 2.5, -0.5]
-    assert axes.get_ylim() == (2.5, -0.5)
+@pytest.mark.parametrize("domains", [2, 3, 12, 24, 45])
+def test_names_and_numbers_of_a_matrix_do_not_overlap_at_any_size(domains: int) -> None:
+    names = [f"code-source{index}" for index in range(domains)]
+    square = np.full((domains, domains), 0.7)
+    means = Matrix("means", square, tuple((name, 1) for name in names))
+    prompts = Matrix("prompts", np.full((4 * domains, 4 * domains), 0.7), tuple((name, 4) for name in names))
+    figure = matrix_chart("Shared", "by", "share", [prompts, means], 0.5, 0.9)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    shown = {text.get_text() for axes in figure.axes[:2] for text in axes.get_yticklabels()}
+    assert shown == set(names) if domains <= 24 else shown < set(names)
+    for axes in figure.axes[:2]:
+        boxes = [[text.get_window_extent() for text in texts] for texts in (axes.get_yticklabels(), axes.texts)]
+        assert not any(Bbox.intersection(one, other) for texts in boxes for one, other in combinations(texts, 2))
+        # Names below are turned: their baselines keep a line's height apart.
+        labels = axes.get_xticklabels()
+        places = [label.get_window_extent().x1 for label in labels]
+        turn = np.sin(np.radians(labels[0].get_rotation())) or 1.0
+        apart = min(turn * (right - left) for left, right in pairwise(places))
+        assert apart >= labels[0].get_fontsize() * figure.dpi / 72 * 0.9
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])

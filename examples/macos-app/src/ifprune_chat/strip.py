@@ -22,7 +22,7 @@ LIGHT: Colours = (QColor("#e9eff5"), QColor("#0b5394"), QColor("#d55e00"))
 DARK: Colours = (QColor("#26303a"), QColor("#8cc8ff"), QColor("#ff9a3c"))
 NEW = 0.25  # of a bin's kept neurons: where so many came in, it is orange
 _CELL = 4  # pixels of a bin
-_HEIGHT = 150  # pixels that the rows share
+_HEIGHT = 96  # pixels that the rows share
 _GAP = 6
 
 
@@ -75,6 +75,27 @@ class Strip(QWidget):
         self.setAccessibleDescription(f"{selection.density:.0%} of {len(selection.widths)} layers' neurons are active")
         self.updateGeometry()
         self.update()
+
+    def sentence(self) -> str:
+        """What one sees, in words."""
+        selection, before = self.selection, self._before
+        if selection is None:
+            return ""
+        if before is None:
+            layers = len(selection.ids)
+            return (
+                f"{selection.density:.0%} of the neurons in each of {layers} layers answer: a row is a layer. "
+                "The others are not computed."
+            )
+        pairs = list(zip(selection.ids, before.ids, selection.widths, strict=True))
+        stayed = [np.intersect1d(ids, old, assume_unique=True).size for ids, old, _ in pairs]
+        if all(count == ids.size == old.size for count, (ids, old, _) in zip(stayed, pairs, strict=True)):
+            return "The same neurons as for the message before."
+        came, went = 1 - sum(stayed) / sum(selection.keep), 1 - sum(stayed) / sum(before.keep)
+        changes = [(ids.size + old.size - 2 * n) / width for n, (ids, old, width) in zip(stayed, pairs, strict=True)]
+        most, least = int(np.argmax(changes)), int(np.argmin(changes))
+        words = f"New neurons: {came:.0%} of those in use came in, {went:.0%} of those before went out."
+        return words if most == least else f"{words} Layer {most} changed most, layer {least} least."
 
     def clear(self, text: str) -> None:
         """Show a line of text instead."""

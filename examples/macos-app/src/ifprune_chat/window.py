@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from PySide6.QtCore import QEvent, QObject, Qt, QThread, QTimer, Signal
 from PySide6.QtGui import (
     QAction,
@@ -9,12 +11,10 @@ from PySide6.QtGui import (
     QFontDatabase,
     QKeyEvent,
     QKeySequence,
-    QTextBlockFormat,
-    QTextCharFormat,
-    QTextCursor,
 )
 from PySide6.QtWidgets import (
     QApplication,
+    QCheckBox,
     QComboBox,
     QFileDialog,
     QHBoxLayout,
@@ -24,31 +24,36 @@ from PySide6.QtWidgets import (
     QProgressBar,
     QPushButton,
     QSlider,
-    QTextEdit,
+    QSplitter,
     QVBoxLayout,
     QWidget,
 )
 
-from ifprune_mlx import Stats
+from ifprune_mlx import Selection, Stats
 
 from .strip import Strip
+from .transcript import Transcript
 from .worker import DENSE, EACH, FIRST, Budget, Loaded, Worker
 
 _CHOICES = ((EACH, "Each message"), (FIRST, "The first message"), (DENSE, "Nothing: all neurons"))
 # A slider that is dragged says where it is all the time; the model is told once it rests.
 _REST_MS = 150
+_MOST_CHATS = 20
 
 
 class Window(QMainWindow):
     """One conversation with one model.
 
     Attributes:
-        conversation, message, send_button, stop_button, strip, density, choice, figures, progress: its widgets.
+        conversation, dense_conversation, message, send_button, stop_button, strip, sentence, density, choice, beside,
+            figures, progress: its widgets.
         ready: whether a message can be sent now.
     """
 
     _load = Signal(object)
-    _answer = Signal(str)
+    _answer = Signal(str, bool)
+    _open_chat = Signal(object)
+    _delete_chat = Signal()
     _set_density = Signal(float)
     _choose = Signal(str)
     _reset = Signal()
@@ -58,6 +63,7 @@ class Window(QMainWindow):
         super().__init__()
         self.ready = False
         self._answering = False
+        self._chats: Path | None = None
         self._thread = QThread()
         self._worker = Worker()
         self._worker.moveToThread(self._thread)
@@ -69,9 +75,7 @@ class Window(QMainWindow):
         """Load a folder or hub id, or the embedded default (None); the window stays usable meanwhile."""
         self._worker.stop.clear()
         self._set_ready(False)
-        self.conversation.clear()
-        self.strip.clear("The neurons that a message selects are shown here")
-        self.figures.setText("")
+        self._clear()
         self._load.emit(path)
 
     def closeEvent(self, event: QCloseEvent) -> None:
@@ -103,10 +107,12 @@ class Window(QMainWindow):
             return
         self._worker.stop.clear()
         self.message.clear()
-        self._paragraph("You", text)
-        self._paragraph("Answer", "")
+        beside = self.beside.isChecked() and self.beside.isEnabled()
+        for shown in (self.conversation, self.dense_conversation)[: 1 + beside]:
+            shown.say("You", text)
+            shown.begin_answer()
         self._set_ready(False, answering=True)
-        self._answer.emit(text)
+        self._answer.emit(text, beside)
 
     def stop(self) -> None:
         """End the answer under way after the token in work; what was said stays."""
@@ -117,9 +123,12 @@ class Window(QMainWindow):
         self.setWindowTitle("IFPrune Chat")
         self.resize(900, 760)
         self.strip = Strip()
-        self.conversation = QTextEdit(readOnly=True)
-        self.conversation.setAccessibleName("Conversation")
-        self.conversation.document().setDocumentMargin(12)
+        self.sentence = QLabel()
+        self.sentence.setWordWrap(True)
+        self.conversation = Transcript("Conversation")
+        self.dense_conversation = Transcript("The same with all neurons")
+        self.dense_conversation.setPlaceholderText("All neurons answer the next message here, after the selected ones.")
+        self.dense_conversation.hide()
         self.message = QPlainTextEdit(placeholderText="Write a message. Return sends it.", tabChangesFocus=True)
         self.message.setAccessibleName("Message")
         self.message.setFixedHeight(3 * self.message.fontMetrics().lineSpacing() + 20)
@@ -135,6 +144,8 @@ class Window(QMainWindow):
         self.choice = QComboBox()
         self.choice.setAccessibleName("Selected by")
         self.choice.setSizeAdjustPolicy(QComboBox.SizeAdjustPolicy.AdjustToContents)
+        self.beside = QCheckBox("Dense beside")
+        self.beside.setToolTip("Answers once more with all neurons, beside the first answer")
         self.figures = QLabel(textInteractionFlags=Qt.TextInteractionFlag.TextSelectableByMouse)
         self.figures.setFont(QFontDatabase.systemFont(QFontDatabase.SystemFont.SmallestReadableFont))
         self.figures.setWordWrap(True)
@@ -153,6 +164,7 @@ class Window(QMainWindow):
             settings.addSpacing(8)
         settings.insertStretch(3)
         settings.addWidget(self._density_text)
+        settings.addWidget(self.beside)
         buttons = QVBoxLayout()
         buttons.addWidget(self.send_button)
         buttons.addWidget(self.stop_button)
@@ -165,9 +177,12 @@ class Window(QMainWindow):
         state = QHBoxLayout()
         state.addWidget(self.figures, 1)
         state.addWidget(self.progress)
-        for part in (settings, self.strip, self.conversation, entry, state):
+        both = QSplitter(Qt.Orientation.Horizontal)
+        both.addWidget(self.conversation)
+        both.addWidget(self.dense_conversation)
+        for part in (settings, self.strip, self.sentence, both, entry, state):
             body.addLayout(part) if isinstance(part, QHBoxLayout) else body.addWidget(part)
-        body.setStretchFactor(self.conversation, 1)
+        body.setStretchFactor(both, 1)
         centre = QWidget()
         centre.setLayout(body)
         self.setCentralWidget(centre)
@@ -176,12 +191,17 @@ class Window(QMainWindow):
         menu = self.menuBar().addMenu("File")
         for text, key, act in (
             ("New Chat", QKeySequence.StandardKey.New, self._new_chat),
+            ("Delete This Chat", None, self._forget_chat),
             ("Open Model...", QKeySequence.StandardKey.Open, self._pick_model),
             ("Quit", QKeySequence.StandardKey.Quit, self.close),
         ):
-            action = QAction(text, self, shortcut=QKeySequence(key))
+            action = QAction(text, self)
+            if key is not None:
+                action.setShortcut(QKeySequence(key))
             action.triggered.connect(act)
             menu.addAction(action)
+        self.chats = self.menuBar().addMenu("Chats")
+        self.chats.aboutToShow.connect(self._list_chats)
 
     def _connect(self) -> None:
         worker = self._worker
@@ -191,6 +211,8 @@ class Window(QMainWindow):
             (self._set_density, worker.set_density),
             (self._choose, worker.choose),
             (self._reset, worker.reset),
+            (self._open_chat, worker.open_chat),
+            (self._delete_chat, worker.delete_chat),
             (self._end, worker.end),
         ):
             ask.connect(slot, Qt.ConnectionType.QueuedConnection)
@@ -198,8 +220,10 @@ class Window(QMainWindow):
         worker.advanced.connect(self._advanced)
         worker.loaded.connect(self._loaded)
         worker.budgeted.connect(self._budgeted)
-        worker.switched.connect(self.strip.show_selection)
+        worker.switched.connect(self._switched)
         worker.said.connect(self._append)
+        worker.said_dense.connect(self.dense_conversation.add)
+        worker.opened.connect(self._opened)
         worker.answered.connect(self._answered)
         worker.failed.connect(self.fail)
         self._thread.finished.connect(self._gone)
@@ -207,17 +231,55 @@ class Window(QMainWindow):
         self._rest.timeout.connect(lambda: self._set_density.emit(self.density.value() / 100))
         self.density.valueChanged.connect(self._dragged)
         self.choice.activated.connect(self._chosen)
+        self.beside.toggled.connect(self.dense_conversation.setVisible)
         self.send_button.clicked.connect(self.send)
         self.stop_button.clicked.connect(self.stop)
 
     def _gone(self) -> None:
         QApplication.quit()
 
+    def _clear(self) -> None:
+        for shown in (self.conversation, self.dense_conversation):
+            shown.clear()
+        self.strip.clear("The neurons that a message selects are shown here")
+        self.sentence.setText("")
+        self.figures.setText("")
+
     def _new_chat(self) -> None:
         if self.ready:
-            self.conversation.clear()
-            self.figures.setText("")
+            self._clear()
             self._reset.emit()
+
+    def _forget_chat(self) -> None:
+        if self.ready:
+            self._clear()
+            self._delete_chat.emit()
+
+    def _list_chats(self) -> None:
+        """The newest chats with this model."""
+        self.chats.clear()
+        files = [] if self._chats is None else sorted(self._chats.glob("[!.]*.json"), reverse=True)
+        for file in files[:_MOST_CHATS]:
+            self.chats.addAction(file.stem, lambda file=file: self._pick_chat(file))
+        if not files:
+            self.chats.addAction("None yet").setEnabled(False)
+
+    def _pick_chat(self, file: Path) -> None:
+        if self.ready:
+            self._open_chat.emit(file)
+
+    def _opened(self, messages: list[dict[str, str]], choice: str) -> None:
+        """Show a saved chat."""
+        self._clear()
+        for message in messages:
+            if message["role"] == "user":
+                self.conversation.say("You", message["content"])
+            else:
+                self.conversation.begin_answer()
+                self.conversation.add(message["content"])
+                self.conversation.end_answer()
+        self.choice.setCurrentIndex(self.choice.findData(choice))
+        self._set_ready(True)
 
     def _pick_model(self) -> None:
         if self._answering:
@@ -231,6 +293,7 @@ class Window(QMainWindow):
         self._rest.start()
 
     def _chosen(self) -> None:
+        self.beside.setEnabled(self.choice.currentData() != DENSE)
         self._choose.emit(self.choice.currentData())
 
     def _advanced(self, what: str, done: int, total: int) -> None:
@@ -247,7 +310,15 @@ class Window(QMainWindow):
         for data, text in (*_CHOICES, *((task, f"Task {task}") for task in model.tasks)):
             self.choice.addItem(text, data)
         self.figures.setText("")
+        self._chats = model.chats
         self._set_ready(True)
+
+    def _switched(self, selection: Selection | None) -> None:
+        self.strip.show_selection(selection)
+        self.sentence.setText(self.strip.sentence())
+
+    def _append(self, text: str) -> None:
+        self.conversation.add(text)
 
     def _budgeted(self, budget: Budget) -> None:
         if self._rest.isActive():  # the slider has moved on; the answer to that comes
@@ -260,61 +331,29 @@ class Window(QMainWindow):
             f"{budget.density:.2f}, {_count(budget.active)} of {_count(budget.total)} parameters"
         )
 
-    def _answered(self, stats: Stats | None) -> None:
-        self._set_ready(True)
-        if stats is None:
-            return
-        if stats.finish_reason == "cancelled":
-            self._append(" [stopped]" if stats.completion_tokens else "[stopped before it began; nothing is kept]")
-        elif stats.finish_reason == "length":
-            self._append(" [cut off]")
-        self.figures.setText(_figures(stats))
+    def _answered(self, stats: Stats | None, end: str, dense: bool, last: bool) -> None:
+        (self.dense_conversation if dense else self.conversation).end_answer(end)
+        if stats is not None:
+            before = f"{self.figures.text()}\n" if dense else ""
+            self.figures.setText(before + _figures(stats))
+        if last:
+            self._set_ready(True)
 
     def fail(self, line: str) -> None:
         """Say in the conversation what went wrong."""
         self.progress.setVisible(False)
-        self._paragraph("Error", line)
+        self.conversation.say("Error", line)
 
     def _set_ready(self, ready: bool, *, answering: bool = False) -> None:
         self.ready, self._answering = ready, answering
         self.send_button.setEnabled(ready)
         self.stop_button.setEnabled(answering)
         self.choice.setEnabled(ready)
+        self.beside.setEnabled(ready and self.choice.currentData() != DENSE)
         self.density.setEnabled(ready and self.choice.currentData() in (EACH, FIRST))
         self.progress.setVisible(not ready)
         if ready:
             self.message.setFocus()
-
-    def _paragraph(self, who: str, text: str) -> None:
-        cursor = self._end_of_text()
-        if not self.conversation.document().isEmpty():
-            cursor.insertBlock()
-        spaced = QTextBlockFormat()
-        spaced.setTopMargin(10)
-        cursor.setBlockFormat(spaced)
-        name = QTextCharFormat()
-        name.setFontWeight(700)
-        cursor.insertText(who, name)
-        cursor.insertBlock(QTextBlockFormat(), QTextCharFormat())
-        cursor.insertText(text)
-        self._scroll_to_end()
-
-    def _append(self, text: str) -> None:
-        """Add to the last paragraph, as text whatever it holds; a reader who scrolled up stays there."""
-        bar = self.conversation.verticalScrollBar()
-        at_end = bar.value() >= bar.maximum() - 4
-        self._end_of_text().insertText(text)
-        if at_end:
-            self._scroll_to_end()
-
-    def _end_of_text(self) -> QTextCursor:
-        cursor = QTextCursor(self.conversation.document())
-        cursor.movePosition(QTextCursor.MoveOperation.End)
-        return cursor
-
-    def _scroll_to_end(self) -> None:
-        bar = self.conversation.verticalScrollBar()
-        bar.setValue(bar.maximum())
 
 
 def _count(parameters: int) -> str:

@@ -6,16 +6,22 @@ it. Only `stop` acts at once.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
-from PySide6.QtCore import QObject, Signal, Slot
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from PySide6.QtCore import QObject, Signal, SignalInstance, Slot
 
+from ifprune_cli.chat_repetition import PENALTY, LoopFinder, below_own_density, penalize
 from ifprune_convert.embedded import ensure_embedded
-from ifprune_mlx import IfpruneError, Model, PromptError, Session, TaskStore, load
+from ifprune_mlx import IfpruneError, Model, PromptError, Session, Stats, TaskStore, load
+from ifprune_mlx.selection.presets import data_folder
 
 EACH, FIRST, DENSE = "turn", "first", "dense"
 """What chooses the neurons, beside the name of a task: each message, the first one, or nothing (all neurons)."""
@@ -36,10 +42,12 @@ class Loaded:
     Attributes:
         name: to show.
         tasks: names of its saved selections.
+        chats: the folder of its saved conversations, which may be missing.
     """
 
     name: str
     tasks: tuple[str, ...]
+    chats: Path
 
 
 @dataclass(frozen=True)
@@ -62,9 +70,13 @@ class Worker(QObject):
     advanced = Signal(str, int, int)  # what, done, total
     loaded = Signal(Loaded)
     budgeted = Signal(Budget)
-    switched = Signal(object)  # the live Selection, or None for all neurons; before the first token of an answer
+    switched = Signal(object)  # the live Selection, or None for all neurons; before the prompt is read
     said = Signal(str)  # the next piece of the answer
-    answered = Signal(object)  # its Stats; None if there is no answer, `failed` has then said why
+    said_dense = Signal(str)  # the next piece of the dense answer beside it
+    # An answer's Stats, None if there is none: `failed` has then said why; how it ended, if not by itself; is it the
+    # dense one beside, and the last?
+    answered = Signal(object, str, bool, bool)
+    opened = Signal(object, str)  # a saved chat: its messages, and what selects
     failed = Signal(str)  # one line
     ended = Signal()
 
@@ -72,7 +84,10 @@ class Worker(QObject):
         super().__init__()
         self.stop = threading.Event()
         self._model: Model | None = None
+        self._tokenizer: TokenizerWrapper | None = None
         self._session: Session | None = None
+        self._chats = Path()
+        self._file: Path | None = None  # of the conversation, once it has an answer
 
     @Slot(object)
     def load(self, path: str | None) -> None:
@@ -81,10 +96,10 @@ class Worker(QObject):
             self._close()
             self.advanced.emit("Loading", 0, 0)
             folder = ensure_embedded(self.noted.emit, self._converting) if path is None else path
-            self._model, tokenizer = load(folder, progress=self._progress("Loading"))
-            # Stopping waits for a step of the prefill: half a thousand tokens are soon read.
-            self._session = Session(self._model, tokenizer, policy=EACH, prefill_step_size=512)
+            self._model, self._tokenizer = load(folder, progress=self._progress("Loading"))
+            self._session = self._new_session(policy=EACH)
             tasks = tuple(task.name for task in TaskStore(self._model.checkpoint).tasks())
+            self._chats, self._file = data_folder() / "chats" / self._model.checkpoint.id[:16], None
         except _Stopped:
             return
         except _FAILURES as exc:
@@ -92,28 +107,22 @@ class Worker(QObject):
             self.failed.emit(_line(exc))
             return
         self._report_budget()
-        self.loaded.emit(Loaded("SmolLM2-135M-Instruct" if path is None else Path(path).name, tasks))
+        self.loaded.emit(Loaded("SmolLM2-135M-Instruct" if path is None else Path(path).name, tasks, self._chats))
 
-    @Slot(str)
-    def answer(self, text: str) -> None:
-        """Answer one message, piece by piece."""
-        session, stats = self._session, None
-        try:
-            if session is None or self.stop.is_set():
-                return
-            for number, response in enumerate(session.stream(text, max_tokens=MAX_TOKENS, progress=self._reading)):
-                if number == 0:
-                    self.switched.emit(session.model.selection)
-                if response.text:
-                    self.said.emit(response.text)
-                if self.stop.is_set():
-                    session.cancel()
-                stats = response.stats
-        except _FAILURES as exc:
-            full = isinstance(exc, PromptError) and session is not None and session.messages
-            self.failed.emit(f"{_line(exc)} (File, New Chat forgets this one)" if full else _line(exc))
-        finally:
-            self.answered.emit(stats)
+    @Slot(str, bool)
+    def answer(self, text: str, beside: bool) -> None:
+        """Answer one message, piece by piece; `beside`: once more with all neurons."""
+        session = self._session
+        before = [] if session is None else list(session.messages)
+        stats, end = self._stream(session, text, self.said)
+        beside = beside and stats is not None and not self.stop.is_set()
+        self.answered.emit(stats, end, False, not beside)
+        if stats is not None:
+            self._keep(text)
+        if beside:
+            dense = self._new_session(dense=True)
+            dense.messages = before  # reads the same conversation
+            self.answered.emit(*self._stream(dense, text, self.said_dense), True, True)
 
     @Slot(str)
     def choose(self, choice: str) -> None:
@@ -146,9 +155,35 @@ class Worker(QObject):
 
     @Slot()
     def reset(self) -> None:
-        """Forget the conversation."""
+        """Begin another conversation; the present one stays among the saved ones."""
+        self._file = None
         if self._session is not None:
             self._session.reset()
+
+    @Slot(object)
+    def open_chat(self, file: Path) -> None:
+        """Go on with a saved conversation."""
+        session = self._session
+        if session is None:
+            return
+        try:
+            session.load(file)
+        except IfpruneError as exc:
+            self.failed.emit(_line(exc))
+            return
+        self._file = file
+        self.opened.emit(session.messages, DENSE if session.dense else session.policy)
+        self._report_budget()
+
+    @Slot()
+    def delete_chat(self) -> None:
+        """Forget the present conversation, here and on the disk."""
+        try:
+            if self._file is not None:
+                self._file.unlink(missing_ok=True)
+        except OSError as exc:
+            self.failed.emit(_line(exc))
+        self.reset()
 
     @Slot()
     def end(self) -> None:
@@ -157,6 +192,61 @@ class Worker(QObject):
         mx.clear_streams()  # as MLX asks of each thread that used it
         self.ended.emit()
         self.thread().quit()
+
+    def _new_session(self, **options: Any) -> Session:
+        assert self._model is not None
+        assert self._tokenizer is not None
+        # Stopping waits for a step of the prefill: half a thousand tokens are soon read.
+        return Session(self._model, self._tokenizer, prefill_step_size=512, **options)
+
+    def _stream(self, session: Session | None, text: str, said: SignalInstance) -> tuple[Stats | None, str]:
+        """Answer a message in a conversation; its Stats, None if that failed, and how it ended."""
+        if session is None or self.stop.is_set():
+            return None, ""
+        stats, loops, loop = None, LoopFinder(), False
+        penalize(session, PENALTY if below_own_density(session) else 1)
+
+        def show_selection() -> None:
+            if session is self._session:
+                self.switched.emit(session.model.selection)
+
+        def reading(done: int, total: int) -> None:
+            # Of the prompt. An answer is cancelled, not broken off, so that the conversation stays whole.
+            if self.stop.is_set():
+                session.cancel()
+            # The prompt is read on the new selection, unless it is what selects.
+            if session.selector is None or session.selector.name != "activation":
+                show_selection()
+            self.advanced.emit("Reading", done, total)
+
+        try:
+            for number, response in enumerate(session.stream(text, max_tokens=MAX_TOKENS, progress=reading)):
+                if number == 0:
+                    show_selection()
+                if response.text:
+                    said.emit(response.text)
+                loop = loop or loops.feed(response.token)
+                if loop or self.stop.is_set():
+                    session.cancel()
+                stats = response.stats
+        except _FAILURES as exc:
+            full = isinstance(exc, PromptError) and session.messages
+            self.failed.emit(f"{_line(exc)} (File, New Chat begins another one)" if full else _line(exc))
+            return None, ""
+        return stats, "" if stats is None else _end(stats, loop)
+
+    def _keep(self, text: str) -> None:
+        """Save the conversation, under the time and the words that it began with."""
+        if self._session is None or not self._session.messages:
+            return
+        if self._file is None:
+            words = " ".join(re.sub(r"[^\w ]", " ", text).split())[:40].strip()
+            self._file = self._chats / f"{datetime.now():%Y-%m-%d %H.%M.%S} {words}.json"
+        try:
+            self._chats.mkdir(parents=True, exist_ok=True)
+            self._session.save(self._file)
+        except (IfpruneError, OSError) as exc:
+            self.failed.emit(f"this chat is not saved: {_line(exc)}")
 
     def _close(self) -> None:
         self._session = None
@@ -187,11 +277,14 @@ class Worker(QObject):
 
         return advance
 
-    def _reading(self, done: int, total: int) -> None:
-        """Of the prompt. An answer is cancelled, not broken off, so that the conversation stays whole."""
-        if self.stop.is_set() and self._session is not None:
-            self._session.cancel()
-        self.advanced.emit("Reading", done, total)
+
+def _end(stats: Stats, loop: bool) -> str:
+    """How an answer ended, in words, if not by itself."""
+    if loop:
+        return " [ended: it was repeating itself; a higher density may help]"
+    if stats.finish_reason == "cancelled":
+        return " [stopped]" if stats.completion_tokens else "[stopped before it began; nothing is kept]"
+    return " [cut off]" if stats.finish_reason == "length" else ""
 
 
 def _line(exc: Exception) -> str:
