@@ -11,8 +11,8 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, wraps
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,8 @@ from ifprune_mlx.checkpoint.safetensors_io import load_arrays
 from ifprune_mlx.device import limits
 from ifprune_mlx.errors import BudgetError, CheckpointError, IfpruneError, reason_of
 from ifprune_mlx.model_lock import ModelLock, begin_worker
+from ifprune_mlx.parallel.ranks import Ranks
+from ifprune_mlx.parallel.sharding import deal, shard
 from ifprune_mlx.selection.cache import SelectionCache
 from ifprune_mlx.selection.predictor import SparsityPredictor, load_predictor
 from ifprune_mlx.selection.selection import Scores, Selection
@@ -108,6 +110,7 @@ class Model:
         residency: `ram`, or `ssd`: only active neurons are in memory, and the model cannot be dense.
         memory: bytes that the weights may take; None if that was not limited.
         vocabulary: tokens that it has embeddings for; None if its class does not show it.
+        ranks: the processes that share it; None if it is whole here. Then all of them make the same calls.
     """
 
     def __init__(
@@ -120,6 +123,8 @@ class Model:
         residency: str,
         memory: int | None,
         float_bytes: int | None,
+        vocabulary: int | None,
+        ranks: Ranks | None,
     ) -> None:
         self.checkpoint = checkpoint
         self._module = module
@@ -128,7 +133,8 @@ class Model:
         self.lock = lock
         self.residency = residency
         self.memory = memory
-        self.vocabulary = embedding_rows(module)
+        self.vocabulary = vocabulary
+        self.ranks = ranks
         self.tokenizer: TokenizerWrapper | None = None
         self.selection: Selection | None = None
         self.selection_cache = SelectionCache()
@@ -237,13 +243,16 @@ class Model:
             ModelBusyError: if an answer is under way.
         """
         start = time.perf_counter()
-        with self.lock.held():
+        with self.lock.held(), nullcontext() if self.ranks is None else self.ranks.together():
             if selection is None:
                 for slots in self.slots:
                     slots.activate_all()
                 self.selection = None
                 return Switch(time.perf_counter() - start, 0, 0, 0, None)
             self.checkpoint.check(selection)
+            kept = [slots.own(ids) for slots, ids in zip(self.slots, selection.ids, strict=True)]
+            if min(map(len, kept)) == 0:
+                raise SelectionError("the selection leaves a rank no neuron of an FFN; use fewer ranks, or keep more")
             overlap = selection.overlap(self.selection) if self.selection else None
             _synchronize()
             spare = self._spare_slots(selection) if self.residency == SSD else 0
@@ -253,7 +262,7 @@ class Model:
                 slots.k = 0
             neurons = missing = written = 0
             # Layer by layer, so that a scatter that copies holds at most one copy of one layer's array.
-            for slots, ids in zip(self.slots, selection.ids, strict=True):
+            for slots, ids in zip(self.slots, kept, strict=True):
                 plan = slots.plan(ids, spare)
                 neurons += len(plan.leaving)
                 missing += len(plan.missing)
@@ -263,11 +272,21 @@ class Model:
                     slots.pending = self._reader().submit(slots.apply, plan)
                 else:
                     slots.apply(plan)
-            mx.eval([slots.activate(len(ids)) for slots, ids in zip(self.slots, selection.ids, strict=True)])
+            if self.ranks is not None:
+                self._agree_on_rows()
+            mx.eval([slots.activate(len(ids)) for slots, ids in zip(self.slots, kept, strict=True)])
             self.selection = selection
             done = Switch(time.perf_counter() - start, neurons, missing, written, overlap)
             _log.debug("switched to selection %s of %s: %s", selection.hash, selection.selector, done)
             return done
+
+    def _agree_on_rows(self) -> None:
+        """Wait for all that is read, on every rank: either all of them have the selection's rows, or none uses it."""
+        assert self.ranks is not None
+        with self.ranks.together():
+            for slots in self.slots:
+                if slots.pending is not None:
+                    slots.pending.result()
 
     def _spare_slots(self, selection: Selection) -> int:
         """Slots per FFN that the memory budget leaves for inactive neurons. Raises BudgetError if it is exceeded."""
@@ -336,6 +355,7 @@ def load(
     memory: int | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[Model, TokenizerWrapper]:
     """Load an IFP checkpoint and its tokenizer, as `mlx_lm.load` does a plain one. The model starts dense.
 
@@ -347,6 +367,7 @@ def load(
         memory: bytes that the weights may take. In `ssd` residency the rest holds the neurons selected most often.
         trust_remote_code: let the tokenizer run code that comes with the checkpoint.
         progress: called with (FFNs loaded, FFNs).
+        ranks: share the model with these; see `ifprune_mlx.parallel.ranks.join`.
 
     Raises:
         CheckpointError: if the checkpoint is damaged or not one, naming the file and what to do.
@@ -358,11 +379,15 @@ def load(
         if isinstance(path_or_repo, Checkpoint)
         else Checkpoint.open(resolve(path_or_repo, revision, residency=residency, memory=memory))
     )
+    if ranks is not None:
+        checkpoint = replace(checkpoint, ranks=ranks.size)
     if dtype is None and (dtype := default_dtype(checkpoint)) is not None:
         _say_default_dtype()
     residency = choose_residency(checkpoint, residency, memory, None if dtype is None else dtype.size)
     memory = None if memory is None else room(memory)
-    model = load_checkpoint(checkpoint, dtype=dtype, residency=residency, memory=memory, progress=progress)
+    model = load_checkpoint(
+        checkpoint, dtype=dtype, residency=residency, memory=memory, progress=progress, ranks=ranks
+    )
     try:
         model.tokenizer = tokenizer = _load_tokenizer(checkpoint, trust_remote_code, model.vocabulary)
     except CheckpointError:
@@ -400,24 +425,33 @@ def load_checkpoint(
     residency: str = RAM,
     memory: int | None = None,
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
 ) -> Model:
     """Load an opened checkpoint's model, without its tokenizer. See `load`."""
     try_products(checkpoint, dtype)  # before there are weights, so that it does not show in the peak of memory
     slots: list[FFNSlots] = []
     ffns = checkpoint.layout.ffns
     choose(checkpoint, dtype)  # before the weights are in memory, which the trial's would add to
-    for index in range(len(ffns)):
+    shares = [None] * len(ffns) if ranks is None else deal(checkpoint, ranks.rank, ranks.size)
+    for index, share in enumerate(shares):
         # A predictor that reads with the model's first layers needs all of their neurons.
         if residency == RAM or index < checkpoint.predictor_layers:
-            slots.append(FFNSlots(*read_rows(checkpoint, index, dtype)))
+            if share is None:
+                slots.append(FFNSlots(*read_rows(checkpoint, index, dtype)))
+            else:
+                reader = RowReader(checkpoint, index, dtype, share)
+                slots.append(FFNSlots(reader.read_all(), reader.down_bias, share=share))
         else:
-            reader = RowReader(checkpoint, index, dtype)
-            slots.append(FFNSlots(None, reader.down_bias, reader))
+            reader = RowReader(checkpoint, index, dtype, share)
+            slots.append(FFNSlots(None, reader.down_bias, reader, share))
         if progress is not None:
             progress(index + 1, len(ffns))
     leaves: list[SlicedProjection] = []
     lock = ModelLock()
-    module = _load_module(checkpoint, slots, leaves, lock)
+    module = _load_module(checkpoint, slots, leaves, lock, lazy=ranks is not None)
+    vocabulary = embedding_rows(module)
+    if ranks is not None:
+        shard(module, checkpoint, ranks.group)
     if dtype is not None:
         floats = (mx.float32, mx.float16, mx.bfloat16)
         may_cast = getattr(module, "cast_predicate", lambda _: True)
@@ -428,7 +462,8 @@ def load_checkpoint(
         module.update(tree_map_with_path(cast, module.parameters()))
     # The whole module: rope tables are not parameters, and another thread could not compute them later.
     mx.eval(module)
-    return Model(checkpoint, module, slots, leaves, lock, residency, memory, None if dtype is None else dtype.size)
+    float_bytes = None if dtype is None else dtype.size
+    return Model(checkpoint, module, slots, leaves, lock, residency, memory, float_bytes, vocabulary, ranks)
 
 
 def _synchronize() -> None:
@@ -438,8 +473,9 @@ def _synchronize() -> None:
 
 
 def _load_module(
-    checkpoint: Checkpoint, slots: Sequence[FFNSlots], leaves: list[SlicedProjection], lock: ModelLock
+    checkpoint: Checkpoint, slots: Sequence[FFNSlots], leaves: list[SlicedProjection], lock: ModelLock, *, lazy: bool
 ) -> nn.Module:
+    """The module; `lazy`: with weights that are not read yet."""
     layout: Layout = checkpoint.layout
 
     def classes(config: dict[str, Any]) -> tuple[type[nn.Module], type]:
@@ -473,7 +509,7 @@ def _load_module(
         return Sliced, arguments
 
     try:
-        module, _ = load_model(checkpoint.path, get_model_classes=classes)
+        module, _ = load_model(checkpoint.path, lazy, get_model_classes=classes)
         for name in checkpoint.headers:
             checkpoint.check_unchanged(checkpoint.path / name)
     except IfpruneError:

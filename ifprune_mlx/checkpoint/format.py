@@ -166,6 +166,7 @@ class Checkpoint:
     layout: Layout  # the parsed `ifpruning` section
     manifest: dict[str, Any]
     headers: dict[str, SafetensorsHeader]  # of every top-level safetensors file, by file name
+    ranks: int = 1  # processes that share the weights; `budget` counts what each of them holds
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:

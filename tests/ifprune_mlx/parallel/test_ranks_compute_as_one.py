@@ -1,0 +1,52 @@
+"""Two and four ranks, a ring on loopback, compute what one process computes for the same selections."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ifprune_convert.pipeline import Options
+from ifprune_mlx import load
+from ifprune_mlx.checkpoint.format import Quantization
+from tests.ifprune_mlx.parallel.rank import walk
+from tests.ifprune_mlx.parallel.ring import run_ring
+from tests.ifprune_mlx.reference import TOLERANCE
+from tests.tiny import write_checkpoint
+
+GEMMA3 = {
+    "model_type": "gemma3_text",
+    "head_dim": 16,
+    "query_pre_attn_scalar": 16,
+    "sliding_window": 32,
+    "sliding_window_pattern": 2,
+}
+PROGRAM = ["-m", "tests.ifprune_mlx.parallel.rank"]
+
+
+def check(jobs: list[tuple[str, Path]], count: int, tmp_path: Path) -> None:
+    """Every (residency, checkpoint) in turn, by ranks and by this process."""
+    for code, _, said in run_ring([*PROGRAM, tmp_path, *(f"{at}={folder}" for at, folder in jobs)], count, tmp_path):
+        assert code == 0, said
+    for number, (residency, folder) in enumerate(jobs):
+        ours, theirs = np.load(tmp_path / f"{number}.npz"), walk(load(folder, residency=residency)[0])
+        assert set(theirs) <= set(ours)
+        for name, values in theirs.items():
+            where = f"{folder.name}, {residency}: {name}"
+            if name.startswith("logits"):
+                np.testing.assert_allclose(ours[name], values, atol=TOLERANCE, rtol=0, err_msg=where)
+            else:
+                np.testing.assert_array_equal(ours[name], values, err_msg=where)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_logits_and_greedy_answers_are_those_of_one_process(count: int, tmp_path: Path) -> None:
+    """Over 20 switches between arbitrary selections; of four ranks, none has a head of keys to itself."""
+    jobs = []
+    for family, changes in (("llama", {}), ("qwen3", {"tie_word_embeddings": False}), ("mistral", GEMMA3)):
+        for packing in (None, Quantization(32, 4, "affine")):
+            name = f"{changes.get('model_type', family)}-{'float' if packing is None else '4bit'}"
+            folder = write_checkpoint(tmp_path / name, family, Options(packing), **changes)
+            jobs += [("ram", folder), ("ssd", folder)]
+    check(jobs, count, tmp_path)
