@@ -15,7 +15,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -42,7 +42,7 @@ from ifprune_mlx.checkpoint.hub import resolve
 from ifprune_mlx.checkpoint.neuron_reader import RowReader, read_rows
 from ifprune_mlx.checkpoint.safetensors_io import load_arrays
 from ifprune_mlx.device import limits
-from ifprune_mlx.errors import BudgetError, CheckpointError, IfpruneError, reason_of
+from ifprune_mlx.errors import BudgetError, CheckpointError, IfpruneError, SelectionError, reason_of
 from ifprune_mlx.model_lock import ModelLock, begin_worker
 from ifprune_mlx.parallel.ranks import Ranks
 from ifprune_mlx.parallel.sharding import deal, shard
@@ -63,6 +63,7 @@ _NOT_DENSE = (
 
 _log = logging.getLogger(__name__)
 
+Value = TypeVar("Value")
 Progress = Callable[[int, int], None]
 """Called with (done, total) as long work advances."""
 
@@ -226,6 +227,10 @@ class Model:
             float_bytes=self._float_bytes,
         )
 
+    def agreed(self, value: Value) -> Value:
+        """The value, which must be JSON; of a model that several ranks share, the leader's."""
+        return value if self.ranks is None else self.ranks.share(value)
+
     def check(self, selection: Selection) -> None:
         """Raise SelectionError unless `selection` fits this model's FFNs."""
         self.lock.check_open()
@@ -385,9 +390,7 @@ def load(
         _say_default_dtype()
     residency = choose_residency(checkpoint, residency, memory, None if dtype is None else dtype.size)
     memory = None if memory is None else room(memory)
-    model = load_checkpoint(
-        checkpoint, dtype=dtype, residency=residency, memory=memory, progress=progress, ranks=ranks
-    )
+    model = load_checkpoint(checkpoint, dtype=dtype, residency=residency, memory=memory, progress=progress, ranks=ranks)
     try:
         model.tokenizer = tokenizer = _load_tokenizer(checkpoint, trust_remote_code, model.vocabulary)
     except CheckpointError:

@@ -13,6 +13,7 @@ from .console import note, progress, result_json, show
 from .evaluate_report import notes, tables
 from .loading import load_model, open_checkpoint
 from .options import DataOption, DensityOption, DtypeOption, JsonFileOption, ModelOption, TrustOption, named_files
+from .ranks import leads
 
 if TYPE_CHECKING:
     from ifprune_mlx.eval import EvalResult
@@ -150,12 +151,14 @@ def evaluate(
         open_checkpoint(given)
     result = run(
         config,
-        load=lambda folder: load_model(None if folder is None else str(folder), dtype, trust_remote_code),
+        load=lambda folder: load_model(None if folder is None else str(folder), dtype, trust_remote_code, shared=True),
         progress=progress,
         report=note,
         on_evaluation=_print_tables if str(json) != "-" else lambda result: None,
     )
     notes(result.evaluations)
+    if not leads():
+        return
     if json is not None:
         _write_json(json, result.evaluations[0].to_dict() if densities is None else result.to_dict())
     if plot is not None:

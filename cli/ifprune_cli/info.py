@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -20,14 +20,21 @@ _DENSITIES = (0.27, 0.5, 0.7, 0.9, 1.0)
 VerifyOption = Annotated[bool, typer.Option("--verify", help="Check the sha256 of every file.")]
 
 
-def info(model: ModelOption = None, verify: VerifyOption = False, json: JsonOption = False) -> None:
+RanksOption = Annotated[
+    int, typer.Option("--ranks", min=1, help="Show what each of so many processes holds, under mlx.launch.")
+]
+
+
+def info(
+    model: ModelOption = None, verify: VerifyOption = False, ranks: RanksOption = 1, json: JsonOption = False
+) -> None:
     """Show a checkpoint's shape, size, selectors, tasks, and what each density activates."""
     from ifprune_mlx import CheckpointError, TaskStore
     from ifprune_mlx.checkpoint.budget import RAM, RESIDENCIES, SSD, resident_bytes, resolve_keep, way_to_load
     from ifprune_mlx.device import this_device
     from ifprune_mlx.sparse.down_product import choose
 
-    checkpoint = open_checkpoint(model)
+    checkpoint = replace(open_checkpoint(model), ranks=ranks)
     damaged: list[str] = []
     if verify:
         with progress("verify", "files") as update:
@@ -65,6 +72,7 @@ def info(model: ModelOption = None, verify: VerifyOption = False, json: JsonOpti
                     {"residency": at, "density": x, "resident": size, "fits": size <= device.usable}
                     for (at, x), size in resident.items()
                 ],
+                "ranks": ranks,
                 "usable_memory": device.usable,
                 "command": command,
             }
@@ -74,7 +82,8 @@ def info(model: ModelOption = None, verify: VerifyOption = False, json: JsonOpti
     rows = _rows(checkpoint, selectors, names or "none")
     tight = {key: ", which does not fit" if size > device.usable else "" for key, size in resident.items()}
     whole, usable, have = map(gigabytes, (resident[RAM, 1.0], device.usable, device.memory))
-    where = f"{whole} with residency ram{tight[RAM, 1.0]}; weights may take {usable} of this machine's {have}"
+    each = "" if ranks == 1 else f" on each of {ranks} ranks"
+    where = f"{whole}{each} with residency ram{tight[RAM, 1.0]}; weights may take {usable} of this machine's {have}"
     rows.append(("memory", where))
     for density, keep in keeps.items():
         active, part = parameters(checkpoint.active_parameters(keep)), gigabytes(resident[SSD, density])

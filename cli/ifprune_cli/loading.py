@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import ranks
 from .console import note, progress
 from .options import (
     Budget,
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
     from ifprune_mlx import Checkpoint, Model, Selection
+    from ifprune_mlx.parallel.ranks import Ranks
 
 EMBEDDED = "SmolLM2-135M-Instruct"
 
@@ -45,7 +48,8 @@ def checkpoint_path(
         from ifprune_mlx.checkpoint.hub import resolve
 
         with progress("download", "B") as update:
-            return resolve(model, progress=update, loads=loads, residency=residency, memory=memory)
+            size = ranks.size() if loads else 1
+            return resolve(model, progress=update, loads=loads, residency=residency, memory=memory, ranks=size)
     from ifprune_convert.embedded import ensure_embedded
 
     with progress("convert", "weights") as update:
@@ -77,12 +81,20 @@ def load_model(
     trained: bool = True,
     residency: Residency | None = None,
     memory: int | None = None,
+    shared: bool = False,
 ) -> tuple[Model, TokenizerWrapper]:
-    """Load the given checkpoint, or the embedded default; `trained` as in `checkpoint_path`, the rest as in `load`."""
+    """Load the given checkpoint, or the embedded default.
+
+    Args:
+        trained: as in `checkpoint_path`; the rest but `shared` as in `load`.
+        shared: the ranks of this run share the model, if there are any.
+    """
     from ifprune_mlx import Checkpoint
 
-    checkpoint = Checkpoint.open(checkpoint_path(model, trained=trained, residency=residency, memory=memory))
-    return _load(checkpoint, ModelOptions(model, dtype, residency, trust_remote_code), memory)
+    joined = ranks.join() if shared else None
+    with nullcontext() if joined is None else joined.together():
+        checkpoint = Checkpoint.open(checkpoint_path(model, trained=trained, residency=residency, memory=memory))
+        return _load(checkpoint, ModelOptions(model, dtype, residency, trust_remote_code), memory, joined)
 
 
 def _check_memory(
@@ -102,7 +114,9 @@ def _check_memory(
         resolve_keep(checkpoint, **limits, residency=residency, float_bytes=float_bytes)
 
 
-def _load(checkpoint: Checkpoint, options: ModelOptions, memory: int | None) -> tuple[Model, TokenizerWrapper]:
+def _load(
+    checkpoint: Checkpoint, options: ModelOptions, memory: int | None, joined: Ranks | None
+) -> tuple[Model, TokenizerWrapper]:
     import mlx.core as mx
 
     from ifprune_mlx import load
@@ -115,6 +129,7 @@ def _load(checkpoint: Checkpoint, options: ModelOptions, memory: int | None) -> 
             memory=memory,
             trust_remote_code=options.trust_remote_code,
             progress=update,
+            ranks=joined,
         )
 
 
@@ -167,6 +182,19 @@ def open_runtime(
     Raises:
         IfpruneError: if an option is out of range, or the model, the selection or the task cannot be used.
     """
+    with ranks.together():
+        return _opened(model, choice, budget, selecting, sampling, template, variables)
+
+
+def _opened(
+    model: ModelOptions,
+    choice: SelectionOptions,
+    budget: Budget,
+    selecting: Selecting,
+    sampling: Sampling | None,
+    template: bool,
+    variables: str | None,
+) -> Runtime:
     from ifprune_mlx import Checkpoint, Selection, TaskStore
     from ifprune_mlx.selection.presets import check_task_name
 
@@ -176,6 +204,8 @@ def open_runtime(
     limits, given = budget.arguments(), template_variables(variables)
     generation: dict[str, Any] = {} if sampling is None else sampling.arguments()
     checkpoint = Checkpoint.open(checkpoint_path(model.model, residency=model.residency, memory=limits["memory"]))
+    if (joined := ranks.join()) is not None:
+        checkpoint = replace(checkpoint, ranks=joined.size)
     if sampling is not None:
         sampling.check(checkpoint)
     if choice.selection is not None and selection is not None:
@@ -183,8 +213,9 @@ def open_runtime(
     if choice.task is not None:
         selection = TaskStore(checkpoint).load(choice.task)
     _check_memory(checkpoint, model, limits, selection, choice.dense)
-    loaded, tokenizer = _load(checkpoint, model, limits["memory"])
-    selecting.apply(loaded)
+    loaded, tokenizer = _load(checkpoint, model, limits["memory"], joined)
+    if ranks.leads():  # which has the selector
+        selecting.apply(loaded)
     if not template:
         from ifprune_mlx.chat_template import without_template
 

@@ -21,6 +21,7 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import mlx.core as mx
+import numpy as np
 
 from ifprune_mlx.errors import IfpruneError, reason_of
 
@@ -45,7 +46,9 @@ class Ranks:
         leads: whether it is rank 0, the one that talks.
     """
 
-    def __init__(self, group: mx.distributed.Group, peers: dict[int, socket.socket], end: Callable[[str], None]) -> None:
+    def __init__(
+        self, group: mx.distributed.Group, peers: dict[int, socket.socket], end: Callable[[str], None]
+    ) -> None:
         self.group = group
         self.rank, self.size = group.rank(), group.size()
         self.leads = self.rank == 0
@@ -172,8 +175,8 @@ def join(end: Callable[[str], None]) -> Ranks | None:
         return Ranks(group, _connect(group), end)
     except (OSError, RuntimeError, ValueError) as exc:
         raise IfpruneError(
-            f"rank {os.environ.get('MLX_RANK', '?')} does not reach the others ({reason_of(exc)}); check the hosts file "
-            "and the network, and that every machine runs the same command"
+            f"rank {os.environ.get('MLX_RANK', '?')} does not reach the others ({reason_of(exc)}); check the hosts "
+            "file and the network, and that every machine runs the same command"
         ) from exc
 
 
@@ -182,7 +185,7 @@ def _connect(group: mx.distributed.Group) -> dict[int, socket.socket]:
     listener = socket.create_server((host, 0)) if leads else None
     # The number that follows the port shows that who connects belongs to this run.
     mine = [0, 0] if listener is None else [listener.getsockname()[1], secrets.randbits(30) + 1]
-    port, secret = mx.distributed.all_sum(mx.array(mine, mx.int32), group=group).tolist()
+    port, secret = map(int, np.array(mx.distributed.all_sum(mx.array(mine, mx.int32), group=group)))
     if listener is None:
         peer = socket.create_connection((host, port), _CONNECT_SECONDS)
         peer.sendall(f"{secret} {group.rank()}\n".encode())

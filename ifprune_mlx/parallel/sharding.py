@@ -22,7 +22,7 @@ from ifprune_mlx.checkpoint.safetensors_io import load_arrays
 from ifprune_mlx.errors import CheckpointError, reason_of
 from ifprune_mlx.sparse.ffn import SlicedProjection, module_at
 
-# What stands in for an FFN's projections while mlx-lm shards a model must be divisible by any number of ranks and groups.
+# What stands in for an FFN's projections while mlx-lm shards a model is divisible by the ranks and by any group.
 _GROUP = 64
 # The cache of a layer whose attention another rank computes: it counts tokens, and can be quantized like the others.
 _HEAD = 64

@@ -21,14 +21,15 @@ from tests.ifprune_mlx.reference import greedy, logits, random_selection
 
 PROMPT = [5, 17, 200, 9, 33, 41, 8]
 SWITCHES = 20
+FEWER = "IFPRUNE_TEST_SWITCHES"
 
 
 def walk(model: Model) -> dict[str, np.ndarray]:
-    """Logits and a greedy answer after each of 20 switches between arbitrary selections, and the activation selector's."""
+    """Logits and greedy answers after 20 arbitrary switches, and what the activation selector chooses."""
     widths = model.checkpoint.widths
     generator = np.random.default_rng(7)
     found: dict[str, np.ndarray] = {}
-    for step in range(SWITCHES):
+    for step in range(int(os.environ.get(FEWER, SWITCHES))):
         keep = [int(generator.integers(width // 4, width // 2)) for width in widths]
         model.switch(random_selection(widths, keep, step))
         found[f"logits.{step}"] = logits(model, PROMPT, () if step % 10 else (3,))

@@ -45,7 +45,7 @@ def start_ring(
     ]
 
 
-def finish(ring: Sequence[subprocess.Popen[str]], seconds: float = 300) -> list[tuple[int, str, str]]:
+def finish(ring: Sequence[subprocess.Popen[str]], seconds: float = 900) -> list[tuple[int, str, str]]:
     """Exit code, stdout and stderr of each rank, once all have ended."""
     try:
         said = [one.communicate(timeout=seconds) for one in ring]
@@ -58,5 +58,3 @@ def finish(ring: Sequence[subprocess.Popen[str]], seconds: float = 300) -> list[
 def run_ring(arguments: Sequence[str | Path], count: int, cache: Path) -> list[tuple[int, str, str]]:
     """See `start_ring` and `finish`."""
     return finish(start_ring(arguments, count, cache))
-
-

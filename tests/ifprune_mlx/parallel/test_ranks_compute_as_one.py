@@ -10,7 +10,7 @@ import pytest
 from ifprune_convert.pipeline import Options
 from ifprune_mlx import load
 from ifprune_mlx.checkpoint.format import Quantization
-from tests.ifprune_mlx.parallel.rank import walk
+from tests.ifprune_mlx.parallel.rank import FEWER, walk
 from tests.ifprune_mlx.parallel.ring import run_ring
 from tests.ifprune_mlx.reference import TOLERANCE
 from tests.tiny import write_checkpoint
@@ -40,6 +40,16 @@ def check(jobs: list[tuple[str, Path]], count: int, tmp_path: Path) -> None:
                 np.testing.assert_array_equal(ours[name], values, err_msg=where)
 
 
+def test_two_ranks_compute_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By heads, and, with the vocabulary and whole layers dealt out, for a family that mlx-lm does not split."""
+    monkeypatch.setenv(FEWER, "3")
+    packed = Options(Quantization(32, 4, "affine"))
+    by_heads = write_checkpoint(tmp_path / "by-heads", "qwen3", tie_word_embeddings=False)
+    by_layers = write_checkpoint(tmp_path / "by-layers", "mistral", packed, **GEMMA3)
+    check([("ram", by_heads), ("ssd", by_layers)], 2, tmp_path)
+
+
+@pytest.mark.heavy
 @pytest.mark.parametrize("count", [2, 4])
 def test_logits_and_greedy_answers_are_those_of_one_process(count: int, tmp_path: Path) -> None:
     """Over 20 switches between arbitrary selections; of four ranks, none has a head of keys to itself."""
