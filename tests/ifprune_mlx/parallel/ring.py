@@ -25,16 +25,24 @@ def free_ports(count: int) -> list[int]:
 
 
 def start_ring(
-    arguments: Sequence[str | Path], count: int, cache: Path, env: Mapping[str, str] | None = None
+    arguments: Sequence[str | Path],
+    count: int,
+    cache: Path,
+    others: Mapping[int, Sequence[str | Path]] | None = None,
 ) -> list[subprocess.Popen[str]]:
-    """The processes of a ring, by rank, each with pipes; `arguments` are those of Python."""
+    """The processes of a ring, by rank, each with pipes.
+
+    Args:
+        arguments: those of Python.
+        others: by rank, other arguments.
+    """
     hosts = [[f"127.0.0.1:{port}"] for port in free_ports(count)]
     with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False, dir=cache) as file:
         json.dump(hosts, file)
     return [
         subprocess.Popen(
-            [sys.executable, *map(str, arguments)],
-            env=environment(cache, MLX_RANK=str(rank), MLX_HOSTFILE=file.name, **(env or {})),
+            [sys.executable, *map(str, (others or {}).get(rank, arguments))],
+            env=environment(cache, MLX_RANK=str(rank), MLX_HOSTFILE=file.name),
             cwd=Path(__file__).parents[3],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -45,7 +53,7 @@ def start_ring(
     ]
 
 
-def finish(ring: Sequence[subprocess.Popen[str]], seconds: float = 900) -> list[tuple[int, str, str]]:
+def finish(ring: Sequence[subprocess.Popen[str]], seconds: float = 60) -> list[tuple[int, str, str]]:
     """Exit code, stdout and stderr of each rank, once all have ended."""
     try:
         said = [one.communicate(timeout=seconds) for one in ring]
@@ -55,6 +63,8 @@ def finish(ring: Sequence[subprocess.Popen[str]], seconds: float = 900) -> list[
             one.kill()
 
 
-def run_ring(arguments: Sequence[str | Path], count: int, cache: Path) -> list[tuple[int, str, str]]:
+def run_ring(
+    arguments: Sequence[str | Path], count: int, cache: Path, seconds: float = 60
+) -> list[tuple[int, str, str]]:
     """See `start_ring` and `finish`."""
-    return finish(start_ring(arguments, count, cache))
+    return finish(start_ring(arguments, count, cache), seconds)

@@ -27,7 +27,9 @@ PROGRAM = ["-m", "tests.ifprune_mlx.parallel.rank"]
 
 def check(jobs: list[tuple[str, Path]], count: int, tmp_path: Path) -> None:
     """Every (residency, checkpoint) in turn, by ranks and by this process."""
-    for code, _, said in run_ring([*PROGRAM, tmp_path, *(f"{at}={folder}" for at, folder in jobs)], count, tmp_path):
+    for code, _, said in run_ring(
+        [*PROGRAM, tmp_path, *(f"{at}={folder}" for at, folder in jobs)], count, tmp_path, 900
+    ):
         assert code == 0, said
     for number, (residency, folder) in enumerate(jobs):
         ours, theirs = np.load(tmp_path / f"{number}.npz"), walk(load(folder, residency=residency)[0])
