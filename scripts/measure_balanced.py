@@ -71,7 +71,7 @@ def main() -> None:
                     model.switch(selection)
                     nll = answer_nll(model, example.tokens, example.mask)
                     losses[density].setdefault(name, {}).setdefault(kind, []).append(float(nll.mean()))
-        if (index + 1) % 20 == 0 or index + 1 == given.limit:
+        if (index + 1) % 5 == 0 or index + 1 == given.limit:
             report(index + 1, losses, excess)
 
 
