@@ -21,7 +21,7 @@ from .options import (
     SystemPromptOption,
     TemplateVariablesOption,
 )
-from .ranks import read_once
+from .ranks import once
 
 if TYPE_CHECKING:
     from ifprune_mlx import Stats
@@ -49,7 +49,7 @@ def generate(
     json: JsonOption = False,
 ) -> None:
     """Answer one prompt on the neurons that it selects."""
-    text = read_once(lambda: read_prompt(prompt))
+    text = once(lambda: read_prompt(prompt))
     choice.check_exclusive(budget)
     schema = None if json_schema is None else read_schema(json_schema)
     runtime = open_runtime(model, choice, budget, selecting, sampling, variables=chat_template_config)

@@ -8,12 +8,14 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from .console import note
 
 if TYPE_CHECKING:
     from ifprune_mlx.parallel.ranks import Ranks
+
+Given = TypeVar("Given")
 
 
 def follows() -> bool:
@@ -68,10 +70,10 @@ def together() -> AbstractContextManager[None]:
     return nullcontext() if ranks is None else ranks.together()
 
 
-def read_once(read: Callable[[], str]) -> str:
-    """The text that `read` gives on rank 0, on every rank."""
+def once(work: Callable[[], Given]) -> Given:
+    """What `work` gives, which must be JSON, on rank 0 alone, for every rank."""
     ranks = join()
-    return read() if ranks is None else ranks.once(read)
+    return work() if ranks is None else ranks.once(work)
 
 
 def leave(exc: BaseException | None) -> None:

@@ -348,7 +348,7 @@ def resolve_keep(
             streamed = range(checkpoint.predictor_layers, len(widths))
             fixed = resident([0 if index in streamed else k for index, k in enumerate(keep)])
             neurons = sum(widths[index] * checkpoint.neuron_bytes(index, float_bytes) for index in streamed)
-            keep = _share(checkpoint, space - fixed, neurons)
+            keep = _share(checkpoint, (space - fixed) * checkpoint.ranks, neurons)
     if residency == SSD or space is not None:
         check_fits(checkpoint, residency, keep, memory=memory, float_bytes=float_bytes, device=device, asked=asked)
     return keep

@@ -175,7 +175,8 @@ class RowReader:
         """All neurons' rows, evaluated, in order; see `read`."""
         types = {name: rows.dtype for name, rows in self.empty(0).items()}
         found = self.read(np.arange(len(self.position), dtype=np.int32))
-        rows = {name: from_raw(values, types[name]) for name, values in found.items()}
+        # MLX's array of a view with gaps would take the memory of the gaps as well.
+        rows = {name: from_raw(np.ascontiguousarray(values), types[name]) for name, values in found.items()}
         mx.eval(list(rows.values()))
         return rows
 

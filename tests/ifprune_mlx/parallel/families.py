@@ -1,4 +1,4 @@
-"""One rank: `python -m tests.ifprune_mlx.parallel.families FOLDER`; how far each family's logits are from one process's.
+"""One rank: `python -m tests.ifprune_mlx.parallel.families FOLDER` compares each family's logits with one process's.
 
 FOLDER holds a checkpoint for each family, with the logits of one process beside it; rank 0 prints a line for each.
 """
