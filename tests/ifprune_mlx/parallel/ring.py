@@ -24,6 +24,15 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+def ring_variables(count: int, folder: Path) -> list[dict[str, str]]:
+    """What `mlx.launch` puts into the environment of each rank; `folder` gets the hosts file."""
+    hosts = [[f"127.0.0.1:{port}"] for port in free_ports(count)]
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False, dir=folder) as file:
+        json.dump(hosts, file)
+    return [{"MLX_RANK": str(rank), "MLX_HOSTFILE": file.name} for rank in range(count)]
+
+
 def start_ring(
     arguments: Sequence[str | Path],
     count: int,
@@ -36,20 +45,17 @@ def start_ring(
         arguments: those of Python.
         others: by rank, other arguments.
     """
-    hosts = [[f"127.0.0.1:{port}"] for port in free_ports(count)]
-    with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False, dir=cache) as file:
-        json.dump(hosts, file)
     return [
         subprocess.Popen(
             [sys.executable, *map(str, (others or {}).get(rank, arguments))],
-            env=environment(cache, MLX_RANK=str(rank), MLX_HOSTFILE=file.name),
+            env=environment(cache, **variables),
             cwd=Path(__file__).parents[3],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(count)
+        for rank, variables in enumerate(ring_variables(count, cache))
     ]
 
 
