@@ -12,6 +12,8 @@ import json
 import os
 import secrets
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,8 +31,20 @@ Answer = TypeVar("Answer")
 _CONNECT_SECONDS = 30.0
 # A rank that fails waits so long for the others to fail in the same way, before it counts as the only one.
 _SAME_SECONDS = 3.0
-# A machine that vanishes closes nothing: every rank says that it lives, and is given up after a silence.
-_BEAT_SECONDS, _SILENCE_SECONDS = 2.0, 20.0
+# A process that MLX has left hanging over a lost peer, with Python's lock held, cannot end itself: a watchdog does.
+# It waits on a connection of its own, which closes when the other rank's watchdog ends, and that when its rank does.
+_WATCHDOG = """
+import os, select, signal, sys, time
+parent, peers = os.getppid(), {int(fd): rank for fd, rank in (one.split(":") for one in sys.argv[1:])}
+ready = select.select([0, *peers], [], [])[0]
+for _ in range(20):
+    if select.select([0], [], [], 0.1)[0]:
+        os._exit(0)
+os.write(2, f"ifprune: error: rank {peers[ready[0]]} is gone\\n".encode() if "0" not in peers.values() else b"")
+os.kill(parent, signal.SIGKILL)
+"""
+# A machine that vanishes closes nothing; it is given up after 20 s.
+_KEEP_ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPALIVE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 
 
 class Ranks:
@@ -58,9 +72,8 @@ class Ranks:
         self._settled: dict[int, SimpleQueue[str | None]] = {rank: SimpleQueue() for rank in peers}
         self._failures = 0
         for rank, peer in peers.items():
-            peer.settimeout(_SILENCE_SECONDS)
+            peer.settimeout(None)
             threading.Thread(target=self._read, args=(rank, peer), daemon=True).start()
-        threading.Thread(target=self._beat, daemon=True).start()
 
     def share(self, value: Answer) -> Answer:
         """The leader's value, on every rank; it must be JSON. The others wait for it."""
@@ -108,8 +121,10 @@ class Ranks:
         self._send("failed", (self._failures, reason_of(exc)))
 
     def leave(self) -> None:
-        """End this rank's part of a run that went well; the others end when the leader does."""
+        """End this rank's part of a run that went well. A rank that does not lead ends here, with the leader."""
         self._send("left", None)
+        if not self.leads:
+            threading.Event().wait()
 
     def _settle(self, problem: str | None) -> str | None:
         """The first problem of any rank."""
@@ -127,11 +142,6 @@ class Ranks:
                 with suppress(OSError):  # whoever reads from it sees that the peer has gone
                     peer.sendall(line)
 
-    def _beat(self) -> None:
-        while True:
-            time.sleep(_BEAT_SECONDS)
-            self._send("beat", None)
-
     def _read(self, rank: int, peer: socket.socket) -> None:
         """Take messages until the peer ends, which ends this process too."""
         told = None
@@ -145,9 +155,7 @@ class Ranks:
                 elif kind == "failed":
                     told = f"rank {rank}: {value[1]}"
                     threading.Thread(target=self._compare, args=(value[0], told), daemon=True).start()
-                elif kind == "left" and self.leads:
-                    return
-                elif kind == "left":
+                elif kind == "left" and not self.leads:
                     os._exit(0)
         if told is not None:
             time.sleep(_SAME_SECONDS)  # in which this rank ends by itself, if it has failed in the same way
@@ -172,7 +180,12 @@ def join(end: Callable[[str], None]) -> Ranks | None:
         group = mx.distributed.init()
         if group.size() == 1:
             return None
-        return Ranks(group, _connect(group), end)
+        listener, (host, port, secret) = _meet(group)
+        peers, watched = (_connect(listener, host, port, secret, group) for _ in range(2))
+        if listener is not None:
+            listener.close()
+        _watch(watched)
+        return Ranks(group, peers, end)
     except (OSError, RuntimeError, ValueError) as exc:
         raise IfpruneError(
             f"rank {os.environ.get('MLX_RANK', '?')} does not reach the others ({reason_of(exc)}); check the hosts "
@@ -180,31 +193,60 @@ def join(end: Callable[[str], None]) -> Ranks | None:
         ) from exc
 
 
-def _connect(group: mx.distributed.Group) -> dict[int, socket.socket]:
+def _meet(group: mx.distributed.Group) -> tuple[socket.socket | None, tuple[str, int, int]]:
+    """The leader's listening socket, on the leader, and its address with a number that shows who is of this run."""
     host, leads = _leader_address(), group.rank() == 0
     listener = socket.create_server((host, 0)) if leads else None
-    # The number that follows the port shows that who connects belongs to this run.
     mine = [0, 0] if listener is None else [listener.getsockname()[1], secrets.randbits(30) + 1]
     port, secret = map(int, np.array(mx.distributed.all_sum(mx.array(mine, mx.int32), group=group)))
+    return listener, (host, port, secret)
+
+
+def _connect(
+    listener: socket.socket | None, host: str, port: int, secret: int, group: mx.distributed.Group
+) -> dict[int, socket.socket]:
+    """A connection to the leader; on the leader, those of all others."""
     if listener is None:
-        peer = socket.create_connection((host, port), _CONNECT_SECONDS)
-        peer.sendall(f"{secret} {group.rank()}\n".encode())
-        peers = {0: peer}
-    else:
-        peers = {}
-        with listener:
-            listener.settimeout(_CONNECT_SECONDS)
-            while len(peers) < group.size() - 1:
-                peer = listener.accept()[0]
-                peer.settimeout(_CONNECT_SECONDS)
-                said = peer.recv(64).split()
-                if len(said) == 2 and said[0] == str(secret).encode():
-                    peers[int(said[1])] = peer
-                else:
-                    peer.close()
+        peers = {0: socket.create_connection((host, port), _CONNECT_SECONDS)}
+        peers[0].sendall(f"{secret} {group.rank()}\n".encode())
+        peers[0].recv(1)  # the leader has taken it, and the next one is another
+        return peers
+    peers = {}
+    listener.settimeout(_CONNECT_SECONDS)
+    while len(peers) < group.size() - 1:
+        peer = listener.accept()[0]
+        peer.settimeout(_CONNECT_SECONDS)
+        said = peer.recv(64).split()
+        if len(said) == 2 and said[0] == str(secret).encode():
+            peers[int(said[1])] = peer
+            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        else:
+            peer.close()
     for peer in peers.values():
-        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        peer.sendall(b"+")
     return peers
+
+
+def _watch(peers: dict[int, socket.socket]) -> None:
+    """Start the watchdog of this process over connections to the other ranks'."""
+    for peer in peers.values():
+        peer.settimeout(None)
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in _KEEP_ALIVE.items():
+            if hasattr(socket, name):
+                peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    reading, _kept = os.pipe()  # its other end closes with this process
+    files = [f"{peer.fileno()}:{rank}" for rank, peer in peers.items()]
+    subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", _WATCHDOG, *files],
+        stdin=reading,
+        stdout=subprocess.DEVNULL,
+        pass_fds=[peer.fileno() for peer in peers.values()],
+        start_new_session=True,
+    )
+    os.close(reading)
+    for peer in peers.values():
+        peer.close()
 
 
 def _leader_address() -> str:

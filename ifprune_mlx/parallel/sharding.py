@@ -125,7 +125,8 @@ class LayerAttention(nn.Module):
             if hasattr(cache, "update_and_fetch"):  # so that it counts the tokens
                 nothing = mx.zeros((x.shape[0], 1, x.shape[1], _HEAD), x.dtype)
                 cache.update_and_fetch(nothing, nothing)
-        return mx.distributed.all_sum(mx.zeros_like(x), group=self._group)
+        # Not before what comes before it: ranks must sum in the same order.
+        return mx.distributed.all_sum(mx.depends(mx.zeros_like(x), x), group=self._group)
 
     def __getattr__(self, name: str) -> Any:
         if name in self or "attention" not in self:

@@ -198,6 +198,8 @@ class Engine:
     def _select_waiting(self) -> None:
         """Find the selections of waiting requests. While others run, run one selector at most, so that they go on."""
         for state in self._unselected():
+            if self._model.agreed(state.stopped):
+                continue
             try:
                 self._active.select(state)
             except Exception as exc:
@@ -207,7 +209,7 @@ class Engine:
 
     def _unselected(self) -> list[RequestState]:
         """Waiting requests that have not selected. Other ranks hear of them here."""
-        states = [state for state in self._scheduler.unselected(self._concurrency) if not state.stopped]
+        states = self._scheduler.unselected(self._concurrency)
         ranks = self._model.ranks
         if ranks is None:
             return states
@@ -296,7 +298,8 @@ class Engine:
         if output.completion_tokens == 0:
             state.first_token = now
         text, logprobs = output.add(token.id, token.logprobs, token.finish_reason)
-        if self._model.agreed(output.finish_reason is None):
+        output.finish_reason = self._model.agreed(output.finish_reason)
+        if output.finish_reason is None:
             if text or logprobs:
                 state.put(RequestOutput(text, logprobs))
             return

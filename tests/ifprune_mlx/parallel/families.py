@@ -70,7 +70,8 @@ def main(folder: Path) -> None:
                 except Exception as exc:
                     raise IfpruneError(f"calling: {exc!r}") from exc
             far = float(np.abs(np.array(compute) - np.load(file)).max())
-            kind = "layers" if "LayerAttention" in str(model.module.layers) else "heads or whole"
+            split = any("attention" in layer.get("self_attn", ()) for layer in model.module.layers)
+            kind = "layers" if split else "heads or whole"
             line = f"{file.stem}: {far:.1e} ({kind})"
         except IfpruneError as exc:
             line = f"{file.stem}: refused, {exc}"
