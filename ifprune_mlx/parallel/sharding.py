@@ -14,12 +14,13 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 from mlx.utils import tree_map
+from mlx_lm.models.cache import make_prompt_cache
 
 from ifprune_mlx.checkpoint.ffn_spec import FFNSpec
 from ifprune_mlx.checkpoint.format import Checkpoint
 from ifprune_mlx.checkpoint.neuron_reader import read_positions
 from ifprune_mlx.checkpoint.safetensors_io import load_arrays
-from ifprune_mlx.errors import CheckpointError, reason_of
+from ifprune_mlx.errors import BudgetError, CheckpointError, reason_of
 from ifprune_mlx.sparse.ffn import SlicedProjection, module_at
 
 # What stands in for an FFN's projections while mlx-lm shards a model is divisible by the ranks and by any group.
@@ -61,7 +62,21 @@ def shard(module: nn.Module, checkpoint: Checkpoint, group: mx.distributed.Group
         for index, layer in enumerate(module.layers):
             if "self_attn" in layer:
                 layer.self_attn = LayerAttention(layer.self_attn, index % group.size(), group)
+        _try_out(module, checkpoint)
     _shard_vocabulary(module, group)
+
+
+def _try_out(module: nn.Module, checkpoint: Checkpoint) -> None:
+    """Call the model, without computing anything: layers that use each other's attention cannot be dealt out."""
+    try:
+        module(mx.zeros((1, 2), mx.int32), cache=make_prompt_cache(module))
+    except BudgetError:  # no neuron is in memory yet
+        pass
+    except Exception as exc:  # whatever a family's class makes of a result that it does not expect
+        raise CheckpointError(
+            f"{checkpoint.path}: a {checkpoint.config.get('model_type')} model cannot be shared by ranks: mlx-lm has no "
+            f"`shard` for its heads, and its layers cannot be dealt out ({reason_of(exc)}); use it in one process"
+        ) from exc
 
 
 def _heads_divide(checkpoint: Checkpoint, ranks: int) -> bool:
@@ -119,13 +134,14 @@ class LayerAttention(nn.Module):
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         """As the attention's own: `[B, L, d_model]` -> `[B, L, d_model]`, on every rank."""
+        # Ranks must sum the same things in the same order, so what stands in for a result waits for x as that does:
+        # also in a cache, which alone is computed while a prompt is read.
         if self._mine:
             return mx.distributed.all_sum(self.attention(x, *args, **kwargs), group=self._group)
         for cache in (*args, *kwargs.values()):
             if hasattr(cache, "update_and_fetch"):  # so that it counts the tokens
-                nothing = mx.zeros((x.shape[0], 1, x.shape[1], _HEAD), x.dtype)
+                nothing = mx.depends(mx.zeros((x.shape[0], 1, x.shape[1], _HEAD), x.dtype), x)
                 cache.update_and_fetch(nothing, nothing)
-        # Not before what comes before it: ranks must sum in the same order.
         return mx.distributed.all_sum(mx.depends(mx.zeros_like(x), x), group=self._group)
 
     def __getattr__(self, name: str) -> Any:

@@ -133,8 +133,10 @@ class SingleDecoder:
         self._read, self._left = tokens, max_tokens
         self._uid += 1
 
+        model = self._model  # not self, which holds the generator that holds this function
+
         def on_prefill(done: int, total: int) -> None:
-            if done < total and self._model.agreed(state.stopped):
+            if done < total and model.agreed(state.stopped):
                 raise EngineClosedError
             state.has_read(read + done)
 
