@@ -74,7 +74,7 @@ def _try_out(module: nn.Module, checkpoint: Checkpoint) -> None:
         pass
     except Exception as exc:  # whatever a family's class makes of a result that it does not expect
         raise CheckpointError(
-            f"{checkpoint.path}: a {checkpoint.config.get('model_type')} model cannot be shared by ranks: mlx-lm has no "
+            f"{checkpoint.path}: {checkpoint.config.get('model_type')} models cannot be shared by ranks: mlx-lm has no "
             f"`shard` for its heads, and its layers cannot be dealt out ({reason_of(exc)}); use it in one process"
         ) from exc
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ifprune_convert.pipeline import Options
+from ifprune_convert.pipeline import Options, convert
+from ifprune_convert.readers import open_source
 from ifprune_mlx import load
 from ifprune_mlx.checkpoint.format import Quantization
 from tests.ifprune_mlx.parallel.rank import FEWER, walk
@@ -62,3 +63,11 @@ def test_logits_and_greedy_answers_are_those_of_one_process(count: int, tmp_path
             folder = write_checkpoint(tmp_path / name, family, Options(packing), **changes)
             jobs += [("ram", folder), ("ssd", folder)]
     check(jobs, count, tmp_path)
+
+
+@pytest.mark.heavy
+def test_smollm2_on_two_ranks(smollm2_base: Path, smollm2_gguf: Path, tmp_path: Path) -> None:
+    """Its 9 heads do not come out even, so that its layers are dealt out; half of its weights are on each rank."""
+    packed = tmp_path / "4bit"
+    convert(open_source(smollm2_gguf), packed, Options(Quantization(32, 4, "affine")))
+    check([("ram", smollm2_base), ("ssd", smollm2_base), ("ram", packed), ("ssd", packed)], 2, tmp_path)
