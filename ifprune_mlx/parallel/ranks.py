@@ -70,7 +70,7 @@ class Ranks:
         self._sending = threading.Lock()
         self._shared: SimpleQueue[Any] = SimpleQueue()
         self._settled: dict[int, SimpleQueue[str | None]] = {rank: SimpleQueue() for rank in peers}
-        self._failures = 0
+        self._failures, self._leaving = 0, False
         for rank, peer in peers.items():
             peer.settimeout(None)
             threading.Thread(target=self._read, args=(rank, peer), daemon=True).start()
@@ -122,6 +122,7 @@ class Ranks:
 
     def leave(self) -> None:
         """End this rank's part of a run that went well. A rank that does not lead ends here, with the leader."""
+        self._leaving = True
         self._send("left", None)
         if not self.leads:
             threading.Event().wait()
@@ -157,6 +158,8 @@ class Ranks:
                     threading.Thread(target=self._compare, args=(value[0], told), daemon=True).start()
                 elif kind == "left" and not self.leads:
                     os._exit(0)
+        if self._leaving and self.leads:
+            return
         if told is not None:
             time.sleep(_SAME_SECONDS)  # in which this rank ends by itself, if it has failed in the same way
         self._end(told or f"rank {rank} is gone: its process was ended, or its machine or the connection failed")
