@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
@@ -478,7 +479,7 @@ def _synchronize() -> None:
 def _load_module(
     checkpoint: Checkpoint, slots: Sequence[FFNSlots], leaves: list[SlicedProjection], lock: ModelLock, *, lazy: bool
 ) -> nn.Module:
-    """The module; `lazy`: with weights that are not read yet."""
+    """The module; `lazy`: for several ranks, with weights that are not read yet."""
     layout: Layout = checkpoint.layout
 
     def classes(config: dict[str, Any]) -> tuple[type[nn.Module], type]:
@@ -491,6 +492,7 @@ def _load_module(
             def __init__(self, args: Any) -> None:
                 nn.Module.__init__(self)  # recurrent_gemma's class does not call it
                 super().__init__(args)
+                self._last: Callable[[], mx.array | None] = lambda: None
                 for spec, ffn_slots in zip(layout.ffns, slots, strict=True):
                     leaves.append(replace_leaves(self, spec, ffn_slots, layout.gate_up, layout.down))
 
@@ -499,7 +501,12 @@ def _load_module(
                 lock.check()
                 if any(entry.k == 0 for entry in slots):
                     raise BudgetError(_NOT_DENSE)
-                return super().__call__(*args, **kwargs)
+                if lazy and (earlier := self._last()) is not None:
+                    # Ranks sum in the same order only if the sums of one call come before those of the next.
+                    mx.async_eval(earlier)  # type: ignore[no-untyped-call]
+                output = super().__call__(*args, **kwargs)
+                self._last = weakref.ref(output)
+                return output
 
             def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
                 """The weights unchanged: the family's own `sanitize` ran when the checkpoint was converted."""
