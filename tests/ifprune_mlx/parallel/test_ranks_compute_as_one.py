@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ifprune_convert.pipeline import Options, convert
-from ifprune_convert.readers import open_source
+from ifprune_convert.pipeline import Options
 from ifprune_mlx import load
 from ifprune_mlx.checkpoint.format import Quantization
 from tests.ifprune_mlx.parallel.rank import FEWER, walk
@@ -50,26 +49,3 @@ def test_two_ranks_compute_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     by_heads = write_checkpoint(tmp_path / "by-heads", "qwen3", tie_word_embeddings=False)
     by_layers = write_checkpoint(tmp_path / "by-layers", "mistral", packed, **GEMMA3)
     check([("ram", by_heads), ("ssd", by_layers)], 2, tmp_path)
-
-
-@pytest.mark.heavy
-@pytest.mark.parametrize("count", [2, 4])
-def test_logits_and_greedy_answers_are_those_of_one_process(count: int, tmp_path: Path) -> None:
-    """Over 20 switches between arbitrary selections; of four ranks, none has a head of keys to itself."""
-    jobs = []
-    for family, changes in (("llama", {}), ("qwen3", {"tie_word_embeddings": False}), ("mistral", GEMMA3)):
-        for packing in (None, Quantization(32, 4, "affine")):
-            name = f"{changes.get('model_type', family)}-{'float' if packing is None else '4bit'}"
-            folder = write_checkpoint(tmp_path / name, family, Options(packing), **changes)
-            jobs += [("ram", folder), ("ssd", folder)]
-    check(jobs, count, tmp_path)
-
-
-@pytest.mark.heavy
-def test_smollm2_on_two_ranks(smollm2_base: Path, smollm2_gguf: Path, tmp_path: Path) -> None:
-    """Its 9 heads do not come out even, so that its layers are dealt out; half of its weights are on each rank."""
-    packed = tmp_path / "4bit"
-    convert(open_source(smollm2_gguf), packed, Options(Quantization(32, 4, "affine")))
-    # Under arbitrary selections its logits, up to 36, differ by 3e-4 between the two residencies of one process.
-    jobs = [(residency, folder) for folder in (smollm2_base, packed) for residency in ("ram", "ssd")]
-    check(jobs, 2, tmp_path, tolerance=1e-2)
