@@ -105,3 +105,13 @@ def test_a_chat_says_on_two_ranks_what_it_says_on_one(tiny_checkpoint: Path, tmp
         line for line in alone.stderr.splitlines() if "error" in line
     ]
     assert [code for code, *_ in others] == [1]
+
+
+def test_info_says_what_each_rank_holds(tiny_checkpoint: Path) -> None:
+    """About half of the weights at two ranks; norms are on both."""
+    whole, half = (
+        json.loads(run_here("info", "--model", tiny_checkpoint, "--ranks", ranks, "--json").stdout)["fits"]
+        for ranks in ("1", "2")
+    )
+    for one, two in zip(whole, half, strict=True):
+        assert 0.5 <= two["resident"] / one["resident"] < 0.55
