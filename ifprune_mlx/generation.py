@@ -262,7 +262,9 @@ def answer(
     if request.on_switch not in (REPREFILL, KEEP):
         raise IfpruneError(f"on_switch {request.on_switch!r} is unknown; choose {REPREFILL} or {KEEP}")
     check_options(options)
-    run = _Run(model, history, request, cancel, progress, Pace(options.pop("prefill_seconds", None)))
+    seconds = options.pop("prefill_seconds", None)
+    # Ranks read in the same steps, whatever time these take on each.
+    run = _Run(model, history, request, cancel, progress, Pace(seconds if model.ranks is None else None))
     try:
         run.select_and_switch()
         yield from run.decode(tokenizer, max_tokens, options)
@@ -288,7 +290,8 @@ class _Run:
         pace: Pace,
     ) -> None:
         self.model, self.history, self.request, self.pace = model, history, request, pace
-        self._cancel, self._progress = cancel, progress
+        self._cancel = None if cancel is None else lambda: model.agreed(cancel())
+        self._progress = progress
         self.overlap: float | None = None
         self.reused = self.count = 0
         self.select_s = self.switch_s = self.prefill_s = self.decode_s = 0.0
@@ -358,8 +361,11 @@ class _Run:
             left = self.model.context_length - len(tokens)
             max_tokens = left if max_tokens == -1 else min(max_tokens, left)
 
+        sampler = options.pop("sampler", None) or _likeliest
+        if self.model.ranks is not None:
+            sampler = self.model.ranks.same_tokens(sampler)
         bits, group = options.pop("kv_bits", None), options.pop("kv_group_size", 64)
-        begin, sampler = options.pop("quantized_kv_start", _QUANTIZED_START), options.pop("sampler", None) or _likeliest
+        begin = options.pop("quantized_kv_start", _QUANTIZED_START)
         if bits is not None:
             check_quantizable(self.model, self.history.kv, bits, group)
 

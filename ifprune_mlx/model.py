@@ -9,14 +9,15 @@ from __future__ import annotations
 import logging
 import re
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, wraps
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -43,8 +44,10 @@ from ifprune_mlx.checkpoint.hub import resolve
 from ifprune_mlx.checkpoint.neuron_reader import RowReader, read_rows
 from ifprune_mlx.checkpoint.safetensors_io import load_arrays
 from ifprune_mlx.device import limits
-from ifprune_mlx.errors import BudgetError, CheckpointError, IfpruneError, reason_of
+from ifprune_mlx.errors import BudgetError, CheckpointError, IfpruneError, SelectionError, reason_of
 from ifprune_mlx.model_lock import ModelLock, begin_worker
+from ifprune_mlx.parallel.ranks import Ranks
+from ifprune_mlx.parallel.sharding import deal, shard
 from ifprune_mlx.selection.cache import SelectionCache
 from ifprune_mlx.selection.predictor import SparsityPredictor, load_predictor
 from ifprune_mlx.selection.selection import Scores, Selection
@@ -62,6 +65,7 @@ _NOT_DENSE = (
 
 _log = logging.getLogger(__name__)
 
+Value = TypeVar("Value")
 Progress = Callable[[int, int], None]
 """Called with (done, total) as long work advances."""
 
@@ -109,6 +113,7 @@ class Model:
         residency: `ram`, or `ssd`: only active neurons are in memory, and the model cannot be dense.
         memory: bytes that the weights may take; None if that was not limited.
         vocabulary: tokens that it has embeddings for; None if its class does not show it.
+        ranks: the processes that share it; None if it is whole here. Then all of them make the same calls.
     """
 
     def __init__(
@@ -121,6 +126,8 @@ class Model:
         residency: str,
         memory: int | None,
         float_bytes: int | None,
+        vocabulary: int | None,
+        ranks: Ranks | None,
     ) -> None:
         self.checkpoint = checkpoint
         self._module = module
@@ -129,7 +136,8 @@ class Model:
         self.lock = lock
         self.residency = residency
         self.memory = memory
-        self.vocabulary = embedding_rows(module)
+        self.vocabulary = vocabulary
+        self.ranks = ranks
         self.tokenizer: TokenizerWrapper | None = None
         self.selection: Selection | None = None
         self.selection_cache = SelectionCache()
@@ -221,6 +229,10 @@ class Model:
             float_bytes=self._float_bytes,
         )
 
+    def agreed(self, value: Value) -> Value:
+        """The value, which must be JSON; of a model that several ranks share, the leader's."""
+        return value if self.ranks is None else self.ranks.share(value)
+
     def check(self, selection: Selection) -> None:
         """Raise SelectionError unless `selection` fits this model's FFNs."""
         self.lock.check_open()
@@ -238,13 +250,16 @@ class Model:
             ModelBusyError: if an answer is under way.
         """
         start = time.perf_counter()
-        with self.lock.held():
+        with self.lock.held(), nullcontext() if self.ranks is None else self.ranks.together():
             if selection is None:
                 for slots in self.slots:
                     slots.activate_all()
                 self.selection = None
                 return Switch(time.perf_counter() - start, 0, 0, 0, None)
             self.checkpoint.check(selection)
+            kept = [slots.own(ids) for slots, ids in zip(self.slots, selection.ids, strict=True)]
+            if min(map(len, kept)) == 0:
+                raise SelectionError("the selection leaves a rank no neuron of an FFN; use fewer ranks, or keep more")
             overlap = selection.overlap(self.selection) if self.selection else None
             _synchronize()
             spare = self._spare_slots(selection) if self.residency == SSD else 0
@@ -254,7 +269,7 @@ class Model:
                 slots.k = 0
             neurons = missing = written = 0
             # Layer by layer, so that a scatter that copies holds at most one copy of one layer's array.
-            for slots, ids in zip(self.slots, selection.ids, strict=True):
+            for slots, ids in zip(self.slots, kept, strict=True):
                 plan = slots.plan(ids, spare)
                 neurons += len(plan.leaving)
                 missing += len(plan.missing)
@@ -264,11 +279,21 @@ class Model:
                     slots.pending = self._reader().submit(slots.apply, plan)
                 else:
                     slots.apply(plan)
-            mx.eval([slots.activate(len(ids)) for slots, ids in zip(self.slots, selection.ids, strict=True)])
+            if self.ranks is not None:
+                self._agree_on_rows()
+            mx.eval([slots.activate(len(ids)) for slots, ids in zip(self.slots, kept, strict=True)])
             self.selection = selection
             done = Switch(time.perf_counter() - start, neurons, missing, written, overlap)
             _log.debug("switched to selection %s of %s: %s", selection.hash, selection.selector, done)
             return done
+
+    def _agree_on_rows(self) -> None:
+        """Wait for all that is read, on every rank: either all of them have the selection's rows, or none uses it."""
+        assert self.ranks is not None
+        with self.ranks.together():
+            for slots in self.slots:
+                if slots.pending is not None:
+                    slots.pending.result()
 
     def _spare_slots(self, selection: Selection) -> int:
         """Slots per FFN that the memory budget leaves for inactive neurons. Raises BudgetError if it is exceeded."""
@@ -337,6 +362,7 @@ def load(
     memory: int | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[Model, TokenizerWrapper]:
     """Load an IFP checkpoint and its tokenizer, as `mlx_lm.load` does a plain one. The model starts dense.
 
@@ -349,6 +375,7 @@ def load(
         memory: bytes that the weights may take. In `ssd` residency the rest holds the neurons selected most often.
         trust_remote_code: let the tokenizer run code that comes with the checkpoint.
         progress: called with (FFNs loaded, FFNs).
+        ranks: share the model with these; see `ifprune_mlx.parallel.ranks.join`.
 
     Raises:
         CheckpointError: if the checkpoint is damaged or not one, naming the file and what to do.
@@ -364,11 +391,13 @@ def load(
         if isinstance(path_or_repo, Checkpoint)
         else Checkpoint.open(resolve(path_or_repo, revision, residency=residency, memory=memory))
     )
+    if ranks is not None:
+        checkpoint = replace(checkpoint, ranks=ranks.size)
     if dtype is None and (dtype := default_dtype(checkpoint)) is not None:
         _say_default_dtype()
     residency = choose_residency(checkpoint, residency, memory, None if dtype is None else dtype.size)
     memory = None if memory is None else room(memory)
-    model = load_checkpoint(checkpoint, dtype=dtype, residency=residency, memory=memory, progress=progress)
+    model = load_checkpoint(checkpoint, dtype=dtype, residency=residency, memory=memory, progress=progress, ranks=ranks)
     try:
         model.tokenizer = tokenizer = _load_tokenizer(checkpoint, trust_remote_code, model.vocabulary)
     except CheckpointError:
@@ -406,24 +435,33 @@ def load_checkpoint(
     residency: str = RAM,
     memory: int | None = None,
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
 ) -> Model:
     """Load an opened checkpoint's model, without its tokenizer. See `load`."""
     try_products(checkpoint, dtype)  # before there are weights, so that it does not show in the peak of memory
     slots: list[FFNSlots] = []
     ffns = checkpoint.layout.ffns
     choose(checkpoint, dtype)  # before the weights are in memory, which the trial's would add to
-    for index in range(len(ffns)):
+    shares = [None] * len(ffns) if ranks is None else deal(checkpoint, ranks.rank, ranks.size)
+    for index, share in enumerate(shares):
         # A predictor that reads with the model's first layers needs all of their neurons.
         if residency == RAM or index < checkpoint.predictor_layers:
-            slots.append(FFNSlots(*read_rows(checkpoint, index, dtype)))
+            if share is None:
+                slots.append(FFNSlots(*read_rows(checkpoint, index, dtype)))
+            else:
+                reader = RowReader(checkpoint, index, dtype, share)
+                slots.append(FFNSlots(reader.read_all(), reader.down_bias, share=share))
         else:
-            reader = RowReader(checkpoint, index, dtype)
-            slots.append(FFNSlots(None, reader.down_bias, reader))
+            reader = RowReader(checkpoint, index, dtype, share)
+            slots.append(FFNSlots(None, reader.down_bias, reader, share))
         if progress is not None:
             progress(index + 1, len(ffns))
     leaves: list[SlicedProjection] = []
     lock = ModelLock()
-    module = _load_module(checkpoint, slots, leaves, lock)
+    module = _load_module(checkpoint, slots, leaves, lock, lazy=ranks is not None)
+    vocabulary = embedding_rows(module)
+    if ranks is not None:
+        shard(module, checkpoint, ranks.group)
     if dtype is not None:
         floats = (mx.float32, mx.float16, mx.bfloat16)
         may_cast = getattr(module, "cast_predicate", lambda _: True)
@@ -434,7 +472,8 @@ def load_checkpoint(
         module.update(tree_map_with_path(cast, module.parameters()))
     # The whole module: rope tables are not parameters, and another thread could not compute them later.
     mx.eval(module)
-    return Model(checkpoint, module, slots, leaves, lock, residency, memory, None if dtype is None else dtype.size)
+    float_bytes = None if dtype is None else dtype.size
+    return Model(checkpoint, module, slots, leaves, lock, residency, memory, float_bytes, vocabulary, ranks)
 
 
 def _synchronize() -> None:
@@ -444,8 +483,9 @@ def _synchronize() -> None:
 
 
 def _load_module(
-    checkpoint: Checkpoint, slots: Sequence[FFNSlots], leaves: list[SlicedProjection], lock: ModelLock
+    checkpoint: Checkpoint, slots: Sequence[FFNSlots], leaves: list[SlicedProjection], lock: ModelLock, *, lazy: bool
 ) -> nn.Module:
+    """The module; `lazy`: for several ranks, with weights that are not read yet."""
     layout: Layout = checkpoint.layout
 
     def classes(config: dict[str, Any]) -> tuple[type[nn.Module], type]:
@@ -458,6 +498,7 @@ def _load_module(
             def __init__(self, args: Any) -> None:
                 nn.Module.__init__(self)  # recurrent_gemma's class does not call it
                 super().__init__(args)
+                self._last: Callable[[], mx.array | None] = lambda: None
                 for spec, ffn_slots in zip(layout.ffns, slots, strict=True):
                     leaves.append(replace_leaves(self, spec, ffn_slots, layout.gate_up, layout.down))
 
@@ -466,7 +507,12 @@ def _load_module(
                 lock.check()
                 if any(entry.k == 0 for entry in slots):
                     raise BudgetError(_NOT_DENSE)
-                return super().__call__(*args, **kwargs)
+                if lazy and (earlier := self._last()) is not None:
+                    # Ranks sum in the same order only if the sums of one call come before those of the next.
+                    mx.async_eval(earlier)  # type: ignore[no-untyped-call]
+                output = super().__call__(*args, **kwargs)
+                self._last = weakref.ref(output)
+                return output
 
             def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
                 """The weights unchanged: the family's own `sanitize` ran when the checkpoint was converted."""
@@ -479,7 +525,7 @@ def _load_module(
         return Sliced, arguments
 
     try:
-        module, _ = load_model(checkpoint.path, get_model_classes=classes)
+        module, _ = load_model(checkpoint.path, lazy, get_model_classes=classes)
         for name in checkpoint.headers:
             checkpoint.check_unchanged(checkpoint.path / name)
     except IfpruneError:

@@ -25,6 +25,7 @@ ORDER = (
     "model_lock",
     "checkpoint",
     "sparse",
+    "parallel",
     "prompt_cache",
     "selection",
     "model",

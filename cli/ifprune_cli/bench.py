@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -24,6 +24,7 @@ from .options import (
     NoConvertOption,
     output_option,
 )
+from .ranks import follows, mute
 
 if TYPE_CHECKING:
     from ifprune_mlx import Checkpoint
@@ -132,6 +133,11 @@ def bench(
     from ifprune_mlx.checkpoint.atomic_write import write_atomic
     from ifprune_mlx.model import default_dtype
 
+    if follows():
+        mute()
+        outputs = _Outputs()
+    if "MLX_RANK" in os.environ:  # plain models are not shared, and a second model would need ports of its own
+        measured = replace(measured, stock=False, ssd=False)
     outputs.check()
     if shape.shape is not None and model is not None:
         raise IfpruneError("--shape and --model: a shape is measured instead of a model; give one of them")

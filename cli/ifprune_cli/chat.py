@@ -10,7 +10,7 @@ import io
 import math
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,9 +35,11 @@ from .options import (
     check_exclusive,
     selection_option,
 )
+from .ranks import join, leads, leave
 
 if TYPE_CHECKING:
     from ifprune_mlx import Selection, Session, Stats
+    from ifprune_mlx.parallel.ranks import Ranks
 
     from .chat_commands import Commands
     from .chat_input import LineEditor
@@ -106,7 +108,8 @@ def chat(
     sampling: _Sampling,
 ) -> int:
     """Chat with a model that selects its neurons by what is said. In the chat, /help lists the commands."""
-    typed = sys.stdin.isatty()
+    joined = join()
+    typed = sys.stdin.isatty() and leads()
     with ExitStack() as stack:
         waiting = stack.enter_context(ExitStack())
         waiting.enter_context(progress("loading", ""))
@@ -145,7 +148,7 @@ def chat(
         penalty = sampling.repetition_penalty
         if not typed:
             waiting.close()
-            return _Conversation(commands, tokens, penalty).run(piped(sys.stdin.buffer))
+            return _Conversation(commands, tokens, penalty).run(_heard(joined, piped(sys.stdin.buffer)))
         from ifprune_convert.embedded import cache_folder
 
         from .chat_answer import AnswerWriter
@@ -156,9 +159,19 @@ def chat(
         if load is not None:
             commands.show_turns(load)
         editor = LineEditor(commands.names, commands.with_file, commands.choices, cache_folder() / "chat_history")
-        commands.confirm = editor.confirm
-        _Conversation(commands, tokens, penalty, editor).run(editor)
+        commands.confirm = None if joined is not None else editor.confirm  # no other rank could ask
+        _Conversation(commands, tokens, penalty, editor).run(_heard(joined, editor))
     return 0
+
+
+def _heard(joined: Ranks | None, messages: Iterable[str]) -> Iterator[str]:
+    """The messages of rank 0, on every rank."""
+    if joined is None:
+        yield from messages
+        return
+    given = iter(messages) if joined.leads else None
+    while (text := joined.share(None if given is None else next(given, None))) is not None:
+        yield text
 
 
 class _Models:
@@ -261,7 +274,9 @@ class _Conversation:
         from ifprune_mlx import IfpruneError
 
         failed = False
-        before = signal.signal(signal.SIGINT, self._interrupted)
+        before = signal.getsignal(signal.SIGINT)
+        if leads():
+            signal.signal(signal.SIGINT, self._interrupted)
         try:
             for text in messages:
                 try:
@@ -271,6 +286,7 @@ class _Conversation:
                     # MLX reports a lack of memory, and options that a cache cannot have, in the last three: the
                     # conversation is worth more than a traceback.
                     failed = True
+                    leave(exc)
                     show_cause(exc)
                     note(f"ifprune: error: {one_line(self._explained(exc))}")
         finally:
@@ -377,7 +393,8 @@ class _Conversation:
         from .chat_topics import change
 
         session, live = self._session, self._session.selection
-        if self._editor is None or session.policy != "first" or live is None or len(session.messages) <= 2:
+        alone = session.model.ranks is None  # else the others would have to select with this rank
+        if self._editor is None or not alone or session.policy != "first" or live is None or len(session.messages) <= 2:
             return
         if session.selector is None or session.selector.name != live.selector:
             return  # a task, or a file

@@ -15,6 +15,7 @@ from ifprune_mlx.checkpoint.json_file import read_json_object
 
 from .console import note, parameters, report, shortened
 from .loading import EMBEDDED
+from .ranks import once
 
 _TURNS_SHOWN = 8
 _POLICIES = {
@@ -244,7 +245,9 @@ class Commands:
         note(f"system prompt: {session.system_prompt}" if session.system_prompt else "no system prompt")
 
     def _save(self, argument: str) -> None:
-        path = _path(argument)
+        once(lambda: self._write(_path(argument)))
+
+    def _write(self, path: Path) -> None:
         if path.exists() and not _is_saved_chat(path):
             raise ChatFileError(f"{path}: exists and is not a saved chat; choose another name")
         if path.exists() and self.confirm is not None and not self.confirm(f"{path} exists; overwrite it?"):

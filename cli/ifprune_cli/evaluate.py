@@ -22,6 +22,7 @@ from .options import (
     TrustOption,
     named_files,
 )
+from .ranks import leads
 
 if TYPE_CHECKING:
     from ifprune_mlx.eval import EvalResult
@@ -162,13 +163,19 @@ def evaluate(
     result = run(
         config,
         load=lambda folder: load_model(
-            None if folder is None else str(folder), dtype, trust_remote_code, template=not ignore_chat_template
+            None if folder is None else str(folder),
+            dtype,
+            trust_remote_code,
+            template=not ignore_chat_template,
+            shared=True,
         ),
         progress=progress,
         report=note,
         on_evaluation=_print_tables if str(json) != "-" else lambda result: None,
     )
     notes(result.evaluations)
+    if not leads():
+        return
     if json is not None:
         _write_json(json, result.evaluations[0].to_dict() if densities is None else result.to_dict())
     if plot is not None:

@@ -25,6 +25,7 @@ from .options import (
     TemplateVariablesOption,
     given_prompt,
 )
+from .ranks import once
 
 if TYPE_CHECKING:
     from ifprune_mlx import Stats
@@ -49,7 +50,7 @@ def generate(
     json: JsonOption = False,
 ) -> None:
     """Answer one prompt on the neurons that it selects."""
-    text = read_prompt(given_prompt(words, prompt))
+    text = once(lambda: read_prompt(given_prompt(words, prompt)))
     choice.check_exclusive(budget)
     schema = None if json_schema is None else read_schema(json_schema)
     runtime = open_runtime(

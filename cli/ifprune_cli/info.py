@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,14 +21,21 @@ _DENSITIES = (0.27, 0.5, 0.7, 0.9, 1.0)
 VerifyOption = Annotated[bool, typer.Option("--verify", help="Check the sha256 of every file.")]
 
 
-def info(model: ModelOption = None, verify: VerifyOption = False, json: JsonOption = False) -> None:
+RanksOption = Annotated[
+    int, typer.Option("--ranks", min=1, help="Show what each of so many processes holds, under mlx.launch.")
+]
+
+
+def info(
+    model: ModelOption = None, verify: VerifyOption = False, ranks: RanksOption = 1, json: JsonOption = False
+) -> None:
     """Show a checkpoint's shape, size, selectors, tasks, and what each density activates."""
     from ifprune_mlx import CheckpointError, TaskStore
     from ifprune_mlx.checkpoint.budget import RAM, RESIDENCIES, SSD, resident_bytes, resolve_keep, way_to_load
     from ifprune_mlx.device import this_device
     from ifprune_mlx.sparse.down_product import choose
 
-    checkpoint = open_checkpoint(model)
+    checkpoint = replace(open_checkpoint(model), ranks=ranks)
     damaged: list[str] = []
     if verify:
         with progress("verify", "files") as update:
@@ -72,6 +79,7 @@ def info(model: ModelOption = None, verify: VerifyOption = False, json: JsonOpti
                 "default_selector": checkpoint.default_selector,
                 "curve": None if curve is None else curve.to_dict(),
                 "dial": dial,
+                "ranks": ranks,
                 "usable_memory": device.usable,
                 "command": command,
             }
@@ -81,7 +89,8 @@ def info(model: ModelOption = None, verify: VerifyOption = False, json: JsonOpti
     rows = _rows(checkpoint, selectors, names or "none")
     tight = {key: ", which does not fit" if size > device.usable else "" for key, size in resident.items()}
     whole, usable, have = map(gigabytes, (resident[RAM, 1.0], device.usable, device.memory))
-    where = f"{whole} with residency ram{tight[RAM, 1.0]}; weights may take {usable} of this machine's {have}"
+    each = "" if ranks == 1 else f" on each of {ranks} ranks"
+    where = f"{whole}{each} with residency ram{tight[RAM, 1.0]}; weights may take {usable} of this machine's {have}"
     rows.append(("memory", where))
     rows.append(("to load it", f"{told}: {command}" if told else command))
     paths = "; ".join(f"{name}: {reason}" for name, reason in slow.items()) or "none on this machine"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import ranks
 from .console import note, progress, stages
 from .options import (
     Budget,
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
     from ifprune_mlx import Checkpoint, Model, Selection
+    from ifprune_mlx.parallel.ranks import Ranks
 
 EMBEDDED = "SmolLM2-135M-Instruct"
 _FAR = 0.75  # of a checkpoint's own density; below, it is said what that costs
@@ -56,7 +59,8 @@ def checkpoint_path(
             if not names_dense_model(model):
                 try:
                     shown = partial(report, "download")
-                    return resolve(model, progress=shown, loads=loads, residency=residency, memory=memory)
+                    size = ranks.size() if loads else 1
+                    return resolve(model, progress=shown, loads=loads, residency=residency, memory=memory, ranks=size)
                 except DenseModelError:
                     if not converts:
                         raise
@@ -112,16 +116,22 @@ def load_model(
     residency: Residency | None = None,
     memory: int | None = None,
     template: bool = True,
+    shared: bool = False,
 ) -> tuple[Model, TokenizerWrapper]:
-    """Load the given checkpoint, or the embedded default; `trained` as in `checkpoint_path`, the rest as in `load`.
+    """Load the given checkpoint, or the embedded default.
 
     Args:
+        trained: as in `checkpoint_path`; the rest but the next two as in `load`.
         template: False reads messages as plain text, whatever chat template the model has.
+        shared: the ranks of this run share the model, if there are any.
     """
     from ifprune_mlx import Checkpoint
 
-    checkpoint = Checkpoint.open(checkpoint_path(model, trained=trained, residency=residency, memory=memory))
-    loaded, tokenizer = _load(checkpoint, ModelOptions(model, dtype, residency, trust_remote_code), memory)
+    joined = ranks.join() if shared else None
+    with nullcontext() if joined is None else joined.together():
+        checkpoint = Checkpoint.open(checkpoint_path(model, trained=trained, residency=residency, memory=memory))
+        options = ModelOptions(model, dtype, residency, trust_remote_code)
+        loaded, tokenizer = _load(checkpoint, options, memory, joined)
     if not template:
         from ifprune_mlx.chat_template import without_template
 
@@ -166,7 +176,9 @@ def _warn_far_below(checkpoint: Checkpoint, selector: str | None, limits: dict[s
     )
 
 
-def _load(checkpoint: Checkpoint, options: ModelOptions, memory: int | None) -> tuple[Model, TokenizerWrapper]:
+def _load(
+    checkpoint: Checkpoint, options: ModelOptions, memory: int | None, joined: Ranks | None
+) -> tuple[Model, TokenizerWrapper]:
     import mlx.core as mx
 
     from ifprune_mlx import load
@@ -183,6 +195,7 @@ def _load(checkpoint: Checkpoint, options: ModelOptions, memory: int | None) -> 
             trust_remote_code=options.trust_remote_code,
             # What is no FFN is read last, so the end comes after the last FFN.
             progress=lambda done, total: update(read[done], whole),
+            ranks=joined,
         )
 
 
@@ -235,6 +248,19 @@ def open_runtime(
     Raises:
         IfpruneError: if an option is out of range, or the model, the selection or the task cannot be used.
     """
+    with ranks.together():
+        return _opened(model, choice, budget, selecting, sampling, template, variables)
+
+
+def _opened(
+    model: ModelOptions,
+    choice: SelectionOptions,
+    budget: Budget,
+    selecting: Selecting,
+    sampling: Sampling | None,
+    template: bool,
+    variables: str | None,
+) -> Runtime:
     import mlx.core as mx
 
     from ifprune_mlx import Checkpoint, Selection, TaskStore
@@ -247,6 +273,8 @@ def open_runtime(
     limits, given = budget.arguments(), template_variables(variables)
     generation: dict[str, Any] = {} if sampling is None else sampling.arguments()
     checkpoint = Checkpoint.open(model_path(model, limits["memory"]))
+    if (joined := ranks.join()) is not None:
+        checkpoint = replace(checkpoint, ranks=joined.size)
     if sampling is not None:
         sampling.check(checkpoint)
     if choice.selection is not None and selection is not None:
@@ -259,8 +287,9 @@ def open_runtime(
     kept, selector = budget.on(checkpoint, selector, residency)
     _check_memory(checkpoint, residency, float_bytes, kept, selection, choice.dense)
     _warn_far_below(checkpoint, selector, limits)  # not of what the curve chose by a given tolerance
-    loaded, tokenizer = _load(checkpoint, model, limits["memory"])
-    selecting.apply(loaded)
+    loaded, tokenizer = _load(checkpoint, model, limits["memory"], joined)
+    if ranks.leads():  # which has the selector
+        selecting.apply(loaded)
     if not template:
         from ifprune_mlx.chat_template import without_template
 

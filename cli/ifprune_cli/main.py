@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from .machine_check import problem
+from .ranks import leave
 
 _stopped = False  # whether Ctrl-C or another signal has asked to stop
 
@@ -58,6 +59,8 @@ def run(arguments: Sequence[str]) -> int:
         given = with_calibrate_value(arguments or ["--help"])
         result = app(args=given, prog_name="ifprune", standalone_mode=False)
         code = result if isinstance(result, int) else 0
+        if code == 0:
+            leave(None)
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:
@@ -66,6 +69,7 @@ def run(arguments: Sequence[str]) -> int:
         return 1
     except Exception as exc:
         if not _stopped:
+            leave(exc)
             return _explain(exc)
         code = 130  # a module that Ctrl-C stopped while it was imported says that it failed
     if code == 130:  # typer makes this of Ctrl-C inside a command

@@ -22,6 +22,7 @@ import typer
 from . import options
 from .console import note, printable, result_json
 from .loading import Runtime, open_runtime
+from .ranks import leads
 
 if TYPE_CHECKING:
     from socket import socket
@@ -166,6 +167,9 @@ def serve(
     budget.arguments()  # a quantity that cannot be read is found before the socket is taken
     if "" in (server.alias or ()):
         raise IfpruneError("--alias is empty; give a name")
+    if not leads():
+        _follow(model, budget, selecting, choice, requests)
+        return
     listener, key = server.bind()
     runtime = open_runtime(model, choice, budget, selecting, template=not requests.ignore_chat_template)
     _log(server.log_level)
@@ -182,6 +186,20 @@ def serve(
         limits = Limits(key, is_loopback(listener), server.host, origins, body_bytes, most + 64)
         app = make_app(service, limits, ui=server.ui or server.open)
         listen(app, listener, lambda: _announce(service.name, url(listener), server, json), engine.close)
+
+
+def _follow(
+    model: options.ModelOptions,
+    budget: options.Budget,
+    selecting: options.Selecting,
+    choice: options.SelectionOptions,
+    requests: _Requests,
+) -> None:
+    """Compute rank 0's answers with it, until it ends."""
+    from ifprune_mlx.serving.engine.engine import Engine
+
+    runtime = open_runtime(model, choice, budget, selecting, template=not requests.ignore_chat_template)
+    Engine(runtime.model, runtime.tokenizer, concurrency=requests.concurrency).follow()
 
 
 def _service(

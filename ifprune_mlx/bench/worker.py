@@ -27,6 +27,7 @@ from ifprune_mlx.checkpoint.format import Checkpoint
 from ifprune_mlx.device import limit_cache, wire
 from ifprune_mlx.errors import IfpruneError
 from ifprune_mlx.model import Model, load, own_dtype
+from ifprune_mlx.parallel.ranks import join
 from ifprune_mlx.selection.selection import Selection
 from ifprune_mlx.selection.selectors import Instruction, LearnedSelector, Selector, make_selector
 from ifprune_mlx.sparse.down_product import choose
@@ -116,6 +117,10 @@ def serve(connection: Connection, folder: str, residency: str | None, dtype: str
         os._exit(0)  # MLX's exit handlers may take a second per process
 
 
+def _end(line: str) -> None:
+    os._exit(1)  # the client says that its worker has ended
+
+
 @contextmanager
 def _wired() -> Iterator[None]:
     """Wire this process's memory as long as the block runs: of several workers, only the one that computes."""
@@ -146,7 +151,8 @@ class Worker:
             limit_cache()  # as for ours
         else:
             checkpoint = Checkpoint.open(folder)
-            self._model, _ = load(checkpoint, dtype=dtype or own_dtype(checkpoint), residency=residency)
+            dtype = dtype or own_dtype(checkpoint)
+            self._model, _ = load(checkpoint, dtype=dtype, residency=residency, ranks=join(_end))
             self._module, self.config = self._model.module, self._model.config
         mx.set_wired_limit(0)  # several workers live at once, and only the one that works is wired: see `serve`
         self.load_s = time.perf_counter() - start

@@ -83,19 +83,18 @@ def room(memory: int | None, device: Device | None = None) -> int:
 
 
 def resident_bytes(checkpoint: Checkpoint, residency: str, keep: Sequence[int], float_bytes: int | None = None) -> int:
-    """Bytes of weights that stay in memory, the predictor's included.
+    """Bytes of weights that stay in memory, the predictor's included; of one rank, where several share the weights.
 
     Args:
         residency: `ram` keeps every neuron; `ssd` keeps `keep[l]` of each FFN, and all of the predictor's FFNs.
         float_bytes: size of each of the model's floats once it is cast; None keeps the size on disk.
     """
-    total = checkpoint.loaded_bytes(float_bytes) + checkpoint.predictor_bytes
-    if residency == RAM:
-        return total
+    shared = checkpoint.loaded_bytes(float_bytes)
     for index, (spec, k) in enumerate(zip(checkpoint.layout.ffns, keep, strict=True)):
-        if index >= checkpoint.predictor_layers:
-            total -= (spec.d_ffn - k) * checkpoint.neuron_bytes(index, float_bytes)
-    return total
+        if residency == SSD and index >= checkpoint.predictor_layers:
+            shared -= (spec.d_ffn - k) * checkpoint.neuron_bytes(index, float_bytes)
+    whole = 0 if checkpoint.ranks == 1 else checkpoint.bytes_on_every_rank(float_bytes)
+    return whole + -(-(shared - whole) // checkpoint.ranks) + checkpoint.predictor_bytes
 
 
 def best_fit(checkpoint: Checkpoint, space: int, wanted: float | None = None) -> Fit | None:
@@ -349,7 +348,7 @@ def resolve_keep(
             streamed = range(checkpoint.predictor_layers, len(widths))
             fixed = resident([0 if index in streamed else k for index, k in enumerate(keep)])
             neurons = sum(widths[index] * checkpoint.neuron_bytes(index, float_bytes) for index in streamed)
-            keep = _share(checkpoint, space - fixed, neurons)
+            keep = _share(checkpoint, (space - fixed) * checkpoint.ranks, neurons)
     if residency == SSD or space is not None:
         check_fits(checkpoint, residency, keep, memory=memory, float_bytes=float_bytes, device=device, asked=asked)
     return keep

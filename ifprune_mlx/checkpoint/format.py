@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from datetime import datetime, timezone
@@ -37,6 +38,7 @@ MANIFEST = "manifest.json"
 PREDICTOR_SETTINGS = "ifprune_predictor"
 """The key of a predictor's settings in the metadata of its head."""
 SECTION = "ifpruning"
+_SHARED = re.compile(r"(^|\.)(self_attn|embed_tokens|lm_head)\.")  # weights that `parallel.sharding` deals out
 _MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
 ORDERS = ("frequency",)
 SELECTOR_NAMES = ("learned", "activation", "static", "random")
@@ -172,6 +174,7 @@ class Checkpoint:
     layout: Layout  # the parsed `ifpruning` section
     manifest: dict[str, Any]
     headers: dict[str, SafetensorsHeader]  # of every top-level safetensors file, by file name
+    ranks: int = 1  # processes that share the weights; `budget` counts what each of them holds
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -326,6 +329,13 @@ class Checkpoint:
         infos = (info for header in self._model_headers() for info in header.tensors.values())
         others = sum(_bytes_in_memory(info.dtype, info.shape, float_bytes) for info in infos)
         return others + sum(self.ffn_bytes(index, float_bytes) for index in range(len(self.layout.ffns)))
+
+    def bytes_on_every_rank(self, float_bytes: int | None = None) -> int:
+        """Bytes of the weights that ranks do not share; `float_bytes` as in `neuron_bytes`."""
+        tensors = (item for header in self._model_headers() for item in header.tensors.items())
+        return sum(
+            _bytes_in_memory(info.dtype, info.shape, float_bytes) for name, info in tensors if not _SHARED.search(name)
+        )
 
     @cached_property
     def predictor_bytes(self) -> int:

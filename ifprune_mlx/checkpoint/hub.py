@@ -70,6 +70,7 @@ def resolve(
     loads: bool = True,
     residency: str | None = None,
     memory: int | None = None,
+    ranks: int = 1,
 ) -> Path:
     """The local folder of an IFP checkpoint; a hub id (`owner/name`) that is no local path is downloaded first.
 
@@ -81,6 +82,7 @@ def resolve(
         progress: shows the download; None shows the hub's own progress bars.
         loads: the checkpoint will be loaded, so check first that it fits into memory.
         residency, memory: as in `ifprune_mlx.load`.
+        ranks: how many processes will share the weights.
 
     Raises:
         BudgetError: if the resident weights are larger than what the GPU may use; no weights are downloaded then.
@@ -108,7 +110,7 @@ def resolve(
         )
     names = [file for file in repository.files if any(fnmatch(file, pattern) for pattern in _PATTERNS)]
     if loads:
-        sizes = {file: repository.files[file] for file in names}
+        sizes = {file: repository.files[file] // ranks for file in names}
         check_files(name, sizes, residency, memory, partial(_layout, repository))
     new = any(cached_folder(name, file, repository.commit) is None for file in names)
     folder = download(repository, names, error=CheckpointError, progress=progress)

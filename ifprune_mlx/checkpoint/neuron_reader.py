@@ -100,6 +100,9 @@ def read_positions(checkpoint: Checkpoint, index: int) -> npt.NDArray[np.int32]:
 class RowReader:
     """Reads some neurons of one FFN, in few ranges of its file.
 
+    Args:
+        share: int32, sorted, the only neurons that it reads, which it numbers from 0; None for all.
+
     Attributes:
         down_bias: bias of the down projection `[d_model]`, or None.
         position: the row of each neuron in the file, int32 `[d_ffn]`.
@@ -110,7 +113,9 @@ class RowReader:
 
     _descriptor = -1
 
-    def __init__(self, checkpoint: Checkpoint, index: int, dtype: mx.Dtype | None = None) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, index: int, dtype: mx.Dtype | None = None, share: Ids | None = None
+    ) -> None:
         self._file = checkpoint.neurons_file(index)
         self._dtype = dtype
         # The file stays open: if the checkpoint is replaced, the new file has other neurons at the same places.
@@ -118,7 +123,8 @@ class RowReader:
         self._checkpoint = checkpoint
         tensors = checkpoint.headers[self._file.name].tensors
         self._strips = checkpoint.strips(index)
-        self.position = read_positions(checkpoint, index)
+        position = read_positions(checkpoint, index)
+        self.position = position if share is None else position[share]
         self.down_bias: mx.array | None = None
         if (info := tensors.get("down.bias")) is not None:
             stored = _DTYPES[info.dtype]
@@ -164,6 +170,15 @@ class RowReader:
         except OSError as exc:
             raise unreadable(self._file, exc) from exc
         return found
+
+    def read_all(self) -> Rows:
+        """All neurons' rows, evaluated, in order; see `read`."""
+        types = {name: rows.dtype for name, rows in self.empty(0).items()}
+        found = self.read(np.arange(len(self.position), dtype=np.int32))
+        # MLX's array of a view with gaps would take the memory of the gaps as well.
+        rows = {name: from_raw(np.ascontiguousarray(values), types[name]) for name, values in found.items()}
+        mx.eval(list(rows.values()))
+        return rows
 
     def close(self) -> None:
         """Close the file; nothing can be read afterwards."""

@@ -10,6 +10,7 @@ All but `activation` depend on the instruction's words alone, so their selection
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from ifprune_mlx.sparse.importance import fuse_ranks, recorded
 
 if TYPE_CHECKING:
     from ifprune_mlx.model import Model
+    from ifprune_mlx.parallel.ranks import Ranks
 
 SELECTORS = ("learned", "activation", "static", "random")
 _PREFILL_STEP = 512
@@ -213,6 +215,45 @@ class CachedSelector:
         return Selected(selection)
 
 
+class SharedSelector:
+    """The leader's choice, on every rank of a model that several share.
+
+    Args:
+        selector: chooses; where it does not run, it is not used.
+        everywhere: it computes with the model, so that all ranks run it; else the leader alone does.
+    """
+
+    def __init__(self, name: str, ranks: Ranks, selector: Selector | None, everywhere: bool) -> None:
+        self.name = name
+        self._ranks, self._selector, self._everywhere = ranks, selector, everywhere
+
+    def select(self, instruction: Instruction, keep: Sequence[int]) -> Selected:
+        """The same neurons on every rank; the history is a rank's own part."""
+        selected: Selected | None = None
+
+        def run() -> Selected:
+            assert self._selector is not None
+            return self._selector.select(instruction, keep)
+
+        if self._everywhere:
+            with self._ranks.together():
+                selected = run()
+        selection = share_selection(self._ranks, lambda: (selected or run()).selection)
+        return Selected(selection, None if selected is None else selected.history)
+
+
+def share_selection(ranks: Ranks, choose: Callable[[], Selection]) -> Selection:
+    """What `choose` gives on the leader, on every rank."""
+
+    def packed() -> tuple[list[str], list[int], str]:
+        selection = choose()
+        ids = [base64.b64encode(ids.astype("<i4").tobytes()).decode() for ids in selection.ids]
+        return ids, list(selection.widths), selection.selector
+
+    ids, widths, selector = ranks.once(packed)
+    return Selection(tuple(np.frombuffer(base64.b64decode(one), "<i4") for one in ids), tuple(widths), selector)
+
+
 def make_selector(model: Model, name: str | Selector | None = None, *, seed: int = 0) -> Selector:
     """A selector by name; None takes the checkpoint's default, a selector is returned as it is.
 
@@ -226,6 +267,15 @@ def make_selector(model: Model, name: str | Selector | None = None, *, seed: int
         name = model.checkpoint.default_selector
     elif not isinstance(name, str):
         return name
+    if (ranks := model.ranks) is not None:
+        own_layers = name == "learned" and model.checkpoint.predictor_layers > 0
+        everywhere = name == "activation" or own_layers
+        runs = everywhere or ranks.leads
+        return SharedSelector(name, ranks, _selector(model, name, seed) if runs else None, everywhere)
+    return _selector(model, name, seed)
+
+
+def _selector(model: Model, name: str, seed: int) -> Selector:
     selector: RepeatableSelector
     if name == "activation":
         return ActivationSelector(model)
@@ -242,4 +292,6 @@ def make_selector(model: Model, name: str | Selector | None = None, *, seed: int
         selector = RandomSelector(model, seed)
     else:
         raise IfpruneError(f"unknown selector {name!r}; choose learned, activation, static or random")
+    if model.ranks is not None and model.checkpoint.predictor_layers and name == "learned":
+        return selector  # what one rank finds in its cache, another may not
     return CachedSelector(model, selector, model.selection_cache)

@@ -31,6 +31,9 @@ class SlicedProjection(nn.Module):
         kind: `gate`, `up` or `down`; `gate_up` where the model has one leaf for the two.
         quantization: how the rows are packed, or None for float rows.
         fused: how a `gate_up` leaf lays out its output; see `FFNSpec`.
+
+    Attributes:
+        group: of a down leaf, the ranks whose shares of the neurons are added up; None if these are all of them.
     """
 
     def __init__(self, slots: FFNSlots, kind: str, quantization: Quantization | None, fused: str | None = None) -> None:
@@ -40,6 +43,7 @@ class SlicedProjection(nn.Module):
         self.quantization = quantization
         self.fused = fused
         self.observer: Observer | None = None
+        self.group: mx.distributed.Group | None = None
 
     def __call__(self, x: mx.array) -> mx.array:
         """Gate, up: `[..., d_model]` -> `[..., k]`, both in one `[..., 2 k]`; down: `[..., k]` -> `[..., d_model]`.
@@ -83,6 +87,8 @@ class SlicedProjection(nn.Module):
                 y = by_rows(lambda x: mx.quantized_matmul(x, weight, scales, biases, **settings), x)
             else:
                 y = mx.quantized_matmul(x, weight, scales, biases, **packed.to_dict())
+        if self.group is not None:
+            y = mx.distributed.all_sum(y, group=self.group)
         return y if bias is None else y + bias
 
 

@@ -36,7 +36,10 @@ class ImportanceRecorder:
     def _observe(self, index: int, hidden: mx.array) -> None:
         rows = hidden.reshape(-1, hidden.shape[-1]).astype(mx.float32)
         squares = rows * rows
-        squares = squares / mx.maximum(squares.sum(axis=-1, keepdims=True), 1e-20)
+        total, group = squares.sum(axis=-1, keepdims=True), self._leaves[index].group
+        if group is not None:  # the others have the rest of the row
+            total = mx.distributed.all_sum(total, group=group)
+        squares = squares / mx.maximum(total, 1e-20)
         if self.token_weights is not None:
             squares = squares * self.token_weights[:, None]
         self._sums[index] = self._sums[index] + squares.sum(axis=0)
@@ -61,8 +64,10 @@ class ImportanceRecorder:
         """
         result = []
         for leaf, total, norms in zip(self._leaves, self._sums, down_norms, strict=True):
-            values = np.empty(leaf.slots.d_ffn, dtype=np.float32)
-            values[leaf.slots.order] = np.sqrt(np.array(total) / max(self._weight, 1e-9))
+            values = np.zeros(len(norms), dtype=np.float32)
+            values[leaf.slots.source_ids(leaf.slots.order)] = np.sqrt(np.array(total) / max(self._weight, 1e-9))
+            if leaf.group is not None:
+                values = np.array(mx.distributed.all_sum(mx.array(values), group=leaf.group))
             result.append(values * norms)
         return result
 

@@ -93,6 +93,8 @@ class FFNSlots:
         rows: per-neuron arrays of all neurons in the source's order; None starts with no neuron.
         down_bias: bias of the down projection `[d_model]`, which belongs to no neuron.
         reader: reads neurons that are not in memory; needed if `rows` is None.
+        share: int32, sorted, the neurons that are this rank's, where several share the model; None for all. `order`,
+            plans and the reader number these from 0.
 
     Attributes:
         rows: per-neuron arrays in slot order.
@@ -102,8 +104,15 @@ class FFNSlots:
         bytes_moved: bytes of weights written since the FFN was loaded.
     """
 
-    def __init__(self, rows: Rows | None, down_bias: mx.array | None = None, reader: RowReader | None = None) -> None:
+    def __init__(
+        self,
+        rows: Rows | None,
+        down_bias: mx.array | None = None,
+        reader: RowReader | None = None,
+        share: Ids | None = None,
+    ) -> None:
         self.down_bias = down_bias
+        self._share = share
         self._reader = None if rows is not None else reader
         if rows is None:
             assert reader is not None
@@ -142,9 +151,19 @@ class FFNSlots:
         self._active = {name: rows[:k] for name, rows in self.rows.items()}
         return list(self._active.values())
 
+    def own(self, ids: Ids) -> Ids:
+        """This rank's neurons among `ids`, sorted neurons of the source's numbering, in the numbering of `order`."""
+        if self._share is None:
+            return ids
+        return np.flatnonzero(np.isin(self._share, ids, assume_unique=True)).astype(np.int32)
+
+    def source_ids(self, numbers: npt.NDArray[np.int32]) -> Ids:
+        """In the source's numbering, neurons that are numbered as in `order`."""
+        return numbers if self._share is None else self._share[numbers]
+
     def ids(self) -> Ids:
         """The active neurons, sorted."""
-        return np.sort(self.order[: self.k])
+        return np.sort(self.source_ids(self.order[: self.k]))
 
     def activate_all(self) -> None:
         """Make every neuron active, or none where not all are in memory; moves nothing.

@@ -18,6 +18,7 @@ from ifprune_mlx.selection.selectors import (
     Instruction,
     Selected,
     Selector,
+    SharedSelector,
     make_selector,
 )
 from ifprune_mlx.serving.engine.request import (
@@ -130,14 +131,19 @@ class ActiveSelection:
 
     def _run_selector(self, state: RequestState, name: str, keep: tuple[int, ...]) -> Selected:
         def check(done: int, total: int) -> None:
-            if state.stopped:
+            if self._model.agreed(state.stopped):
                 raise EngineClosedError
             state.has_read(done)
 
         start, request = time.monotonic(), state.request
         selector: Selector = make_selector(self._model, name)
-        if isinstance(selector, ActivationSelector) and request.instruction_tokens:
-            selector = CachedSelector(self._model, _InstructionReader(self._model), self._model.selection_cache)
+        if name == _ACTIVATION and request.instruction_tokens:
+            reader = _InstructionReader(self._model)
+            ranks = self._model.ranks
+            if ranks is None:
+                selector = CachedSelector(self._model, reader, self._model.selection_cache)
+            else:
+                selector = SharedSelector(name, ranks, reader, everywhere=True)
         try:
             tokens = request.instruction_tokens or request.tokens
             return selector.select(Instruction(request.instruction, tokens, progress=check), keep)

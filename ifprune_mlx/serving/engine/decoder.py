@@ -20,7 +20,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from ifprune_mlx.errors import reason_of
 from ifprune_mlx.model import Model
 from ifprune_mlx.serving.engine.request import EngineClosedError, RequestState
-from ifprune_mlx.serving.engine.sampling import Processor, make_processors, make_sampler
+from ifprune_mlx.serving.engine.sampling import Processor, Sampler, make_processors, make_sampler
 from ifprune_mlx.serving.engine.thinking_budget import ThinkingLimit
 from ifprune_mlx.slow_paths import ONE_AT_A_TIME, note_slow_path
 
@@ -56,7 +56,7 @@ class BatchDecoder:
     """
 
     def __init__(self, model: Model, end: Iterable[int], capacity: int) -> None:
-        self.capacity = capacity
+        self.capacity, self._model = capacity, model
         # Those that read their prompts, with the tokens that they need not read.
         self._reading: dict[int, tuple[RequestState, int]] = {}
         self._generator = BatchGenerator(
@@ -81,7 +81,7 @@ class BatchDecoder:
             [max_tokens],
             caches=[cache],
             all_tokens=[tokens[:read]],
-            samplers=[make_sampler(state.request.sampling)],
+            samplers=[_sampler(self._model, state)],
             logits_processors=[_processors(state)],
         )
         self._reading[uids[0]] = state, read
@@ -133,8 +133,10 @@ class SingleDecoder:
         self._read, self._left = tokens, max_tokens
         self._uid += 1
 
+        model = self._model  # not self, which holds the generator that holds this function
+
         def on_prefill(done: int, total: int) -> None:
-            if done < total and state.stopped:
+            if done < total and model.agreed(state.stopped):
                 raise EngineClosedError
             state.has_read(read + done)
 
@@ -142,7 +144,7 @@ class SingleDecoder:
             mx.array(tokens[read:]),
             self._model.module,
             max_tokens=max_tokens,
-            sampler=make_sampler(state.request.sampling),
+            sampler=_sampler(self._model, state),
             logits_processors=[_SeesAllTokens(one, tokens[:-1]) for one in _processors(state)],
             prompt_cache=self._cache,
             prefill_step_size=_PREFILL_STEP,
@@ -178,6 +180,11 @@ class SingleDecoder:
 
 
 Decoder = BatchDecoder | SingleDecoder
+
+
+def _sampler(model: Model, state: RequestState) -> Sampler:
+    sampler = make_sampler(state.request.sampling)
+    return sampler if model.ranks is None else model.ranks.same_tokens(sampler)
 
 
 def _processors(state: RequestState) -> list[Processor]:

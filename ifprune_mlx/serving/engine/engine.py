@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from contextlib import suppress
+from itertools import count
 
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -33,6 +34,8 @@ from ifprune_mlx.serving.engine.request import (
     Request,
     RequestOutput,
     RequestState,
+    from_rank,
+    to_rank,
 )
 from ifprune_mlx.serving.engine.sampling import check_sampling
 from ifprune_mlx.serving.engine.scheduler import EXCLUSIVE, Scheduler
@@ -70,9 +73,10 @@ class Engine:
         self._turn_lock = threading.Lock()
         # Only the worker thread uses these.
         self._active = ActiveSelection(model)
-        self._prefix_cache = PrefixCache(prompt_cache_bytes)
+        self._prefix_cache = PrefixCache(prompt_cache_bytes, model)
         self._decoder: Decoder | None = None  # None while nothing runs
         self._batches: dict[frozenset[int], bool] = {}
+        self._serials = count()
 
     async def stream(
         self, request: Request, progress: Callable[[PromptProgress], None] | None = None
@@ -93,7 +97,7 @@ class Engine:
             IfpruneError: if the request cannot be answered: PromptError, BudgetError, SelectionError, ...
         """
         check_request(self._model, request)
-        state = RequestState(request, asyncio.get_running_loop(), progress)
+        state = RequestState(request, asyncio.get_running_loop(), progress, serial=next(self._serials))
         if self._scheduler.add(state):
             self._ask_for_turn()
         if progress is not None:
@@ -108,6 +112,11 @@ class Engine:
                     return
         finally:
             self._scheduler.cancel(state)
+
+    def follow(self) -> None:
+        """On a rank that does not lead: compute what the leader's engine computes, until that ends the run."""
+        while True:
+            self._work()
 
     def counters(self) -> EngineStats:
         """The engine's counters; may be called in any thread."""
@@ -166,10 +175,13 @@ class Engine:
 
     def _round(self) -> bool:
         """Select, start requests, and decode one token of each. False when there is nothing left to do."""
-        if self._scheduler.closed:
+        closed, idle, waiting = self._model.agreed(self._scheduler.outlook())
+        if closed:
             self._fail(None, waiting=True)
             return False
-        if not (self._scheduler.waiting or self._scheduler.running):
+        if self._model.ranks is not None and not self._model.ranks.leads:
+            self._scheduler.keep_waiting(waiting)
+        if idle:
             self._close_decoder()
             mx.clear_cache()
             return False
@@ -185,8 +197,8 @@ class Engine:
 
     def _select_waiting(self) -> None:
         """Find the selections of waiting requests. While others run, run one selector at most, so that they go on."""
-        for state in self._scheduler.unselected(self._concurrency):
-            if state.stopped:
+        for state in self._unselected():
+            if self._model.agreed(state.stopped):
                 continue
             try:
                 self._active.select(state)
@@ -195,9 +207,21 @@ class Engine:
             if self._scheduler.running and state.select_s:
                 return
 
+    def _unselected(self) -> list[RequestState]:
+        """Waiting requests that have not selected. Other ranks hear of them here."""
+        states = self._scheduler.unselected(self._concurrency)
+        ranks = self._model.ranks
+        if ranks is None:
+            return states
+        told = ranks.share([(state.serial, to_rank(state.request)) for state in states])
+        if ranks.leads:
+            return states
+        return [self._scheduler.hear_of(serial, from_rank(request)) for serial, request in told]
+
     def _drop_cancelled(self) -> None:
         """End the cancelled requests; keep the KV caches of those that have generated a token."""
-        for state in [state for state in self._scheduler.running if state.cancelled]:
+        cancelled = self._model.agreed([state.serial for state in self._scheduler.running if state.cancelled])
+        for state in [state for state in self._scheduler.running if state.serial in cancelled]:
             assert self._decoder is not None
             self._scheduler.finish(state)
             started = state.output_processor.completion_tokens > 0
@@ -206,7 +230,11 @@ class Engine:
     def _start_waiting(self) -> None:
         """Start the requests whose turn it is."""
         while len(self._scheduler.running) < (1 if self._decoder is None else self._decoder.capacity):
-            state = self._scheduler.next(self._active.key, self._active.since)
+            leads = self._model.ranks is None or self._model.ranks.leads
+            state = self._scheduler.next(self._active.key, self._active.since) if leads else None
+            serial = self._model.agreed(None if state is None else state.serial)
+            if not leads and serial is not None:
+                state = self._scheduler.start(serial)
             if state is None:
                 return
             try:
@@ -243,7 +271,7 @@ class Engine:
         packed = self._model.checkpoint.layout.down is not None
         kernels = frozenset(split(slots.k) for slots in self._model.slots if packed)
         if kernels not in self._batches:
-            self._batches[kernels] = can_batch(self._model)
+            self._batches[kernels] = self._model.agreed(can_batch(self._model))
         return self._batches[kernels]
 
     def _decode(self) -> None:
@@ -260,15 +288,17 @@ class Engine:
     def _put_token(self, state: RequestState, token: Token) -> None:
         """Pass a token to its request, and end the request with the last one."""
         output, now = state.output_processor, time.monotonic()
-        if state.constraint is not None and state.constraint.error is not None:
+        error = None if state.constraint is None else state.constraint.error
+        if (error := self._model.agreed(error)) is not None:
             self._scheduler.finish(state)
-            state.put(GenerationFailedError(f"the answer's grammar failed ({state.constraint.error}); ask again"))
+            state.put(GenerationFailedError(f"the answer's grammar failed ({error}); ask again"))
             if token.finish_reason is None and self._decoder is not None:
                 self._decoder.remove(token.uid, with_cache=False)
             return
         if output.completion_tokens == 0:
             state.first_token = now
         text, logprobs = output.add(token.id, token.logprobs, token.finish_reason)
+        output.finish_reason = self._model.agreed(output.finish_reason)
         if output.finish_reason is None:
             if text or logprobs:
                 state.put(RequestOutput(text, logprobs))
@@ -284,6 +314,11 @@ class Engine:
         if cache is not None and state.selection_key != EXCLUSIVE:
             self._prefix_cache.store(state.selection_key, *cache)
 
+    def _tell_ranks(self, exc: BaseException) -> None:
+        """What fails on one rank alone ends them all: their requests would no longer be the same."""
+        if self._model.ranks is not None:
+            self._model.ranks.failed(exc)
+
     def _close_decoder(self) -> None:
         """Drop the decoder; the next request makes a new one."""
         decoder, self._decoder = self._decoder, None  # first, as closing it may fail
@@ -293,6 +328,7 @@ class Engine:
     def _refuse(self, state: RequestState, exc: Exception) -> None:
         """Fail one request that is not running yet; the others go on."""
         self._scheduler.finish(state)
+        self._tell_ranks(exc)
         if not isinstance(exc, (IfpruneError, GenerationFailedError)):
             self._active.trusted = False
             exc = GenerationFailedError(f"the model failed ({reason_of(exc)}); ask again")
@@ -303,6 +339,8 @@ class Engine:
 
         The requests get their error first, as closing the decoder may fail too. All KV caches are dropped.
         """
+        if exc is not None:
+            self._tell_ranks(exc)
         reason = None if exc is None else f"the {'server' if waiting else 'model'} failed ({reason_of(exc)}); ask again"
         for state in (*self._scheduler.running, *(self._scheduler.waiting if waiting else ())):
             self._scheduler.finish(state)

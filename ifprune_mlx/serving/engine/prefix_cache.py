@@ -8,6 +8,8 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import LRUPromptCache
 
+from ifprune_mlx.model import Model
+
 # Bounds the Python objects: for short conversations they need more memory than the KV caches.
 _MOST_CACHES = 1024
 
@@ -17,11 +19,12 @@ class PrefixCache:
 
     Args:
         max_bytes: size of all caches; the oldest go first. 0 keeps none.
+        model: computes them. Its ranks keep the same ones, as many as fit on the leader.
     """
 
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._caches = LRUPromptCache(_MOST_CACHES, max_bytes)
+    def __init__(self, max_bytes: int, model: Model) -> None:
+        self._max_bytes, self._model = max_bytes, model
+        self.clear()
 
     @property
     def nbytes(self) -> int:
@@ -46,7 +49,9 @@ class PrefixCache:
         if self._max_bytes:
             mx.eval([layer.state for layer in cache])  # else it keeps the whole batch in memory
             self._caches.insert_cache(selection_key, list(tokens), cache)
+            self._caches.trim_to(n_sequences=self._model.agreed(len(self._caches)))
 
     def clear(self) -> None:
         """Forget all caches."""
-        self._caches = LRUPromptCache(_MOST_CACHES, self._max_bytes)
+        leads = self._model.ranks is None or self._model.ranks.leads
+        self._caches = LRUPromptCache(_MOST_CACHES, self._max_bytes if leads else 1 << 63)

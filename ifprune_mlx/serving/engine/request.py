@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ifprune_mlx.constraint import Constraint, Grammar
 from ifprune_mlx.errors import IfpruneError
@@ -97,6 +99,36 @@ class Request:
     thinking_budget: ThinkingBudget | None = None
 
 
+def to_rank(request: Request) -> dict[str, Any]:
+    """What a rank that does not lead needs of a request, as JSON: nothing of its sampling, as it gets the tokens."""
+    params = request.selection_params
+    fixed = params.selection
+    return {
+        "tokens": request.tokens,
+        "instruction": request.instruction,
+        "instruction_tokens": request.instruction_tokens,
+        "max_tokens": request.max_tokens,
+        "params": {field.name: getattr(params, field.name) for field in fields(params) if field.name != "selection"},
+        "selection": fixed and [[ids.tolist() for ids in fixed.ids], fixed.widths, fixed.selector],
+    }
+
+
+def from_rank(told: dict[str, Any]) -> Request:
+    """The request that `to_rank` told of."""
+    fixed = told["selection"]
+    if fixed is not None:
+        ids, widths, selector = fixed
+        fixed = Selection(tuple(np.array(one, np.int32) for one in ids), tuple(widths), selector)
+    return Request(
+        tuple(told["tokens"]),
+        told["instruction"],
+        SelectionParams(**told["params"], selection=fixed),
+        SamplingParams(),
+        told["max_tokens"],
+        instruction_tokens=tuple(told["instruction_tokens"]),
+    )
+
+
 @dataclass(frozen=True)
 class PromptProgress:
     """How far a request is before its first token."""
@@ -181,7 +213,7 @@ class RequestState:
     """
 
     request: Request
-    loop: asyncio.AbstractEventLoop  # reads `outputs`
+    loop: asyncio.AbstractEventLoop | None  # reads `outputs`; None on a rank that does not lead
     progress: Callable[[PromptProgress], None] | None = None  # is called in that loop
     outputs: asyncio.Queue[RequestOutput | Exception] = field(default_factory=asyncio.Queue)  # an error is the last one
     cancelled: bool = False  # nobody reads `outputs` any more
@@ -190,6 +222,7 @@ class RequestState:
     # Requests of one key share KV caches and batches: the selection's hash, `dense`, or `scheduler.EXCLUSIVE` for a
     # request that runs alone. Empty until the request has selected.
     selection_key: str = ""
+    serial: int = -1  # names it to other ranks
     uid: int = -1  # of its sequence in the decoder, once it runs
     constraint: Constraint | None = None  # of its answer, once it runs
     output_processor: OutputProcessor = field(init=False)  # once it runs
@@ -212,6 +245,8 @@ class RequestState:
             self._in_loop(self.progress, PromptProgress(tokens, len(self.request.tokens), selection))
 
     def _in_loop(self, call: Callable[..., None], given: object) -> None:
+        if self.loop is None:
+            return
         try:
             self.loop.call_soon_threadsafe(call, given)
         except RuntimeError:  # the event loop is closed

@@ -10,7 +10,13 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from ifprune_mlx.serving.engine.request import EngineClosedError, EngineFullError, RequestState, RequestStats
+from ifprune_mlx.serving.engine.request import (
+    EngineClosedError,
+    EngineFullError,
+    Request,
+    RequestState,
+    RequestStats,
+)
 
 EXCLUSIVE = "exclusive"  # selection key of a request that runs alone
 _COUNTED = ("requests", "failed", "cancelled", "prefix_hits")
@@ -127,6 +133,29 @@ class Scheduler:
                 self.waiting.remove(state)
                 self.running.append(state)
             return state
+
+    def outlook(self) -> tuple[bool, bool, list[int]]:
+        """Whether the scheduler is closed, whether it has no requests, and the serials of those that wait."""
+        with self._lock:
+            return self.closed, not (self.waiting or self.running), [state.serial for state in self.waiting]
+
+    def hear_of(self, serial: int, request: Request) -> RequestState:
+        """On a rank that does not lead: the waiting request of that serial, new or known; nobody reads its answer."""
+        known = next((state for state in self.waiting if state.serial == serial), None)
+        if known is None:
+            self.waiting.append(known := RequestState(request, None, serial=serial))
+        return known
+
+    def start(self, serial: int) -> RequestState:
+        """On a rank that does not lead: start the request that the leader's `next` has picked."""
+        state = next(state for state in self.waiting if state.serial == serial)
+        self.waiting.remove(state)
+        self.running.append(state)
+        return state
+
+    def keep_waiting(self, serials: Sequence[int]) -> None:
+        """On a rank that does not lead: drop waiting requests but for these; the others were cancelled."""
+        self.waiting = [state for state in self.waiting if state.serial in serials]
 
     def finish(self, state: RequestState, stats: RequestStats | None = None) -> None:
         """Remove and count an ended request: answered if it has `stats`, else cancelled or failed."""

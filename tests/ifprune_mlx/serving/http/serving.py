@@ -24,6 +24,7 @@ from mlx_lm.utils import load_tokenizer
 from ifprune_convert.pipeline import Options, convert
 from ifprune_convert.readers import open_source
 from tests.cli.process import start
+from tests.ifprune_mlx.parallel.ring import ring_variables
 from tests.tiny import CONFIGS, make_model, write_tokenizer
 
 # As models of the Qwen family have it.
@@ -89,11 +90,17 @@ class Served:
 
 @contextmanager
 def serving(
-    checkpoint: Path, cache: Path, *options: str, env: Mapping[str, str] | None = None, prelude: str | None = None
+    checkpoint: Path,
+    cache: Path,
+    *options: str,
+    env: Mapping[str, str] | None = None,
+    prelude: str | None = None,
+    ranks: int = 1,
 ) -> Iterator[Served]:
-    """`ifprune serve` on a free port, ended by SIGTERM; it must end well."""
+    """`ifprune serve` on a free port, ended by SIGTERM; it must end well, and the other ranks with it."""
     arguments = ["serve", "--model", checkpoint, "--port", "0", "--json", *options]
-    process = start(arguments, cache, env=env, prelude=prelude)
+    variables = [{}] if ranks == 1 else ring_variables(ranks, cache)
+    process, *others = [start(arguments, cache, env={**(env or {}), **own}, prelude=prelude) for own in variables]
     assert process.stdout is not None
     assert process.stderr is not None
     served = Served("", process)
@@ -111,7 +118,12 @@ def serving(
         rest = process.stdout.read()
         assert process.wait(60) == 0, served.stderr[-20:]
         assert rest == b""
+        for other in others:
+            other.wait(5)
     finally:
+        for other in others:
+            other.kill()
+            other.communicate()
         process.kill()
         process.wait()
         reader.join(10)

@@ -1,0 +1,1 @@
+"""One model over several processes or Macs, on mlx.distributed."""

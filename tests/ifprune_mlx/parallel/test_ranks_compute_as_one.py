@@ -1,0 +1,51 @@
+"""Two and four ranks, a ring on loopback, compute what one process computes for the same selections."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ifprune_convert.pipeline import Options
+from ifprune_mlx import load
+from ifprune_mlx.checkpoint.format import Quantization
+from tests.ifprune_mlx.parallel.rank import FEWER, walk
+from tests.ifprune_mlx.parallel.ring import run_ring
+from tests.ifprune_mlx.reference import TOLERANCE
+from tests.tiny import write_checkpoint
+
+GEMMA3 = {
+    "model_type": "gemma3_text",
+    "head_dim": 16,
+    "query_pre_attn_scalar": 16,
+    "sliding_window": 32,
+    "sliding_window_pattern": 2,
+}
+PROGRAM = ["-m", "tests.ifprune_mlx.parallel.rank"]
+
+
+def check(jobs: list[tuple[str, Path]], count: int, tmp_path: Path, tolerance: float = TOLERANCE) -> None:
+    """Every (residency, checkpoint) in turn, by ranks and by this process."""
+    for code, _, said in run_ring(
+        [*PROGRAM, tmp_path, *(f"{at}={folder}" for at, folder in jobs)], count, tmp_path, 900
+    ):
+        assert code == 0, said
+    for number, (residency, folder) in enumerate(jobs):
+        ours, theirs = np.load(tmp_path / f"{number}.npz"), walk(load(folder, residency=residency)[0])
+        assert set(theirs) <= set(ours)
+        for name, values in theirs.items():
+            where = f"{folder.name}, {residency}: {name}"
+            if name.startswith("logits"):
+                np.testing.assert_allclose(ours[name], values, atol=tolerance, rtol=0, err_msg=where)
+            else:
+                np.testing.assert_array_equal(ours[name], values, err_msg=where)
+
+
+def test_two_ranks_compute_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By heads, and, with the vocabulary and whole layers dealt out, for a family that mlx-lm does not split."""
+    monkeypatch.setenv(FEWER, "3")
+    packed = Options(Quantization(32, 4, "affine"))
+    by_heads = write_checkpoint(tmp_path / "by-heads", "qwen3", tie_word_embeddings=False)
+    by_layers = write_checkpoint(tmp_path / "by-layers", "mistral", packed, **GEMMA3)
+    check([("ram", by_heads), ("ssd", by_layers)], 2, tmp_path)
