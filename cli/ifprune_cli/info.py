@@ -12,6 +12,8 @@ from .loading import open_checkpoint
 from .options import JsonOption, ModelOption
 
 if TYPE_CHECKING:
+    import mlx.core as mx
+
     from ifprune_mlx import Checkpoint
     from ifprune_mlx.checkpoint.format import Quantization
 
@@ -25,6 +27,7 @@ def info(model: ModelOption = None, verify: VerifyOption = False, json: JsonOpti
     from ifprune_mlx import CheckpointError, TaskStore
     from ifprune_mlx.checkpoint.budget import RAM, RESIDENCIES, SSD, resident_bytes, resolve_keep, way_to_load
     from ifprune_mlx.device import this_device
+    from ifprune_mlx.model import default_dtype
     from ifprune_mlx.sparse.down_product import choose
 
     checkpoint = open_checkpoint(model)
@@ -40,8 +43,9 @@ def info(model: ModelOption = None, verify: VerifyOption = False, json: JsonOpti
     selectors = (["learned"] if checkpoint.has_predictor else []) + ["activation", "static", "random"]
     tasks = TaskStore(checkpoint).tasks()
     keeps = {density: resolve_keep(checkpoint, density=density) for density in _DENSITIES}
-    slow = _slow_paths(checkpoint)
-    kernels = {str(tokens): asdict(choice) for tokens, choice in choose(checkpoint).items()}
+    dtype = default_dtype(checkpoint)
+    slow = _slow_paths(checkpoint, dtype)
+    kernels = {str(tokens): asdict(choice) for tokens, choice in choose(checkpoint, dtype).items()}
     device = this_device()
     told, command = way_to_load(checkpoint, device)
     resident = {
@@ -111,19 +115,14 @@ def _rows(checkpoint: Checkpoint, selectors: list[str], tasks: str) -> list[tupl
     ]
 
 
-def _slow_paths(checkpoint: Checkpoint) -> dict[str, str]:
+def _slow_paths(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> dict[str, str]:
     """What this machine computes the slow way with rows like the checkpoint's, and why: it is tried out."""
-    import mlx.core as mx
-
     from ifprune_mlx.slow_paths import slow_paths
     from ifprune_mlx.sparse.inplace import shared
-    from ifprune_mlx.sparse.quantized import right
+    from ifprune_mlx.sparse.quantized import try_products
 
     shared()
-    text = checkpoint.config.get("text_config", checkpoint.config)
-    if checkpoint.layout.down is not None and not mx.cuda.is_available():
-        for dtype in (mx.float16, mx.bfloat16):
-            right(checkpoint.layout.down, text["hidden_size"], dtype)
+    try_products(checkpoint, dtype)
     return slow_paths()
 
 

@@ -359,6 +359,20 @@ def test_info_names_the_kernel(packed: Path, metal: list[DownKernel], monkeypatc
     assert "down product 1 to 5 tokens: MLX's kernel (IFPRUNE_KERNELS is mlx)" in text
 
 
+def test_info_tries_what_loading_would(
+    tmp_path: Path, metal: list[DownKernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an M1, bfloat16 rows are float16; and no config needs a `hidden_size`."""
+    real = mx.device_info()
+    monkeypatch.setattr(mx, "device_info", lambda *device: {**real, "device_name": "Apple M1"})
+    write_family(tmp_path / "source", "openelm")
+    options = Options(quantization=quantization_of("affine", 64, 4), dtype=mx.bfloat16)
+    convert(open_source(tmp_path / "source"), tmp_path / "ifp", options)
+    done = run_here("info", "--model", tmp_path / "ifp")
+    assert done.returncode == 0, done.stderr
+    assert {kernel.dtype for kernel in metal} == {mx.float16}
+
+
 def test_a_trial_is_of_the_shape_that_the_model_has(packed: Path, metal: list[DownKernel]) -> None:
     choose(Checkpoint.open(packed), mx.bfloat16)
     (kernel,) = {replace(kernel, tokens=1, lanes=8) for kernel in metal}
