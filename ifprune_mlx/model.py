@@ -334,7 +334,7 @@ class Model:
             if self._reading is not None:
                 self._reading.shutdown(cancel_futures=True)
             for slots in self.slots:
-                slots.clear()
+                slots.close()
             self.slots = []
             self.down_leaves = []
             self._module = nn.Module()

@@ -200,18 +200,23 @@ class _Models:
 
         with progress("loading", ""):
             Checkpoint.open(model_path(replace(self._model, model=name), None))
-            session.model.close()  # the two may not fit into memory together
-            try:
+            with ExitStack() as undoing:
+                undoing.callback(self._go_back, session, session.keep, session.selection, session.policy)
+                session.model.close()  # the two may not fit into memory together
                 runtime = self._opened(name, self._choice)
-            except BaseException:
-                self._move(session, self._opened(self._model.model, self._choice))
-                raise
-            self._move(session, runtime)
+                undoing.callback(runtime.model.close)
+                session.move_to(runtime.model, runtime.tokenizer, selector=runtime.selector, **runtime.budget)
+                undoing.pop_all()
             self._model = replace(self._model, model=name)
         return runtime.name
 
-    def _move(self, session: Session, runtime: Runtime) -> None:
-        session.move_to(runtime.model, runtime.tokenizer, selector=runtime.selector, **runtime.budget)
+    def _go_back(self, session: Session, keep: tuple[int, ...], selection: Selection | None, policy: str) -> None:
+        """Load the model in use again; what was chosen on it stays."""
+        selector, runtime = session.selector, self._opened(self._model.model, self._choice)
+        session.move_to(runtime.model, runtime.tokenizer, selector=None if selector is None else selector.name)
+        session.keep, session.selection, session.policy = keep, selection, policy
+        if selector is None:  # with a fixed selection
+            session.selector = None
 
 
 def _session(runtime: Runtime, conversing: _Conversing) -> Session:
@@ -299,11 +304,13 @@ class _Conversation:
         if not text.startswith("/") or text.startswith("//"):
             self._answer(text[1:] if text.startswith("/") else text)
             return True
-        self._loading = text.startswith("/model") and self._editor is not None
+        if text.startswith("/model"):
+            self._loading = self._editor is not None
+            self._told = None  # another model's selections are not to be compared with it
         try:
             return self._commands.run(text)
         except KeyboardInterrupt:
-            if not self._loading:
+            if not self._loading or self._session.model.lock.closed:  # nothing is left to talk to
                 raise
             note("stopped; the model stays")
             return True

@@ -13,6 +13,8 @@ from .loading import open_checkpoint
 from .options import JsonOption, ModelOption
 
 if TYPE_CHECKING:
+    import mlx.core as mx
+
     from ifprune_mlx import Checkpoint
     from ifprune_mlx.checkpoint.format import Quantization
 
@@ -33,6 +35,7 @@ def info(
     from ifprune_mlx import CheckpointError, TaskStore
     from ifprune_mlx.checkpoint.budget import RAM, RESIDENCIES, SSD, resident_bytes, resolve_keep, way_to_load
     from ifprune_mlx.device import this_device
+    from ifprune_mlx.model import default_dtype
     from ifprune_mlx.sparse.down_product import choose
 
     checkpoint = replace(open_checkpoint(model), ranks=ranks)
@@ -51,8 +54,9 @@ def info(
     shown = _DENSITIES if curve is None else (*curve.densities, checkpoint.layout.density, 1.0)
     keeps = {density: resolve_keep(checkpoint, density=density) for density in sorted({*shown})}
     dial = _dial(checkpoint, keeps)
-    slow = _slow_paths(checkpoint)
-    kernels = {str(tokens): asdict(choice) for tokens, choice in choose(checkpoint).items()}
+    dtype = default_dtype(checkpoint)
+    slow = _slow_paths(checkpoint, dtype)
+    kernels = {str(tokens): asdict(choice) for tokens, choice in choose(checkpoint, dtype).items()}
     device = this_device()
     told, command = way_to_load(checkpoint, device)
     resident = {
@@ -184,19 +188,14 @@ def _size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
-def _slow_paths(checkpoint: Checkpoint) -> dict[str, str]:
+def _slow_paths(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> dict[str, str]:
     """What this machine computes the slow way with rows like the checkpoint's, and why: it is tried out."""
-    import mlx.core as mx
-
     from ifprune_mlx.slow_paths import slow_paths
     from ifprune_mlx.sparse.inplace import shared
-    from ifprune_mlx.sparse.quantized import right
+    from ifprune_mlx.sparse.quantized import try_products
 
     shared()
-    text = checkpoint.config.get("text_config", checkpoint.config)
-    if checkpoint.layout.down is not None and not mx.cuda.is_available():
-        for dtype in (mx.float16, mx.bfloat16):
-            right(checkpoint.layout.down, text["hidden_size"], dtype)
+    try_products(checkpoint, dtype)
     return slow_paths()
 
 

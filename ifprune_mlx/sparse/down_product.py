@@ -81,7 +81,7 @@ def choose(checkpoint: Checkpoint, dtype: mx.Dtype | None = None) -> dict[int, C
         dtype: float type that the weights are cast to; None keeps the checkpoint's.
 
     Returns:
-        The choice for each number of tokens; with FFNs of several widths, those for the first.
+        The choice for each number of tokens.
 
     Raises:
         IfpruneError: if IFPRUNE_KERNELS is set to anything but `mlx`.
@@ -89,24 +89,19 @@ def choose(checkpoint: Checkpoint, dtype: mx.Dtype | None = None) -> dict[int, C
     wish = os.environ.get(KERNELS, "")
     if wish not in ("", MLX):
         raise IfpruneError(f"{KERNELS} is {wish!r}; set it to {MLX}, which keeps to MLX's own kernels, or not at all")
-    packing = checkpoint.layout.down
+    packing, width = checkpoint.layout.down, checkpoint.layout.ffns[0].d_model  # of all FFNs: their outputs are added
     name = "down.weight" if packing is None else "down.scales"
     stored = next(part.dtype for strip in checkpoint.strips(0) for part in strip.parts if part.name == name)
-    found: list[dict[int, Choice]] = []
-    neurons = dict(zip((spec.d_model for spec in checkpoint.layout.ffns), resolve_keep(checkpoint), strict=True))
-    for width, k in neurons.items():
-        rows = _Rows(packing, width, dtype or FLOATS.get(stored, mx.float32))
-        if wish == MLX:
-            found.append(_all_mlx(f"{KERNELS} is {MLX}"))
-        elif not _on_metal():
-            found.append(_all_mlx("there is no Metal GPU"))
-        elif not fits(width, rows.dtype, packing):
-            found.append(_all_mlx("ours is not written for such rows"))
-        else:
-            if rows not in _chosen:
-                _chosen[rows] = _tried(rows, k)
-            found.append(_chosen[rows])
-    return found[0]
+    rows = _Rows(packing, width, dtype or FLOATS.get(stored, mx.float32))
+    if wish == MLX:
+        return _all_mlx(f"{KERNELS} is {MLX}")
+    if not _on_metal():
+        return _all_mlx("there is no Metal GPU")
+    if not fits(width, rows.dtype, packing):
+        return _all_mlx("ours is not written for such rows")
+    if rows not in _chosen:
+        _chosen[rows] = _tried(rows, max(resolve_keep(checkpoint)))  # the widest FFN takes the most time
+    return _chosen[rows]
 
 
 def _all_mlx(reason: str) -> dict[int, Choice]:

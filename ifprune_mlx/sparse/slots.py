@@ -249,6 +249,12 @@ class FFNSlots:
         for arrays in (self.rows, self._active, self._movable):
             arrays.clear()
 
+    def close(self) -> None:
+        """Drop the rows, and close their file; the slots cannot be used afterwards."""
+        self.clear()
+        if self._reader is not None:
+            self._reader.close()
+
     def _resize(self, slots: int, ids: Ids) -> None:
         """Change the number of slots. Of the neurons in memory `ids` stay first, then the most selected ones."""
         assert self._reader is not None

@@ -115,4 +115,8 @@ class Terminal:
         """Ctrl-D, and the exit code."""
         self.expect(PROMPT)
         self.send(keys)
+        return self.wait()
+
+    def wait(self) -> int:
+        """Wait until the chat has ended; its exit code."""
         return self._process.wait(timeout=60)

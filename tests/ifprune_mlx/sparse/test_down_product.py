@@ -15,12 +15,14 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 from ifprune_convert.packing import quantization_of
-from ifprune_convert.pipeline import Options
+from ifprune_convert.pipeline import Options, convert
+from ifprune_convert.readers import open_source
 from ifprune_mlx import Checkpoint, IfpruneError
 from ifprune_mlx.sparse import down_product
 from ifprune_mlx.sparse.down_kernel import LANES, DownKernel, Product, build
 from ifprune_mlx.sparse.down_product import KERNELS, MLX, OWN, choose
 from tests.cli.process import run_here
+from tests.family_configs import OVERRIDES, write_family
 from tests.ifprune_mlx.generating import TOKENS, A
 from tests.ifprune_mlx.reference import open_model
 from tests.ifprune_mlx.sparse.emulated import build_emulated
@@ -357,8 +359,39 @@ def test_info_names_the_kernel(packed: Path, metal: list[DownKernel], monkeypatc
     assert "down product 1 to 5 tokens: MLX's kernel (IFPRUNE_KERNELS is mlx)" in text
 
 
+def test_info_tries_what_loading_would(
+    tmp_path: Path, metal: list[DownKernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an M1, bfloat16 rows are float16; and no config needs a `hidden_size`."""
+    real = mx.device_info()
+    monkeypatch.setattr(mx, "device_info", lambda *device: {**real, "device_name": "Apple M1"})
+    write_family(tmp_path / "source", "openelm")
+    options = Options(quantization=quantization_of("affine", 64, 4), dtype=mx.bfloat16)
+    convert(open_source(tmp_path / "source"), tmp_path / "ifp", options)
+    done = run_here("info", "--model", tmp_path / "ifp")
+    assert done.returncode == 0, done.stderr
+    assert {kernel.dtype for kernel in metal} == {mx.float16}
+
+
 def test_a_trial_is_of_the_shape_that_the_model_has(packed: Path, metal: list[DownKernel]) -> None:
     choose(Checkpoint.open(packed), mx.bfloat16)
     (kernel,) = {replace(kernel, tokens=1, lanes=8) for kernel in metal}
     checkpoint = Checkpoint.open(packed)
     assert kernel == DownKernel(checkpoint.layout.ffns[0].d_model, mx.bfloat16, checkpoint.layout.down, 1, 8)
+
+
+def test_a_trial_is_of_the_widest_ffn(tmp_path: Path, metal: list[DownKernel], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever among the layers it is."""
+    monkeypatch.setitem(OVERRIDES, "openelm", OVERRIDES["openelm"] | {"ffn_multipliers": [1.0, 3.0, 2.0]})
+    write_family(tmp_path / "source", "openelm")
+    convert(open_source(tmp_path / "source"), tmp_path / "ifp", Options(density=0.5))
+    multiplied: set[int] = set()
+
+    def noting(kernel: DownKernel) -> Product:
+        return lambda x, *rows: (multiplied.add(x.shape[1]), unpacked(kernel)(x, *rows))[1]
+
+    monkeypatch.setattr(down_product, "build", noting)
+    checkpoint = Checkpoint.open(tmp_path / "ifp")
+    choose(checkpoint)
+    assert multiplied == {96}
+    assert checkpoint.widths == (64, 192, 128)

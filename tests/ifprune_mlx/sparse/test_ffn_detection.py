@@ -144,6 +144,7 @@ def test_sliced_logits_equal_those_of_the_masked_stock_model(tmp_path: Path, mod
     specs = find_ffns(dense, model_type)
     leaves, fused, widths = SLICED[model_type]
     assert (specs[-1].leaves, specs[-1].fused, [spec.d_ffn for spec in specs]) == (leaves, fused, widths)
+    assert len({spec.d_model for spec in specs}) == 1  # one kernel for all their down products is chosen
 
     convert(open_source(tmp_path / "source"), tmp_path / "ifp", Options())
     model = open_model(tmp_path / "ifp")

@@ -407,3 +407,17 @@ def test_a_file_that_changes_between_opening_and_loading(tmp_path: Path, name: s
     for residency in ("ram", "ssd"):
         with pytest.raises(CheckpointError, match=re.escape(str(folder))):
             load_checkpoint(checkpoint, residency=residency)
+
+
+def test_closing_a_model_closes_its_files(tmp_path: Path) -> None:
+    """At once, as macOS lets a process have 256 of them."""
+    model = on_ssd(write_checkpoint(tmp_path / "checkpoint"))
+    model.switch(random_selection(WIDTHS, (64, 64), 1))
+    files = [slots._reader._descriptor for slots in model.slots if slots._reader is not None]
+    assert len(files) == 2
+    for file in files:
+        os.fstat(file)
+    model.close()
+    for file in files:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(file)

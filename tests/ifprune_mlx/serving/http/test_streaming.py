@@ -176,6 +176,8 @@ def test_who_leaves_a_stream_that_waits_is_noticed(slow: Served, hold: Path) -> 
     hold.touch()
     with httpx.stream("POST", slow.url + CHAT, json=BODIES[CHAT] | {"stream": True}, timeout=60) as answer:
         next(answer.iter_raw())
+    # Else the model, let go, may have given all of the short answer before the server knows.
+    eventually(lambda: any("the client went away" in line for line in slow.stderr))
     hold.unlink()
     eventually(partial(_is, slow, "ifprune_jobs_cancelled_total", before + 1))
 
