@@ -290,7 +290,8 @@ def _measure_part(
         model.switch(None)
         features |= zip(group, np.array(backbone.features([chats[index].instruction for index in group])), strict=True)
         importance[group] = np.concatenate(attribution(model, [chats[index] for index in group], masks), axis=1)
-        measured(start + len(group))
+        if group[-1] != by_length[-1]:  # the last is told of once the part is on disk
+            measured(start + len(group))
     for index, chat in enumerate(chats):
         if not (np.isfinite(importance[index]).all() and np.isfinite(features[index]).all()):
             raise DataError(
