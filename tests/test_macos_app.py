@@ -427,6 +427,31 @@ def test_the_end_is_followed_until_the_reader_scrolls_up(window: Any) -> None:
     wait(lambda: bar.value() == bar.maximum())
 
 
+def test_a_dense_model_is_converted_once_and_listed(
+    window: Any, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IFPRUNE_CACHE", str(tmp_path))
+
+    def listed() -> list[Any]:
+        window.models.aboutToShow.emit()
+        return [action for action in window.models.actions() if action.isEnabled()]
+
+    assert listed() == []
+    source = checkpoint.parent / "source-of-checkpoint"
+    window._pick_model(str(source))
+    wait(lambda: window.ready)
+    say(window, "Hello there")
+    (action,) = listed()
+    assert action.text().endswith(source.name)
+    converted = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}
+    assert converted
+    action.trigger()
+    assert not window.ready
+    wait(lambda: window.ready)
+    say(window, "Hello there")
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")} == converted
+
+
 def test_closing_during_an_answer_ends_it(chat: Any) -> None:
     say(chat, "Tell me a long story", end=False)
     wait(lambda: said(chat).partition("Answer\n")[2])

@@ -33,7 +33,7 @@ from ifprune_mlx import Selection, Stats
 
 from .strip import Strip
 from .transcript import Transcript
-from .worker import DENSE, EACH, FIRST, Budget, Loaded, Worker
+from .worker import DENSE, EACH, FIRST, Budget, Loaded, Worker, models
 
 _CHOICES = ((EACH, "Each message"), (FIRST, "The first message"), (DENSE, "Nothing: all neurons"))
 # A slider that is dragged says where it is all the time; the model is told once it rests.
@@ -72,7 +72,7 @@ class Window(QMainWindow):
         self._thread.start()
 
     def open_model(self, path: str | None) -> None:
-        """Load a folder or hub id, or the embedded default (None); the window stays usable meanwhile."""
+        """Load a folder, file or hub id, or the embedded default (None); the window stays usable meanwhile."""
         self._worker.stop.clear()
         self._set_ready(False)
         self._clear()
@@ -192,7 +192,8 @@ class Window(QMainWindow):
         for text, key, act in (
             ("New Chat", QKeySequence.StandardKey.New, self._new_chat),
             ("Delete This Chat", None, self._forget_chat),
-            ("Open Model...", QKeySequence.StandardKey.Open, self._pick_model),
+            ("Open Folder...", QKeySequence.StandardKey.Open, self._pick_folder),
+            ("Open GGUF File...", None, self._pick_file),
             ("Quit", QKeySequence.StandardKey.Quit, self.close),
         ):
             action = QAction(text, self)
@@ -200,6 +201,8 @@ class Window(QMainWindow):
                 action.setShortcut(QKeySequence(key))
             action.triggered.connect(act)
             menu.addAction(action)
+        self.models = self.menuBar().addMenu("Models")
+        self.models.aboutToShow.connect(self._list_models)
         self.chats = self.menuBar().addMenu("Chats")
         self.chats.aboutToShow.connect(self._list_chats)
 
@@ -281,12 +284,25 @@ class Window(QMainWindow):
         self.choice.setCurrentIndex(self.choice.findData(choice))
         self._set_ready(True)
 
-    def _pick_model(self) -> None:
-        if self._answering:
-            return
-        folder = QFileDialog.getExistingDirectory(self, "A folder that `ifprune convert` made")
-        if folder:
-            self.open_model(folder)
+    def _pick_folder(self) -> None:
+        if not self._answering:
+            self._pick_model(QFileDialog.getExistingDirectory(self, "A model: an IFP checkpoint, or safetensors"))
+
+    def _pick_file(self) -> None:
+        if not self._answering:
+            self._pick_model(QFileDialog.getOpenFileName(self, "A model", filter="GGUF (*.gguf)")[0])
+
+    def _list_models(self) -> None:
+        """The models in the cache; others come into it when they are opened."""
+        self.models.clear()
+        for name, path in models():
+            self.models.addAction(name.replace("&", "&&"), lambda path=path: self._pick_model(path))
+        if self.models.isEmpty():
+            self.models.addAction("None yet").setEnabled(False)
+
+    def _pick_model(self, path: str) -> None:
+        if path and not self._answering:
+            self.open_model(path)
 
     def _dragged(self, percent: int) -> None:
         self._density_text.setText(f"{percent / 100:.2f}")

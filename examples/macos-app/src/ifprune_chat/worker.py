@@ -20,6 +20,7 @@ from PySide6.QtCore import QObject, Signal, SignalInstance, Slot
 
 from ifprune_cli.chat_repetition import PENALTY, LoopFinder, below_own_density, penalize
 from ifprune_convert.embedded import ensure_embedded
+from ifprune_convert.model_cache import cached_models, ensure_converted, names_dense_model
 from ifprune_mlx import IfpruneError, Model, PromptError, Session, Stats, TaskStore, load
 from ifprune_mlx.selection.presets import data_folder
 
@@ -59,6 +60,12 @@ class Budget:
     total: int
 
 
+def models() -> list[tuple[str, str]]:
+    """What lies ready in the cache: names to show, and what `Worker.load` takes."""
+    usable = [model for model in cached_models() if model.usable and model.kind != "download"]
+    return [(model.name, model.name if model.kind == "converted" else str(model.folder)) for model in usable]
+
+
 class Worker(QObject):
     """Lives in a QThread that it quits at its end.
 
@@ -91,11 +98,17 @@ class Worker(QObject):
 
     @Slot(object)
     def load(self, path: str | None) -> None:
-        """Load a folder or hub id, or the embedded default (None), in the place of the present model."""
+        """Load a model in the place of the present one: a checkpoint, a GGUF file, a folder or hub id of a dense model,
+        which is converted at first use, or the embedded default (None).
+        """
         try:
             self._close()
             self.advanced.emit("Loading", 0, 0)
-            folder = ensure_embedded(self.noted.emit, self._converting) if path is None else path
+            folder: str | Path | None = path
+            if path is None:
+                folder = ensure_embedded(self.noted.emit, self._converting)
+            elif names_dense_model(path):
+                folder = ensure_converted(path, note=self.noted.emit, report=self._converting)
             self._model, self._tokenizer = load(folder, progress=self._progress("Loading"))
             self._session = self._new_session(policy=EACH)
             tasks = tuple(task.name for task in TaskStore(self._model.checkpoint).tasks())
