@@ -44,7 +44,7 @@ from ifprune_mlx.checkpoint.atomic_write import sha256_file
 from ifprune_mlx.errors import IfpruneError
 from ifprune_mlx.eval import EvalConfig, evaluate
 from ifprune_mlx.eval.analysis import Quality, quality_chart
-from ifprune_mlx.eval.losses import Evaluation
+from ifprune_mlx.eval.evaluation import Evaluation
 from ifprune_mlx.eval.metrics import POOLED
 from ifprune_mlx.eval.plots import write_figure
 

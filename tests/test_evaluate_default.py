@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ifprune_mlx.eval.losses import Evaluation, Row
+from ifprune_mlx.eval.evaluation import Evaluation, Row
 from tests.cli.process import ROOT
 
 LOSSES = {

@@ -26,7 +26,7 @@ from .ranks import leads
 
 if TYPE_CHECKING:
     from ifprune_mlx.eval import EvalResult
-    from ifprune_mlx.eval.losses import Evaluation
+    from ifprune_mlx.eval.evaluation import Evaluation
 
 # An option under a heading of `--help`.
 _task, _row, _amount, _output = (

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from .console import note, shortened, table
 
 if TYPE_CHECKING:
-    from ifprune_mlx.eval.losses import Evaluation
+    from ifprune_mlx.eval.evaluation import Evaluation
     from ifprune_mlx.eval.metrics import Figure, Overlap
 
 _METRICS = {

@@ -23,7 +23,8 @@ from typing import Any
 
 from ifprune_mlx.data.tokenize import Example
 from ifprune_mlx.errors import DataError, PredictorError, SelectionError
-from ifprune_mlx.eval.losses import Evaluation, compare, density_of
+from ifprune_mlx.eval.evaluation import Evaluation
+from ifprune_mlx.eval.losses import compare, density_of
 from ifprune_mlx.eval.metrics import Difference, Overlap
 from ifprune_mlx.model import Model, Progress
 from ifprune_mlx.selection.selectors import Instruction, Selected, Selector

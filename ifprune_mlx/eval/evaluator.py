@@ -16,8 +16,9 @@ from ifprune_mlx.chat_template import render_messages
 from ifprune_mlx.data.dataset import Record, read_records
 from ifprune_mlx.data.tokenize import Example, encode_all
 from ifprune_mlx.errors import CheckpointError, DataError, IfpruneError
+from ifprune_mlx.eval.evaluation import Evaluation
 from ifprune_mlx.eval.exact_match import read_exact, score_exact
-from ifprune_mlx.eval.losses import ROWS, Evaluation, available_rows, compare, density_of
+from ifprune_mlx.eval.losses import ROWS, available_rows, compare, density_of
 from ifprune_mlx.eval.metrics import TaskRow
 from ifprune_mlx.eval.multiple_choice import ChoiceQuestion, encode_choices, read_choices, score_choices
 from ifprune_mlx.eval.tasks import TASK_ROWS, EncodedQuestion, Question, check_rows, encode_question, pick_questions

@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 
 from ifprune_mlx.data.tokenize import Example
-from ifprune_mlx.eval.losses import Evaluation, compare
+from ifprune_mlx.eval.evaluation import Evaluation
+from ifprune_mlx.eval.losses import compare
 from ifprune_mlx.model import Progress
 from ifprune_mlx.selection.selectors import LearnedSelector
 from ifprune_mlx.train.trainer import Trainer

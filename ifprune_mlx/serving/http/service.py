@@ -247,6 +247,7 @@ class Service:
                 self._remember(output.selection)
                 if isinstance(output, PromptProgress):
                     accepted.add(index)
+                    latest = index, replace(output, selection=None)  # which is told once
                     if len(accepted) < len(tasks):
                         continue
                 else:

@@ -12,8 +12,9 @@ import pytest
 
 from ifprune_mlx import DataError, IfpruneError, Model, load
 from ifprune_mlx.eval import EvalConfig, evaluate
+from ifprune_mlx.eval.evaluation import Evaluation
 from ifprune_mlx.eval.evaluator import encode_domains, read_domains
-from ifprune_mlx.eval.losses import Evaluation, compare
+from ifprune_mlx.eval.losses import compare
 
 WORDS = ["sort", "list", "sum", "river"]
 

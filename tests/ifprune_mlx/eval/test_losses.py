@@ -16,7 +16,8 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from ifprune_mlx import DataError, IfpruneError, Instruction, Model, Selected, Selection, make_selector
 from ifprune_mlx.data.tokenize import Example
-from ifprune_mlx.eval.losses import ROWS, Evaluation, answer_nll, available_rows, compare, derangement
+from ifprune_mlx.eval.evaluation import Evaluation
+from ifprune_mlx.eval.losses import ROWS, answer_nll, available_rows, compare, derangement
 from ifprune_mlx.selection.selection import top_k
 from ifprune_mlx.sparse.importance import fuse_ranks
 from tests.ifprune_mlx.reference import mask_ffns, open_model, random_selection, source_model

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from ifprune_mlx import Instruction
-from ifprune_mlx.eval.losses import Evaluation, compare
+from ifprune_mlx.eval.evaluation import Evaluation
+from ifprune_mlx.eval.losses import compare
 from ifprune_mlx.selection.selectors import LearnedSelector, Selector, StaticSelector
 from tests.planted import Distilled, distil_experts
 

@@ -171,6 +171,18 @@ def test_a_word_of_a_template_does_not_make_a_prompt_too_long(tmp_path: Path) ->
         assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_prompt")
 
 
+def test_the_selection_is_told_once(slow: Served, hold: Path) -> None:
+    """However long the model then stands still."""
+    hold.touch()
+    with httpx.stream("POST", slow.url + CHAT, json=BODIES[CHAT] | {"stream": True}, timeout=60) as answer:
+        lines, begun = answer.iter_lines(), [""]
+        while sum(line.startswith(": reading ") for line in begun) < 3 and len(begun) < 1000:
+            begun.append(next(lines))
+        hold.unlink()
+        told = [line for line in (*begun, *lines) if line.startswith(": selection ")]
+    assert len(told) == 1
+
+
 def test_who_leaves_a_stream_that_waits_is_noticed(slow: Served, hold: Path) -> None:
     before = slow.metric("ifprune_jobs_cancelled_total")
     hold.touch()
