@@ -10,7 +10,8 @@ from ifprune_mlx.checkpoint.density_curve import DensityCurve
 from ifprune_mlx.checkpoint.format import Checkpoint
 from ifprune_mlx.data.tokenize import Example, encode_all
 from ifprune_mlx.eval.density_curve import LEAST_PROMPTS, dense_losses, measure_curve, set_curve
-from ifprune_mlx.eval.losses import Evaluation, compare
+from ifprune_mlx.eval.evaluation import Evaluation
+from ifprune_mlx.eval.losses import compare
 from ifprune_mlx.generation import stream_generate
 from ifprune_mlx.model import Model
 from ifprune_mlx.train.evaluation import collapse_reason

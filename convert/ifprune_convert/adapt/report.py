@@ -9,7 +9,7 @@ from pathlib import Path
 from ifprune_mlx.checkpoint.atomic_write import write_atomic
 from ifprune_mlx.checkpoint.density_curve import DensityCurve
 from ifprune_mlx.errors import DataError, IfpruneError
-from ifprune_mlx.eval.losses import Evaluation
+from ifprune_mlx.eval.evaluation import Evaluation
 from ifprune_mlx.eval.metrics import POOLED, Difference
 from ifprune_mlx.eval.plots import Panel, Series, check_library, line_chart, write_figure
 
