@@ -12,8 +12,6 @@ from .loading import open_checkpoint
 from .options import JsonOption, ModelOption
 
 if TYPE_CHECKING:
-    import mlx.core as mx
-
     from ifprune_mlx import Checkpoint
     from ifprune_mlx.checkpoint.format import Quantization
 
@@ -43,9 +41,8 @@ def info(model: ModelOption = None, verify: VerifyOption = False, json: JsonOpti
     selectors = (["learned"] if checkpoint.has_predictor else []) + ["activation", "static", "random"]
     tasks = TaskStore(checkpoint).tasks()
     keeps = {density: resolve_keep(checkpoint, density=density) for density in _DENSITIES}
-    dtype = default_dtype(checkpoint)
-    slow = _slow_paths(checkpoint, dtype)
-    kernels = {str(tokens): asdict(choice) for tokens, choice in choose(checkpoint, dtype).items()}
+    slow = _slow_paths(checkpoint)
+    kernels = {str(n): asdict(choice) for n, choice in choose(checkpoint, default_dtype(checkpoint)).items()}
     device = this_device()
     told, command = way_to_load(checkpoint, device)
     resident = {
@@ -115,14 +112,15 @@ def _rows(checkpoint: Checkpoint, selectors: list[str], tasks: str) -> list[tupl
     ]
 
 
-def _slow_paths(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> dict[str, str]:
+def _slow_paths(checkpoint: Checkpoint) -> dict[str, str]:
     """What this machine computes the slow way with rows like the checkpoint's, and why: it is tried out."""
+    from ifprune_mlx.model import default_dtype
     from ifprune_mlx.slow_paths import slow_paths
     from ifprune_mlx.sparse.inplace import shared
     from ifprune_mlx.sparse.quantized import try_products
 
     shared()
-    try_products(checkpoint, dtype)
+    try_products(checkpoint, default_dtype(checkpoint))
     return slow_paths()
 
 

@@ -90,7 +90,7 @@ def test_the_selection_of_a_conversation_that_was_left_is_not_shown(tab: Any, pa
         ask(tab, text)
         expect(tab.locator("#figures")).to_contain_text(f"{count} answer")
     asked: list[Any] = []
-    tab.route("**/v1/ifprune/selections/*", lambda route: asked.append(route))
+    tab.route("**/v1/ifprune/selections/*", lambda route: asked.append(route))  # noqa: PLW0108 (Playwright sets attributes on it)
     tab.reload()
     eventually(lambda: tab.wait_for_timeout(10) is None and bool(asked))
     tab.click("#new")
