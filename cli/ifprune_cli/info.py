@@ -13,8 +13,6 @@ from .loading import open_checkpoint
 from .options import JsonOption, ModelOption
 
 if TYPE_CHECKING:
-    import mlx.core as mx
-
     from ifprune_mlx import Checkpoint
     from ifprune_mlx.checkpoint.format import Quantization
 
@@ -50,6 +48,7 @@ def info(
         )
     selectors = (["learned"] if checkpoint.has_predictor else []) + ["activation", "static", "random"]
     tasks = TaskStore(checkpoint).tasks()
+<<<<<<< HEAD
     curve = checkpoint.curve
     shown = _DENSITIES if curve is None else (*curve.densities, checkpoint.layout.density, 1.0)
     keeps = {density: resolve_keep(checkpoint, density=density) for density in sorted({*shown})}
@@ -57,6 +56,11 @@ def info(
     dtype = default_dtype(checkpoint)
     slow = _slow_paths(checkpoint, dtype)
     kernels = {str(tokens): asdict(choice) for tokens, choice in choose(checkpoint, dtype).items()}
+=======
+    keeps = {density: resolve_keep(checkpoint, density=density) for density in _DENSITIES}
+    slow = _slow_paths(checkpoint)
+    kernels = {str(n): asdict(choice) for n, choice in choose(checkpoint, default_dtype(checkpoint)).items()}
+>>>>>>> w-review
     device = this_device()
     told, command = way_to_load(checkpoint, device)
     resident = {
@@ -128,6 +132,7 @@ def _rows(checkpoint: Checkpoint, selectors: list[str], tasks: str) -> list[tupl
     ]
 
 
+<<<<<<< HEAD
 def _dial(checkpoint: Checkpoint, keeps: dict[float, tuple[int, ...]]) -> list[dict[str, Any]]:
     """What each density activates, reads and loses, the highest first; the loss is that of the best selector (of the
     default selector at the default density), or null where it was not measured.
@@ -189,13 +194,17 @@ def _size(count: int) -> str:
 
 
 def _slow_paths(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> dict[str, str]:
+=======
+def _slow_paths(checkpoint: Checkpoint) -> dict[str, str]:
+>>>>>>> w-review
     """What this machine computes the slow way with rows like the checkpoint's, and why: it is tried out."""
+    from ifprune_mlx.model import default_dtype
     from ifprune_mlx.slow_paths import slow_paths
     from ifprune_mlx.sparse.inplace import shared
     from ifprune_mlx.sparse.quantized import try_products
 
     shared()
-    try_products(checkpoint, dtype)
+    try_products(checkpoint, default_dtype(checkpoint))
     return slow_paths()
 
 

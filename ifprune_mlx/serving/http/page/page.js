@@ -221,7 +221,7 @@ async function openChat(id) {
   running?.abort();
   await answering;
   const found = loadChat(id);
-  chat = found ?? newChat();
+  const opened = chat = found ?? newChat();
   history.replaceState(null, "", found ? `#${id}` : location.pathname);
   showChats(false);
   conversation.replaceChildren();
@@ -240,9 +240,9 @@ async function openChat(id) {
   // The server knows the selections that were used recently.
   const hashes = chat.turns.map((turn) => turn.answer.figures?.selection).filter(Boolean).slice(-2);
   try {
-    for (const hash of hashes) await showSelection(hash, explained());
+    for (const hash of hashes) if (chat === opened) await showSelection(hash, explained());
   } catch {
-    clearStrip("The server no longer knows this conversation's selection. The next message shows one.");
+    if (chat === opened) clearStrip("The server no longer knows this conversation's selection. The next message shows one.");
   }
 }
 

@@ -5,10 +5,12 @@ import { getJSON } from "./api.js";
 const element = (id) => document.getElementById(id);
 const strip = element("strip"), sentence = element("sentence");
 let shown = null, before = null; // selections: {hash, density, layers: [Uint8Array of 0 and 1]}
+let cleared = 0; // how often
 
 // Nothing is selected; `text` says what will be, or why.
 export function clearStrip(text, label = "No selection yet") {
   shown = before = null;
+  cleared += 1;
   strip.setAttribute("aria-label", label);
   say(text);
   draw();
@@ -19,7 +21,9 @@ export async function showSelection(hash, because) {
   if (shown?.hash === hash) {
     before = shown;
   } else {
+    const begun = cleared;
     const fetched = await getJSON(`/v1/ifprune/selections/${encodeURIComponent(hash)}`);
+    if (cleared !== begun) return; // another conversation has been opened
     const layers = fetched.masks.map((mask, layer) => unpacked(mask, fetched.widths[layer]));
     before = shown?.layers.length === layers.length ? shown : null;
     shown = { hash, density: fetched.density, layers };

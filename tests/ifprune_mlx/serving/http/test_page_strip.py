@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from tests.ifprune_mlx.serving.http.browsing import ask, colours, expect
-from tests.ifprune_mlx.serving.http.serving import Served, serving
+from tests.ifprune_mlx.serving.http.serving import Served, eventually, serving
 from tests.ifprune_mlx.serving.http.test_streaming import HELD, HELLO
 
 CHAT = "/v1/chat/completions"
@@ -80,3 +80,23 @@ def test_what_other_clients_select_is_not_in_the_difference(tab: Any, held: Serv
     expect(tab.locator("#figures")).to_contain_text("2 answers")
     expect(tab.locator("#sentence")).to_contain_text("The same neurons as for the message before.")
     assert tab.locator("#figures").inner_text().endswith("neurons switched 0 times")
+
+
+def test_the_selection_of_a_conversation_that_was_left_is_not_shown(tab: Any, page_server: str) -> None:
+    """It may come after another one was opened."""
+    tab.goto(page_server)
+    tab.select_option("#choice", "turn")
+    for count, text in enumerate(("one", "two, about something else"), 1):
+        ask(tab, text)
+        expect(tab.locator("#figures")).to_contain_text(f"{count} answer")
+    asked: list[Any] = []
+    tab.route("**/v1/ifprune/selections/*", lambda route: asked.append(route))  # noqa: PLW0108 (Playwright sets attributes on it)
+    tab.reload()
+    eventually(lambda: tab.wait_for_timeout(10) is None and bool(asked))
+    tab.click("#new")
+    with tab.expect_response("**/v1/ifprune/selections/*"):
+        asked[0].continue_()
+    tab.wait_for_timeout(100)
+    assert len(asked) == 1
+    assert tab.get_attribute("#strip", "aria-label") == "No selection yet"
+    assert colours(tab) == {"0 0 0 0"}
