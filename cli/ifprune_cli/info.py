@@ -48,19 +48,12 @@ def info(
         )
     selectors = (["learned"] if checkpoint.has_predictor else []) + ["activation", "static", "random"]
     tasks = TaskStore(checkpoint).tasks()
-<<<<<<< HEAD
     curve = checkpoint.curve
     shown = _DENSITIES if curve is None else (*curve.densities, checkpoint.layout.density, 1.0)
     keeps = {density: resolve_keep(checkpoint, density=density) for density in sorted({*shown})}
     dial = _dial(checkpoint, keeps)
-    dtype = default_dtype(checkpoint)
-    slow = _slow_paths(checkpoint, dtype)
-    kernels = {str(tokens): asdict(choice) for tokens, choice in choose(checkpoint, dtype).items()}
-=======
-    keeps = {density: resolve_keep(checkpoint, density=density) for density in _DENSITIES}
     slow = _slow_paths(checkpoint)
     kernels = {str(n): asdict(choice) for n, choice in choose(checkpoint, default_dtype(checkpoint)).items()}
->>>>>>> w-review
     device = this_device()
     told, command = way_to_load(checkpoint, device)
     resident = {
@@ -132,7 +125,6 @@ def _rows(checkpoint: Checkpoint, selectors: list[str], tasks: str) -> list[tupl
     ]
 
 
-<<<<<<< HEAD
 def _dial(checkpoint: Checkpoint, keeps: dict[float, tuple[int, ...]]) -> list[dict[str, Any]]:
     """What each density activates, reads and loses, the highest first; the loss is that of the best selector (of the
     default selector at the default density), or null where it was not measured.
@@ -193,10 +185,7 @@ def _size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
-def _slow_paths(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> dict[str, str]:
-=======
 def _slow_paths(checkpoint: Checkpoint) -> dict[str, str]:
->>>>>>> w-review
     """What this machine computes the slow way with rows like the checkpoint's, and why: it is tried out."""
     from ifprune_mlx.model import default_dtype
     from ifprune_mlx.slow_paths import slow_paths
