@@ -87,7 +87,7 @@ def embedding_rows(module: nn.Module) -> int | None:
     """For how many tokens a model has embeddings; None if its class does not show it."""
     return min(
         (
-            int(layer.weight.shape[0])
+            int(getattr(layer, "all_rows", layer.weight.shape[0]))  # of a table that several ranks share
             for name, layer in module.named_modules()
             if isinstance(layer, nn.Embedding | nn.QuantizedEmbedding) and name.rpartition(".")[2] not in _NOT_OF_TOKENS
         ),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable, Iterator
+from hashlib import sha256
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 
@@ -57,14 +58,16 @@ def general(data: TrainingData) -> dict[str, Iterable[Chat]]:
 
 
 def usable(chats: Iterable[Chat], seen: set[str], unseen: HeldOut) -> list[str]:
-    """Prompts of a fitting length that nobody holds out, each once, in the order of their hashes."""
+    """Prompts of a fitting length that nobody holds out, each once, in an order of no meaning: not that of their keys,
+    whose lowest `data.dataset.split` holds out."""
     found: dict[str, str] = {}
     for text, _ in chats:
         prompt = text.strip()
         if SHORTEST <= len(prompt) <= LONGEST and checked_text(prompt, "prompt") and key(prompt) not in seen:
             found.setdefault(key(prompt), prompt)
-    seen |= found.keys()
-    return [prompt for _, prompt in sorted(found.items()) if unseen.leak(record_of(prompt)) is None]
+    seen.update(found)
+    order = sorted(found, key=lambda name: sha256(f"shipped/{name}".encode()).digest())
+    return [found[name] for name in order if unseen.leak(record_of(found[name])) is None]
 
 
 def in_turn(columns: Iterable[Iterable[tuple[str, str]]]) -> Iterator[tuple[str, str]]:

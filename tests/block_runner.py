@@ -23,6 +23,7 @@ QUICK = {
         *("--iters", "2", "--batch-size", "2", "--layers", "1", "--rank", "32", "--chats", "8", "--held-out", "0.4"),
         *("--eval-prompts", "0", "--max-seq-length", "64"),
     ],
+    "adapt": ["--stages", "convert"],
     "evaluate": ["--limit", "3", "--max-length", "96", "--max-tokens", "8"],
     "doctor": ["--limit", "6"],
     "generate": ["--max-tokens", "8"],

@@ -49,7 +49,7 @@ def info(
     selectors = (["learned"] if checkpoint.has_predictor else []) + ["activation", "static", "random"]
     tasks = TaskStore(checkpoint).tasks()
     curve = checkpoint.curve
-    shown = _DENSITIES if curve is None else (*curve.densities, checkpoint.layout.density, 1.0)
+    shown = (*(_DENSITIES if curve is None else curve.densities), checkpoint.layout.density, 1.0)
     keeps = {density: resolve_keep(checkpoint, density=density) for density in sorted({*shown})}
     dial = _dial(checkpoint, keeps)
     slow = _slow_paths(checkpoint)
@@ -132,9 +132,10 @@ def _dial(checkpoint: Checkpoint, keeps: dict[float, tuple[int, ...]]) -> list[d
     from ifprune_mlx.bench.benchmark import bytes_per_token
 
     curve, rows = checkpoint.curve, []
-    whole = bytes_per_token(checkpoint, checkpoint.widths)
+    one = replace(checkpoint, ranks=1)  # each of several reads its part
+    whole = bytes_per_token(one, checkpoint.widths) // checkpoint.ranks
     for density, keep in sorted(keeps.items(), reverse=True):
-        read = bytes_per_token(checkpoint, keep)
+        read = bytes_per_token(one, keep) // checkpoint.ranks
         point = None
         if curve is not None and density in curve.densities:
             by_default = density == checkpoint.layout.density and checkpoint.default_selector in curve.selectors

@@ -304,6 +304,8 @@ def _convert(place: _Place, state: str, trust_remote_code: bool, asks_less: bool
         if not earlier:
             shutil.rmtree(place.folder, ignore_errors=True)
         raise
+    density = Checkpoint.open(target).layout.density
+    note(f"{place.model}: its density of {density:g} is a guess; `ifprune adapt` measures, and trains a predictor")
     for other in place.folder.iterdir():
         if other not in (target, place.folder / _NAME):
             shutil.rmtree(other, ignore_errors=True)
@@ -337,7 +339,7 @@ def choose_options(source: Source, device: Device, *, cpu: bool) -> tuple[Option
     for options in wanted:
         size = converted_bytes(source, options, specs, plan(source, skeleton, specs, options.quantization, False))
         if size <= device.usable:
-            return replace(options, calibration=shipped_examples()[::_EVERY]), size
+            return replace(options, calibration=shipped_examples()[::_EVERY], tolerance=None), size
     return wanted[-1], size
 
 

@@ -177,6 +177,7 @@ class VocabularyRows(nn.Module):
             return mx.contiguous(mx.pad(rows, [(0, missing), *([(0, 0)] * (rows.ndim - 1))]) if missing else rows)
 
         table.update(tree_map(part, table.parameters()))
+        table.all_rows = self._rows
         self.table = table
 
     def __call__(self, x: mx.array) -> mx.array:

@@ -206,7 +206,7 @@ def test_an_output_that_cannot_be_replaced_leaves_no_folder_of_stages(tmp_path: 
 def test_too_few_prompts_say_what_to_do(tmp_path: Path) -> None:
     config = config_for(tmp_path)
     write_prompts(tmp_path, 10)
-    with pytest.raises(DataError, match="give more prompts"):
+    with pytest.raises(DataError, match="give more prompts, or shorter ones"):
         adapt(config, progress=silent, note=lambda line: None, sizes=SIZES)
 
 

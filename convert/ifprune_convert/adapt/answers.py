@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, zip_longest
@@ -28,7 +29,7 @@ def prompts(files: Mapping[str, Path], note: Callable[[str], object]) -> list[Re
     columns = []
     for name, file in files.items():
         by_key = {record.key: record for record in reversed(read_records(file, name, report=note))}
-        columns.append([by_key[key] for key in sorted(by_key)])  # in the order of the keys, which has no meaning
+        columns.append([by_key[key] for key in sorted(by_key, key=_place)])
     return in_turn(columns)
 
 
@@ -57,6 +58,11 @@ def held_out(folder: Path) -> list[Record]:
 def in_turn(columns: Sequence[Sequence[Record]]) -> list[Record]:
     """One of each, then the next of each."""
     return [record for record in chain.from_iterable(zip_longest(*columns)) if record is not None]
+
+
+def _place(key: str) -> bytes:
+    """Where a prompt stands in an order of no meaning. It is not that of the keys, whose lowest `split` holds out."""
+    return hashlib.sha256(f"adapt/{key}".encode()).digest()
 
 
 def _writer(text: str) -> Callable[[Path], object]:

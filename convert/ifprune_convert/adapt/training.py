@@ -26,6 +26,7 @@ from .plan import sized
 from .workspace import Workspace
 
 _PROBE_ANSWERS, _PROBE_CHATS, _PROBE_STEPS = 64, 8, 2  # 64 answers are a block of `own_answers`
+_LEAST_CHATS = 20  # to distil a predictor from
 _OVERRUN = 1.05  # of the hours: training then stops as it is
 _DENSITIES = "0.5,0.27"
 
@@ -54,18 +55,21 @@ def answers(ws: Workspace, record: StageRecord) -> None:
             size = ws.sizes.get("answers")
             if size is None:
                 start = ws.now()
-                write(file, records=wanted[:_PROBE_ANSWERS])
+                with ws.progress("first answers", "answers") as update:
+                    write(file, records=wanted[:_PROBE_ANSWERS], progress=update)
                 rate = min(_PROBE_ANSWERS, len(wanted)) / (ws.now() - start)
                 size = sized("answers", ws.seconds("answers"), rate)
             ws.decide(record, min(size, len(wanted)))
         with ws.progress("answers", "answers") as update:
             found = write(file, records=wanted[: record.size], progress=update)
         write_domains(ws.answers, found)
-        measurable = encode_all(tokenizer, held_out(ws.answers), length, lambda line: None)
-    if len(measurable) < LEAST_PROMPTS:  # before the long work
+        apart = {chat.key for chat in held_out(ws.answers)}
+        usable = [example.key for example in encode_all(tokenizer, found, length, lambda line: None)]
+    measured = sum(key in apart for key in usable)
+    if measured < LEAST_PROMPTS or len(usable) - measured < _LEAST_CHATS:  # before the long work
         raise DataError(
-            f"of {record.size} answered prompts {len(measurable)} are held out, and measuring needs {LEAST_PROMPTS}; "
-            "give more prompts"
+            f"of {record.size} prompts {len(usable)} have answers that fit; {measured} of them are held out, "
+            f"{LEAST_PROMPTS} are needed, and {_LEAST_CHATS} others; give more prompts, or shorter ones"
         )
 
 

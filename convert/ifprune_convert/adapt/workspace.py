@@ -96,8 +96,8 @@ class Workspace:
 
     def first_chats(self) -> list[Record]:
         """Chats for a first prior, which stands until the model's own answers give a better one: of all sources."""
-        chats = sorted(shipped_examples(), key=lambda record: record.key)
-        return chats[: self.sizes.get("convert", _FIRST_CHATS)]
+        chats = shipped_examples()  # source by source
+        return chats[:: max(len(chats) // self.sizes.get("convert", _FIRST_CHATS), 1)]
 
     def convert_to(self, folder: Path, options: Options, *, overwrite: bool = True) -> None:
         with self.progress("convert", "weights") as update, self.progress("calibrate", "tokens") as calibrating:

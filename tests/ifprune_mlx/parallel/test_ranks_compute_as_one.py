@@ -6,10 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mlx import nn
 
 from ifprune_convert.pipeline import Options
 from ifprune_mlx import load
 from ifprune_mlx.checkpoint.format import Quantization
+from ifprune_mlx.parallel.sharding import VocabularyRows
+from ifprune_mlx.tokenizer import embedding_rows
 from tests.ifprune_mlx.parallel.rank import FEWER, walk
 from tests.ifprune_mlx.parallel.ring import run_ring
 from tests.ifprune_mlx.reference import TOLERANCE
@@ -49,3 +52,19 @@ def test_two_ranks_compute_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     by_heads = write_checkpoint(tmp_path / "by-heads", "qwen3", tie_word_embeddings=False)
     by_layers = write_checkpoint(tmp_path / "by-layers", "mistral", packed, **GEMMA3)
     check([("ram", by_heads), ("ssd", by_layers)], 2, tmp_path)
+
+
+def test_a_table_that_ranks_share_still_tells_all_its_rows() -> None:
+    """A predictor checks its token ids against the whole vocabulary, not against a rank's part of it."""
+
+    class TwoRanks:
+        def size(self) -> int:
+            return 2
+
+        def rank(self) -> int:
+            return 1
+
+    module = nn.Module()
+    module.embed_tokens = VocabularyRows(nn.Embedding(10, 4), TwoRanks())
+    assert module.embed_tokens.table.weight.shape[0] == 5
+    assert embedding_rows(module) == 10
