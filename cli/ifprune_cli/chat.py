@@ -416,7 +416,9 @@ class _Conversation:
     def _ending(self, stats: Stats, looped: bool) -> str:
         """Why the answer ends where it does, if not of itself."""
         if looped:
-            return "\n[ended: the answer was repeating itself; a higher /density or --repetition-penalty may help]"
+            # A selection made for another topic is the likelier reason.
+            help_ = "/policy auto, which selects for each topic," if self._told else "a higher /density"
+            return f"\n[ended: the answer was repeating itself; {help_} may help]"
         if stats.finish_reason == "cancelled":
             return " stopped"
         if stats.finish_reason != "length":

@@ -298,7 +298,11 @@ def _is_saved_chat(path: Path) -> bool:
 
 
 def _models() -> list[str]:
-    return [EMBEDDED, *cached_checkpoints()]
+    """What `/model` takes without a download or a conversion."""
+    from ifprune_convert.model_cache import cached_models
+
+    converted = [model.name for model in cached_models() if model.kind == "converted" and model.usable]
+    return [EMBEDDED, *converted, *cached_checkpoints()]
 
 
 def _turns(count: int) -> str:

@@ -238,7 +238,7 @@ def _announce(name: str, url: str, server: _Server, json: bool) -> None:
     # Browsers do not all know the addresses that stand for every one of this machine's.
     page = url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:") + "/"
     chat = f", chat at {page}" if server.ui or server.open else ""
-    note(f"{name} listens on {url}{chat}; Ctrl-C ends it")
+    note(f"{name} listens on {url} (clients: {url}/v1){chat}; Ctrl-C ends it")
     if json:
         result_json({"url": url, "model": name, "pid": os.getpid()})
     if server.open:

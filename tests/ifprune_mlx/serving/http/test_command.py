@@ -116,7 +116,7 @@ def test_the_start_line_says_where_the_chat_is(
         eventually(lambda: "Ctrl-C" in "".join(server.stderr))
         [line] = [line for line in server.stderr if "Ctrl-C" in line]
         chat = "" if address is None else f", chat at http://{address}:{server.address[1]}/"
-        assert line == f"checkpoint listens on {server.url}{chat}; Ctrl-C ends it\n"
+        assert line == f"checkpoint listens on {server.url} (clients: {server.url}/v1){chat}; Ctrl-C ends it\n"
 
 
 def test_open_opens_the_chat_in_the_browser(checkpoint: Path, tmp_path: Path) -> None:
