@@ -21,6 +21,8 @@ from ifprune_convert.adapt import STAGES, Adaptation, AdaptConfig, adapt
 from ifprune_convert.adapt.config import last_stage
 from ifprune_convert.adapt.job import FILE, Job
 from ifprune_convert.adapt.plan import SHARES, Budget, sized
+from ifprune_convert.adapt.training import late
+from ifprune_convert.adapt.workspace import Workspace
 from ifprune_mlx import load
 from ifprune_mlx.checkpoint.format import Checkpoint
 from ifprune_mlx.data.dataset import read_records, split
@@ -210,7 +212,7 @@ def test_an_output_that_cannot_be_replaced_leaves_no_folder_of_stages(tmp_path: 
 def test_too_few_prompts_say_what_to_do(tmp_path: Path) -> None:
     config = config_for(tmp_path)
     write_prompts(tmp_path, 10)
-    with pytest.raises(DataError, match="give more prompts, or shorter ones"):
+    with pytest.raises(DataError, match="more prompts, or shorter ones"):
         adapt(config, progress=silent, note=lambda line: None, sizes=SIZES)
 
 
@@ -247,9 +249,36 @@ def test_the_budget_gives_the_stages_behind_what_is_left() -> None:
     assert late < budget.seconds("heal", 36000 * SHARES["convert"])
 
 
+def test_a_stage_ends_when_those_behind_it_need_the_time() -> None:
+    budget, spent = Budget(10, STAGES), 0.0
+    for stage in STAGES:
+        spent += budget.seconds(stage, spent)
+        assert budget.end(stage) == pytest.approx(spent)  # by the plan, neither earlier nor later
+
+
+def test_training_goes_on_within_its_part_of_the_hours_and_not_beyond(tmp_path: Path) -> None:
+    now = [0.0]
+    ws = Workspace(config_for(tmp_path, hours=10), silent, print, lambda: now[0], {})
+    for stage in ("select", "heal"):
+        now[0] = ws.budget.end(stage) - 60
+        assert not late(ws, stage)
+        now[0] = ws.budget.end(stage) + 0.06 * 36000
+        assert late(ws, stage)
+
+
+def test_too_few_answers_are_asked_for_anew(tmp_path: Path) -> None:
+    """A size that was too small is forgotten, so that the same command with more hours goes on."""
+    config = config_for(tmp_path)
+    write_prompts(tmp_path, 10)
+    with pytest.raises(DataError):
+        adapt(config, progress=silent, note=lambda line: None, sizes=SIZES)
+    write_prompts(tmp_path, 50)
+    assert run(tmp_path, until="answers").checkpoint.layout.curve is not None
+
+
 def test_sizes_have_bounds() -> None:
     assert sized("answers", 1e9, 100) == 6000
-    assert sized("answers", 0, 100) == 48
+    assert sized("answers", 0, 100) == 96
     assert sized("heal", 100, 0.5) == 50
 
 

@@ -18,7 +18,7 @@ SHARES: Mapping[Stage, float] = {
 }
 """Of the hours. Healing is what more time helps longest (docs/log.md)."""
 BOUNDS: Mapping[Stage, tuple[int, int]] = {
-    "answers": (48, 6000),
+    "answers": (96, 6000),
     "calibrate": (32, 2000),
     "select": (2, 2000),
     "heal": (2, 20000),
@@ -53,6 +53,12 @@ class Budget:
         coming = self.stages[self.stages.index(stage) :]
         left = max(self.hours * 3600 - spent, 0.0)
         return left * SHARES[stage] / sum(SHARES[name] for name in coming)
+
+    def end(self, stage: Stage) -> float:
+        """Seconds of the job by which a stage has to end, so that those behind it get their shares."""
+        behind = self.stages[self.stages.index(stage) + 1 :]
+        share = sum(SHARES[name] for name in behind) / sum(SHARES[name] for name in self.stages)
+        return self.hours * 3600 * (1 - share)
 
 
 def sized(stage: Stage, seconds: float, per_second: float) -> int:

@@ -27,7 +27,7 @@ from .workspace import Workspace
 
 _PROBE_ANSWERS, _PROBE_CHATS, _PROBE_STEPS = 64, 8, 2  # 64 answers are a block of `own_answers`
 _LEAST_CHATS = 20  # to distil a predictor from
-_OVERRUN = 1.05  # of the hours: training then stops as it is
+_OVERRUN = 0.05  # of the hours: so much later than planned, training stops as it is
 _DENSITIES = "0.5,0.27"
 
 
@@ -67,9 +67,10 @@ def answers(ws: Workspace, record: StageRecord) -> None:
         usable = [example.key for example in encode_all(tokenizer, found, length, lambda line: None)]
     measured = sum(key in apart for key in usable)
     if measured < LEAST_PROMPTS or len(usable) - measured < _LEAST_CHATS:  # before the long work
+        asked, record.size = record.size, None  # decided anew when the command comes again, perhaps with more hours
         raise DataError(
-            f"of {record.size} prompts {len(usable)} have answers that fit; {measured} of them are held out, "
-            f"{LEAST_PROMPTS} are needed, and {_LEAST_CHATS} others; give more prompts, or shorter ones"
+            f"of {asked} prompts {len(usable)} have answers that fit; {measured} of them are held out, "
+            f"{LEAST_PROMPTS} are needed, and {_LEAST_CHATS} others; give more hours, more prompts, or shorter ones"
         )
 
 
@@ -183,14 +184,12 @@ def _train(ws: Workspace, stage: Stage, record: StageRecord, config: TrainConfig
         save_every=max(1, int(45 / step)),
         steps_per_report=max(1, int(20 / step)),
     )
-    stop = partial(_late, ws, stage)
+    stop = partial(late, ws, stage)
     return dict(train(config, progress=ws.progress, report=ws.ticked_note, stop=stop).figures)
 
 
-def _late(ws: Workspace, stage: Stage) -> bool:
+def late(ws: Workspace, stage: Stage) -> bool:
     """Whether training has to end at once, since what follows needs the time."""
     if ws.sizes:
         return False
-    behind = ws.budget.stages[ws.budget.stages.index(stage) + 1 :]
-    whole = sum(ws.seconds(name) for name in behind)
-    return ws.job.seconds + whole > _OVERRUN * ws.config.hours * 3600
+    return ws.job.seconds > ws.budget.end(stage) + _OVERRUN * ws.config.hours * 3600
