@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -125,6 +126,27 @@ def test_it_stops_after_the_stage_that_is_named_and_goes_on_from_there(tmp_path:
     whole = run(tmp_path, overwrite=True)
     assert whole.report is not None
     assert (tmp_path / "out.adapt" / "measured" / "prior.safetensors").stat().st_mtime_ns == measured
+
+
+def test_a_kill_before_an_early_result_is_in_place_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint comes into its place with its curve, or not at all; then the same command goes on."""
+    module = importlib.import_module("ifprune_convert.adapt.result")
+    kept = module.set_curve
+    monkeypatch.setattr(module, "set_curve", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, until="answers")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(module, "set_curve", kept)
+    early = run(tmp_path, until="answers")
+    assert early.checkpoint.layout.curve is not None
+    assert run(tmp_path, until="answers").checkpoint.id == early.checkpoint.id  # done already, and no refusal
+
+
+def interrupt(*arguments: object) -> None:
+    """Stands where a process is killed."""
+    raise KeyboardInterrupt
 
 
 @pytest.mark.slow

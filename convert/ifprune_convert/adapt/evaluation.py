@@ -97,9 +97,8 @@ def evaluate(ws: Workspace, record: StageRecord) -> None:
 
 def _examples(ws: Workspace, record: StageRecord) -> list[Example]:
     """The held-out chats that there is time for, all domains mixed."""
-    tokenizer_folder, length = ws.base, ws.config.max_seq_length
-    with ws.loaded(tokenizer_folder) as (model, tokenizer):
-        examples = encode_all(tokenizer, held_out(ws.answers), length, lambda line: None)
+    with ws.loaded(ws.base) as (model, tokenizer):
+        examples = encode_all(tokenizer, held_out(ws.answers), ws.config.max_seq_length, lambda line: None)
         if record.size is None:
             size = ws.sizes.get("evaluate")
             if size is None:

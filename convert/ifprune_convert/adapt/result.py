@@ -14,11 +14,13 @@ from ifprune_mlx.checkpoint.atomic_write import new_folder
 from ifprune_mlx.checkpoint.format import Checkpoint, write_manifest
 from ifprune_mlx.data.tokenize import encode_all
 from ifprune_mlx.errors import IfpruneError, SourceError
-from ifprune_mlx.eval.density_curve import LEAST_PROMPTS, measure_curve, set_curve
+from ifprune_mlx.eval.density_curve import measure_curve, set_curve
 
 from .answers import held_out
 from .report import PLOT, REPORT
 from .workspace import Workspace
+
+_CURVE_SECONDS = 300.0  # what measuring a result that stops early may take
 
 
 @dataclass(frozen=True)
@@ -52,19 +54,14 @@ class Adaptation:
 
 def finish(ws: Workspace) -> Adaptation:
     """Put the result in its place."""
-    config, job = ws.config, ws.job
-    if job.stage("evaluate").done:
-        _publish(ws, config.work / str(job.stage("evaluate").figures["chosen"]))
-    else:
-        ws.convert_to(config.output, _halfway(ws), overwrite=config.overwrite)
-        if job.stage("answers").done:
-            _measure_halfway(ws)
+    evaluated = ws.job.stage("evaluate")
+    _publish(ws, ws.config.work / str(evaluated.figures["chosen"]) if evaluated.done else _early(ws))
     return result(ws)
 
 
 def published(ws: Workspace) -> bool:
     """Whether the result of this very job is in its place already."""
-    known = ws.job.stage("evaluate").figures.get("id")
+    known = ws.job.stage(ws.config.until).figures.get("id")
     try:
         return known is not None and Checkpoint.open(ws.config.output).id == known
     except IfpruneError:
@@ -100,15 +97,17 @@ def _halfway(ws: Workspace) -> Options:
     return replace(ws.options, calibration=ws.first_chats())
 
 
-def _measure_halfway(ws: Workspace) -> None:
-    """Give a checkpoint that stops early its curve and the defaults that follow from it."""
-    with ws.loaded(ws.config.output) as (model, tokenizer):
-        examples = encode_all(tokenizer, held_out(ws.answers), ws.config.max_seq_length, lambda line: None)
-        if len(examples) < LEAST_PROMPTS:
-            return
-        with ws.progress("densities", "tokens") as update:
-            curve = measure_curve(model, examples, seconds=ws.seconds("evaluate") or 60.0, progress=update)
-    set_curve(ws.config.output, curve, *curve.choose(ws.config.tolerance))
+def _early(ws: Workspace) -> Path:
+    """A checkpoint of what the stages so far gave, with its curve, where answers are held out, and defaults from it."""
+    folder = ws.config.work / "early"
+    ws.convert_to(folder, _halfway(ws))
+    if ws.job.stage("answers").done:
+        with ws.loaded(folder) as (model, tokenizer):
+            examples = encode_all(tokenizer, held_out(ws.answers), ws.config.max_seq_length, lambda line: None)
+            with ws.progress("densities", "tokens") as update:
+                curve = measure_curve(model, examples, seconds=_CURVE_SECONDS, progress=update)
+        set_curve(folder, curve, *curve.choose(ws.config.tolerance))
+    return folder
 
 
 def _publish(ws: Workspace, chosen: Path) -> None:
@@ -117,13 +116,13 @@ def _publish(ws: Workspace, chosen: Path) -> None:
     with new_folder(config.output, overwrite=config.overwrite, error=SourceError) as folder:
         shutil.copytree(chosen, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(CARD))
         for name in (REPORT, PLOT):
-            if (config.work / name).is_file():
+            if ws.job.stage("evaluate").done and (config.work / name).is_file():
                 shutil.copyfile(config.work / name, folder / name)
         manifest = Checkpoint.open(chosen).manifest
         write_manifest(folder, source=manifest["source"], licence=manifest["licence"])
         finished = Checkpoint.open(folder)
         write_card(finished, config.output.absolute().name)
-        ws.job.stage("evaluate").figures["id"] = finished.id
+        ws.job.stage(config.until).figures["id"] = finished.id
         ws.job.save()
         if config.overwrite:
             check_output(config.output, True)

@@ -11,6 +11,7 @@ from ifprune_convert.pipeline import check_output
 from ifprune_convert.readers import open_source
 from ifprune_convert.readers.hub import locate_source
 from ifprune_convert.upload import check_upload
+from ifprune_mlx.checkpoint.hub import hub_name
 from ifprune_mlx.device import this_device
 from ifprune_mlx.errors import IfpruneError, SourceError
 from ifprune_mlx.train.evaluation import ProgressDisplay
@@ -92,8 +93,10 @@ def _locate(ws: Workspace) -> None:
 
 def _check_source(ws: Workspace) -> None:
     """Refuse to go on with another source than the job began with."""
-    files = [ws.source] if ws.source.is_file() else sorted(ws.source.glob("*"))
-    now = {file.name: file.stat().st_size for file in files if file.is_file()}
+    now: object = hub_name(ws.source)  # with the commit
+    if now is None:
+        files = [ws.source] if ws.source.is_file() else sorted(ws.source.glob("*"))
+        now = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()}
     figures = ws.job.stage("convert").figures
     if figures.setdefault("source", now) != now:
         raise SourceError(

@@ -16,7 +16,7 @@ from ifprune_mlx.data.dataset import Record
 from ifprune_mlx.model import Model, load
 from ifprune_mlx.train.evaluation import ProgressDisplay
 
-from .config import STAGES, AdaptConfig, Stage
+from .config import AdaptConfig, Stage
 from .job import Job, StageRecord
 from .plan import Budget
 
@@ -83,14 +83,12 @@ class Workspace:
         """The run that heals."""
         return self.config.work / "healed"
 
-    def seconds(self, stage: str) -> float:
+    def seconds(self, stage: Stage) -> float:
         """What a stage that begins now may take."""
-        name = next(known for known in STAGES if known == stage)
-        if name not in self.budget.stages:
-            return 0.0
-        return self.budget.seconds(name, self.job.seconds)
+        return self.budget.seconds(stage, self.job.seconds)
 
     def decide(self, record: StageRecord, size: int) -> None:
+        """How much a stage does, from now on and after every kill."""
         record.size = size
         self.job.save()
 
@@ -99,22 +97,18 @@ class Workspace:
         chats = shipped_examples()  # source by source
         return chats[:: max(len(chats) // self.sizes.get("convert", _FIRST_CHATS), 1)]
 
-    def convert_to(self, folder: Path, options: Options, *, overwrite: bool = True) -> None:
+    def convert_to(self, folder: Path, options: Options) -> None:
+        """Convert the source into a folder of the job, again if it was there."""
         with self.progress("convert", "weights") as update, self.progress("calibrate", "tokens") as calibrating:
 
             def report(stage: str, done: int, total: int) -> None:
                 (update if stage == "convert" else calibrating)(done, total)
 
-            convert(
-                self.source,
-                folder,
-                replace(options, overwrite=overwrite and folder.exists()),
-                report,
-                lambda line: None,
-            )
+            convert(self.source, folder, replace(options, overwrite=folder.exists()), report, lambda line: None)
 
     @contextmanager
     def loaded(self, folder: Path) -> Iterator[tuple[Model, TokenizerWrapper]]:
+        """A checkpoint's model and tokenizer, for a while."""
         with self.progress("load", "FFNs") as update:
             model, tokenizer = load(folder, memory=self.config.memory, progress=update)
         try:
@@ -134,5 +128,6 @@ class Workspace:
             yield both
 
     def ticked_note(self, line: str) -> None:
+        """A line for a person, which keeps the clock as well."""
         self.job.tick()
         self.note(line)
