@@ -507,7 +507,9 @@ def _load_module(
                 lock.check()
                 if any(entry.k == 0 for entry in slots):
                     raise BudgetError(_NOT_DENSE)
-                if lazy and (earlier := self._last()) is not None:
+                if not lazy:
+                    return super().__call__(*args, **kwargs)
+                if (earlier := self._last()) is not None:
                     # Ranks sum in the same order only if the sums of one call come before those of the next.
                     mx.async_eval(earlier)  # type: ignore[no-untyped-call]
                 output = super().__call__(*args, **kwargs)
