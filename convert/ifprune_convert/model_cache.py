@@ -6,15 +6,13 @@ the source it was made, and by which version. So a whole checkpoint of the right
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -32,6 +30,7 @@ from ifprune_mlx.sparse.ffn_detection import find_ffns
 
 from .calibrate import shipped_examples
 from .embedded import cache_folder
+from .folder_lock import alone
 from .memory_check import converted_bytes
 from .packing import bits_per_weight, plan, quantization_of
 from .pipeline import Note, Options, Report, convert
@@ -81,7 +80,7 @@ class CachedModel:
         def busy() -> None:
             raise CheckpointError(f"{self.name}: is being converted by another process; wait for it, or end it")
 
-        with _alone(self.folder, busy):
+        with alone(self.folder, busy):
             shutil.rmtree(self.folder)
 
 
@@ -143,7 +142,7 @@ def ensure_converted(
             f"{model}: is no IFP checkpoint; convert the model: ifprune convert --model {shlex.quote(model)}"
         )
     try:
-        with _alone(place.folder, lambda: note(f"Another process converts {model}; waiting for it")):
+        with alone(place.folder, lambda: note(f"Another process converts {model}; waiting for it")):
             if (found := place.ready(state)) is not None:
                 return found
             asks_less = residency == SSD or memory is not None
@@ -245,20 +244,6 @@ def _whole(folder: Path, state: str = "*") -> Path | None:
 
 def _models_folder() -> Path:
     return cache_folder() / "models"
-
-
-@contextmanager
-def _alone(folder: Path, busy: Callable[[], None]) -> Iterator[None]:
-    """One process at a time changes a source's folder; `busy` is called before waiting for another, and may raise."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the folder, since a lock in it would go with it. The system frees it, however a process ends.
-    with folder.with_name(f".{folder.name}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            busy()
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _convert(place: _Place, state: str, trust_remote_code: bool, asks_less: bool, report: Report, note: Note) -> Path:

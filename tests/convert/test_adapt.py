@@ -24,6 +24,7 @@ from ifprune_convert.adapt.job import FILE, Job
 from ifprune_convert.adapt.plan import SHARES, Budget, sized
 from ifprune_convert.adapt.training import late
 from ifprune_convert.adapt.workspace import Workspace
+from ifprune_convert.folder_lock import alone
 from ifprune_mlx import load
 from ifprune_mlx.checkpoint.format import Checkpoint
 from ifprune_mlx.data.dataset import read_records, split
@@ -221,6 +222,18 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not of `ifprune adapt`"):
         run(tmp_path)
     assert sorted(file.name for file in (tmp_path / "out.adapt").iterdir()) == ["thesis.txt"]
+
+
+def test_two_at_once_do_not_work_on_one_job(tmp_path: Path) -> None:
+    with alone(tmp_path / "out.adapt", lambda: None), pytest.raises(DataError, match="another process works on it"):
+        run(tmp_path)
+    assert sorted(file.name for file in tmp_path.glob("out*")) == []
+
+
+def test_a_place_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(IfpruneError, match=r"cannot be written .*; choose another place"):
+        run(tmp_path, output=tmp_path / "file" / "out")
 
 
 def test_an_output_that_cannot_be_replaced_leaves_no_folder_of_stages(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from gguf import GGMLQuantizationType as Kind
 from mlx_lm import convert as mlx_convert
 
 from ifprune_convert import model_cache
+from ifprune_convert.folder_lock import alone
 from ifprune_convert.model_cache import cached_model, cached_models, choose_options, ensure_converted
 from ifprune_convert.readers import open_source
 from ifprune_mlx import Checkpoint
@@ -177,7 +178,7 @@ def test_models_lists_and_removes(gguf: Path, dense: Path) -> None:
     assert all(row["bytes"] > 100_000 and row["usable"] for row in rows)
     shown = run_here("models")
     assert str(gguf) in shown.stdout
-    with model_cache._alone(cached_model(str(gguf)).folder, lambda: None):
+    with alone(cached_model(str(gguf)).folder, lambda: None):
         busy = run_here("models", "--remove", "tiny.gguf")
     assert (busy.returncode, "is being converted by another process" in busy.stderr) == (1, True)
     removed = run_here("models", "--remove", "tiny.gguf")

@@ -7,13 +7,14 @@ import math
 import time
 from collections.abc import Callable, Mapping
 
+from ifprune_convert.folder_lock import alone
 from ifprune_convert.pipeline import check_output
 from ifprune_convert.readers import open_source
 from ifprune_convert.readers.hub import locate_source
 from ifprune_convert.upload import check_upload
 from ifprune_mlx.checkpoint.hub import hub_name
 from ifprune_mlx.device import this_device
-from ifprune_mlx.errors import IfpruneError, SourceError
+from ifprune_mlx.errors import DataError, IfpruneError, SourceError
 from ifprune_mlx.train.evaluation import ProgressDisplay
 
 from .config import AdaptConfig, Stage
@@ -62,18 +63,28 @@ def adapt(
         check_upload(config.upload_repo)
     if done:
         return result(ws)
+
+    def busy() -> None:
+        raise DataError(f"{config.work}: another process works on it; wait for it, or end it")
+
+    with alone(config.work, busy):
+        return _go_on(ws)
+
+
+def _go_on(ws: Workspace) -> Adaptation:
+    """Do what is left."""
     job = ws.job
     _locate(ws)
     _check_source(ws)
     if job.stage("convert").done:
-        note(f"{config.work}: goes on after {duration(job.seconds)} of work")
+        ws.note(f"{ws.config.work}: goes on after {duration(job.seconds)} of work")
     else:
         _print_plan(ws)
-    for stage in config.stages:
+    for stage in ws.config.stages:
         if not job.stage(stage).done:
             with job.working(stage) as record:
                 _DO[stage](ws, record)
-            note(f"{stage}: done in {duration(record.seconds)} ({duration(job.seconds)} so far)")
+            ws.note(f"{stage}: done in {duration(record.seconds)} ({duration(job.seconds)} so far)")
     return finish(ws)
 
 
