@@ -80,7 +80,7 @@ class CachedModel:
         def busy() -> None:
             raise CheckpointError(f"{self.name}: is being converted by another process; wait for it, or end it")
 
-        with alone(self.folder, busy):
+        with alone(self.folder, busy, "remove it by hand"):
             shutil.rmtree(self.folder)
 
 
@@ -142,7 +142,8 @@ def ensure_converted(
             f"{model}: is no IFP checkpoint; convert the model: ifprune convert --model {shlex.quote(model)}"
         )
     try:
-        with alone(place.folder, lambda: note(f"Another process converts {model}; waiting for it")):
+        busy = partial(note, f"Another process converts {model}; waiting for it")
+        with alone(place.folder, busy, "set IFPRUNE_CACHE to another folder"):
             if (found := place.ready(state)) is not None:
                 return found
             asks_less = residency == SSD or memory is not None

@@ -24,10 +24,11 @@ PROMPT, PROMPT_LEFT = rb"\x1b\[\?2004h", rb"\x1b\[\?2004l"
 # The spinner is taken away before an answer begins.
 ANSWER = rb".*?\r\x1b\[K"
 # Makes the pseudo-terminal on stdin the process's own, so that Ctrl-C on it becomes a signal. A run of the tests in the
-# background ignores that signal, and its children would with it: they get Python's handler back.
+# background ignores that signal, or a thread of it blocks it, and its children would with it: they get Python's back.
 ON_TERMINAL = (
     "import fcntl, runpy, signal, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
-    "signal.signal(signal.SIGINT, signal.default_int_handler); {}; "
+    "signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "signal.pthread_sigmask(signal.SIG_UNBLOCK, {{signal.SIGINT}}); {}; "
     "runpy.run_module('ifprune_cli.main', run_name='__main__', alter_sys=True)"
 )
 
