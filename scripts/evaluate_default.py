@@ -50,7 +50,7 @@ from ifprune_mlx.eval.plots import write_figure
 
 HERE = Path(__file__).parent
 SETS = {"seen": HERE / "held_out", "unseen": HERE / "held_out" / "unseen"}
-SELECTORS = ("dense", "learned", "mismatched")
+SELECTORS = ("dense", "learned", "mismatched", "oracle")
 BEFORE_HEALING = ("dense", "static", "static-own", "learned", "mismatched", "oracle")
 PAIRS = (
     ("learned", "healed-static"),
@@ -148,6 +148,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="prompts per file; default: all")
     parser.add_argument("--densities", type=numbers, help="default: 0.27,0.5; before healing 0.5")
     parser.add_argument("--oracle", action="store_true", help="one row more")
+    parser.add_argument("--no-dense", action="store_true", help="no row `dense`, and no acceptance: half the time")
     parser.add_argument("--before-healing", action="store_true")
     parser.add_argument("--candidate", type=Path, help="folder of a default that does not ship yet, and its controls")
     parser.add_argument("--out", type=Path, help="folder for quality.json and quality.svg")
@@ -170,10 +171,11 @@ def measure(arguments: argparse.Namespace) -> None:
     before, candidate = arguments.before_healing, arguments.candidate
     healed = {} if before else controls(candidate / "controls" if candidate else HERE / "controls")
     model = before_healing() if before else default(candidate / "default") if candidate else ensure_embedded(print)
+    wanted = {*SELECTORS} - (set() if arguments.oracle else {"oracle"}) - ({"dense"} if arguments.no_dense else set())
     config = EvalConfig(
         model=model,
         data={f"{title} {name}": file for title, files in groups.items() for name, file in files.items()},
-        selectors=BEFORE_HEALING if before else (*SELECTORS, *(["oracle"] if arguments.oracle else [])),
+        selectors=BEFORE_HEALING if before else tuple(row for row in SELECTORS if row in wanted),
         densities=arguments.densities or ((0.5,) if before else (0.27, 0.5)),
         limit=arguments.limit,
         max_length=256 if before else 192,

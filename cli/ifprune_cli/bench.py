@@ -226,9 +226,10 @@ def _headline(result: dict[str, Any]) -> list[str]:
 
 def _table(result: dict[str, Any]) -> list[str]:
     """A row for everything that was timed."""
-    lines = [_row("", "read tok/s", "decode tok/s", "TTFT s", "memory")]
+    lines = [_row("", "read tok/s", "decode tok/s", "spread +-", "TTFT s", "memory")]
     for row in result["rows"]:
-        rates = f"{row['prefill_tok_s']:.1f}", f"{row['decode_tok_s']:.2f}"
+        spread = f"{50 * row['decode_spread']:.0f} %"
+        rates = f"{row['prefill_tok_s']:.1f}", f"{row['decode_tok_s']:.2f}", spread
         lines.append(_row(row["name"], *rates, f"{row['ttft_s']:.3f}", gigabytes(row["rss"])))
     return lines
 
@@ -238,14 +239,13 @@ def _row(name: str, *cells: str) -> str:
 
 
 def _details(result: dict[str, Any]) -> list[str]:
-    """What else was measured: spreads, parts of the TTFT, and ratios in words."""
+    """What else was measured: parts of the TTFT, and ratios in words."""
     bandwidth, ratios, intervals = result["machine"]["bandwidth"], result["ratios"], result["intervals"]
-    lines = [_row("", "decode +-", "of limit", "select s", "switch s", "MLX peak")]
+    lines = [_row("", "of limit", "select s", "switch s", "MLX peak")]
     for row in result["rows"]:
         share = "" if row["share_of_limit"] is None else f"{100 * row['share_of_limit']:.0f} %"
         times = f"{row['select_s']:.3f}", f"{row['switch_s']:.3f}"
-        spread = f"{50 * row['decode_spread']:.0f} %"
-        lines.append(_row(row["name"], spread, share, *times, gigabytes(row["peak_memory"])))
+        lines.append(_row(row["name"], share, *times, gigabytes(row["peak_memory"])))
     intervals_shown = {
         "decode_vs_static": "sliced decoding / a plain model of that size",
         "prefill_vs_static": "sliced prefill / a plain model of that size",

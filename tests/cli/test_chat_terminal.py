@@ -99,7 +99,7 @@ def test_ctrl_c_stops_reading_within_a_second(slow_checkpoint: Path, tmp_path: P
 
 
 def test_keys_typed_during_an_answer_do_not_get_into_it(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    text = "an answer " + " ".join(f"of {number} words" for number in range(30))
+    text = "an answer " + " ".join(f"of {number} words" for number in range(16))
     with Scripted(tiny_checkpoint, tmp_path, text, "-m", "-1", "--dense") as terminal:
         terminal.expect(PROMPT)
         terminal.send("hello\r")

@@ -22,16 +22,22 @@ from tests.ifprune_mlx.reference import greedy, logits, random_selection
 PROMPT = [5, 17, 200, 9, 33, 41, 8]
 SWITCHES = 20
 FEWER = "IFPRUNE_TEST_SWITCHES"
+SENSIBLE = "IFPRUNE_TEST_SENSIBLE"
 
 
 def walk(model: Model) -> dict[str, np.ndarray]:
-    """Logits and greedy answers after 20 arbitrary switches, and what the activation selector chooses."""
+    """Logits and greedy answers after 20 arbitrary switches, and what the activation selector chooses.
+
+    With `SENSIBLE`, selections are near the prior's: a real model without its most needed neurons answers with logits
+    that the last bit of a sum changes.
+    """
     widths = model.checkpoint.widths
     generator = np.random.default_rng(7)
     found: dict[str, np.ndarray] = {}
     for step in range(int(os.environ.get(FEWER, SWITCHES))):
         keep = [int(generator.integers(width // 4, width // 2)) for width in widths]
-        model.switch(random_selection(widths, keep, step))
+        near = os.environ.get(SENSIBLE)
+        model.switch(near_prior(model, keep, step) if near else random_selection(widths, keep, step))
         found[f"logits.{step}"] = logits(model, PROMPT, () if step % 10 else (3,))
         if step % 10 == 0:
             found[f"greedy.{step}"] = np.array(greedy(model.module, PROMPT, 6))
@@ -43,6 +49,16 @@ def walk(model: Model) -> dict[str, np.ndarray]:
         model.switch(None)
         found["logits.dense"] = logits(model, PROMPT)
     return found
+
+
+def near_prior(model: Model, keep: list[int], seed: int) -> Selection:
+    """The neurons that the prior ranks highest after a disturbance of each."""
+    generator = np.random.default_rng(seed)
+    ids = []
+    for prior, count in zip(model.prior, keep, strict=True):
+        disturbed = np.log(prior) + generator.normal(scale=0.5, size=prior.shape)
+        ids.append(np.sort(np.argsort(-disturbed)[:count]).astype(np.int32))
+    return Selection(tuple(ids), model.checkpoint.widths, "near-prior")
 
 
 def resident(model: Model) -> int:
