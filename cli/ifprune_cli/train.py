@@ -45,6 +45,7 @@ def train(
     warmup: options.Warmup = TrainConfig.warmup,
     lora_rank: options.LoraRank = TrainConfig.lora_rank,
     lora_scale: options.LoraScale = TrainConfig.lora_scale,
+    num_layers: options.NumLayers = None,
     grad_checkpoint: options.GradCheckpoint = False,
     teacher: options.Teacher = TrainConfig.teacher,
     epsilon: options.Epsilon = TrainConfig.epsilon,

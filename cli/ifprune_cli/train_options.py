@@ -191,6 +191,15 @@ FineTuneTypeName = Annotated[
 ]
 LoraRank = Annotated[int, _option("lora_rank", ARMS, "Give the adapters this rank.")]
 LoraScale = Annotated[float, _option("lora_scale", ARMS, "Give the adapters this scale.")]
+NumLayers = Annotated[
+    Optional[int],
+    _option(
+        "num_layers",
+        ARMS,
+        "Give adapters to this many last layers. Where they are behind those that the predictor reads with, it goes on "
+        "reading what it was trained on.  [default: all]",
+    ),
+]
 Teacher = Annotated[
     float, _option("teacher", ARMS, "Weigh KL from the dense model in the loss by this share; 0 is off.")
 ]

@@ -19,7 +19,7 @@ Dtype = Literal["float16", "bfloat16", "float32"]
 ARMS: tuple[ArmName, ...] = get_args(ArmName)
 _CHOICES = {"stage": Stage, "pooling": Pooling, "fine_tune_type": FineTuneType, "dtype": Dtype}
 _COUNTS = (
-    *("layers", "rank", "limit", "chats", "iters", "batch_size", "micro_batch_size", "lora_rank"),
+    *("layers", "rank", "limit", "chats", "iters", "batch_size", "micro_batch_size", "lora_rank", "num_layers"),
     *("steps_per_report", "steps_per_eval", "save_every"),
 )
 BOUNDS: dict[str, tuple[type, float, float]] = {
@@ -46,8 +46,8 @@ _LEARNING_RATES = {"lora": 5e-4, "full": 1e-4, "none": 0.0}
 class TrainConfig:
     """The settings of `ifprune_mlx.train.train`, named as the options of `ifprune train`; paths may be text.
 
-    A resumed run must have the settings that `identity` holds, `lora_rank`, `lora_scale`, and the same model, data and
-    `start`. It may change all others, such as `micro_batch_size`, `grad_checkpoint`, `save_every` and the evaluation.
+    A resumed run must have the settings that `identity` holds, `lora_rank`, `lora_scale`, `num_layers`, and the same
+    model, data and `start`. It may change all others, such as `micro_batch_size`, `grad_checkpoint`, `save_every` and the evaluation.
 
     Raises:
         DataError: if a setting is out of range, naming it.
@@ -84,6 +84,7 @@ class TrainConfig:
     fine_tune_type: FineTuneType = "lora"  # train adapters, whole weights, or neither
     lora_rank: int = 16
     lora_scale: float = 2.0
+    num_layers: int | None = None  # so many of the last layers get adapters; None: all
     teacher: float = 0.5  # share of KL(dense base model || arm) in the loss, the rest is cross-entropy; 0: no teacher
     epsilon: float = 0.1  # of the soft top-k whose gradient the head learns by, in the unit of the scores
     margin: float = 0.25  # neurons beyond the k chosen that a learning head sees the gradient of, as a share of k

@@ -10,10 +10,19 @@ from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.lora import LoRALinear
 
+from ifprune_mlx.checkpoint.ffn_spec import FFNSpec
 from ifprune_mlx.errors import DataError
 from ifprune_mlx.model import Model
 from ifprune_mlx.sparse.ffn import SlicedProjection
-from ifprune_mlx.train.trainable import CONFIG, WEIGHTS, ActiveNeurons, Parameters, TrainableModel, TrainableProjection
+from ifprune_mlx.train.trainable import (
+    CONFIG,
+    WEIGHTS,
+    ActiveNeurons,
+    FrozenProjection,
+    Parameters,
+    TrainableModel,
+    TrainableProjection,
+)
 
 
 class LoRAProjection(TrainableProjection):
@@ -50,23 +59,38 @@ class LoRAModel(TrainableModel):
         rank: *r* of every adapter.
         scale: what the low-rank term is multiplied by (LoRA's alpha / r).
         seed: of the first values.
+        layers: so many of the last get adapters; None gives them to all. A predictor that reads with the layers before
+            them goes on reading what it was trained on.
+
+    Raises:
+        DataError: if the model has fewer layers.
     """
 
     kind = "lora"
 
-    def __init__(self, model: Model, *, rank: int, scale: float, seed: int = 0) -> None:
+    def __init__(self, model: Model, *, rank: int, scale: float, seed: int = 0, layers: int | None = None) -> None:
         super().__init__(model)
-        self.rank, self.scale = rank, scale
+        module = model.module
+        if layers is not None and layers > len(module.layers):
+            raise DataError(f"--num-layers {layers}: the model has {len(module.layers)} layers")
+        self.rank, self.scale, self.layers = rank, scale, len(module.layers) if layers is None else layers
         self._keys: set[str] = set()
         mx.random.seed(seed)
-        self._replace_leaves(lambda base, active, spec: LoRAProjection(base, active, spec.d_model, rank, scale))
-        module = model.module
-        for layer in module.layers:
+        adapted = module.layers[-self.layers :]
+        within = {id(part) for layer in adapted for part in layer.modules()}
+
+        def leaf(base: SlicedProjection, active: ActiveNeurons, spec: FFNSpec) -> TrainableProjection:
+            if id(base) in within:
+                return LoRAProjection(base, active, spec.d_model, rank, scale)
+            return FrozenProjection(base, active)
+
+        self._replace_leaves(leaf)
+        for layer in adapted:
             linear = [
                 (path, leaf) for path, leaf in layer.named_modules() if type(leaf) in (nn.Linear, nn.QuantizedLinear)
             ]
-            adapted = [(path, LoRALinear.from_base(leaf, r=rank, scale=scale)) for path, leaf in linear]
-            layer.update_modules(tree_unflatten(adapted))
+            replaced = [(path, LoRALinear.from_base(leaf, r=rank, scale=scale)) for path, leaf in linear]
+            layer.update_modules(tree_unflatten(replaced))
             self._keys |= {path for path, leaf in layer.named_modules() if "lora_a" in leaf}
         module.freeze()
         module.apply_to_modules(
@@ -78,8 +102,8 @@ class LoRAModel(TrainableModel):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Rank and scale."""
-        return {"rank": self.rank, "scale": self.scale}
+        """Rank, scale and layers."""
+        return {"rank": self.rank, "scale": self.scale, "layers": self.layers}
 
     def use(self, parameters: Parameters | None) -> None:
         """Put adapter weights in place; None gives the base model."""
@@ -88,13 +112,13 @@ class LoRAModel(TrainableModel):
     def save(self, folder: Path, parameters: Parameters) -> None:
         """Write adapter weights as mlx-lm does: `adapters.safetensors` and `adapter_config.json`."""
         lora = {"rank": self.rank, "scale": self.scale, "dropout": 0.0, "keys": sorted(self._keys)}
-        self._write(folder, parameters, {"lora_parameters": lora})
+        self._write(folder, parameters, {"num_layers": self.layers, "lora_parameters": lora})
 
     def read(self, folder: Path) -> Parameters:
         """Adapter weights that an earlier run saved.
 
         Raises:
-            DataError: if they are missing, damaged, or were made for another model, rank or scale.
+            DataError: if they are missing, damaged, or were made for another model, rank, scale or number of layers.
         """
         arrays, config = self._read(folder)
         try:

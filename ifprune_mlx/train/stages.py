@@ -168,7 +168,9 @@ class _Stage:
         mixture = DataMixture(sources, config.seed)
         trainable: TrainableModel
         if config.fine_tune_type == "lora":
-            trainable = LoRAModel(model, rank=config.lora_rank, scale=config.lora_scale, seed=config.seed)
+            trainable = LoRAModel(
+                model, rank=config.lora_rank, scale=config.lora_scale, seed=config.seed, layers=config.num_layers
+            )
         else:
             trainable = {"full": FullModel, "none": FrozenModel}[config.fine_tune_type](model)
         trainer = Trainer(trainable, predictor, model.prior, mixture, config)
