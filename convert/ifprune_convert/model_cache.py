@@ -21,11 +21,11 @@ import mlx.core as mx
 
 from ifprune_mlx.checkpoint.atomic_write import write_atomic
 from ifprune_mlx.checkpoint.budget import SSD
-from ifprune_mlx.checkpoint.format import FORMAT_VERSION, MANIFEST, SECTION, Checkpoint
+from ifprune_mlx.checkpoint.format import FORMAT_VERSION, MANIFEST, SECTION, Checkpoint, is_gguf
 from ifprune_mlx.checkpoint.hub import cached_folder, hub_name, list_repository
 from ifprune_mlx.checkpoint.json_file import read_json_object
 from ifprune_mlx.device import Device, this_device
-from ifprune_mlx.errors import BudgetError, CheckpointError, IfpruneError, SourceError, reason_of
+from ifprune_mlx.errors import BudgetError, CheckpointError, IfpruneError, SourceError, not_converted, reason_of
 from ifprune_mlx.sparse.ffn_detection import find_ffns
 
 from .calibrate import shipped_examples
@@ -97,8 +97,7 @@ def names_dense_model(model: str) -> bool:
             return SECTION not in read_json_object(config)
         return False
     if path.is_file():
-        with suppress(OSError), path.open("rb") as file:
-            return file.read(4) == b"GGUF" or path.suffix.lower() == ".gguf"
+        return is_gguf(path)
     _, file_name = parse_source(model)
     return file_name is not None or _Place(model).ready() is not None
 
@@ -136,11 +135,11 @@ def ensure_converted(
     if (found := place.ready(state)) is not None:
         return found
     if not convert_it:
+        if place.ready() is not None:
+            raise not_converted(model, "has changed since its conversion")
         if (path := Path(model).expanduser()).exists():
             return path  # opening it says why it is no checkpoint
-        raise CheckpointError(
-            f"{model}: is no IFP checkpoint; convert the model: ifprune convert --model {shlex.quote(model)}"
-        )
+        raise not_converted(model, "is a model of the hub, no IFP checkpoint yet")
     try:
         busy = partial(note, f"Another process converts {model}; waiting for it")
         with alone(place.folder, busy, "set IFPRUNE_CACHE to another folder"):

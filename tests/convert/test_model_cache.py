@@ -55,6 +55,15 @@ def ask(model: str | Path, *more: str) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
+def not_converted(model: Path) -> str | None:
+    """What `info` says is the reason why it has nothing to show; it says what to do in the same line."""
+    done = run_here("info", "--model", str(model))
+    (line,) = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"`ifprune chat --model {model}` converts it at first use, `ifprune convert --model {model}`" in line
+    return next((why for why in ("no IFP checkpoint yet", "has changed since its conversion") if why in line), None)
+
+
 @pytest.mark.parametrize("kind", ["gguf", "dense", "mlx-lm 4 bits"])
 def test_a_model_is_converted_at_its_first_use_only(kind: str, dense: Path, gguf: Path, tmp_path: Path) -> None:
     model = gguf if kind == "gguf" else dense
@@ -65,6 +74,8 @@ def test_a_model_is_converted_at_its_first_use_only(kind: str, dense: Path, gguf
     assert code == 1
     assert "ifprune convert" in told
     assert not cache().joinpath("models").exists()
+
+    assert not_converted(model) == "no IFP checkpoint yet"
 
     code, told = ask(model)
     assert code == 0, told
@@ -84,8 +95,10 @@ def test_a_model_is_converted_at_its_first_use_only(kind: str, dense: Path, gguf
     shown = run_here("chat", "--model", str(model), "--max-tokens", "1", stdin=b"hello\n")
     assert shown.returncode == 0, shown.stderr
     assert ONCE not in shown.stderr
-    # Other commands take what is there.
+    # Other commands take what is there, until the source changes.
     assert run_here("info", "--model", str(model)).returncode == 0
+    os.utime(next(model.glob("*.safetensors")) if model.is_dir() else model, ns=(1, 1))
+    assert not_converted(model) == "has changed since its conversion"
 
 
 def test_models_of_the_hub(dense: Path, gguf: Path, tmp_path: Path) -> None:
@@ -176,14 +189,16 @@ def test_models_lists_and_removes(gguf: Path, dense: Path) -> None:
     rows = json.loads(run_here("models", "--json").stdout)["models"]
     assert [row["name"] for row in rows] == [str(dense), str(gguf)]
     assert all(row["bytes"] > 100_000 and row["usable"] for row in rows)
-    shown = run_here("models")
-    assert str(gguf) in shown.stdout
+    shown = run_here("models").stdout.splitlines()
+    assert [line.split()[0][-10:] for line in shown] == [str(dense)[-10:], str(gguf)[-10:], "total"]
+    assert all(len(line) <= 80 for line in shown)
+    assert len({line.find(" MB") for line in shown} | {line.index("converted") - 5 for line in shown[:2]}) == 1
     with alone(cached_model(str(gguf)).folder, lambda: None):
         busy = run_here("models", "--remove", "tiny.gguf")
     assert (busy.returncode, "is being converted by another process" in busy.stderr) == (1, True)
     removed = run_here("models", "--remove", "tiny.gguf")
     assert "removed" in removed.stderr
-    assert str(gguf) not in removed.stdout
+    assert "tiny.gguf" not in removed.stdout
     assert [model.name for model in cached_models()] == [str(dense)]
     missing = run_here("models", "--remove", "tiny.gguf")
     assert missing.returncode == 1
