@@ -130,10 +130,8 @@ def _rows(checkpoint: Checkpoint, selectors: list[str], tasks: str) -> list[tupl
             f"{parameters(checkpoint.parameters)}; {parameters(checkpoint.ffn_parameters)} of them in neurons that can "
             "be left out",
         ),
-        (
-            "neurons",
-            f"{' or '.join(map(str, widths))} in each of {len(layout.ffns)} layers (FFNs); which matter most: {prior}",
-        ),
+        ("neurons", f"{' or '.join(map(str, widths))} in each of {len(layout.ffns)} layers (FFNs)"),
+        ("importance", f"of each neuron: {prior}"),
         ("weights", f"{size(checkpoint.weight_bytes)} on disk, {packed}"),
         *(
             ("" if number else "selectors", f"{name}{' (default)' if name == default else ''}: {_SELECTORS[name]}")

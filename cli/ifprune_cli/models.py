@@ -10,7 +10,7 @@ import typer
 from .console import note, result_json, show, size
 from .options import JsonOption
 
-_UNUSABLE = "converted, unfinished or by another version"
+_UNUSABLE = "unfinished or outdated"
 _WIDTH, _LEAST = 80, 24  # of a line, and of the names, however long what stands after them is
 
 
@@ -48,7 +48,8 @@ def _show(names: list[str], sizes: list[int], kinds: list[str], where: str) -> N
     for name, count, kind in zip(names, sizes, kinds, strict=True):
         shown = name if len(name) <= width else f"...{name[3 - width :]}"
         show(f"{shown:<{width}}  {size(count):>8}  {kind}")
-    show(f"{'total':<{width}}  {size(sum(sizes)):>8}  {where}")
+    total = f"{'total':<{width}}  {size(sum(sizes)):>8}"
+    show(f"{total}  {where}" if len(total) + 2 + len(where) <= _WIDTH else total)
 
 
 def _at_home(path: str) -> str:

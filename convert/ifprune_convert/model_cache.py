@@ -271,22 +271,30 @@ def _convert(place: _Place, state: str, trust_remote_code: bool, asks_less: bool
     why = "is no IFP checkpoint yet"
     if earlier:
         why = "was converted by another version" if earlier[0].startswith(state) else "has changed since its conversion"
-    free = _check_disk(place, size)
-    note(
-        f"{place.model} {why}; it is converted into the cache, once: {_source_bytes(path) / 1e9:.3g} GB read, "
-        f"{size / 1e9:.3g} GB written ({_words(options, source)}), of {free / 1e9:.3g} GB free. In memory the weights "
-        f"take {size / 1e9:.3g} GB of {device.usable / 1e9:.3g} GB. --no-convert refuses; `ifprune models` lists and "
-        "removes"
-    )
+    unfinished = place.folder / f".{target.name}.unfinished"
+    if unfinished.exists():
+        note(f"{place.model}: its conversion goes on")
+    else:
+        free = _check_disk(place, size)
+        note(
+            f"{place.model} {why}; it is converted into the cache, once: {_source_bytes(path) / 1e9:.3g} GB read, "
+            f"{size / 1e9:.3g} GB written ({_words(options, source)}), of {free / 1e9:.3g} GB free. In memory the "
+            f"weights take {size / 1e9:.3g} GB of {device.usable / 1e9:.3g} GB. --no-convert refuses; `ifprune models` "
+            "lists and removes"
+        )
     place.folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"name": place.name}) + "\n"
     write_atomic(place.folder / _NAME, lambda file: file.write_text(text, encoding="utf-8"), SourceError)
     if target.exists():  # damaged
         shutil.rmtree(target)
     try:
-        convert(source, target, options, report, note)
-    except BaseException:
-        if not earlier:
+        convert(source, target, options, report, note, unfinished=unfinished)
+    except BaseException as exc:
+        kept = unfinished.exists()
+        if isinstance(exc, KeyboardInterrupt):
+            left = "the converted model is kept, and the next start goes on" if kept else "nothing of it was kept"
+            note(f"{place.model}: its conversion was stopped; {left}")
+        if not earlier and not kept:
             shutil.rmtree(place.folder, ignore_errors=True)
         raise
     density = Checkpoint.open(target).layout.density

@@ -222,7 +222,11 @@ def test_help_of_every_command(command: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["", "chat", "generate", "convert", "adapt", "serve", "bench", "train"])
-def test_help_ends_with_examples_that_are_accepted(command: str) -> None:
+def test_help_ends_with_examples_that_are_accepted(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("stage: sft\n")
     done = run_here(*filter(None, [command]), "--help")
     assert done.returncode == 0
     _, _, text = done.stdout.partition("\nExamples:\n")
@@ -233,10 +237,10 @@ def test_help_ends_with_examples_that_are_accepted(command: str) -> None:
         assert line.startswith(f"  ifprune {command}")
         assert len(line) <= 80
         words, _, _ = line.partition(" < ")
-        _, name, *arguments = shlex.split(words)
+        name, *arguments = with_calibrate_value(shlex.split(words)[1:])
         found = root.get_command(root.make_context("ifprune", [], resilient_parsing=True), name)
         assert found is not None, line
-        found.make_context(name, with_calibrate_value(arguments))  # parses and checks; runs nothing
+        found.make_context(name, arguments)  # parses and checks; runs nothing
 
 
 def test_help_is_instant_and_imports_nothing_heavy(tmp_path: Path) -> None:

@@ -181,6 +181,44 @@ def test_kill_9_while_it_is_converted(gguf: Path, wait: str) -> None:
     assert sorted(one.name for one in path.parent.iterdir()) == sorted([path.name, "source.json"])
 
 
+def stopped_at(stage: str, gguf: Path) -> list[str]:
+    """Ctrl-C in this stage of a conversion; what was said."""
+    notes: list[str] = []
+
+    def report(now: str, done: int, total: int) -> None:
+        if now == stage:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ensure_converted(str(gguf), report=report, note=notes.append)
+    return notes
+
+
+def test_ctrl_c_while_weights_are_converted_keeps_nothing(gguf: Path) -> None:
+    assert stopped_at("convert", gguf)[-1] == f"{gguf}: its conversion was stopped; nothing of it was kept"
+    assert cached_models() == []
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_ctrl_c_while_chats_are_read_keeps_the_converted_model(gguf: Path, damaged: bool) -> None:
+    assert "the converted model is kept, and the next start goes on" in stopped_at("calibrate", gguf)[-1]
+    (found,) = cached_models()
+    assert not found.usable
+    if damaged:
+        next(found.folder.glob(".*.unfinished/config.json")).write_text("{")
+    stages, notes = set[str](), list[str]()
+    path = ensure_converted(str(gguf), report=lambda stage, done, total: stages.add(stage), note=notes.append)
+    assert stages == ({"convert", "calibrate"} if damaged else {"calibrate"})
+    assert notes[0] == f"{gguf}: its conversion goes on"
+    assert sorted(one.name for one in path.parent.iterdir()) == sorted([path.name, "source.json"])
+    # The same as without a stop.
+    files = {name: entry["sha256"] for name, entry in Checkpoint.open(path).manifest["files"].items()}
+    shutil.rmtree(path.parent)
+    again = Checkpoint.open(ensure_converted(str(gguf)))
+    assert {name: entry["sha256"] for name, entry in again.manifest["files"].items()} == files
+    assert again.prior_method == "calibrated"
+
+
 def test_models_lists_and_removes(gguf: Path, dense: Path) -> None:
     empty = run_here("models", "--json")
     assert json.loads(empty.stdout) == {"models": []}

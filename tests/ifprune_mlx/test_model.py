@@ -83,7 +83,7 @@ def test_the_slots_are_no_parameters_of_the_module(tmp_path: Path, family: str) 
 def test_a_plain_model_folder_is_refused_with_what_to_do(tiny_checkpoint: Path) -> None:
     with pytest.raises(
         CheckpointError,
-        match=r"no ifpruning section\); `ifprune chat --model .*` converts it at first use, `ifprune convert",
+        match=r"no ifpruning section\); `ifprune chat --model .*` converts it at first use",
     ):
         load(tiny_checkpoint.with_name("source-of-checkpoint"))
 
