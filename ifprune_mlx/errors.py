@@ -6,6 +6,9 @@ is and exits with 1; a Python caller catches `IfpruneError`.
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
+
 
 class IfpruneError(Exception):
     """Something the user gave cannot be used; the message says what, where, and what to do next."""
@@ -16,7 +19,7 @@ class CheckpointError(IfpruneError):
 
 
 class DenseModelError(CheckpointError):
-    """A model of the hub that is no IFP checkpoint, and may be converted into one."""
+    """A model that is no IFP checkpoint, and may be converted into one."""
 
 
 class SourceError(IfpruneError):
@@ -61,6 +64,15 @@ class ModelClosedError(IfpruneError):
 
 class DataError(IfpruneError):
     """A training or evaluation file that cannot be used."""
+
+
+def not_converted(model: str | Path, what: str) -> DenseModelError:
+    """The error for a model that has to be converted first; `what` says what it is."""
+    given = shlex.quote(str(model))
+    return DenseModelError(
+        f"{model}: {what}; `ifprune chat --model {given}` converts it at first use, `ifprune convert --model {given}` "
+        "into a folder of its own"
+    )
 
 
 def reason_of(exc: BaseException) -> str:

@@ -35,13 +35,14 @@ def reference() -> str:
     commands = [(name, root.get_command(top, name)) for name in names]
     lines = [_HEAD, "| command | what it does |", "|---|---|"]
     lines += [f"| [`ifprune {name}`](#{name}) | {_text(command.short_help)} |" for name, command in commands]
-    lines += ["", *_options(root, top)]
+    lines += ["", *_options(root, top), *_examples(root)]
     for name, command in commands:
         context = command.make_context(name, [], parent=top, resilient_parsing=True)
         paragraphs = (command.help or "").split("\n\n")
         lines += ["", f"## {name}", "", *(f"{_text(text)}\n" for text in paragraphs)]
         lines += [f"Usage: `ifprune {name} {' '.join(command.collect_usage_pieces(context))}`", ""]
         lines += _options(command, context)
+        lines += _examples(command)
     return "\n".join(lines) + "\n"
 
 
@@ -53,6 +54,11 @@ def _options(command: typer.main.click.Command, context: typer.Context) -> Itera
             yield "|---|---|"
         for names, text in records:
             yield f"| `{_names(names)}` | {_text(text)} |"
+
+
+def _examples(command: typer.main.click.Command) -> list[str]:
+    """What `--help` ends with."""
+    return ["", "Examples:", "", "```text", *command.epilog.splitlines(), "```"] if command.epilog else []
 
 
 def _names(record: str) -> str:

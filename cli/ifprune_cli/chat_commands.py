@@ -55,7 +55,7 @@ class Commands:
         self._name = name
         self._change_model = change_model
         self._table = {
-            "/help": _Command(self._help, "", "show this list"),
+            "/help": _Command(self._help, "", "show this list; also /?"),
             "/reset": _Command(self._reset, "", "forget the conversation; the next message selects anew"),
             "/model": _Command(self._model, "[NAME]", "go on with another model; alone: list those at hand"),
             "/policy": _Command(self._policy, "[NAME]", f"what selects: {', '.join(_POLICIES)}; alone: show it"),
@@ -69,7 +69,7 @@ class Commands:
             "/system": _Command(self._system, "[TEXT|none]", "set or remove the system prompt; alone: show it"),
             "/save": _Command(self._save, "FILE", "save the conversation and its selection"),
             "/load": _Command(self._load, "FILE", "go on with a saved conversation"),
-            "/quit": _Command(self._help, "", "leave; also /exit and Ctrl-D"),
+            "/quit": _Command(self._help, "", "leave; also /exit, Ctrl-D, or exit or quit typed alone"),
         }
         self.names = (*self._table, "/exit")
 
@@ -84,6 +84,7 @@ class Commands:
         """
         name, _, argument = line.strip().partition(" ")
         name, argument = name.lower(), argument.strip()
+        name = "/help" if name == "/?" else name
         if name in ("/quit", "/exit"):
             return False
         if name not in self._table:

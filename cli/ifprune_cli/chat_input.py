@@ -24,6 +24,8 @@ from ifprune_mlx.errors import PromptError
 from .console import note, printable
 
 _HISTORY_BYTES = 1_000_000
+# What people type at other prompts to leave. In a pipe these are messages like any other.
+_LEAVE = ("exit", "quit")
 
 
 def piped(stream: BinaryIO) -> Iterator[str]:
@@ -58,7 +60,8 @@ def keys_unseen() -> Iterator[None]:
 
 
 class LineEditor:
-    """Iterates over what a person enters, until Ctrl-D. Enter sends; a pasted text with several lines is one message.
+    """Iterates over what a person enters, until Ctrl-D, or `exit` or `quit` alone. Enter sends; a pasted text with
+    several lines is one message.
 
     Args:
         commands: completed at the beginning of the line.
@@ -95,6 +98,8 @@ class LineEditor:
                     note("Ctrl-D or /quit leaves the chat")
                 continue
             except EOFError:
+                return
+            if text.strip().lower() in _LEAVE:
                 return
             if text.strip():
                 yield text.rstrip()

@@ -33,10 +33,43 @@ _HEADINGS = {
     "Make a model": ("convert", "adapt", "train", "export", "models"),
     "Measure": ("bench", "evaluate", "doctor"),
 }
+# What `--help` ends with; "" is `ifprune` itself.
+_EXAMPLES = {
+    "": (
+        "ifprune demo",
+        "ifprune chat --model Qwen/Qwen2.5-1.5B-Instruct",
+        'ifprune generate "Write a haiku about tea."',
+    ),
+    "chat": (
+        "ifprune chat",
+        "ifprune chat --model Qwen/Qwen2.5-1.5B-Instruct --density 0.9",
+        "ifprune chat --model ~/Downloads/model.gguf --policy auto",
+    ),
+    "generate": (
+        'ifprune generate "Write a haiku about tea."',
+        'ifprune generate "Sort a list in Python." --model my-model --density 0.5',
+        "ifprune generate --prompt - --json < prompt.txt",
+    ),
+    "serve": ("ifprune serve --open", "ifprune serve --model my-model --port 8080"),
+    "convert": (
+        "ifprune convert --model Qwen/Qwen2.5-1.5B-Instruct -q --calibrate",
+        "ifprune convert --model model.gguf --mlx-path my-model",
+    ),
+    "adapt": (
+        "ifprune adapt --model Qwen/Qwen2.5-1.5B-Instruct -q --hours 8",
+        "ifprune adapt --model model.gguf --mlx-path my-model --data mail=mail.jsonl",
+    ),
+    "train": (
+        "ifprune train --model my-model --data code=code.jsonl --output distilled",
+        "ifprune train -c run.yaml --data code=code.jsonl --output healed",
+    ),
+    "bench": ("ifprune bench", "ifprune bench --model my-model --plot speed.png"),
+}
 app = typer.Typer(
     name="ifprune",
     cls=Commands,
     help="Instruction-Following Pruning on MLX: a model reads the instruction and runs on the neurons it needs.",
+    epilog="\n".join(_EXAMPLES[""]),
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -76,4 +109,7 @@ for command, short_help in (
 ):
     name = command.__name__
     heading = next((heading for heading, names in _HEADINGS.items() if name in names), "Others")
-    app.command(name, cls=Command, short_help=short_help, rich_help_panel=heading)(with_groups(command))
+    examples = "\n".join(_EXAMPLES.get(name, ()))
+    app.command(name, cls=Command, short_help=short_help, rich_help_panel=heading, epilog=examples)(
+        with_groups(command)
+    )

@@ -284,6 +284,13 @@ def gigabytes(count: int) -> str:
     return f"{count / 1e9:.3g} GB"
 
 
+def size(count: int) -> str:
+    """A number of bytes in the unit that suits it, in at most eight characters: 0.3 MB, 538 MB, 18.40 GB."""
+    if count >= 1e9:
+        return f"{count / 1e9:.2f} GB" if count < 1e11 else f"{count / 1e9:.0f} GB"
+    return f"{count / 1e6:.0f} MB" if count >= 1e7 else f"{count / 1e6:.1f} MB"
+
+
 def kernel_lines(kernels: Mapping[str, Mapping[str, str]]) -> list[str]:
     """Which kernel computes what, and why: a line for the numbers of tokens that have the same answer."""
     alike: dict[str, list[str]] = {}

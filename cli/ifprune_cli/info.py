@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import gigabytes, kernel_lines, one_line, parameters, progress, result_json, show
+from .console import gigabytes, kernel_lines, one_line, parameters, progress, result_json, show, size
 from .loading import open_checkpoint
 from .options import JsonOption, ModelOption
 
@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     from ifprune_mlx.checkpoint.format import Quantization
 
 _DENSITIES = (0.27, 0.5, 0.7, 0.9, 1.0)
+_LABEL = 13
+_SELECTORS = {
+    "learned": "a trained predictor reads the instruction",
+    "activation": "all neurons read the prompt; those that it moves most answer",
+    "static": "the same neurons for every instruction",
+    "random": "any, as a control",
+}
 
 VerifyOption = Annotated[bool, typer.Option("--verify", help="Check the sha256 of every file.")]
 
@@ -74,8 +81,8 @@ def info(
                 "slow_paths": sorted(slow),
                 "down_kernels": kernels,
                 "fits": [
-                    {"residency": at, "density": x, "resident": size, "fits": size <= device.usable}
-                    for (at, x), size in resident.items()
+                    {"residency": at, "density": x, "resident": needed, "fits": needed <= device.usable}
+                    for (at, x), needed in resident.items()
                 ],
                 "default_selector": checkpoint.default_selector,
                 "curve": None if curve is None else curve.to_dict(),
@@ -87,20 +94,21 @@ def info(
         )
         return
     names = ", ".join(f"{task.name} (shipped)" if task.shipped else task.name for task in tasks)
-    rows = _rows(checkpoint, selectors, names or "none")
-    tight = {key: ", which does not fit" if size > device.usable else "" for key, size in resident.items()}
-    whole, usable, have = map(gigabytes, (resident[RAM, 1.0], device.usable, device.memory))
+    rows = _rows(checkpoint, selectors, names or "none yet; `ifprune select --save NAME` saves a selection as one")
+    tight = {key: ", which does not fit" if needed > device.usable else "" for key, needed in resident.items()}
+    whole, usable, have = size(resident[RAM, 1.0]), gigabytes(device.usable), gigabytes(device.memory)
     each = "" if ranks == 1 else f" on each of {ranks} ranks"
-    where = f"{whole}{each} with residency ram{tight[RAM, 1.0]}; weights may take {usable} of this machine's {have}"
+    where = f"{whole}{each} with all neurons{tight[RAM, 1.0]}; weights may take {usable} of this machine's {have}"
     rows.append(("memory", where))
-    rows.append(("to load it", f"{told}: {command}" if told else command))
-    paths = "; ".join(f"{name}: {reason}" for name, reason in slow.items()) or "none on this machine"
-    rows.append(("slow paths", f"{paths} (whether answers are batched is tried out when the model is served)"))
-    rows.append(("down product", "; ".join(kernel_lines(kernels))))
+    if model is None and not told:
+        command = "ifprune chat"  # without --model it is this one
+    rows.append(("try it", f"{told}: {command}" if told else command))
+    rows.append(("slow here", "; ".join(f"{name}: {reason}" for name, reason in slow.items()) or "nothing"))
+    rows.append(("GPU kernel", "; ".join(kernel_lines(kernels))))
     if verify:
-        rows.append(("verified", "every file has the manifest's sha256"))
+        rows.append(("verified", "every file is as it was written (sha256)"))
     for name, value in rows:
-        show(f"{name:<11} {one_line(value)}")
+        show(f"{name:<{_LABEL}}{one_line(value)}")
     for line in _table(checkpoint, dial, {density: resident[SSD, density] for density in keeps}, device.usable):
         show(line)
 
@@ -111,17 +119,26 @@ def _rows(checkpoint: Checkpoint, selectors: list[str], tasks: str) -> list[tupl
     packed = _packing(layout.gate_up)
     if layout.down != layout.gate_up:
         packed += f" (down projections {_packing(layout.down)}: they were packed across neurons)"
-    prior = "calibrated on chats" if checkpoint.prior_method == "calibrated" else "from the weights alone"
+    prior = "measured on chats" if checkpoint.prior_method == "calibrated" else "guessed from the weights"
+    default = checkpoint.default_selector
     return [
-        ("checkpoint", str(checkpoint.path)),
+        ("folder", str(checkpoint.path)),
         ("made from", f"{manifest['source']} (licence: {manifest['licence'] or 'not stated'})"),
         ("model type", str(checkpoint.config["model_type"])),
-        ("parameters", f"{parameters(checkpoint.parameters)}, {parameters(checkpoint.ffn_parameters)} of them in FFNs"),
-        ("FFNs", f"{len(layout.ffns)}, neurons each: {', '.join(map(str, widths))}"),
-        ("weights", f"{checkpoint.weight_bytes / 1e6:.0f} MB, {packed}; prior {prior}"),
-        ("selectors", f"{', '.join(selectors)} (default: {checkpoint.default_selector})"),
+        (
+            "parameters",
+            f"{parameters(checkpoint.parameters)}; {parameters(checkpoint.ffn_parameters)} of them in neurons that can "
+            "be left out",
+        ),
+        ("neurons", f"{' or '.join(map(str, widths))} in each of {len(layout.ffns)} layers (FFNs)"),
+        ("importance", f"of each neuron: {prior}"),
+        ("weights", f"{size(checkpoint.weight_bytes)} on disk, {packed}"),
+        *(
+            ("" if number else "selectors", f"{name}{' (default)' if name == default else ''}: {_SELECTORS[name]}")
+            for number, name in enumerate(selectors)
+        ),
         ("tasks", tasks),
-        ("density", f"{layout.density:g} by default"),
+        ("density", f"{layout.density:g} by default: this share of the neurons is used"),
     ]
 
 
@@ -158,32 +175,39 @@ def _dial(checkpoint: Checkpoint, keeps: dict[float, tuple[int, ...]]) -> list[d
 
 def _table(checkpoint: Checkpoint, dial: list[dict[str, Any]], on_ssd: dict[float, int], usable: int) -> list[str]:
     """`_dial` for people, at most 80 columns."""
-    lines = ["", "  density  active  a token  up to    on ssd  nats lost (95 %)        selector"]
+    curve = checkpoint.curve
+    loss = "  loss (95 %)             selector" if curve is not None else ""
+    lines = ["", f"  density  active    reads  faster   on ssd{loss}"]
     for row in dial:
         density, lost = row["density"], "not measured"
         if row["density"] == 1:
             lost = "0"
         elif row["lost"] is not None:
             lost = f"{row['lost']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
-        own, size = density == checkpoint.layout.density, on_ssd[density]
+        cells = "" if curve is None else f" {lost:<23} {row['selector'] or ''}"
+        own, needed = density == checkpoint.layout.density, on_ssd[density]
         lines.append(
             f"{'*' if own else ' '} {density:<7.3g} {parameters(row['active_parameters']):>7} "
-            f"{_size(row['bytes_per_token']):>8} {row['speedup']:>5.2f}x {_size(size):>9}"
-            f"{'!' if size > usable else ' '} {lost:<23} {row['selector'] or ''}".rstrip()
+            f"{size(row['bytes_per_token']):>8} {row['speedup']:>6.2f}x {size(needed):>8}"
+            f"{'!' if needed > usable else ' '} {cells}".rstrip()
         )
-    about = "* the default. a token: bytes that one reads. up to: so much faster, by these bytes. on ssd: memory there"
-    about += "; ! which does not fit." if any(size > usable for size in on_ssd.values()) else "."
-    if (curve := checkpoint.curve) is not None:
-        about += (
-            f" nats lost: loss beyond dense per answer token, with the selector beside it, on {len(curve.prompts)} "
-            "held-out prompts."
+    over = "; ! which does not fit" if any(needed > usable for needed in on_ssd.values()) else ""
+    measured = "not measured; `ifprune adapt` and `ifprune convert --calibrate` measure it"
+    if curve is not None:
+        measured = (
+            "nats per answer token more than with all neurons, by the selector beside it, on "
+            f"{len(curve.prompts)} held-out prompts"
         )
-    return [*lines, *textwrap.wrap(about, 80)]
-
-
-def _size(count: int) -> str:
-    """A number of bytes in at most eight characters."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+    legend = {
+        "density": "share of the neurons that is used, set by --density; * is the default",
+        "active": "parameters that take part in writing a token",
+        "reads": "bytes of weights that a token reads",
+        "faster": "at most, since reading takes the time",
+        "on ssd": f"memory with --residency ssd, which leaves the rest on the disk{over}",
+        "loss": measured,
+    }
+    wrapped = (textwrap.wrap(f"{name:<9}{text}", 80, subsequent_indent=9 * " ") for name, text in legend.items())
+    return [*lines, "", *(line for one in wrapped for line in one)]
 
 
 def _slow_paths(checkpoint: Checkpoint) -> dict[str, str]:
@@ -200,5 +224,5 @@ def _slow_paths(checkpoint: Checkpoint) -> dict[str, str]:
 
 def _packing(quantization: Quantization | None) -> str:
     if quantization is None:
-        return "float"
+        return "not quantized"
     return "{mode}, {bits} bit, groups of {group_size}".format(**quantization.to_dict())

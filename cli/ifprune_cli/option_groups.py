@@ -68,8 +68,20 @@ def panels(command: Any, context: typer.Context) -> dict[str, list[tuple[str, st
     return {name: found[name] for name in dict.fromkeys(("Arguments", "Options", *found)) if name in found}
 
 
+def _write_examples(command: Any, formatter: Any) -> None:
+    """The lines of a command's `epilog`, to be copied, so as they are."""
+    if command.epilog:
+        with formatter.section("Examples"):
+            for line in command.epilog.splitlines():
+                formatter.write(f"{'':>{formatter.current_indent}}{line}\n")
+
+
 class Commands(typer.core.TyperGroup):
-    """The commands, whose plain `--help` has a section for every `rich_help_panel`."""
+    """The commands, whose plain `--help` has a section for every `rich_help_panel`, and ends with examples."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write the examples."""
+        _write_examples(self, formatter)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write the sections."""
@@ -83,7 +95,11 @@ class Commands(typer.core.TyperGroup):
 
 
 class Command(typer.core.TyperCommand):
-    """A command whose plain `--help` has a section for every `rich_help_panel`."""
+    """A command whose plain `--help` has a section for every `rich_help_panel`, and ends with examples."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write the examples."""
+        _write_examples(self, formatter)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the sections."""

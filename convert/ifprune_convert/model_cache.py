@@ -21,11 +21,11 @@ import mlx.core as mx
 
 from ifprune_mlx.checkpoint.atomic_write import write_atomic
 from ifprune_mlx.checkpoint.budget import SSD
-from ifprune_mlx.checkpoint.format import FORMAT_VERSION, MANIFEST, SECTION, Checkpoint
+from ifprune_mlx.checkpoint.format import FORMAT_VERSION, MANIFEST, SECTION, Checkpoint, is_gguf
 from ifprune_mlx.checkpoint.hub import cached_folder, hub_name, list_repository
 from ifprune_mlx.checkpoint.json_file import read_json_object
 from ifprune_mlx.device import Device, this_device
-from ifprune_mlx.errors import BudgetError, CheckpointError, IfpruneError, SourceError, reason_of
+from ifprune_mlx.errors import BudgetError, CheckpointError, IfpruneError, SourceError, not_converted, reason_of
 from ifprune_mlx.sparse.ffn_detection import find_ffns
 
 from .calibrate import shipped_examples
@@ -97,8 +97,7 @@ def names_dense_model(model: str) -> bool:
             return SECTION not in read_json_object(config)
         return False
     if path.is_file():
-        with suppress(OSError), path.open("rb") as file:
-            return file.read(4) == b"GGUF" or path.suffix.lower() == ".gguf"
+        return is_gguf(path)
     _, file_name = parse_source(model)
     return file_name is not None or _Place(model).ready() is not None
 
@@ -136,11 +135,11 @@ def ensure_converted(
     if (found := place.ready(state)) is not None:
         return found
     if not convert_it:
+        if place.ready() is not None:
+            raise not_converted(model, "has changed since its conversion")
         if (path := Path(model).expanduser()).exists():
             return path  # opening it says why it is no checkpoint
-        raise CheckpointError(
-            f"{model}: is no IFP checkpoint; convert the model: ifprune convert --model {shlex.quote(model)}"
-        )
+        raise not_converted(model, "is a model of the hub, no IFP checkpoint yet")
     try:
         busy = partial(note, f"Another process converts {model}; waiting for it")
         with alone(place.folder, busy, "set IFPRUNE_CACHE to another folder"):
@@ -272,22 +271,30 @@ def _convert(place: _Place, state: str, trust_remote_code: bool, asks_less: bool
     why = "is no IFP checkpoint yet"
     if earlier:
         why = "was converted by another version" if earlier[0].startswith(state) else "has changed since its conversion"
-    free = _check_disk(place, size)
-    note(
-        f"{place.model} {why}; it is converted into the cache, once: {_source_bytes(path) / 1e9:.3g} GB read, "
-        f"{size / 1e9:.3g} GB written ({_words(options, source)}), of {free / 1e9:.3g} GB free. In memory the weights "
-        f"take {size / 1e9:.3g} GB of {device.usable / 1e9:.3g} GB. --no-convert refuses; `ifprune models` lists and "
-        "removes"
-    )
+    unfinished = place.folder / f".{target.name}.unfinished"
+    if unfinished.exists():
+        note(f"{place.model}: its conversion goes on")
+    else:
+        free = _check_disk(place, size)
+        note(
+            f"{place.model} {why}; it is converted into the cache, once: {_source_bytes(path) / 1e9:.3g} GB read, "
+            f"{size / 1e9:.3g} GB written ({_words(options, source)}), of {free / 1e9:.3g} GB free. In memory the "
+            f"weights take {size / 1e9:.3g} GB of {device.usable / 1e9:.3g} GB. --no-convert refuses; `ifprune models` "
+            "lists and removes"
+        )
     place.folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"name": place.name}) + "\n"
     write_atomic(place.folder / _NAME, lambda file: file.write_text(text, encoding="utf-8"), SourceError)
     if target.exists():  # damaged
         shutil.rmtree(target)
     try:
-        convert(source, target, options, report, note)
-    except BaseException:
-        if not earlier:
+        convert(source, target, options, report, note, unfinished=unfinished)
+    except BaseException as exc:
+        kept = unfinished.exists()
+        if isinstance(exc, KeyboardInterrupt):
+            left = "the converted model is kept, and the next start goes on" if kept else "nothing of it was kept"
+            note(f"{place.model}: its conversion was stopped; {left}")
+        if not earlier and not kept:
             shutil.rmtree(place.folder, ignore_errors=True)
         raise
     density = Checkpoint.open(target).layout.density

@@ -7,14 +7,17 @@ user would open it. Peak memory is the size of the largest tensor or FFN, not of
 from __future__ import annotations
 
 import math
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from ifprune_mlx.chat_sandbox import TemplateLimitError
 from ifprune_mlx.checkpoint.atomic_write import check_free, foreign_files, new_folder
@@ -31,6 +34,7 @@ from ifprune_mlx.checkpoint.format import (
     write_manifest,
 )
 from ifprune_mlx.checkpoint.hub import hub_name
+from ifprune_mlx.checkpoint.safetensors_io import load_arrays
 from ifprune_mlx.data.dataset import Record
 from ifprune_mlx.data.tokenize import encode_all
 from ifprune_mlx.errors import BudgetError, DataError, IfpruneError, PromptError, SourceError
@@ -155,12 +159,16 @@ def convert(
     options: Options,
     report: Report = lambda stage, done, total: None,
     note: Note = lambda line: None,
+    *,
+    unfinished: Path | None = None,
 ) -> Conversion:
     """Write the IFP checkpoint `out`.
 
     Args:
         source: an opened source; or a GGUF file, a folder of safetensors or a model of the hub (`ORG/NAME`, or
             `ORG/NAME:FILE.gguf`), which is downloaded first.
+        unfinished: where Ctrl-C while chats are read leaves the converted model, and where a call with the same source
+            and options takes it from; beside `out`.
 
     Raises:
         IfpruneError: naming what cannot be used or written; `out` is then as it was.
@@ -196,21 +204,22 @@ def convert(
     prior, method = _ready_prior(options.prior, widths)
     adapter = None if options.adapter is None else open_adapter(options.adapter, skeleton, source.shapes)
     with new_folder(out, overwrite=options.overwrite, error=SourceError) as folder:
-        # These are quick and can fail, so they come before the long work.
-        _write_config(folder, source, options, specs, packing)
-        _write_tokenizer(folder, source, embedding_rows(skeleton), note)
-        if write_predictor is not None:
-            write_predictor(folder / "predictor")
-            del write_predictor  # its head can be as large as an FFN, and would stay in memory
-        writer = WeightWriter(source, skeleton, adapter, folder, options, packing, report)
-        norms = [writer.write_ffn(index, spec, len(specs)) for index, spec in enumerate(specs)]
-        writer.write_rest()
-        down_norms = [down for _, down in norms]
-        _write_priors(folder, prior or [product for product, _ in norms], down_norms, method)
+        if not _take_over(unfinished, folder):
+            # These are quick and can fail, so they come before the long work.
+            _write_config(folder, source, options, specs, packing)
+            _write_tokenizer(folder, source, embedding_rows(skeleton), note)
+            if write_predictor is not None:
+                write_predictor(folder / "predictor")
+                del write_predictor  # its head can be as large as an FFN, and would stay in memory
+            writer = WeightWriter(source, skeleton, adapter, folder, options, packing, report)
+            norms = [writer.write_ffn(index, spec, len(specs)) for index, spec in enumerate(specs)]
+            writer.write_rest()
+            _write_priors(folder, prior or [product for product, _ in norms], [down for _, down in norms], method)
         finish = partial(write_manifest, folder, source=_origin(source, options), licence=source.licence)
         # These steps need a checkpoint that opens, so it gets a manifest before its files are final and hashed.
         if calibration is not None:
-            _calibrate(folder, options, calibration, down_norms, partial(finish, hashed=False), report, note)
+            with _kept_if_stopped(folder, unfinished):
+                _calibrate(folder, options, calibration, partial(finish, hashed=False), report, note)
         if order is not None:
             finish(hashed=False)
             order_by_frequency(folder, order, partial(report, "order"))
@@ -220,6 +229,30 @@ def convert(
             check_output(out, True)
     checkpoint, seconds = Checkpoint.open(out), time.perf_counter() - start
     return Conversion(checkpoint, seconds, _upload(checkpoint, options, note))
+
+
+@contextmanager
+def _kept_if_stopped(folder: Path, unfinished: Path | None) -> Iterator[None]:
+    """Ctrl-C moves the folder there."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if unfinished is not None:
+            folder.rename(unfinished)
+        raise
+
+
+def _take_over(unfinished: Path | None, folder: Path) -> bool:
+    """Put an unfinished checkpoint in the place of the empty folder, if there is one that opens."""
+    if unfinished is None or not unfinished.is_dir():
+        return False
+    try:
+        Checkpoint.open(unfinished)
+    except IfpruneError:  # Ctrl-C came while a file was written
+        shutil.rmtree(unfinished)
+        return False
+    unfinished.rename(folder)  # which is empty
+    return True
 
 
 def _check_uploads(options: Options) -> None:
@@ -245,7 +278,6 @@ def _calibrate(
     folder: Path,
     options: Options,
     chats: list[Record],
-    down_norms: list[Scores],
     finish: Callable[[], None],
     report: Report,
     note: Note,
@@ -253,7 +285,10 @@ def _calibrate(
     """Measure the prior on chats, and what each density loses on those held out; `finish` writes a manifest."""
     fitted, held_out = (chats, []) if options.tolerance is None else hold_out(chats)
     finish()
-    model = load_checkpoint(Checkpoint.open(folder))
+    checkpoint = Checkpoint.open(folder)
+    written = load_arrays(checkpoint.priors_file)
+    down_norms = [np.array(written[f"down_norm.{index}"]) for index in range(len(checkpoint.layout.ffns))]
+    model = load_checkpoint(checkpoint)
     prior = measure_prior(model, folder, fitted, partial(report, "calibrate"))
     model.close()
     _write_priors(folder, prior, down_norms, "calibrated")

@@ -12,6 +12,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields
 from datetime import datetime, timezone
 from functools import cached_property
@@ -28,7 +29,7 @@ from ifprune_mlx.checkpoint.json_file import read_json_object
 from ifprune_mlx.checkpoint.neuron_layout import FLOATS, READABLE, RECORDS, Strip, strips_of
 from ifprune_mlx.checkpoint.regular_file import check_ordinary
 from ifprune_mlx.checkpoint.safetensors_io import DTYPE_BYTES, SafetensorsHeader, read_safetensors_header, stamp_of
-from ifprune_mlx.errors import BudgetError, CheckpointError, SelectionError, reason_of
+from ifprune_mlx.errors import BudgetError, CheckpointError, SelectionError, not_converted, reason_of
 
 if TYPE_CHECKING:
     from ifprune_mlx.selection.selection import Selection
@@ -160,6 +161,15 @@ def _exact_keys(
         raise CheckpointError(f"{where}: key {missing[0]!r} is missing; convert the source again")
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether this is a GGUF file, by its first bytes or its name."""
+    if not path.is_file():
+        return False
+    with suppress(OSError), path.open("rb") as file:
+        return file.read(4) == b"GGUF" or path.suffix.lower() == ".gguf"
+    return False
+
+
 def neurons_file(index: int, count: int) -> str:
     """The name of the file with the neurons of FFN `index`, one of `count`."""
     return f"neurons-{index + 1:05d}-of-{count:05d}.safetensors"
@@ -181,13 +191,14 @@ class Checkpoint:
         """Open a checkpoint folder and check all that can be checked without reading weights.
 
         Raises:
+            DenseModelError: if it is a model that was not converted yet.
             CheckpointError: naming the file and what to do.
         """
         path = Path(path).expanduser()
         restore_folder(path)
         if not path.is_dir():
-            if path.suffix.lower() == ".gguf" and path.is_file():
-                raise CheckpointError(f"{path}: is a GGUF file; convert it first: ifprune convert --model {path}")
+            if is_gguf(path):
+                raise not_converted(path, "is a GGUF file, no IFP checkpoint yet")
             what = "is a file" if path.is_file() else "no such folder"
             raise CheckpointError(f"{path}: {what}; give the folder of an IFP checkpoint (see `ifprune convert`)")
         config_file = path / "config.json"
@@ -195,6 +206,8 @@ class Checkpoint:
             raise CheckpointError(f"{path}: has no config.json; give the folder of an IFP checkpoint")
         check_ordinary(path, CheckpointError)
         config = read_json_object(config_file)
+        if SECTION not in config and not (path / MANIFEST).exists():
+            raise not_converted(path, f"is no IFP checkpoint yet (config.json has no {SECTION} section)")
         layout = Layout.from_dict(config.get(SECTION), config_file)
         refuse_custom_code(config, config_file, CheckpointError)
         check_names(config, config_file, CheckpointError)

@@ -21,7 +21,7 @@ from ifprune_mlx.checkpoint.atomic_write import restore_folder
 from ifprune_mlx.checkpoint.budget import check_files
 from ifprune_mlx.checkpoint.format import MANIFEST, SECTION, Checkpoint, Layout
 from ifprune_mlx.checkpoint.json_file import read_json_object
-from ifprune_mlx.errors import CheckpointError, DenseModelError, IfpruneError
+from ifprune_mlx.errors import CheckpointError, IfpruneError, not_converted
 
 Progress = Callable[[int, int], None]
 """Called with (bytes downloaded, bytes in all)."""
@@ -86,7 +86,7 @@ def resolve(
 
     Raises:
         BudgetError: if the resident weights are larger than what the GPU may use; no weights are downloaded then.
-        DenseModelError: if the repository is no IFP checkpoint.
+        DenseModelError: if the repository is no IFP checkpoint, but may be a model.
         CheckpointError: if it is neither, the disk is too small, the hub cannot be reached, or a downloaded file is
             damaged.
     """
@@ -101,13 +101,10 @@ def resolve(
         if (folder := cached_folder(name, MANIFEST, revision)) is not None:
             return folder
         if cached_folder(name, "config.json", revision) is not None:
-            raise DenseModelError(str(exc)) from exc
+            raise not_converted(name, "is a plain model in the hub's cache, no IFP checkpoint yet") from exc
         raise
     if MANIFEST not in repository.files:
-        raise DenseModelError(
-            f"{name}: is a repository of the hub, but no IFP checkpoint (it has no {MANIFEST}); "
-            f"convert it first: ifprune convert --model {name}"
-        )
+        raise not_converted(name, f"is on the hub, but no IFP checkpoint yet (it has no {MANIFEST})")
     names = [file for file in repository.files if any(fnmatch(file, pattern) for pattern in _PATTERNS)]
     if loads:
         sizes = {file: repository.files[file] // ranks for file in names}

@@ -93,6 +93,9 @@ def test_end_of_input_and_quit_end_the_chat(piped: Piped) -> None:
     assert piped("").returncode == 0
     done = piped("/quit", "never")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    done = piped("quit", "/?")  # in a pipe it is a message
+    assert done.stdout
+    assert "leave; also /exit, Ctrl-D, or exit or quit typed alone" in done.stderr
 
 
 def test_commands_say_what_they_did(piped: Piped) -> None:
@@ -349,6 +352,12 @@ def wait_for(happened: Any) -> None:
     while not happened():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize("word", ["exit", "Quit "])
+def test_a_word_typed_alone_leaves_as_at_other_prompts(tiny_checkpoint: Path, tmp_path: Path, word: str) -> None:
+    with Terminal(tiny_checkpoint, tmp_path / "cache", "-m", "4") as terminal:
+        assert terminal.leave(f"{word}\r") == 0
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(roomy_checkpoint: Path, tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import logging
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +13,7 @@ from unittest.mock import patch
 
 import pytest
 
+from ifprune_cli import logs
 from ifprune_cli.console import note, progress
 from ifprune_cli.loading import load_model
 from ifprune_mlx import Checkpoint
@@ -59,6 +62,27 @@ def test_notes_and_jobs_within_jobs() -> None:
             time.sleep(0.25)
             assert " outer" in terminal.written.split("\r")[-1]
         assert terminal.written.endswith("\r\x1b[K")
+
+
+def test_what_libraries_warn_of_has_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where they log without having said where to; neither tells a place in the code."""
+    monkeypatch.setattr(logging, "lastResort", None)
+    monkeypatch.setattr(logging.getLogger("a_library"), "propagate", False)  # pytest listens above
+    with patch("sys.stderr", Terminal()) as terminal, warnings.catch_warnings():
+        warnings.simplefilter("always")
+        logs.set_up()
+        with progress("load", "B"):
+            warnings.warn("something \x1b[31m is odd\nIn detail: much", RuntimeWarning, stacklevel=1)
+            assert terminal.written.endswith("\r\x1b[Kifprune: warning: something \\x1b[31m is odd\n")
+            logging.getLogger("a_library").warning("another thing")
+            assert "\na_library: warning: another thing\n" in terminal.written.replace("\r\x1b[K", "")
+        assert ".py" not in terminal.written
+        monkeypatch.setenv("IFPRUNE_LOG", "error")
+        logs.set_up()
+        warnings.warn("unwanted", stacklevel=1)
+        assert "unwanted" not in terminal.written
+    monkeypatch.delenv("IFPRUNE_LOG")
+    logs.set_up()
 
 
 def test_other_terminals() -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import time
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from ifprune_cli.commands import app
+from ifprune_cli.convert import with_calibrate_value
 from ifprune_cli.demo import PROMPTS
 from ifprune_mlx import Checkpoint, Selection, TaskStore
 from tests.cli.process import run, run_here
@@ -153,8 +156,8 @@ def test_info_json(tiny_checkpoint: Path, tmp_path: Path) -> None:
 def test_info_verify(tiny_checkpoint: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
     done = succeed("info", "--model", copy, "--verify")
-    assert "every file has the manifest's sha256" in done.stdout
-    assert "activation, static, random" in done.stdout
+    assert "every file is as it was written" in done.stdout
+    assert "selectors    activation (default): all neurons read the prompt" in done.stdout
     file = copy / "neurons-00001-of-00002.safetensors"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -216,6 +219,28 @@ def test_help_of_every_command(command: str) -> None:
     assert result.exit_code == 0
     assert f"ifprune {command}" in result.output or f"root {command}" in result.output
     assert "--help" in result.output
+
+
+@pytest.mark.parametrize("command", ["", "chat", "generate", "convert", "adapt", "serve", "bench", "train"])
+def test_help_ends_with_examples_that_are_accepted(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("stage: sft\n")
+    done = run_here(*filter(None, [command]), "--help")
+    assert done.returncode == 0
+    _, _, text = done.stdout.partition("\nExamples:\n")
+    root = typer.main.get_command(app)
+    assert isinstance(root, typer.core.TyperGroup)
+    assert 1 <= len(text.splitlines()) <= 3
+    for line in text.splitlines():
+        assert line.startswith(f"  ifprune {command}")
+        assert len(line) <= 80
+        words, _, _ = line.partition(" < ")
+        name, *arguments = with_calibrate_value(shlex.split(words)[1:])
+        found = root.get_command(root.make_context("ifprune", [], resilient_parsing=True), name)
+        assert found is not None, line
+        found.make_context(name, arguments)  # parses and checks; runs nothing
 
 
 def test_help_is_instant_and_imports_nothing_heavy(tmp_path: Path) -> None:

@@ -55,6 +55,15 @@ def ask(model: str | Path, *more: str) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
+def not_converted(model: Path) -> str | None:
+    """What `info` says is the reason why it has nothing to show; it says what to do in the same line."""
+    done = run_here("info", "--model", str(model))
+    (line,) = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"`ifprune chat --model {model}` converts it at first use, `ifprune convert --model {model}`" in line
+    return next((why for why in ("no IFP checkpoint yet", "has changed since its conversion") if why in line), None)
+
+
 @pytest.mark.parametrize("kind", ["gguf", "dense", "mlx-lm 4 bits"])
 def test_a_model_is_converted_at_its_first_use_only(kind: str, dense: Path, gguf: Path, tmp_path: Path) -> None:
     model = gguf if kind == "gguf" else dense
@@ -65,6 +74,8 @@ def test_a_model_is_converted_at_its_first_use_only(kind: str, dense: Path, gguf
     assert code == 1
     assert "ifprune convert" in told
     assert not cache().joinpath("models").exists()
+
+    assert not_converted(model) == "no IFP checkpoint yet"
 
     code, told = ask(model)
     assert code == 0, told
@@ -84,8 +95,10 @@ def test_a_model_is_converted_at_its_first_use_only(kind: str, dense: Path, gguf
     shown = run_here("chat", "--model", str(model), "--max-tokens", "1", stdin=b"hello\n")
     assert shown.returncode == 0, shown.stderr
     assert ONCE not in shown.stderr
-    # Other commands take what is there.
+    # Other commands take what is there, until the source changes.
     assert run_here("info", "--model", str(model)).returncode == 0
+    os.utime(next(model.glob("*.safetensors")) if model.is_dir() else model, ns=(1, 1))
+    assert not_converted(model) == "has changed since its conversion"
 
 
 def test_models_of_the_hub(dense: Path, gguf: Path, tmp_path: Path) -> None:
@@ -168,6 +181,44 @@ def test_kill_9_while_it_is_converted(gguf: Path, wait: str) -> None:
     assert sorted(one.name for one in path.parent.iterdir()) == sorted([path.name, "source.json"])
 
 
+def stopped_at(stage: str, gguf: Path) -> list[str]:
+    """Ctrl-C in this stage of a conversion; what was said."""
+    notes: list[str] = []
+
+    def report(now: str, done: int, total: int) -> None:
+        if now == stage:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ensure_converted(str(gguf), report=report, note=notes.append)
+    return notes
+
+
+def test_ctrl_c_while_weights_are_converted_keeps_nothing(gguf: Path) -> None:
+    assert stopped_at("convert", gguf)[-1] == f"{gguf}: its conversion was stopped; nothing of it was kept"
+    assert cached_models() == []
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_ctrl_c_while_chats_are_read_keeps_the_converted_model(gguf: Path, damaged: bool) -> None:
+    assert "the converted model is kept, and the next start goes on" in stopped_at("calibrate", gguf)[-1]
+    (found,) = cached_models()
+    assert not found.usable
+    if damaged:
+        next(found.folder.glob(".*.unfinished/config.json")).write_text("{")
+    stages, notes = set[str](), list[str]()
+    path = ensure_converted(str(gguf), report=lambda stage, done, total: stages.add(stage), note=notes.append)
+    assert stages == ({"convert", "calibrate"} if damaged else {"calibrate"})
+    assert notes[0] == f"{gguf}: its conversion goes on"
+    assert sorted(one.name for one in path.parent.iterdir()) == sorted([path.name, "source.json"])
+    # The same as without a stop.
+    files = {name: entry["sha256"] for name, entry in Checkpoint.open(path).manifest["files"].items()}
+    shutil.rmtree(path.parent)
+    again = Checkpoint.open(ensure_converted(str(gguf)))
+    assert {name: entry["sha256"] for name, entry in again.manifest["files"].items()} == files
+    assert again.prior_method == "calibrated"
+
+
 def test_models_lists_and_removes(gguf: Path, dense: Path) -> None:
     empty = run_here("models", "--json")
     assert json.loads(empty.stdout) == {"models": []}
@@ -176,14 +227,16 @@ def test_models_lists_and_removes(gguf: Path, dense: Path) -> None:
     rows = json.loads(run_here("models", "--json").stdout)["models"]
     assert [row["name"] for row in rows] == [str(dense), str(gguf)]
     assert all(row["bytes"] > 100_000 and row["usable"] for row in rows)
-    shown = run_here("models")
-    assert str(gguf) in shown.stdout
+    shown = run_here("models").stdout.splitlines()
+    assert [line.split()[0][-10:] for line in shown] == [str(dense)[-10:], str(gguf)[-10:], "total"]
+    assert all(len(line) <= 80 for line in shown)
+    assert len({line.find(" MB") for line in shown} | {line.index("converted") - 5 for line in shown[:2]}) == 1
     with alone(cached_model(str(gguf)).folder, lambda: None):
         busy = run_here("models", "--remove", "tiny.gguf")
     assert (busy.returncode, "is being converted by another process" in busy.stderr) == (1, True)
     removed = run_here("models", "--remove", "tiny.gguf")
     assert "removed" in removed.stderr
-    assert str(gguf) not in removed.stdout
+    assert "tiny.gguf" not in removed.stdout
     assert [model.name for model in cached_models()] == [str(dense)]
     missing = run_here("models", "--remove", "tiny.gguf")
     assert missing.returncode == 1

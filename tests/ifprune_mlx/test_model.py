@@ -81,8 +81,18 @@ def test_the_slots_are_no_parameters_of_the_module(tmp_path: Path, family: str) 
 
 
 def test_a_plain_model_folder_is_refused_with_what_to_do(tiny_checkpoint: Path) -> None:
-    with pytest.raises(CheckpointError, match="no ifpruning section; convert the model with `ifprune convert`"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"no ifpruning section\); `ifprune chat --model .*` converts it at first use",
+    ):
         load(tiny_checkpoint.with_name("source-of-checkpoint"))
+
+
+def test_a_gguf_file_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    for name in ("x.gguf", "without suffix"):
+        (tmp_path / name).write_bytes(b"GGUF")
+        with pytest.raises(CheckpointError, match=r"is a GGUF file, no IFP checkpoint yet; `ifprune chat --model '?/"):
+            load(tmp_path / name)
 
 
 def test_a_name_that_is_no_folder_and_no_repository_is_refused() -> None:

@@ -75,7 +75,7 @@ def gated_checkpoint(at: Place) -> Bad:
 @case
 def gguf_to_look_at(at: Place) -> Bad:
     file = at.gguf()
-    return Bad(["info", "--model", file], (str(file), "is a GGUF file", "ifprune convert --model"))
+    return Bad(["info", "--model", file], (str(file), "is a GGUF file, no IFP checkpoint", "ifprune convert"))
 
 
 @pytest.mark.parametrize("name", TABLE)

@@ -72,7 +72,7 @@ def test_what_is_no_checkpoint_costs_no_download(hub: HubStub, tmp_path: Path) -
     hub.sizes["org/long", "manifest.json"] = 10**18
     hub.gated.add("org/gated")
     cases = {
-        "org/dense": "no IFP checkpoint (it has no manifest.json); convert it first: ifprune convert --model org/dense",
+        "org/dense": "no IFP checkpoint yet (it has no manifest.json); `ifprune chat --model org/dense` converts it",
         "org/huge": "with residency ram 1000000000.0 GB of its weights would stay in memory, nothing was downloaded",
         "org/long": "free, and 1000000.0 TB to download",
         "org/gated": "its owner has to grant access",

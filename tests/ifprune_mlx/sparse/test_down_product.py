@@ -356,7 +356,7 @@ def test_info_names_the_kernel(packed: Path, metal: list[DownKernel], monkeypatc
     expected = {"kernel": MLX, "reason": "IFPRUNE_KERNELS is mlx"}
     assert json.loads(off.stdout)["down_kernels"] == dict.fromkeys("12345", expected)
     text = run_here("info", "--model", packed, env={KERNELS: MLX}).stdout
-    assert "down product 1 to 5 tokens: MLX's kernel (IFPRUNE_KERNELS is mlx)" in text
+    assert "GPU kernel   1 to 5 tokens: MLX's kernel (IFPRUNE_KERNELS is mlx)" in text
 
 
 def test_info_tries_what_loading_would(
