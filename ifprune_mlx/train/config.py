@@ -47,7 +47,8 @@ class TrainConfig:
     """The settings of `ifprune_mlx.train.train`, named as the options of `ifprune train`; paths may be text.
 
     A resumed run must have the settings that `identity` holds, `lora_rank`, `lora_scale`, `num_layers`, and the same
-    model, data and `start`. It may change all others, such as `micro_batch_size`, `grad_checkpoint`, `save_every` and the evaluation.
+    model, data and `start`. It may change all others, such as `micro_batch_size`, `grad_checkpoint`, `save_every` and
+    the evaluation.
 
     Raises:
         DataError: if a setting is out of range, naming it.

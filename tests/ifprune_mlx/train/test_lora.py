@@ -64,13 +64,16 @@ def reference(folder: Path, adapter: Path) -> Any:
     return model
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_chosen_neurons_equal_the_masked_reference(family: str, checkpoint: Write, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "layers"), [*((family, None) for family in FAMILIES), ("llama", 1)])
+def test_chosen_neurons_equal_the_masked_reference(
+    family: str, layers: int | None, checkpoint: Write, tmp_path: Path
+) -> None:
     """Two densities, ids in any order, before and after switches permuted the slots: one result, mlx-lm's."""
     folder = checkpoint(family)
     model = open_model(folder)
-    adapted = LoRAModel(model, rank=4, scale=3.0)
+    adapted = LoRAModel(model, rank=4, scale=3.0, layers=layers)
     parameters = trained(adapted)
+    assert {int(name.split(".")[2]) for name in parameters} == ({0, 1} if layers is None else {1})
     adapted.save(tmp_path / "adapter", parameters)
     adapted.use(parameters)
     dense = logits(reference(folder, tmp_path / "adapter"), TOKENS)
@@ -234,6 +237,11 @@ def test_another_rank_or_scale_is_refused(checkpoint: Write, tmp_path: Path, ran
     other = LoRAModel(open_model(checkpoint("llama")), rank=rank, scale=scale)
     with pytest.raises(DataError, match=f"rank {rank}, scale {scale:g}"):
         other.read(tmp_path)
+
+
+def test_more_layers_than_there_are_is_refused(checkpoint: Write) -> None:
+    with pytest.raises(DataError, match="--num-layers 3: the model has 2 layers"):
+        LoRAModel(open_model(checkpoint("llama")), rank=4, scale=3.0, layers=3)
 
 
 def test_another_models_adapter_is_refused(checkpoint: Write, tmp_path: Path) -> None:
