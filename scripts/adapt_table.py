@@ -3,7 +3,8 @@
     python -m scripts.adapt_table                           by the estimate alone, in seconds
     python -m scripts.adapt_table --measure 2 4             beside it, what stages took at so many layers, and what
                                                             follows for all of them
-    python -m scripts.adapt_table --shape small --measure 4 12      the same for a model that is measured in minutes
+    python -m scripts.adapt_table --shape small --measure 4 12 --length 32 --unpacked --float32
+                                                            the same for a model that is measured in minutes
 
 The model is noise of Llama-3.1-8B's shape. Each measurement is a process of its own that runs every stage, as short as
 it can be: memory does not depend on how many steps there are. `peak` is what the process had resident, without files
@@ -22,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -78,8 +80,29 @@ def write_source(folder: Path, config: dict[str, Any]) -> Path:
     return folder
 
 
-def config_of(source: Path, length: int, float32: bool) -> AdaptConfig:
-    """The job: 4 bits, prompts of two domains."""
+@dataclass(frozen=True)
+class Settings:
+    """How a model is adapted.
+
+    Attributes:
+        length: most tokens of a chat.
+        packed: to 4 bits.
+        float32: what is computed in; else the source's bfloat16.
+    """
+
+    length: int
+    packed: bool
+    float32: bool
+
+    @property
+    def options(self) -> Options:
+        """Of the conversion."""
+        quantization = quantization_of("affine", 64, 4) if self.packed else None
+        return Options(quantization=quantization, dtype=mx.float32 if self.float32 else None)
+
+
+def config_of(source: Path, settings: Settings) -> AdaptConfig:
+    """The job, with prompts of two domains."""
     data = {}
     for domain in ("code", "maths"):
         data[domain] = source.with_name(f"{domain}.jsonl")
@@ -89,27 +112,26 @@ def config_of(source: Path, length: int, float32: bool) -> AdaptConfig:
         model=source,
         output=source.with_name("out"),
         data=data,
-        quantization=quantization_of("affine", 64, 4),
-        dtype=mx.float32 if float32 else None,
-        max_seq_length=length,
+        quantization=settings.options.quantization,
+        dtype=settings.options.dtype,
+        max_seq_length=settings.length,
     )
 
 
-def measured(config: dict[str, Any], length: int, float32: bool, last: str) -> dict[str, dict[str, float]]:
+def measured(config: dict[str, Any], settings: Settings, last: str) -> dict[str, dict[str, float]]:
     """`measure` of a model that is written for it."""
     with tempfile.TemporaryDirectory(prefix="ifprune-adapt-") as folder:
         source = write_source(Path(folder) / "source", config)
-        return measure(config_of(source, length, float32), last)
+        return measure(config_of(source, settings), last)
 
 
-def estimated(config: dict[str, Any], length: int, float32: bool, chats: int) -> Mapping[Stage, Need]:
+def estimated(config: dict[str, Any], settings: Settings, chats: int) -> Mapping[Stage, Need]:
     """What the plan of `adapt` says of such a model; its source has a header but no content."""
     with tempfile.TemporaryDirectory(prefix="ifprune-adapt-") as folder:
         example = Example("", config, "BF16", None, 1.0, None)
         write_hollow_source(Path(folder) / "source", example)
-        job = config_of(Path(folder) / "source", length, float32)
-        options = Options(quantization=job.quantization, dtype=job.dtype)
-        return needs(Shapes.of(open_source(job.model), options), length, chats)
+        shapes = Shapes.of(open_source(Path(folder) / "source"), settings.options)
+        return needs(shapes, settings.length, chats)
 
 
 class _Enough(Exception):
@@ -201,17 +223,18 @@ def main() -> None:
     parser.add_argument("--measure", type=int, nargs="+", default=[], metavar="LAYERS")
     parser.add_argument("--last", choices=STAGES, default=STAGES[-1], help="measure no stage after it")
     parser.add_argument("--length", type=int, default=256, help="most tokens of a chat")
+    parser.add_argument("--unpacked", action="store_true", help="do not pack weights to 4 bits")
     parser.add_argument("--float32", action="store_true", help="compute in it: quicker on a CPU, and more memory")
     arguments = parser.parse_args()
-    config, length, float32 = SHAPES[arguments.shape], arguments.length, arguments.float32
+    config, settings = SHAPES[arguments.shape], Settings(arguments.length, not arguments.unpacked, arguments.float32)
     small, found = {}, {}
     for layers in arguments.measure:
         part = config | {"num_hidden_layers": layers}
-        small[layers] = estimated(part, length, float32, _SIZES["calibrate"])
+        small[layers] = estimated(part, settings, _SIZES["calibrate"])
         # A process of its own each, whose memory nothing else was in.
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            found[layers] = pool.submit(measured, part, length, float32, arguments.last).result()
-    print(table(config, estimated(config, length, float32, _CHATS), small, found))
+            found[layers] = pool.submit(measured, part, settings, arguments.last).result()
+    print(table(config, estimated(config, settings, _CHATS), small, found))
 
 
 if __name__ == "__main__":

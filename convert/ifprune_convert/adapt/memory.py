@@ -31,6 +31,7 @@ _BATCH, _PREFILL = 32, 8  # sequences that are answered together, and that are r
 _KV_STEP = 256  # tokens by which a cache grows
 _CHAT = 512  # most tokens of a chat of the first prior
 _PIECE = 64  # of them that are read at once
+_TRIAL = 2 * 4 << 23  # bytes: how rows are moved in place is tried at the first switch (`sparse.inplace`)
 _FLOAT = 4  # bytes of what is trained, and of logits
 
 
@@ -205,7 +206,8 @@ def _memory(shapes: Shapes, length: int, chats: int) -> dict[Stage, int]:
         "heal": weights + max(on_one_chat + adapting, 9 * head + 14 * adapter),
         # Converting what was trained, then measuring it.
         "evaluate": max(
-            _moving(shapes) + adapter + head, weights + head + 5 * shapes.logits(length) + _reading_chats(shapes)
+            _moving(shapes) + adapter + head,
+            weights + head + max(5 * shapes.logits(length) + _reading_chats(shapes), _TRIAL),
         ),
     }
 
