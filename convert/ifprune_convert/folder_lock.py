@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ifprune_mlx.errors import SourceError, reason_of
@@ -18,16 +19,33 @@ def alone(folder: Path, busy: Callable[[], None], remedy: str = "choose another 
     Raises:
         SourceError: if nothing can be written beside the folder.
     """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the folder, since a lock in it would go with it. The system frees it, however a process ends.
-        opened = folder.with_name(f".{folder.name}.lock").open("w")
-    except OSError as exc:
-        raise SourceError(f"{folder}: cannot be written ({reason_of(exc)}); {remedy}") from exc
-    with opened as file:
+    # Beside the folder, since a lock in it would go with it. The system frees it, however a process ends.
+    lock = folder.with_name(f".{folder.name}.lock")
+    while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            busy()
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            opened = lock.open("w")
+        except OSError as exc:
+            raise SourceError(f"{folder}: cannot be written ({reason_of(exc)}); {remedy}") from exc
+        with opened as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                busy()
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not _still_there(lock, file.fileno()):  # who had it has removed it
+                continue
+            try:
+                yield
+            finally:
+                with suppress(OSError):
+                    lock.unlink()
+            return
+
+
+def _still_there(lock: Path, descriptor: int) -> bool:
+    """Whether an open lock is the one that others would open now."""
+    try:
+        return os.path.samestat(lock.stat(), os.fstat(descriptor))
+    except OSError:
+        return False

@@ -207,7 +207,7 @@ def convert(
         if not _take_over(unfinished, folder):
             # These are quick and can fail, so they come before the long work.
             _write_config(folder, source, options, specs, packing)
-            _write_tokenizer(folder, source, embedding_rows(skeleton), note)
+            _write_tokenizer(folder, source, embedding_rows(skeleton), (calibration or [])[:1], note)
             if write_predictor is not None:
                 write_predictor(folder / "predictor")
                 del write_predictor  # its head can be as large as an FFN, and would stay in memory
@@ -395,11 +395,12 @@ _SAMPLE = [
 _ADVICE = "download the tokenizer files again"
 
 
-def _write_tokenizer(folder: Path, source: Source, rows: int | None, note: Note) -> None:
+def _write_tokenizer(folder: Path, source: Source, rows: int | None, chats: list[Record], note: Note) -> None:
     """Write the tokenizer files, and try out what they do.
 
     Args:
         rows: tokens that the model has embeddings for.
+        chats: that will be read, so that their prompts have to be rendered.
     """
     source.write_tokenizer(folder)
     if left_out := keep_used_templates(folder):
@@ -414,12 +415,13 @@ def _write_tokenizer(folder: Path, source: Source, rows: int | None, note: Note)
         note(f"the model has no embeddings for {listing(beyond)}; prompts with such tokens will be refused")
     if not tokenizer.has_chat_template:
         return
-    try:
-        render_chat(tokenizer, _SAMPLE, add_generation_prompt=True)
-    except PromptError as exc:
-        if isinstance(exc.__cause__, TemplateLimitError):
-            raise SourceError(f"{source.path}: {exc}; {_ADVICE}") from exc
-        note(f"a chat cannot be rendered: {exc}")
+    for messages, needed in [*((chat.messages[:-1], True) for chat in chats), (_SAMPLE, False)]:
+        try:
+            render_chat(tokenizer, messages, add_generation_prompt=True)
+        except PromptError as exc:
+            if needed or isinstance(exc.__cause__, TemplateLimitError):
+                raise SourceError(f"{source.path}: {exc}; {_ADVICE}") from exc
+            note(f"a chat cannot be rendered: {exc}")
 
 
 def _write_priors(folder: Path, prior: list[Scores], down_norms: list[Scores], method: str) -> None:

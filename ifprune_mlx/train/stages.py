@@ -94,12 +94,15 @@ def train(
         # Gradients may leave float16's range, so that no chip's default replaces bfloat16 here.
         dtype = own_dtype(checkpoint) if config.dtype is None else getattr(mx, config.dtype)
         model, tokenizer = load(checkpoint, dtype=dtype, progress=update)
-    if config.ignore_chat_template:
-        tokenizer = without_template(tokenizer)
-    check_kernels(model)
-    stage = _Stage(config, model, tokenizer, progress, report, stop)
-    run = {"calibrate": stage.calibrate, "distill": stage.distill}.get(config.stage, stage.train_arms)
-    path, figures = run()
+    try:
+        if config.ignore_chat_template:
+            tokenizer = without_template(tokenizer)
+        check_kernels(model)
+        stage = _Stage(config, model, tokenizer, progress, report, stop)
+        run = {"calibrate": stage.calibrate, "distill": stage.distill}.get(config.stage, stage.train_arms)
+        path, figures = run()
+    finally:
+        model.close()  # its parts refer to each other, and would stay in memory beside the next stage's model
     return TrainResult(config.stage, path, figures, time.perf_counter() - began)
 
 

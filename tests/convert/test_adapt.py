@@ -16,15 +16,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 from ifprune_convert.adapt import STAGES, Adaptation, AdaptConfig, adapt
 from ifprune_convert.adapt.config import last_stage
 from ifprune_convert.adapt.job import FILE, Job
+from ifprune_convert.adapt.memory import Shapes, needs
 from ifprune_convert.adapt.plan import SHARES, Budget, sized
 from ifprune_convert.adapt.training import late
 from ifprune_convert.adapt.workspace import Workspace
 from ifprune_convert.folder_lock import alone
+from ifprune_convert.pipeline import Options
+from ifprune_convert.readers import open_source
 from ifprune_mlx import load
 from ifprune_mlx.checkpoint.format import Checkpoint
 from ifprune_mlx.data.dataset import read_records, split
@@ -103,6 +107,23 @@ def test_a_finished_job_is_not_done_again(finished: Adaptation) -> None:
     again = run(finished.checkpoint.path.parent)
     assert again.checkpoint.id == finished.checkpoint.id
     assert time.monotonic() - began < 2.0
+
+
+def test_the_plan_knows_the_sizes_of_what_is_made(finished: Adaptation) -> None:
+    work = finished.checkpoint.path.with_name("out.adapt")
+    source = open_source(work.with_name("source"))
+    shapes = Shapes.of(source, Options(dtype=mx.float32))  # as the source is
+    healed = work / "healed"
+    for known, file in (
+        (shapes.adapter, healed / "adapters" / "learned" / "adapters.safetensors"),
+        (shapes.head, healed / "predictor" / "head.safetensors"),
+    ):
+        assert known == pytest.approx(file.stat().st_size, rel=0.1), file  # and a header
+    stored = Checkpoint.open(work / "base")
+    assert shapes.weights == pytest.approx(stored.parameters * 4, rel=0.02)
+    found = needs(shapes, 64, 12)
+    assert all(one.memory > shapes.weights and one.disk >= shapes.weights for one in found.values())
+    assert found["evaluate"].disk > found["heal"].disk > found["calibrate"].disk > found["convert"].disk
 
 
 def test_held_out_prompts_are_in_no_training_data(finished: Adaptation) -> None:

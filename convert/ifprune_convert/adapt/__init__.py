@@ -2,6 +2,7 @@
 
 config      the settings, and the names of the stages
 plan        how the hours are divided, and what fits into them
+memory      what each stage takes of memory and disk
 job         what is done so far, and the clock, over kills
 answers     prompts, and the model's own answers to them
 workspace   folders, displays and clock, which all stages use

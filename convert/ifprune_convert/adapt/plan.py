@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .config import Stage
+from .memory import Need
 
 SHARES: Mapping[Stage, float] = {
     "convert": 0.04,
@@ -67,19 +68,13 @@ def sized(stage: Stage, seconds: float, per_second: float) -> int:
     return max(least, min(most, int(seconds * per_second)))
 
 
-def plan_lines(
-    hours: float, stages: Sequence[Stage], flops: float, parameters: int, disk: float, memory: float, room: float
-) -> list[str]:
-    """The plan for a person, before anything is done.
+def planned(hours: float, stages: Sequence[Stage], flops: float, parameters: int) -> dict[Stage, int]:
+    """How much of each stage there is likely to be time for.
 
     Args:
         flops: floating-point operations a second that this machine was measured to do in matrix products.
         parameters: of the model.
-        disk: bytes that the stages and the result take at most.
-        memory: bytes that weights and training take at most.
-        room: bytes that weights may take here.
     """
-    budget = Budget(hours, stages)
     chat = 150 * parameters  # a short chat, in multiply-adds of one pass
     cost: Mapping[Stage, float] = {
         "answers": 2 * chat * 2,  # batched decoding reaches about half the rate
@@ -88,6 +83,31 @@ def plan_lines(
         "heal": 8 * 2 * 6 * chat * 0.6,
         "evaluate": 15 * 2 * chat,
     }
+    return {
+        stage: sized(stage, hours * 3600 * _share(stage, stages), flops / cost[stage])
+        for stage in stages
+        if stage in cost
+    }
+
+
+def plan_lines(
+    hours: float,
+    stages: Sequence[Stage],
+    amounts: Mapping[Stage, int],
+    needs: Mapping[Stage, Need],
+    disk: int,
+    model: str,
+    room: int,
+) -> list[str]:
+    """The plan for a person, before anything is done.
+
+    Args:
+        amounts: of `planned`.
+        needs: of each stage.
+        disk: bytes that stages and result take at most.
+        model: its size and the machine's rate, in words.
+        room: bytes that weights may take here.
+    """
     does: Mapping[Stage, str] = {
         "convert": "read the source, write a checkpoint, measure a first prior",
         "answers": "let the model answer prompts: what it will learn from",
@@ -97,15 +117,16 @@ def plan_lines(
         "heal": "train adapters for both selections",
         "evaluate": "compare on held-out prompts, measure densities, write the report",
     }
+    memory = max(needs[stage].memory for stage in stages)
     lines = [
-        f"plan: {hours:g} h on this machine ({flops / 1e12:.2g} TFLOP/s in matrix products), "
-        f"{parameters / 1e9:.2g}B parameters; up to {disk / 1e9:.1f} GB of disk, and {memory / 1e9:.1f} GB of memory "
-        f"of the {room / 1e9:.1f} GB that weights may take"
+        f"plan: {hours:g} h, {model}; up to {disk / 1e9:.1f} GB of disk, and {memory / 1e9:.1f} GB of memory of the "
+        f"{room / 1e9:.1f} GB that weights may take"
     ]
     for stage in stages:
-        seconds = budget.seconds(stage, 0) if stage == stages[0] else hours * 3600 * _share(stage, stages)
-        amount = f"about {sized(stage, seconds, flops / cost[stage])} {UNITS[stage]}" if stage in cost else ""
-        lines.append(f"  {stage:10}{duration(seconds):>10}  {amount:20}  {does[stage]}")
+        seconds = hours * 3600 * _share(stage, stages)
+        amount = f"about {amounts[stage]} {UNITS[stage]}" if stage in amounts else ""
+        gigabytes = f"{needs[stage].memory / 1e9:.1f} GB"
+        lines.append(f"  {stage:10}{duration(seconds):>10} {gigabytes:>8}  {amount:20}  {does[stage]}")
     return lines
 
 

@@ -4,6 +4,7 @@ worth. Every stage goes on where it was stopped."""
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping
 
@@ -17,10 +18,12 @@ from ifprune_mlx.device import this_device
 from ifprune_mlx.errors import DataError, IfpruneError, SourceError
 from ifprune_mlx.train.evaluation import ProgressDisplay
 
+from .answers import prompts
 from .config import AdaptConfig, Stage
 from .evaluation import evaluate
 from .job import StageRecord
-from .plan import duration, machine_rate, plan_lines
+from .memory import Need, Shapes, needs
+from .plan import duration, machine_rate, plan_lines, planned
 from .result import Adaptation, finish, published, result
 from .training import answers, calibrate, convert, distill, heal, select
 from .workspace import Workspace
@@ -68,7 +71,12 @@ def adapt(
         raise DataError(f"{config.work}: another process works on it; wait for it, or end it")
 
     with alone(config.work, busy):
-        return _go_on(ws)
+        try:
+            return _go_on(ws)
+        except IfpruneError:
+            if not ws.job.stage("convert").done:  # nothing to go on with
+                shutil.rmtree(config.work, ignore_errors=True)
+            raise
 
 
 def _go_on(ws: Workspace) -> Adaptation:
@@ -79,6 +87,7 @@ def _go_on(ws: Workspace) -> Adaptation:
     if job.stage("convert").done:
         ws.note(f"{ws.config.work}: goes on after {duration(job.seconds)} of work")
     else:
+        prompts(ws.config.data, lambda line: None)  # files that hold none are refused before the long work
         _print_plan(ws)
     for stage in ws.config.stages:
         if not job.stage(stage).done:
@@ -108,8 +117,10 @@ def _check_source(ws: Workspace) -> None:
     if now is None:
         files = [ws.source] if ws.source.is_file() else sorted(ws.source.glob("*"))
         now = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()}
-    figures = ws.job.stage("convert").figures
-    if figures.setdefault("source", now) != now:
+    begun = ws.job.stage("convert")
+    if not begun.done:  # whatever of it there is will be made again
+        begun.figures["source"] = now
+    if begun.figures["source"] != now:
         raise SourceError(
             f"{ws.source}: has changed since {ws.config.work} was begun; remove that folder to begin again, "
             "or give the source as it was (for a model of the hub: --revision)"
@@ -118,28 +129,37 @@ def _check_source(ws: Workspace) -> None:
 
 def _print_plan(ws: Workspace) -> None:
     """Say what will be done, or that it does not fit."""
-    source = open_source(ws.source, trust_remote_code=ws.config.trust_remote_code)
-    sizes = [math.prod(shape) for shape in source.shapes.values()]
-    per_weight = (ws.options.bits or 16) / 8
-    weights = sum(sizes) * per_weight
-    room = this_device().usable
-    # Weights, two arms with moments and gradients of adapters, logits and activations of a few hundred tokens.
-    memory = weights + 0.05 * sum(sizes) * 16 + 2e9 * min(1.0, sum(sizes) / 1e9)
-    most = min(room, ws.config.memory or room)
+    config, usable = ws.config, this_device().usable
+    source = open_source(ws.source, trust_remote_code=config.trust_remote_code)
+    parameters = sum(math.prod(shape) for shape in source.shapes.values())
+    rate = machine_rate(ws.now)
+    amounts = planned(config.hours, config.stages, rate, parameters)
+    shapes = Shapes.of(source, ws.options)
+    found = needs(shapes, config.max_seq_length, amounts.get("calibrate", 0))
+    # A job that ends early writes its result twice as well.
+    disk = max(found[stage].disk for stage in config.stages)
+    disk += 0 if "evaluate" in config.stages else 2 * shapes.weights
+    _check_fits(ws, found, disk, usable)
+    model = f"{parameters / 1e9:.2g}B parameters, {rate / 1e12:.2g} TFLOP/s in matrix products on this machine"
+    for line in plan_lines(config.hours, config.stages, amounts, found, disk, model, usable):
+        ws.note(line)
+    ws.note(f"stages lie in {config.work}; the same command goes on after Ctrl-C")
+
+
+def _check_fits(ws: Workspace, found: Mapping[Stage, Need], disk: int, usable: int) -> None:
+    """Raise IfpruneError if a stage needs more memory or disk than there is."""
+    config = ws.config
+    stage = max(config.stages, key=lambda name: found[name].memory)
+    memory, most = found[stage].memory, min(usable, config.memory or usable)
     if memory > most:
         raise IfpruneError(
-            f"{ws.source}: training needs about {memory / 1e9:.3g} GB, and {most / 1e9:.3g} GB may be used; "
+            f"{ws.source}: stage {stage} needs about {memory / 1e9:.3g} GB, and {most / 1e9:.3g} GB may be used; "
             "quantize with -q, or take a smaller model"
         )
-    lines = plan_lines(
-        ws.config.hours,
-        ws.config.stages,
-        machine_rate(ws.now),
-        sum(sizes),
-        3 * weights + 2e8,
-        memory,
-        room,
-    )
-    for line in lines:
-        ws.note(line)
-    ws.note(f"stages lie in {ws.config.work}; the same command goes on after Ctrl-C")
+    place = next(folder for folder in config.work.absolute().parents if folder.exists())
+    free = shutil.disk_usage(place).free
+    if disk > free:
+        raise SourceError(
+            f"{ws.source}: the stages take up to {disk / 1e9:.3g} GB of disk, and {place} has {free / 1e9:.3g} GB "
+            "free; free some space, or give an --mlx-path on another disk"
+        )

@@ -22,6 +22,7 @@ from ifprune_mlx.train import TrainConfig, train
 from .answers import HELD_OUT, domain_files, held_out, prompts, write_domains
 from .config import Stage
 from .job import StageRecord
+from .memory import HEAD_RANK
 from .plan import sized
 from .workspace import Workspace
 
@@ -101,7 +102,7 @@ def _measure(
 ) -> dict[str, Any]:
     """Train's stages `calibrate` and `distill`, which share what they measure."""
     layers = max(1, len(Checkpoint.open(ws.base).layout.ffns) * 2 // 5)
-    config = replace(_training(ws, stage, ws.measured), layers=layers, rank=64, chats=chats)
+    config = replace(_training(ws, stage, ws.measured), layers=layers, rank=HEAD_RANK, chats=chats)
 
     @contextmanager
     def shown(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
