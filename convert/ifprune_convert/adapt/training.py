@@ -118,6 +118,11 @@ def _measure(
     return dict(train(config, progress=shown, report=lambda line: None).figures)
 
 
+def _read_layers(ws: Workspace) -> int:
+    """How many first layers the predictor reads with."""
+    return max(1, len(Checkpoint.open(ws.base).layout.ffns) * 2 // 5)
+
+
 def select(ws: Workspace, record: StageRecord) -> None:
     """Train the predictor's head and a fixed selection on the loss; the weights are held still."""
     config = replace(
@@ -133,10 +138,12 @@ def select(ws: Workspace, record: StageRecord) -> None:
 
 
 def heal(ws: Workspace, record: StageRecord) -> None:
-    """Train adapters for both, on the same batches."""
+    """Train adapters for both, on the same batches; not in the layers that the predictor reads with, or it would read
+    what it was not trained on (docs/log.md, 2026-11-29)."""
     config = replace(
         _training(ws, "sft", ws.healed),
         start=ws.selected,
+        num_layers=max(1, len(Checkpoint.open(ws.base).layout.ffns) - _read_layers(ws)),
         teacher=0.5,
         learning_rate=7e-4,
         head_learning_rate=1e-4,
