@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from mlx import nn
 
@@ -58,7 +59,7 @@ class Shapes:
         size: bytes of an activation.
         read: bytes of a weight as the source hands it out, and as it is cast.
         widths: `d_model` and `d_ffn` of every FFN.
-        linears: inputs and outputs of all linear layers.
+        linears: inputs and outputs of the linear layers that get adapters.
         kv: widths of keys and values, over all layers.
         heads: that attend, of a layer.
         layers: how many.
@@ -92,13 +93,16 @@ class Shapes:
         neurons = sum(spec.d_model * spec.d_ffn for spec in specs)
         layers: Sequence[nn.Module] = skeleton.layers
         linears = [
-            (name, *reversed(leaf.weight.shape))
+            [
+                (name, *reversed(leaf.weight.shape))
+                for name, leaf in layer.named_modules()
+                if isinstance(leaf, nn.Linear)
+            ]
             for layer in layers
-            for name, leaf in layer.named_modules()
-            if isinstance(leaf, nn.Linear)
         ]
+        healed = linears[min(read_layers(len(specs)), len(layers) - 1) :]
         # A family that computes keys and values otherwise is taken to have as many of them as hidden values.
-        kv = sum(outputs for name, _, outputs in linears if name.endswith(("k_proj", "v_proj")))
+        kv = sum(outputs for name, _, outputs in chain(*linears) if name.endswith(("k_proj", "v_proj")))
         sliced = {f"{spec.path}.{leaf}.weight" for spec in specs for leaf in spec.leaves}
         return cls(
             weights=converted_bytes(source, options, specs, packing),
@@ -106,7 +110,7 @@ class Shapes:
             size=size,
             read=size + (4 if source.dequantizes or whole else 2 if options.dtype is not None else 0),
             widths=tuple((spec.d_model, spec.d_ffn) for spec in specs),
-            linears=tuple((inputs, outputs) for _, inputs, outputs in linears),
+            linears=tuple((inputs, outputs) for _, inputs, outputs in chain(*healed)),
             kv=kv or 2 * len(layers) * max(spec.d_model for spec in specs),
             heads=int(config.get("num_attention_heads") or 1),
             layers=len(layers),
@@ -136,7 +140,7 @@ class Shapes:
 
     @property
     def adapter(self) -> int:
-        """Bytes of an adapter of all linear layers."""
+        """Bytes of an adapter."""
         return _FLOAT * LORA_RANK * sum(map(sum, self.linears))
 
     def logits(self, tokens: int) -> int:
@@ -156,6 +160,11 @@ class Shapes:
     def reading(self, tokens: int) -> int:
         """Bytes of the widest layer's activations, where none is kept for later ones."""
         return tokens * self.size * (3 * self.widest + 4 * self.width)
+
+
+def read_layers(layers: int) -> int:
+    """How many first layers the predictor reads with; those behind them are healed."""
+    return max(1, layers * 2 // 5)
 
 
 def needs(shapes: Shapes, length: int, chats: int) -> Mapping[Stage, Need]:

@@ -22,7 +22,7 @@ from ifprune_mlx.train import TrainConfig, train
 from .answers import HELD_OUT, domain_files, held_out, prompts, write_domains
 from .config import Stage
 from .job import StageRecord
-from .memory import HEAD_RANK
+from .memory import HEAD_RANK, read_layers
 from .plan import sized
 from .workspace import Workspace
 
@@ -101,7 +101,7 @@ def _measure(
     ws: Workspace, stage: Any, chats: int, mark: Callable[[int], object] = lambda done: None
 ) -> dict[str, Any]:
     """Train's stages `calibrate` and `distill`, which share what they measure."""
-    layers = max(1, len(Checkpoint.open(ws.base).layout.ffns) * 2 // 5)
+    layers = read_layers(len(Checkpoint.open(ws.base).layout.ffns))
     config = replace(_training(ws, stage, ws.measured), layers=layers, rank=HEAD_RANK, chats=chats)
 
     @contextmanager
@@ -116,11 +116,6 @@ def _measure(
             yield both
 
     return dict(train(config, progress=shown, report=lambda line: None).figures)
-
-
-def _read_layers(ws: Workspace) -> int:
-    """How many first layers the predictor reads with."""
-    return max(1, len(Checkpoint.open(ws.base).layout.ffns) * 2 // 5)
 
 
 def select(ws: Workspace, record: StageRecord) -> None:
@@ -140,10 +135,11 @@ def select(ws: Workspace, record: StageRecord) -> None:
 def heal(ws: Workspace, record: StageRecord) -> None:
     """Train adapters for both, on the same batches; not in the layers that the predictor reads with, or it would read
     what it was not trained on (docs/log.md, 2026-11-29)."""
+    layers = len(Checkpoint.open(ws.base).layout.ffns)
     config = replace(
         _training(ws, "sft", ws.healed),
         start=ws.selected,
-        num_layers=max(1, len(Checkpoint.open(ws.base).layout.ffns) - _read_layers(ws)),
+        num_layers=max(1, layers - read_layers(layers)),
         teacher=0.5,
         learning_rate=7e-4,
         head_learning_rate=1e-4,
