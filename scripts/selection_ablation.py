@@ -19,7 +19,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from itertools import islice, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ import numpy as np
 from mlx import nn
 
 from ifprune_mlx.checkpoint.atomic_write import write_atomic
+from ifprune_mlx.data.dataloader import shuffled
 from ifprune_mlx.data.dataset import read_records
 from ifprune_mlx.data.tokenize import Example, encode_all
 from ifprune_mlx.errors import DataError
@@ -79,9 +80,10 @@ class Ablation:
         return list(np.split(flat, self.borders))
 
     def examples(self, file: Path, limit: int) -> list[Example]:
-        """The first chats of a file, of at most 256 tokens."""
-        records = islice(read_records(file, file.stem), 2 * limit)
-        return encode_all(self.tokenizer, list(records), 256, lambda _: None)[:limit]
+        """Chats of a file, of at most 256 tokens, always the same; of all its sources, which lie one after another."""
+        records = read_records(file, file.stem)
+        chosen = (records[int(index)] for index in shuffled(len(records), f"ablation/{file.stem}"))
+        return encode_all(self.tokenizer, chosen, 256, lambda _: None, limit=limit)
 
     def features(self, predictor: SparsityPredictor, examples: Sequence[Example]) -> mx.array:
         """Of the instructions, by the dense backbone as it is now, `[n, 2 d]`."""
