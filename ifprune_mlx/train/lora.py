@@ -102,8 +102,9 @@ class LoRAModel(TrainableModel):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Rank, scale and layers."""
-        return {"rank": self.rank, "scale": self.scale, "layers": self.layers}
+        """Rank and scale, and the number of layers where it is not all."""
+        found: dict[str, Any] = {"rank": self.rank, "scale": self.scale}
+        return found if self.layers == len(self.model.layers) else {**found, "num_layers": self.layers}
 
     def use(self, parameters: Parameters | None) -> None:
         """Put adapter weights in place; None gives the base model."""

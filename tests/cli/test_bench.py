@@ -70,9 +70,10 @@ def test_the_headline_says_what_the_table_and_the_json_say(
     # The table has the same figures, as far as it shows them.
     for name, row in rows.items():
         (line,) = [line for line in table.splitlines() if line[:14].rstrip() == name]
-        read, decode, ttft, memory = line[14:].split()[:4]
+        read, decode, spread, _, ttft, memory = line[14:].split()[:6]
         assert float(read) == pytest.approx(row["prefill_tok_s"], abs=0.06)
         assert float(decode) == pytest.approx(row["decode_tok_s"], abs=0.006)
+        assert float(spread) == pytest.approx(50 * row["decode_spread"], abs=0.51)
         assert float(ttft) == pytest.approx(row["ttft_s"], abs=6e-4)
         assert float(memory) == pytest.approx(row["rss"] / 1e9, rel=0.01)
 

@@ -80,7 +80,7 @@ def test_what_plain_text_changes(tiny_checkpoint: Path, tmp_path: Path) -> None:
 def test_help_stands_in_groups() -> None:
     said = CliRunner().invoke(app, ["--help"]).output
     headings = [line.rstrip(":") for line in said.splitlines() if re.fullmatch(r"[A-Z][a-z ]+:", line)]
-    assert headings == ["Options", "Use a model", "Make a model", "Look at what is selected", "Measure"]
+    assert headings == ["Options", "Use a model", "Make a model", "Look at what is selected", "Measure", "Examples"]
     assert "Commands:" not in said
     for command in app.registered_commands:
         assert re.search(rf"^  {command.name} +\S", said, re.MULTILINE), command.name
