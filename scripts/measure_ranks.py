@@ -67,8 +67,8 @@ def resident(model: Model) -> int:
     return sum(array.nbytes for array in [*rows, *dict(tree_flatten(model.module.parameters())).values()])
 
 
-def measure(checkpoint: Path, density: float, tokens: int) -> dict[str, float]:
-    """One rank's part."""
+def measure(checkpoint: Path, density: float, tokens: int) -> None:
+    """One rank's part; prints what it found."""
     ranks = join(lambda line: os._exit(print(line, file=sys.stderr, flush=True) or 1))
     model, _ = load(Checkpoint.open(checkpoint), residency="ram", ranks=ranks)
     kept = zip(model.prior, model.keep(density), strict=True)
@@ -77,10 +77,10 @@ def measure(checkpoint: Path, density: float, tokens: int) -> dict[str, float]:
     times = []
     for _ in generate_step(mx.array(PROMPT), model.module, max_tokens=tokens):
         times.append(time.perf_counter())
-    found = {"bytes": resident(model), "tokens_per_second": 1 / statistics.median(np.diff(times))}
+    found = {"bytes": resident(model), "tokens_per_second": 1 / float(np.median(np.diff(times)))}
+    print(json.dumps(found), flush=True)
     if ranks is not None:
-        ranks.leave()
-    return found
+        ranks.leave()  # which ends the process
 
 
 def main() -> None:
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank:
-        print(json.dumps(measure(arguments.model, arguments.density, arguments.tokens)))
+        measure(arguments.model, arguments.density, arguments.tokens)
         return
     arguments.model = arguments.model or ensure_embedded(lambda _: None)
     shares, ratios = [], []
