@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from scripts.measure_ranks import free_ports
 from tests.cli.process import environment
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of the loopback device that nobody listens on."""
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [int(one.getsockname()[1]) for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 def ring_variables(count: int, folder: Path) -> list[dict[str, str]]:
