@@ -136,6 +136,9 @@ def check_options(options: dict[str, Any]) -> None:
     for name in ("draft_model", "num_draft_tokens"):
         if options.get(name) is not None:
             raise IfpruneError(f"{name}: a second model that drafts tokens is not supported; leave it out")
+    step = options.get("prefill_step_size", 1)
+    if type(step) is not int or step < 1:  # mlx-lm would read steps of no tokens for ever
+        raise IfpruneError(f"prefill_step_size is {step!r}; give a whole number above 0")
 
 
 def _likeliest(logprobs: mx.array) -> mx.array:

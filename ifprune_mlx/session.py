@@ -21,7 +21,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ifprune_mlx.chat_template import check_prompt, render_messages
 from ifprune_mlx.checkpoint.atomic_write import write_atomic
-from ifprune_mlx.checkpoint.json_file import read_json_object
+from ifprune_mlx.checkpoint.regular_file import read_json_object
 from ifprune_mlx.errors import ChatFileError, IfpruneError, PromptError, SelectionError, reason_of
 from ifprune_mlx.generation import KEEP, REPREFILL, GenerationRequest, GenerationResponse, Stats, answer, check_options
 from ifprune_mlx.model import Model, Progress

@@ -36,7 +36,7 @@ from ifprune_convert.packing import quantization_of
 from ifprune_convert.synthetic import SHAPES
 from ifprune_mlx import Checkpoint
 from ifprune_mlx.checkpoint import neuron_reader
-from ifprune_mlx.checkpoint.format import write_manifest
+from ifprune_mlx.checkpoint.format_writer import write_manifest
 from ifprune_mlx.checkpoint.neuron_reader import RowReader
 
 _MS_INVALIDATE = 2

@@ -37,7 +37,7 @@ from ifprune_convert.synthetic import SHAPES
 from ifprune_mlx import Checkpoint, Selection, load, make_selector
 from ifprune_mlx.bench.worker import start_worker
 from ifprune_mlx.checkpoint.budget import RAM, SSD, resident_bytes
-from ifprune_mlx.checkpoint.format import write_manifest
+from ifprune_mlx.checkpoint.format_writer import write_manifest
 from ifprune_mlx.selection.selection import Ids
 from ifprune_mlx.selection.selectors import Instruction
 

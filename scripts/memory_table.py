@@ -25,15 +25,8 @@ from ifprune_convert.readers import open_source
 from ifprune_convert.skeleton import build_skeleton
 from ifprune_mlx.checkpoint.budget import choose_residency, resolve_keep, way_to_load
 from ifprune_mlx.checkpoint.ffn_spec import FFNSpec
-from ifprune_mlx.checkpoint.format import (
-    SECTION,
-    Checkpoint,
-    Layout,
-    Quantization,
-    neuron_shapes,
-    neurons_file,
-    write_manifest,
-)
+from ifprune_mlx.checkpoint.format import SECTION, Checkpoint, Layout, Quantization, neuron_shapes, neurons_file
+from ifprune_mlx.checkpoint.format_writer import write_manifest
 from ifprune_mlx.device import Device
 from ifprune_mlx.errors import BudgetError
 from ifprune_mlx.selection.predictor import PREDICTOR_SETTINGS

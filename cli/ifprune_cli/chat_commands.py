@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ifprune_mlx import ChatFileError, IfpruneError, Selection, Session, TaskStore
 from ifprune_mlx.checkpoint.hub import cached_checkpoints
-from ifprune_mlx.checkpoint.json_file import read_json_object
+from ifprune_mlx.checkpoint.regular_file import read_json_object
 
 from .console import note, parameters, report, shortened
 from .loading import EMBEDDED

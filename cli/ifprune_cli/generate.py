@@ -101,7 +101,7 @@ def answer(runtime: Runtime, prompt: Prompt, *, streams: bool = False, **options
 
 def read_schema(file: Path) -> dict[str, Any]:
     """The JSON schema in a file; raises GrammarError if there is none."""
-    from ifprune_mlx.checkpoint.json_file import read_json_object
+    from ifprune_mlx.checkpoint.regular_file import read_json_object
     from ifprune_mlx.errors import GrammarError
 
     return read_json_object(file, GrammarError)

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
-from ifprune_mlx.checkpoint.json_file import read_json_object
+from ifprune_mlx.checkpoint.regular_file import read_json_object
 from ifprune_mlx.checkpoint.safetensors_io import TensorInfo
 from ifprune_mlx.errors import SourceError
 

@@ -23,7 +23,7 @@ from ifprune_mlx.checkpoint.atomic_write import write_atomic
 from ifprune_mlx.checkpoint.budget import SSD
 from ifprune_mlx.checkpoint.format import FORMAT_VERSION, MANIFEST, SECTION, Checkpoint, is_gguf
 from ifprune_mlx.checkpoint.hub import cached_folder, hub_name, list_repository
-from ifprune_mlx.checkpoint.json_file import read_json_object
+from ifprune_mlx.checkpoint.regular_file import read_json_object
 from ifprune_mlx.device import Device, this_device
 from ifprune_mlx.errors import BudgetError, CheckpointError, IfpruneError, SourceError, not_converted, reason_of
 from ifprune_mlx.sparse.ffn_detection import find_ffns

@@ -24,15 +24,8 @@ from ifprune_mlx.checkpoint.atomic_write import check_free, foreign_files, new_f
 from ifprune_mlx.checkpoint.budget import keep_count
 from ifprune_mlx.checkpoint.density_curve import TOLERANCE, check_tolerance
 from ifprune_mlx.checkpoint.ffn_spec import FFNSpec
-from ifprune_mlx.checkpoint.format import (
-    MANIFEST,
-    Checkpoint,
-    Layout,
-    Quantization,
-    change_section,
-    write_config,
-    write_manifest,
-)
+from ifprune_mlx.checkpoint.format import MANIFEST, Checkpoint, Layout, Quantization
+from ifprune_mlx.checkpoint.format_writer import change_section, write_config, write_manifest
 from ifprune_mlx.checkpoint.hub import hub_name
 from ifprune_mlx.checkpoint.safetensors_io import load_arrays
 from ifprune_mlx.data.dataset import Record

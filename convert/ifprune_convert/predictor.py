@@ -19,9 +19,8 @@ import mlx.core as mx
 
 from ifprune_mlx.checkpoint.config_check import refuse_custom_code
 from ifprune_mlx.checkpoint.hub import PICKLES
-from ifprune_mlx.checkpoint.json_file import read_json_object
 from ifprune_mlx.checkpoint.neuron_layout import FLOATS
-from ifprune_mlx.checkpoint.regular_file import check_ordinary
+from ifprune_mlx.checkpoint.regular_file import check_ordinary, read_json_object
 from ifprune_mlx.checkpoint.safetensors_io import read_safetensors_header
 from ifprune_mlx.errors import PredictorError, SourceError, reason_of
 from ifprune_mlx.selection.predictor import Head, SparsityPredictor

@@ -19,7 +19,7 @@ import numpy as np
 
 from ifprune_mlx.checkpoint.format import Checkpoint
 from ifprune_mlx.checkpoint.hub import Progress, cached_folder, download, is_hub_id, list_repository
-from ifprune_mlx.checkpoint.json_file import read_json_object
+from ifprune_mlx.checkpoint.regular_file import read_json_object
 from ifprune_mlx.checkpoint.safetensors_io import load_arrays, read_safetensors_header
 from ifprune_mlx.errors import PredictorError
 from ifprune_mlx.selection.selection import Scores

@@ -20,7 +20,7 @@ from typing import Any
 from ifprune_mlx.checkpoint.atomic_write import restore_folder
 from ifprune_mlx.checkpoint.budget import check_files
 from ifprune_mlx.checkpoint.format import MANIFEST, SECTION, Checkpoint, Layout
-from ifprune_mlx.checkpoint.json_file import read_json_object
+from ifprune_mlx.checkpoint.regular_file import read_json_object
 from ifprune_mlx.errors import CheckpointError, IfpruneError, not_converted
 
 Progress = Callable[[int, int], None]

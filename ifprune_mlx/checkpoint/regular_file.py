@@ -1,13 +1,18 @@
-"""Only ordinary files are opened, by us or by a library, since a pipe can block for ever and a device need not end."""
+"""Files of strangers: ordinary ones of bounded size, and JSON files that hold an object, or an error.
+
+A pipe can block for ever and a device need not end, whether we open it or a library does.
+"""
 
 from __future__ import annotations
 
 import errno
+import json
 import stat
 from io import BufferedReader
 from pathlib import Path
+from typing import Any
 
-from ifprune_mlx.errors import IfpruneError
+from ifprune_mlx.errors import CheckpointError, IfpruneError, reason_of
 
 LARGEST_JSON = 1 << 24
 """Bytes of a config or a manifest."""
@@ -40,6 +45,23 @@ def read_bounded(path: Path, most: int) -> bytes:
     if len(content) > most:
         raise OSError(errno.EFBIG, f"is larger than {most / 1e6:.0f} MB", str(path))
     return content
+
+
+def read_json_object(file: Path, error: type[IfpruneError] = CheckpointError) -> dict[str, Any]:
+    """A JSON file that must hold an object.
+
+    Raises:
+        IfpruneError: (the given subclass) naming the file.
+    """
+    try:
+        value = json.loads(read_bounded(file, LARGEST_JSON).decode("utf-8"))
+    except OSError as exc:
+        raise error(f"{file}: cannot be read ({reason_of(exc)})") from exc
+    except (ValueError, RecursionError) as exc:
+        raise error(f"{file}: not valid JSON; the file is damaged, get it again") from exc
+    if not isinstance(value, dict):
+        raise error(f"{file}: must hold a JSON object; the file is damaged, get it again")
+    return value
 
 
 def check_ordinary(folder: Path, error: type[IfpruneError]) -> None:

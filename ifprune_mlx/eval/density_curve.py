@@ -13,7 +13,8 @@ import numpy as np
 
 from ifprune_mlx.checkpoint.atomic_write import new_folder
 from ifprune_mlx.checkpoint.density_curve import CurvePoint, DensityCurve
-from ifprune_mlx.checkpoint.format import Checkpoint, change_section
+from ifprune_mlx.checkpoint.format import Checkpoint
+from ifprune_mlx.checkpoint.format_writer import change_section
 from ifprune_mlx.data.tokenize import Example
 from ifprune_mlx.errors import BudgetError, CheckpointError, DataError
 from ifprune_mlx.eval.losses import compare

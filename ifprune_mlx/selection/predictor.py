@@ -30,8 +30,7 @@ from ifprune_mlx.checkpoint.atomic_write import write_atomic
 from ifprune_mlx.checkpoint.config_check import check_config, check_names, refuse_custom_code
 from ifprune_mlx.checkpoint.context_length import context_length
 from ifprune_mlx.checkpoint.format import PREDICTOR_SETTINGS, Quantization
-from ifprune_mlx.checkpoint.json_file import read_json_object
-from ifprune_mlx.checkpoint.regular_file import check_ordinary
+from ifprune_mlx.checkpoint.regular_file import check_ordinary, read_json_object
 from ifprune_mlx.checkpoint.safetensors_io import load_arrays, read_safetensors_header
 from ifprune_mlx.errors import PredictorError, PromptError, reason_of
 from ifprune_mlx.selection.selection import Scores

@@ -28,7 +28,7 @@ from mlx import nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ifprune_mlx.checkpoint.atomic_write import sha256_file, write_atomic
-from ifprune_mlx.checkpoint.json_file import read_json_object
+from ifprune_mlx.checkpoint.regular_file import read_json_object
 from ifprune_mlx.checkpoint.safetensors_io import load_arrays, read_safetensors_header
 from ifprune_mlx.data.tokenize import Example
 from ifprune_mlx.errors import DataError, PredictorError

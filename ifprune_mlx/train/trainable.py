@@ -17,7 +17,7 @@ import numpy as np
 
 from ifprune_mlx.checkpoint.atomic_write import write_atomic
 from ifprune_mlx.checkpoint.ffn_spec import FFNSpec, join_fused, split_fused
-from ifprune_mlx.checkpoint.json_file import read_json_object
+from ifprune_mlx.checkpoint.regular_file import read_json_object
 from ifprune_mlx.checkpoint.safetensors_io import load_arrays, read_safetensors_header
 from ifprune_mlx.errors import DataError
 from ifprune_mlx.model import Model

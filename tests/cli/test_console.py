@@ -15,7 +15,7 @@ import pytest
 
 from ifprune_cli import console
 from ifprune_mlx import Checkpoint, Selection
-from ifprune_mlx.checkpoint.format import write_manifest
+from ifprune_mlx.checkpoint.format_writer import write_manifest
 from ifprune_mlx.errors import DataError
 from ifprune_mlx.eval.analysis import Quality
 from ifprune_mlx.eval.plots import bar_chart, check_plot, write_figure

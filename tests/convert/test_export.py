@@ -23,7 +23,7 @@ from ifprune_convert.pipeline import Options
 from ifprune_convert.pipeline import convert as run_convert
 from ifprune_convert.readers import open_source
 from ifprune_mlx import Checkpoint, CheckpointError, IfpruneError, Selection, SelectionError
-from ifprune_mlx.checkpoint.format import write_manifest
+from ifprune_mlx.checkpoint.format_writer import write_manifest
 from ifprune_mlx.model import load_checkpoint
 from tests.cli.process import run, start
 from tests.family_configs import write_family

@@ -18,7 +18,7 @@ from ifprune_convert.predictor import open_predictor
 from ifprune_convert.readers import open_source
 from ifprune_convert.skeleton import build_skeleton
 from ifprune_mlx import Checkpoint, IfpruneError, load
-from ifprune_mlx.checkpoint.format import write_manifest
+from ifprune_mlx.checkpoint.format_writer import write_manifest
 from ifprune_mlx.checkpoint.safetensors_io import read_safetensors_header
 from ifprune_mlx.selection.predictor import SparsityPredictor
 from tests.cli.process import run_here

@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 
 from ifprune_mlx import IfpruneError, load
-from ifprune_mlx.checkpoint.format import write_manifest
+from ifprune_mlx.checkpoint.format_writer import write_manifest
 from ifprune_mlx.data.dataset import read_records
 from ifprune_mlx.data.tokenize import encode_all
 from ifprune_mlx.eval.analysis import Quality

@@ -166,3 +166,9 @@ def test_a_drafting_model_is_refused_before_anything_is_done(tiny: Tiny, name: s
     assert tiny[0].selection is None
     with pytest.raises(IfpruneError, match=name):
         Session(*tiny, **{name: tiny[0]})
+
+
+@pytest.mark.parametrize("size", [0, -1, 0.5, True, None])
+def test_a_prefill_step_of_no_tokens_is_refused(tiny: Tiny, size: object) -> None:
+    with pytest.raises(IfpruneError, match="prefill_step_size"):
+        answer(tiny, TOKENS, selection=A, prefill_step_size=size)

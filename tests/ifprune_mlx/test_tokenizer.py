@@ -24,7 +24,7 @@ from ifprune_mlx import (
     stream_generate,
 )
 from ifprune_mlx import tokenizer as module
-from ifprune_mlx.checkpoint.format import write_manifest
+from ifprune_mlx.checkpoint.format_writer import write_manifest
 from ifprune_mlx.errors import SourceError
 from ifprune_mlx.serving.engine.engine import check_request
 from ifprune_mlx.serving.http.chat_rendering import ChatRenderer, Conversation

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ifprune_mlx.checkpoint.atomic_write import write_atomic
-from ifprune_mlx.checkpoint.json_file import read_json_object
+from ifprune_mlx.checkpoint.regular_file import read_json_object
 from ifprune_mlx.errors import DataError
 
 FILE = "job.json"

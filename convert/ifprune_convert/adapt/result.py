@@ -11,7 +11,8 @@ from ifprune_convert.card import CARD, write_card
 from ifprune_convert.pipeline import Options, check_output
 from ifprune_convert.upload import upload
 from ifprune_mlx.checkpoint.atomic_write import new_folder
-from ifprune_mlx.checkpoint.format import Checkpoint, write_manifest
+from ifprune_mlx.checkpoint.format import Checkpoint
+from ifprune_mlx.checkpoint.format_writer import write_manifest
 from ifprune_mlx.data.tokenize import encode_all
 from ifprune_mlx.errors import IfpruneError, SourceError
 from ifprune_mlx.eval.density_curve import measure_curve, set_curve

@@ -16,7 +16,7 @@ from typing import Any
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from ifprune_mlx.checkpoint.json_file import read_json_object
+from ifprune_mlx.checkpoint.regular_file import read_json_object
 from ifprune_mlx.errors import SourceError, reason_of
 from ifprune_mlx.tokenizer import panics_as_errors
 

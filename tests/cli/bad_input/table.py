@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from ifprune_mlx import Checkpoint, Selection, TaskStore
-from ifprune_mlx.checkpoint.format import write_manifest
+from ifprune_mlx.checkpoint.format_writer import write_manifest
 from ifprune_mlx.checkpoint.safetensors_io import load_arrays
 from tests.cli.process import Argument
 from tests.hub_stub import HubStub

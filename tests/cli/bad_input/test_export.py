@@ -13,7 +13,7 @@ from ifprune_convert.packing import quantization_of
 from ifprune_convert.pipeline import Options, convert
 from ifprune_convert.readers import open_source
 from ifprune_mlx import Checkpoint, Selection
-from ifprune_mlx.checkpoint.format import write_manifest
+from ifprune_mlx.checkpoint.format_writer import write_manifest
 from tests.cli.bad_input.table import MODEL, Bad, Check, Place, Table, edit_json, edit_tensors, selection
 from tests.cli.process import Argument, full_disk
 

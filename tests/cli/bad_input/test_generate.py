@@ -8,7 +8,7 @@ import pytest
 from ifprune_convert.pipeline import Options, convert
 from ifprune_convert.readers import open_source
 from ifprune_mlx import Selection
-from ifprune_mlx.checkpoint.format import write_manifest
+from ifprune_mlx.checkpoint.format_writer import write_manifest
 from tests.cli.bad_input.table import (
     MODEL,
     NEURONS,

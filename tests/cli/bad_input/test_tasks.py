@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ifprune_mlx.checkpoint.format import write_manifest
+from ifprune_mlx.checkpoint.format_writer import write_manifest
 from tests.cli.bad_input.table import Bad, Check, Place, Table, own_data, task
 from tests.cli.process import Argument
 

@@ -14,7 +14,7 @@ import pytest
 
 from ifprune_mlx import BudgetError, Checkpoint, CheckpointError
 from ifprune_mlx.checkpoint.density_curve import CurvePoint, DensityCurve
-from ifprune_mlx.checkpoint.format import change_section, write_manifest
+from ifprune_mlx.checkpoint.format_writer import change_section, write_manifest
 
 CURVE = DensityCurve(
     (

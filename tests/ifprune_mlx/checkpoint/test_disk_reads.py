@@ -14,7 +14,8 @@ from ifprune_convert import layout
 from ifprune_convert.frequency import reorder
 from ifprune_convert.pipeline import Options
 from ifprune_mlx.checkpoint import neuron_reader
-from ifprune_mlx.checkpoint.format import Checkpoint, write_manifest
+from ifprune_mlx.checkpoint.format import Checkpoint
+from ifprune_mlx.checkpoint.format_writer import write_manifest
 from ifprune_mlx.checkpoint.neuron_layout import PAGE_SIZES, Part, Strip, record_stride
 from ifprune_mlx.checkpoint.neuron_reader import READERS, RowReader, merged_ranges, read_rows
 from ifprune_mlx.checkpoint.raw_array import raw

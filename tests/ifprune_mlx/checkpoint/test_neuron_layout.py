@@ -16,7 +16,8 @@ from ifprune_convert.packing import quantization_of
 from ifprune_convert.pipeline import Options
 from ifprune_convert.weight_files import write_neurons
 from ifprune_mlx import CheckpointError
-from ifprune_mlx.checkpoint.format import Checkpoint, write_manifest
+from ifprune_mlx.checkpoint.format import Checkpoint
+from ifprune_mlx.checkpoint.format_writer import write_manifest
 from ifprune_mlx.checkpoint.neuron_layout import PAGE_SIZES, PARTS, RECORDS, record_stride, strips_of
 from ifprune_mlx.checkpoint.neuron_reader import RowReader, read_rows
 from ifprune_mlx.checkpoint.raw_array import raw
