@@ -35,7 +35,7 @@ class AdaptConfig:
         quantization, dtype, revision, trust_remote_code: as in `ifprune_convert.pipeline.Options`.
         overwrite: replace an earlier checkpoint.
         upload_repo: new or empty repository of the hub for the result, `OWNER/NAME`.
-        max_seq_length: most tokens of a chat.
+        max_seq_length: most tokens of a chat; None: as the time allows.
         seed: of every random choice.
 
     Raises:
@@ -55,7 +55,7 @@ class AdaptConfig:
     trust_remote_code: bool = False
     overwrite: bool = False
     upload_repo: str | None = None
-    max_seq_length: int = 256
+    max_seq_length: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ifprune_mlx.checkpoint.budget import resolve_keep
 from ifprune_mlx.checkpoint.density_curve import DensityCurve
@@ -19,8 +22,9 @@ from ifprune_mlx.train.static_prior import load_prior
 from ifprune_mlx.train.trainer import LEARNED_PRIOR
 
 from .answers import held_out
+from .config import Stage
 from .job import StageRecord
-from .plan import sized
+from .plan import PASSES, sized
 from .report import Findings, Sample, write_report
 from .workspace import Workspace
 
@@ -48,7 +52,12 @@ def evaluate(ws: Workspace, record: StageRecord) -> None:
     for name, options in arms.items():
         if not (ws.config.work / name).exists():
             ws.convert_to(ws.config.work / name, options)
-    examples = _examples(ws, record)
+    with ws.loaded(ws.base) as (model, tokenizer):
+        examples = encode_all(tokenizer, held_out(ws.answers), ws.length, lambda line: None)
+        start = ws.now()
+        dense_answers = _answers(ws, model, tokenizer, examples)
+        _decide(ws, record, model, examples, ws.now() - start)
+    examples = examples[: record.size]
     by_domain: dict[str, list[Example]] = {}
     for example in examples:
         by_domain.setdefault(example.domain, []).append(example)
@@ -66,14 +75,21 @@ def evaluate(ws: Workspace, record: StageRecord) -> None:
             if measured.overlap:
                 found = replace(found, matched=measured.matched, overlap=measured.overlap)
             with ws.progress("densities", "tokens") as update:
-                curves[name] = measure_curve(model, examples, selectors=[name], dense=dense, progress=update)
+                few = examples[: max(LEAST_PROMPTS, len(examples) // 2)]
+                curves[name] = measure_curve(model, few, selectors=[name], dense=dense, progress=update)
     choices = {name: curve.choose(ws.config.tolerance)[0] for name, curve in curves.items()}
     # The lower density wins, then the lower loss.
     best = min(
         choices, key=lambda name: (choices[name], found.nll("learned" if name == "learned" else "healed-static"))
     )
     set_curve(ws.config.work / best, curves[best], choices[best], best)
-    samples = _samples(ws, best, by_domain)
+    with ws.loaded(ws.config.work / best) as (model, tokenizer):
+        shown = choices[best] if choices[best] < 1 else _COMPARED
+        sliced_answers = _answers(ws, model, tokenizer, examples, density=shown)
+    samples = [
+        Sample(chat.domain, chat.instruction, *texts)
+        for chat, *texts in zip(examples, dense_answers, sliced_answers, strict=False)
+    ]
     findings = Findings(
         name=ws.config.output.name,
         source=str(ws.config.model),
@@ -84,7 +100,8 @@ def evaluate(ws: Workspace, record: StageRecord) -> None:
         tolerance=ws.config.tolerance,
         collapsed=collapse_reason(found),
         samples=samples,
-        seconds={stage: ws.job.stage(stage).seconds for stage in ws.config.stages},
+        shown=shown,
+        seconds=_seconds(ws),
         sizes={stage: ws.job.stage(stage).size for stage in ws.config.stages},
         tokens=ws.job.stage("heal").figures.get("tokens", 0) + ws.job.stage("select").figures.get("tokens", 0),
         parameters=parameters,
@@ -95,45 +112,46 @@ def evaluate(ws: Workspace, record: StageRecord) -> None:
     record.figures["chosen"] = best
 
 
-def _examples(ws: Workspace, record: StageRecord) -> list[Example]:
-    """The held-out chats that there is time for, all domains mixed."""
-    with ws.loaded(ws.base) as (model, tokenizer):
-        examples = encode_all(tokenizer, held_out(ws.answers), ws.config.max_seq_length, lambda line: None)
-        if record.size is None:
-            size = ws.sizes.get("evaluate")
-            if size is None:
-                start = ws.now()
-                dense_losses(model, examples[:LEAST_PROMPTS])
-                rate = min(LEAST_PROMPTS, len(examples)) / (ws.now() - start)
-                # About 30 passes: three models, seven densities of two, samples, two conversions.
-                size = sized("evaluate", ws.seconds("evaluate") - record.seconds, rate / 30)
-            ws.decide(record, min(size, len(examples)))
-    return examples[: record.size]
+def _decide(ws: Workspace, record: StageRecord, model: Model, examples: list[Example], sampling: float) -> None:
+    """How many of the held-out chats there is time for.
+
+    Args:
+        sampling: seconds that the sliced model's answers will take.
+    """
+    if record.size is None:
+        size = ws.sizes.get("evaluate")
+        if size is None:
+            start = ws.now()
+            dense_losses(model, examples[:LEAST_PROMPTS])
+            rate = min(LEAST_PROMPTS, len(examples)) / (ws.now() - start)
+            size = sized("evaluate", ws.seconds("evaluate") - sampling, rate / PASSES)
+        ws.decide(record, min(size, len(examples)))
 
 
-def _samples(ws: Workspace, best: str, by_domain: Mapping[str, list[Example]]) -> list[Sample]:
-    """Greedy answers to a few held-out prompts, dense as published and sliced."""
-    chats = [chat for chats in zip(*by_domain.values(), strict=False) for chat in chats][:_SAMPLES]
-    texts: dict[str, list[str]] = {}
-    for folder in (ws.base, ws.config.work / best):
-        with ws.loaded(folder) as (model, tokenizer):
-            texts[folder.name] = [
-                "".join(
-                    response.text
-                    for response in stream_generate(
-                        model,
-                        tokenizer,
-                        [{"role": "user", "content": chat.instruction}],
-                        max_tokens=_SAMPLE_TOKENS,
-                        dense=folder == ws.base,
-                    )
-                )
-                for chat in chats
-            ]
-    return [
-        Sample(chat.domain, chat.instruction, dense, sliced)
-        for chat, dense, sliced in zip(chats, texts[ws.base.name], texts[best], strict=True)
-    ]
+def _answers(
+    ws: Workspace,
+    model: Model,
+    tokenizer: TokenizerWrapper,
+    examples: Sequence[Example],
+    density: float | None = None,
+) -> list[str]:
+    """Greedy answers to the first held-out prompts, of all domains, with all neurons or at a density."""
+    texts = []
+    with ws.progress("sample answers", "answers") as update:
+        for number, chat in enumerate(examples[:_SAMPLES]):
+            message = [{"role": "user", "content": chat.instruction}]
+            budget: dict[str, Any] = {"dense": True} if density is None else {"density": density}
+            steps = stream_generate(model, tokenizer, message, max_tokens=_SAMPLE_TOKENS, **budget)
+            texts.append("".join(response.text for response in steps))
+            update(number + 1, min(_SAMPLES, len(examples)))
+    return texts
+
+
+def _seconds(ws: Workspace) -> dict[Stage, float]:
+    """What each stage took; the one that is being done has no record yet."""
+    seconds = {stage: ws.job.stage(stage).seconds for stage in ws.config.stages}
+    seconds["evaluate"] += ws.job.seconds - sum(seconds.values())
+    return seconds
 
 
 def _active(ws: Workspace, best: str, density: float) -> int:

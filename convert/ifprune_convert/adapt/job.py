@@ -15,7 +15,7 @@ from ifprune_mlx.checkpoint.regular_file import read_json_object
 from ifprune_mlx.errors import DataError
 
 FILE = "job.json"
-_VERSION = 1
+_VERSION = 2
 _SAVE_SECONDS = 10.0  # so much working time can be forgotten by a kill
 
 

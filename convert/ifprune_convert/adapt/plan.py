@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .config import Stage
+from .config import STAGES, Stage
 from .memory import Need
 
 SHARES: Mapping[Stage, float] = {
     "convert": 0.04,
-    "answers": 0.20,
-    "calibrate": 0.12,
+    "answers": 0.18,
+    "calibrate": 0.14,
     "distill": 0.02,
-    "select": 0.20,
+    "select": 0.16,
     "heal": 0.30,
-    "evaluate": 0.12,
+    "evaluate": 0.16,
 }
 """Of the hours. Healing is what more time helps longest (docs/log.md)."""
 BOUNDS: Mapping[Stage, tuple[int, int]] = {
@@ -27,6 +27,13 @@ BOUNDS: Mapping[Stage, tuple[int, int]] = {
 }
 """Least and most of what a stage does: answers, chats, steps, steps, prompts. More than that is time better spent on
 the stages behind it; with less, a stage gives nothing worth having."""
+PASSES = 16
+"""Over a prompt in `evaluate`: six rows of the report, 14 for the densities of two arms on half of the prompts, and what
+selecting takes."""
+BATCH = 4
+"""Chats of a step. Many small steps do more for a head that begins with a regression than few large ones."""
+_SHORT, _LONG = 144, 256  # most tokens of a chat
+_FEW = 1000  # answers; with fewer, more prompts are worth more than longer answers
 UNITS: Mapping[Stage, str] = {
     "answers": "answers",
     "calibrate": "chats",
@@ -75,18 +82,33 @@ def planned(hours: float, stages: Sequence[Stage], flops: float, parameters: int
         flops: floating-point operations a second that this machine was measured to do in matrix products.
         parameters: of the model.
     """
-    chat = 150 * parameters  # a short chat, in multiply-adds of one pass
-    cost: Mapping[Stage, float] = {
-        "answers": 2 * chat * 2,  # batched decoding reaches about half the rate
-        "calibrate": 3 * 2 * chat,
-        "select": 8 * 2 * 6 * chat * 0.6,  # eight chats a step, two arms, forwards and backwards, half of the FFNs
-        "heal": 8 * 2 * 6 * chat * 0.6,
-        "evaluate": 15 * 2 * chat,
-    }
+    rates = {stage: flops / cost for stage, cost in _costs(parameters).items()}
     return {
-        stage: sized(stage, hours * 3600 * _share(stage, stages), flops / cost[stage])
-        for stage in stages
-        if stage in cost
+        stage: sized(stage, hours * 3600 * _share(stage, stages), rates[stage]) for stage in stages if stage in rates
+    }
+
+
+def least_seconds(stages: Sequence[Stage], flops: float, parameters: int) -> float:
+    """What the least of every stage is likely to take, as `planned` takes its arguments."""
+    costs = _costs(parameters)
+    return sum(BOUNDS[stage][0] * costs[stage] / flops for stage in stages if stage in costs)
+
+
+def longest_chat(hours: float, flops: float, parameters: int) -> int:
+    """Most tokens of a chat, as `planned` takes its arguments."""
+    return _SHORT if planned(hours, STAGES, flops, parameters)["answers"] < _FEW else _LONG
+
+
+def _costs(parameters: int) -> Mapping[Stage, float]:
+    """Operations of one answer, chat, step or prompt. How far each stage stays below the rate of large products was
+    measured with a model of 135M parameters (docs/log.md)."""
+    chat = 150 * 2 * parameters  # one pass over a short chat
+    return {
+        "answers": 6 * chat,
+        "calibrate": 3 * chat,
+        "select": BATCH * 2 * 3 * chat * 1.3,  # two arms, forwards and backwards
+        "heal": BATCH * 2 * 3 * chat * 1.3,
+        "evaluate": PASSES * chat * 1.8,
     }
 
 

@@ -33,7 +33,7 @@ class Sample:
     domain: str
     prompt: str
     dense: str  # of the model as published
-    sliced: str  # of the result, at its default density
+    sliced: str  # of the result
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Findings:
     tolerance: float
     collapsed: str | None  # why the predictor has collapsed
     samples: Sequence[Sample]
+    shown: float  # the density of their sliced answers
     seconds: Mapping[Stage, float]
     sizes: Mapping[Stage, int | None]
     tokens: int  # answer tokens that each arm was trained on
@@ -139,7 +140,11 @@ def _lines(found: Findings, plot: bool) -> Iterator[str]:
             cells = ["" if each is None else _interval(each) for each in (*of_domains, gap)]
             yield f"| {a} - {b} [95 % interval] | {' | '.join(cells)} |"
     yield from ("", "## What each density loses", "")
-    yield "Beyond the published model with all neurons, on the same prompts. Below 0, healing has made up for more."
+    measured = len(next(iter(found.curves.values())).prompts)
+    yield (
+        f"Beyond the published model with all neurons, on the first {measured} of these prompts. Below 0, healing has "
+        "made up for more."
+    )
     yield ""
     names = list(found.curves)
     yield f"| density | {' | '.join(names)} |"
@@ -151,7 +156,7 @@ def _lines(found: Findings, plot: bool) -> Iterator[str]:
     if plot:
         yield from ("", f"![What each density loses]({PLOT})")
     yield from ("", "## Six answers", "")
-    yield f"Greedy, to held-out prompts, cut at one length. *Sliced* is this checkpoint at density {found.density:g}."
+    yield f"Greedy, to held-out prompts, cut at one length. *Sliced* is this checkpoint at density {found.shown:g}."
     for sample in found.samples:
         yield from ("", f"**{_flat(sample.prompt, 300)}** ({sample.domain})", "")
         yield from (f"- dense: {_flat(sample.dense)}", f"- sliced: {_flat(sample.sliced)}")

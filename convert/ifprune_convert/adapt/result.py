@@ -104,7 +104,7 @@ def _early(ws: Workspace) -> Path:
     ws.convert_to(folder, _halfway(ws))
     if ws.job.stage("answers").done:
         with ws.loaded(folder) as (model, tokenizer):
-            examples = encode_all(tokenizer, held_out(ws.answers), ws.config.max_seq_length, lambda line: None)
+            examples = encode_all(tokenizer, held_out(ws.answers), ws.length, lambda line: None)
             with ws.progress("densities", "tokens") as update:
                 curve = measure_curve(model, examples, seconds=_CURVE_SECONDS, progress=update)
         set_curve(folder, curve, *curve.choose(ws.config.tolerance))

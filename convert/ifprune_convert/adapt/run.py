@@ -23,7 +23,7 @@ from .config import AdaptConfig, Stage
 from .evaluation import evaluate
 from .job import StageRecord
 from .memory import Need, Shapes, needs
-from .plan import duration, machine_rate, plan_lines, planned
+from .plan import duration, least_seconds, longest_chat, machine_rate, plan_lines, planned
 from .result import Adaptation, finish, published, result
 from .training import answers, calibrate, convert, distill, heal, select
 from .workspace import Workspace
@@ -134,8 +134,9 @@ def _print_plan(ws: Workspace) -> None:
     parameters = sum(math.prod(shape) for shape in source.shapes.values())
     rate = machine_rate(ws.now)
     amounts = planned(config.hours, config.stages, rate, parameters)
+    ws.set_length(config.max_seq_length or longest_chat(config.hours, rate, parameters))
     shapes = Shapes.of(source, ws.options)
-    found = needs(shapes, config.max_seq_length, amounts.get("calibrate", 0))
+    found = needs(shapes, ws.length, amounts.get("calibrate", 0))
     # A job that ends early writes its result twice as well.
     disk = max(found[stage].disk for stage in config.stages)
     disk += 0 if "evaluate" in config.stages else 2 * shapes.weights
@@ -143,6 +144,9 @@ def _print_plan(ws: Workspace) -> None:
     model = f"{parameters / 1e9:.2g}B parameters, {rate / 1e12:.2g} TFLOP/s in matrix products on this machine"
     for line in plan_lines(config.hours, config.stages, amounts, found, disk, model, usable):
         ws.note(line)
+    least = least_seconds(config.stages, rate, parameters)
+    if least > config.hours * 3600:
+        ws.note(f"--hours {config.hours:g} is short: the least that is of use takes about {duration(least)} here")
     ws.note(f"stages lie in {config.work}; the same command goes on after Ctrl-C")
 
 

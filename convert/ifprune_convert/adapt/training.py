@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ifprune_mlx.checkpoint.budget import check_fits
 from ifprune_mlx.checkpoint.format import Checkpoint
 from ifprune_mlx.data.own_answers import write_own_answers
@@ -23,10 +25,12 @@ from .answers import HELD_OUT, domain_files, held_out, prompts, write_domains
 from .config import Stage
 from .job import StageRecord
 from .memory import HEAD_RANK, read_layers
-from .plan import sized
+from .plan import BATCH, sized
 from .workspace import Workspace
 
-_PROBE_ANSWERS, _PROBE_CHATS, _PROBE_STEPS = 64, 8, 2  # 64 answers are a block of `own_answers`
+_PROBE_ANSWERS, _PROBE_CHATS = 64, 8  # 64 answers are a block of `own_answers`
+_PROBE_STEPS, _PROBE_BATCH = 2, 2
+_HEALING = 1.1  # times as long as a step that trains no adapters
 _LEAST_CHATS = 20  # to distil a predictor from
 _OVERRUN = 0.05  # of the hours: so much later than planned, training stops as it is
 _DENSITIES = "0.5,0.27"
@@ -41,7 +45,7 @@ def convert(ws: Workspace, record: StageRecord) -> None:
 
 def answers(ws: Workspace, record: StageRecord) -> None:
     """Let the model answer prompts."""
-    wanted, length = prompts(ws.config.data, ws.note), ws.config.max_seq_length
+    wanted, length = prompts(ws.config.data, ws.note), ws.length
     with ws.loaded(ws.base) as (model, tokenizer):
         write = partial(
             write_own_answers,
@@ -158,8 +162,9 @@ def _training(ws: Workspace, stage: Any, output: Path) -> TrainConfig:
         stage=stage,
         selector=("learned", "static-learned"),
         densities=_DENSITIES,
+        batch_size=BATCH,
         held_out=HELD_OUT,
-        max_seq_length=ws.config.max_seq_length,
+        max_seq_length=ws.length,
         eval_prompts=0,
         seed=ws.config.seed,
     )
@@ -171,11 +176,7 @@ def _train(ws: Workspace, stage: Stage, record: StageRecord, config: TrainConfig
         size = ws.sizes.get(stage)
         step = 1.0
         if size is None:
-            with tempfile.TemporaryDirectory(dir=ws.config.work) as folder:
-                probe = replace(config, output=Path(folder) / "probe", iters=_PROBE_STEPS)
-                train(probe, progress=ws.progress, report=lambda line: None)
-                lines = (probe.output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-                step = float(json.loads(lines[-1])["seconds"])
+            step = _step_seconds(ws, stage, config)
             size = sized(stage, ws.seconds(stage), 1 / step)
         record.figures["step_seconds"] = step
         ws.decide(record, size)
@@ -190,6 +191,22 @@ def _train(ws: Workspace, stage: Stage, record: StageRecord, config: TrainConfig
     )
     stop = partial(late, ws, stage)
     return dict(train(config, progress=ws.progress, report=ws.ticked_note, stop=stop).figures)
+
+
+def _step_seconds(ws: Workspace, stage: Stage, config: TrainConfig) -> float:
+    """What a step takes: as many seconds as the stage before needed, or by a probe on few chats."""
+    if stage == "heal":
+        return _HEALING * float(np.median(_seconds(ws.selected)))
+    with tempfile.TemporaryDirectory(dir=ws.config.work) as folder:
+        probe = replace(config, output=Path(folder) / "probe", iters=_PROBE_STEPS, batch_size=_PROBE_BATCH)
+        train(probe, progress=ws.progress, report=lambda line: None)
+        return _seconds(probe.output)[-1] * config.batch_size / _PROBE_BATCH
+
+
+def _seconds(run: Path) -> list[float]:
+    """Of the steps that a run has written."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [float(json.loads(line)["seconds"]) for line in lines]
 
 
 def late(ws: Workspace, stage: Stage) -> bool:

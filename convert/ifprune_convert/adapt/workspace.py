@@ -64,6 +64,15 @@ class Workspace:
         )
 
     @property
+    def length(self) -> int:
+        """Most tokens of a chat, as the plan decided."""
+        return int(self.job.stage("convert").figures["length"])
+
+    def set_length(self, length: int) -> None:
+        """Decide it, for all stages and after every kill."""
+        self.job.stage("convert").figures["length"] = length
+
+    @property
     def base(self) -> Path:
         """The converted model, from which everything is measured and trained."""
         return self.config.work / "base"
