@@ -35,8 +35,8 @@ POLICIES = ("first", "turn", "auto", "task", "system")
 OnSwitch = Callable[[Selection | None, Selection], object]
 """Called with the selection before, None at first, and the new one."""
 _FILE_FORMAT = 1
-# At this agreement an answer loses almost nothing on another message's selection (docs/performance.md).
-SWITCH_BELOW = 0.75
+# From this agreement on a follow-up loses nothing; other topics lie below it (docs/performance.md).
+SWITCH_BELOW = 0.55
 
 
 class Session:

@@ -9,7 +9,7 @@ would make, with the whole conversation read under it, as policy `on_switch` "re
 
     first   the first message's
     turn    the last message's
-    auto    the last message's where the two agree by less than `SWITCH_BELOW`, else the first's
+    auto    the last message's where the two agree too little, else the first's; a row for each limit in --below
     all     that of all messages as one instruction, which no policy does
 
 Prints nats per answer token, and each row's difference from `first` with a 95 % interval over conversations. OASST1 is
@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--density", type=float, help="the checkpoint's own if not given")
     parser.add_argument("--limit", type=int, default=60, help="conversations of each kind")
     parser.add_argument("--longest", type=int, default=512, help="tokens")
+    parser.add_argument("--below", type=float, nargs="+", default=[SWITCH_BELOW], help="agreements")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     model, tokenizer = load(given.model or ensure_embedded(print, lambda *_: None))
@@ -102,8 +103,9 @@ def main() -> None:
     kinds = {"follow-ups": follow_ups(given.oasst), "new topics": new_topics()}
     found = {}
     for kind, conversations in kinds.items():
-        losses: dict[str, list[float]] = {"first": [], "turn": [], "auto": [], "all": []}
-        switched = 0
+        autos = {f"auto {limit:g}": limit for limit in given.below}
+        losses: dict[str, list[float]] = {name: [] for name in ("first", "turn", "all", *autos)}
+        switched = dict.fromkeys(autos, 0)
         encoded = ((one, encode(tokenizer, one, given.longest)) for one in conversations)
         for messages, example in islice(((m, e) for m, e in encoded if e is not None), given.limit):
             questions = [message["content"] for message in messages if message["role"] == "user"]
@@ -111,20 +113,22 @@ def main() -> None:
             by_policy = {}
             for name, text in texts.items():
                 by_policy[name] = selector.select(Instruction(text, ()), keep).selection
-            switches = by_policy["turn"].agreement(by_policy["first"]) < SWITCH_BELOW
-            switched += switches
+            agreement = by_policy["turn"].agreement(by_policy["first"])
             for name, selection in by_policy.items():
                 model.switch(selection)
                 losses[name].append(float(answer_nll(model, *example).mean()))
-            losses["auto"].append(losses["turn" if switches else "first"][-1])
+            for name, limit in autos.items():
+                switched[name] += agreement < limit
+                losses[name].append(losses["turn" if agreement < limit else "first"][-1])
         found[kind] = {"conversations": len(losses["first"]), "switched": switched, "rows": table(losses)}
     if given.json:
         print(json.dumps(found))
         return
     for kind, result in found.items():
-        print(f"\n{kind}: {result['conversations']} conversations, `auto` switches in {result['switched']}")
+        print(f"\n{kind}: {result['conversations']} conversations")
         for name, row in result["rows"].items():
-            print(f"{name:8}{row['nll']:8.3f}   {row['gap']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]")
+            often = f"   switches in {result['switched'][name]}" if name in result["switched"] else ""
+            print(f"{name:10}{row['nll']:8.3f}   {row['gap']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]{often}")
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ class _Conversing:
         selection_option(
             "--policy",
             help="Select by the first message, anew at every turn, anew where the topic changes, or by the system"
-            " prompt.  [default: first]",
+            " prompt.  [default: auto with a predictor, else first]",
         ),
     ] = None
     on_switch: Annotated[
@@ -232,6 +232,8 @@ def _session(runtime: Runtime, conversing: _Conversing) -> Session:
         prefill_seconds=_STEP_SECONDS if sys.stdin.isatty() else None,
         **runtime.arguments,
     )
+    if conversing.policy is None and session.selector is not None and session.selector.name == "learned":
+        session.policy = "auto"  # it costs follow-ups nothing, and another topic much less (docs/performance.md)
     if conversing.load is None:
         return session
     given = session.selector

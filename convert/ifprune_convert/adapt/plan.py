@@ -28,7 +28,7 @@ BOUNDS: Mapping[Stage, tuple[int, int]] = {
 """Least and most of what a stage does: answers, chats, steps, steps, prompts. More than that is time better spent on
 the stages behind it; with less, a stage gives nothing worth having."""
 PASSES = 16
-"""Over a prompt in `evaluate`: six rows of the report, 14 for the densities of two arms on half of the prompts, and what
+"""Over a prompt in `evaluate`: six for the rows of the report, seven for 14 densities on half of the prompts, and what
 selecting takes."""
 BATCH = 4
 """Chats of a step. Many small steps do more for a head that begins with a regression than few large ones."""

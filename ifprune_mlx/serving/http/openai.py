@@ -110,6 +110,7 @@ class OpenAI:
         service = self._service
         selection, checkpoint = service.defaults.selection, service.model.checkpoint
         keep = service.model.keep(selection.density, selection.active_parameters)
+        selector = selection.selector or checkpoint.default_selector
         return {
             "id": name,
             "object": "model",
@@ -122,7 +123,9 @@ class OpenAI:
                 "task": selection.task,
                 "dense": bool(selection.dense),
                 "policy": selection.policy or "first",
-                "selector": selection.selector or service.model.checkpoint.default_selector,
+                # What a person's chat begins with: it follows topics where a look at the message tells them.
+                "chat_policy": selection.policy or ("auto" if selector == "learned" else "first"),
+                "selector": selector,
                 "density": sum(keep) / sum(spec.d_ffn for spec in checkpoint.layout.ffns),
                 "active_parameters": checkpoint.active_parameters(keep),
                 "total_parameters": service.model.total_parameters,

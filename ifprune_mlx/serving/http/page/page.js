@@ -42,7 +42,7 @@ function settings() {
 
 function setSettings(given) {
   choice.value = given.choice;
-  if (!choice.value) choice.value = "first"; // a task that is no more
+  if (!choice.value) choice.value = "auto"; // a task that is no more
   density.value = given.density;
   beside.checked = given.beside;
   element("system").value = given.system;
@@ -287,7 +287,7 @@ async function begin() {
     const own = served.ifprune;
     selector = own.selector;
     density.value = own.density;
-    choice.value = own.task ? `task:${own.task}` : own.dense ? "dense" : own.policy;
+    choice.value = own.task ? `task:${own.task}` : own.dense ? "dense" : own.chat_policy;
     element("key-form").hidden = true;
   } catch (error) {
     if (error instanceof NeedsKey) askForKey();

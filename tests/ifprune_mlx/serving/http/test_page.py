@@ -47,9 +47,10 @@ def test_a_chat_with_its_selections(tab: Any, page_server: str) -> None:
     assert tab.get_attribute("#strip", "aria-label") == "No selection yet"
 
 
-def test_the_first_message_selects_for_all_as_in_the_chat_of_the_command_line(tab: Any, page_server: str) -> None:
+def test_the_first_message_selects_for_all_where_that_is_chosen(tab: Any, page_server: str) -> None:
     sent = bodies(tab)
     tab.goto(page_server)
+    tab.select_option("#choice", "first")
     ask(tab, "one")
     ask(tab, "two, which is about something else")
     expect(tab.locator("#figures")).to_contain_text("2 answers, 120 tokens")
@@ -85,7 +86,7 @@ def test_the_whole_conversation_is_sent(tab: Any, page_server: str) -> None:
     assert tab.locator("#density").is_disabled()
     ask(tab, "three")
     expect(tab.locator(".answer .figures").last).to_contain_text("all neurons")
-    assert [body["ifprune"] for body in sent[1:]] == [{"policy": "first", "density": 0.5}, {"dense": True}]
+    assert [body["ifprune"] for body in sent[1:]] == [{"policy": "auto", "density": 0.5}, {"dense": True}]
     assert [message["role"] for message in sent[2]["messages"]] == ["user", "assistant", "user", "assistant", "user"]
     assert tab.get_attribute("#strip", "aria-label") == "All neurons are active"
 
@@ -126,7 +127,7 @@ def test_dense_stands_beside_sliced(tab: Any, page_server: str) -> None:
     assert sliced.bounding_box()["x"] < dense.bounding_box()["x"]
     assert tab.get_attribute("#strip", "aria-label") == "25 % of 2 layers' neurons are active"
     assert "1 answer, 60 tokens" in tab.locator("#figures").inner_text()
-    assert [body.pop("ifprune") for body in sent] == [{"policy": "first", "density": 0.25}, {"dense": True}]
+    assert [body.pop("ifprune") for body in sent] == [{"policy": "auto", "density": 0.25}, {"dense": True}]
     assert sent[0] == sent[1]
     ask(tab, "Hello there")  # the sliced answer is the one that goes on
     expect(tab.locator("#figures")).to_contain_text("2 answers")
