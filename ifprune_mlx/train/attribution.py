@@ -171,7 +171,7 @@ def measure(
             f"{folder}: holds targets of other chats or of another model or backbone; choose another folder"
         )
     masks = midpoint_masks(model)
-    end = len(examples) if count is None else min(count, len(examples))
+    end = len(examples) if count is None else min(-(-count // PART) * PART, len(examples))
     for start in range(0, end, PART):
         file = folder / f"part-{start // PART:05d}.safetensors"
 

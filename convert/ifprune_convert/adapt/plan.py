@@ -20,7 +20,7 @@ SHARES: Mapping[Stage, float] = {
 """Of the hours. Healing is what more time helps longest (docs/log.md)."""
 BOUNDS: Mapping[Stage, tuple[int, int]] = {
     "answers": (96, 6000),
-    "calibrate": (32, 2000),
+    "calibrate": (64, 2000),
     "select": (2, 2000),
     "heal": (2, 20000),
     "evaluate": (16, 600),

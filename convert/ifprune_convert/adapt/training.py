@@ -28,7 +28,7 @@ from .memory import HEAD_RANK, read_layers
 from .plan import BATCH, sized
 from .workspace import Workspace
 
-_PROBE_ANSWERS, _PROBE_CHATS = 64, 8  # 64 answers are a block of `own_answers`
+_PROBE_ANSWERS, _PROBE_CHATS = 64, 64  # a block of `own_answers`, a part of what `calibrate` measures
 _PROBE_STEPS, _PROBE_BATCH = 2, 2
 _HEALING = 1.1  # times as long as a step that trains no adapters
 _LEAST_CHATS = 20  # to distil a predictor from

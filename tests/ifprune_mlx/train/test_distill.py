@@ -100,6 +100,9 @@ def test_a_run_that_died_goes_on_after_its_last_part(
         measure(model, examples[:4], tmp_path / "again", backbone)
     with pytest.raises(DataError, match="holds no targets"):
         measuring.load(tmp_path / "nowhere")
+    told: list[tuple[int, int]] = []
+    measure(model, examples, tmp_path / "few", backbone, lambda *now: told.append(now), count=3)
+    assert told[-1] == (4, 4)  # whole parts are measured, and a rate has to be of what was done
 
 
 def test_targets_read_by_a_backbone_of_its_own(tiny: Tiny, tmp_path: Path) -> None:
