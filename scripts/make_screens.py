@@ -42,15 +42,15 @@ class Scene:
 SCENES = (
     Scene(
         "An answer and another topic",
-        "Under policy `first` the first message selects. The chat says when a message would select otherwise.",
+        "A chat follows topics: where the topic changes, so do the neurons, and the footer says by how much.",
         ("chat", "-m", "90"),
         ("Write a Python function that adds two numbers.", "How do I bake bread?"),
     ),
     Scene(
-        "Following topics",
-        "With `/policy auto` the selection changes with the topic, and the footer says by how much.",
-        ("chat", "-m", "40"),
-        ("Write a Python function that adds two numbers.", "/policy auto", "How do I bake bread?"),
+        "Staying with the first message",
+        "Under policy `first` the first message selects. The chat says once when a message would select otherwise.",
+        ("chat", "-m", "40", "--policy", "first"),
+        ("Write a Python function that adds two numbers.", "How do I bake bread?"),
     ),
     Scene(
         "Narrow, and below the model's own density",

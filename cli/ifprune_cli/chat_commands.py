@@ -168,11 +168,11 @@ class Commands:
                 )
             session.reselect(argument or None)
             session.dense = False
-            note(f"selects anew at the next message, by {'this text' if argument else 'it'}")
+            held = self._held() if argument else ""
+            note(f"selects anew at the next message, by {'this text' if argument else 'it'}{held}")
             return
-        self._refuse_turns("a file")
         session.use(Selection.load(_path(argument)))
-        note(f"uses {self._selection_line()}")
+        note(f"uses {self._selection_line()}{self._held()}")
 
     def _task(self, argument: str) -> None:
         store = TaskStore(self.session.model.checkpoint)
@@ -180,18 +180,16 @@ class Commands:
             names = ", ".join(task.name for task in store.tasks())
             note(f"tasks: {names}" if names else "no tasks yet; `ifprune select --prompt TEXT --save NAME` saves one")
             return
-        self._refuse_turns("a task")
         self.session.use(store.load(argument))
-        note(f"uses task {argument}: {self._selection_line()}")
+        note(f"uses task {argument}: {self._selection_line()}{self._held()}")
 
-    def _refuse_turns(self, what: str) -> None:
-        """Raise IfpruneError where the next message would select by itself, whatever is given now."""
+    def _held(self) -> str:
+        """Give up a policy by which the next message would select by itself, whatever was given now; says so."""
         policy = self.session.policy
-        if policy in ("turn", "auto"):
-            raise IfpruneError(
-                f"policy {policy} selects anew at every message; to use {what}, start with --policy first or type "
-                "/policy first"
-            )
+        if policy not in ("turn", "auto"):
+            return ""
+        self.session.policy = "first"
+        return f"; it stays, and /policy {policy} lets messages select again"
 
     def _density(self, argument: str) -> None:
         session = self.session

@@ -246,8 +246,9 @@ def test_saved_selections(piped: Piped) -> None:
     done = piped("one", "/reset", "two", "/select", "/density 0.5", f"/save {a}", options=("--selection", str(file)))
     assert len(errors(done)) == 2
     assert (piped.saved("a.json")["policy"], piped.saved("a.json")["selection"]["hash"]) == ("task", wanted)
-    done = piped(f"/select {file}", options=("--policy", "turn"))
-    assert "start with --policy first" in errors(done)[0]
+    done = piped("one", f"/select {file}", "two", f"/save {a}", options=("--policy", "turn"))
+    assert any("it stays, and /policy turn lets messages select again" in line for line in notes(done))
+    assert (piped.saved("a.json")["policy"], piped.saved("a.json")["selection"]["hash"]) == ("first", wanted)
 
 
 def test_named_tasks(piped: Piped) -> None:
@@ -273,8 +274,12 @@ def test_named_tasks(piped: Piped) -> None:
     piped("/task maths", "two", "three", f"/save {a}", options=("--task", "poetry"))
     assert (piped.saved("a.json")["policy"], piped.saved("a.json")["selection"]["hash"]) == ("task", wanted["maths"])
     for policy in ("turn", "auto"):
-        done = piped("/task maths", options=("--policy", policy))
-        assert f"policy {policy} selects anew at every message; to use a task" in errors(done)[0]
+        done = piped("one", "/task maths", "two", f"/save {a}", options=("--policy", policy))
+        assert any(f"it stays, and /policy {policy} lets messages select again" in line for line in notes(done))
+        assert (piped.saved("a.json")["policy"], piped.saved("a.json")["selection"]["hash"]) == (
+            "first",
+            wanted["maths"],
+        )
 
 
 def test_a_given_task_goes_before_what_was_saved(piped: Piped) -> None:
