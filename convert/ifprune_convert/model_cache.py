@@ -216,9 +216,7 @@ class _Place:
         path = Path(self.model).expanduser()
         repository, file = parse_source(self.model)
         if path.exists():
-            files = [path] if path.is_file() else sorted(one for one in path.iterdir() if not one.name.startswith("."))
-            stamps = [(one.name, one.stat().st_size, one.stat().st_mtime_ns) for one in files if one.is_file()]
-            seen = json.dumps(stamps)
+            seen = json.dumps(stamps_of(path))
         elif repository is None:
             raise SourceError(f"{self.model}: no such file or folder")
         else:
@@ -233,6 +231,12 @@ class _Place:
     def ready(self, state: str = "*") -> Path | None:
         """The whole checkpoint of this state, or of any, that this version made."""
         return _whole(self.folder, state)
+
+
+def stamps_of(path: Path) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of a source's files. Hidden ones are of the system, and no part of it."""
+    files = [path] if path.is_file() else sorted(one for one in path.iterdir() if not one.name.startswith("."))
+    return [(one.name, one.stat().st_size, one.stat().st_mtime_ns) for one in files if one.is_file()]
 
 
 def _whole(folder: Path, state: str = "*") -> Path | None:

@@ -47,7 +47,12 @@ class Record:
 
 
 def read_records(
-    path: str | Path, domain: str, *, strict: bool = False, report: Callable[[str], object] | None = None
+    path: str | Path,
+    domain: str,
+    *,
+    strict: bool = False,
+    report: Callable[[str], object] | None = None,
+    answers: bool = True,
 ) -> list[Record]:
     """Read JSON lines as mlx-lm does: `prompt` and `completion`, `messages`, or `text`; other keys are ignored.
 
@@ -57,6 +62,7 @@ def read_records(
     Args:
         strict: raise at a line that cannot be used, instead of skipping it.
         report: receives "file, line N: reason" for every line that is skipped. Without it such a line is an error.
+        answers: False takes chats without an answer as well, and `prompt` alone.
 
     Raises:
         DataError: if the file cannot be read, is not UTF-8, holds no usable line, or (see above) has a bad line.
@@ -65,7 +71,7 @@ def read_records(
     records, first_bad = [], None
     for number, value in json_lines(path):
         try:
-            records.append(_record(value, domain))
+            records.append(_record(value, domain, answers))
         except ValueError as exc:
             bad = f"{path}, line {number}: {exc}"
             if strict or report is None:
@@ -90,7 +96,7 @@ def split(record: Record, share: float) -> str:
     return "valid" if int(record.key, 16) / 16 ** len(record.key) < share else "train"
 
 
-def _record(value: Any, domain: str) -> Record:
+def _record(value: Any, domain: str, answers: bool = True) -> Record:
     """The record that a line's JSON value holds; ValueError says why there is none."""
     if not isinstance(value, dict):
         kind = "JSON" if value is None else "a JSON object"
@@ -102,7 +108,9 @@ def _record(value: Any, domain: str) -> Record:
     if "messages" in value:
         if value.get("tools"):
             raise ValueError("a chat with tools, which are not supported")
-        return _chat(value["messages"], domain)
+        return _chat(value["messages"], domain, answers)
+    if "prompt" in value and not answers:
+        return _chat([{"role": "user", "content": checked_text(value["prompt"], "prompt")}], domain, answers)
     if "text" in value:
         record = Record((), domain, checked_text(value["text"], "text"))
         if not record.instruction.strip():
@@ -111,19 +119,21 @@ def _record(value: Any, domain: str) -> Record:
     raise ValueError(f"not a chat or text; expected {_EXPECTED}")
 
 
-def _chat(values: Any, domain: str) -> Record:
+def _chat(values: Any, domain: str, answers: bool = True) -> Record:
     if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
         raise ValueError("messages are no list of objects with role and content")
     messages = [
         {key: checked_text(value.get(key), f"the {key} of message {number}") for key in ("role", "content")}
         for number, value in enumerate(values, 1)
     ]
-    while messages and messages[-1]["role"] != "assistant":
-        messages.pop()
-    if not messages:
-        raise ValueError("no answer by the assistant")
     roles = [message["role"] for message in messages]
-    if "user" not in roles[: roles.index("assistant")]:
+    if answers or "assistant" in roles:
+        while messages and messages[-1]["role"] != "assistant":
+            messages.pop()
+        if not messages:
+            raise ValueError("no answer by the assistant")
+        roles = roles[: roles.index("assistant")]
+    if "user" not in roles:
         raise ValueError("no user message before the first answer")
     record = Record(tuple(messages), domain)
     if not record.instruction.strip():

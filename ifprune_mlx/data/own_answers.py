@@ -22,7 +22,7 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ifprune_mlx.chat_template import render_messages
-from ifprune_mlx.checkpoint.atomic_write import check_replaceable
+from ifprune_mlx.checkpoint.atomic_write import check_replaceable, write_atomic
 from ifprune_mlx.data.dataset import Message, Record
 from ifprune_mlx.errors import DataError, reason_of
 
@@ -121,14 +121,22 @@ def write_own_answers(
     settings = f"{source}/{max_length}/{batch_size}/{temperature}/{seed}"
     ids = [hashlib.sha256(f"{settings}/{record.key}".encode()).hexdigest()[:16] for record in records]
     partial = path.with_name(f"{path.name}.partial")
-    lines = max((_known_lines(file, ids) for file in (path, partial)), key=len)
+    known = {file: _known_lines(file, ids) for file in (partial, path)}
+    begun = max(known, key=lambda file: len(known[file]))
+    lines = known[begun]
+    if begun == path and len(lines) == len(records):  # it may hold more
+        progress(len(lines), len(records))
+        return _found(path, lines, records)
     if len(lines) < len(records):
         del lines[len(lines) // answering.block * answering.block :]
     progress(len(lines), len(records))
     ended = count(len(lines) + 1)
     try:
-        with partial.open("wb") as file:
-            file.writelines(lines)
+        if begun == path or not lines:
+            write_atomic(partial, lambda file: file.write_bytes(b"".join(lines)), DataError)
+        with partial.open("r+b") as file:  # what is there is not written again: a kill could lose it
+            file.truncate(sum(map(len, lines)))
+            file.seek(0, os.SEEK_END)
             for start in range(len(lines), len(records), answering.block):
                 part = records[start : start + answering.block]
                 chats = answering.answer(part, lambda: progress(next(ended), len(records)))
@@ -141,6 +149,11 @@ def write_own_answers(
     except OSError as exc:
         advice = "check permissions and free space, or write elsewhere"
         raise DataError(f"{path}: cannot be written ({reason_of(exc)}); {advice}") from exc
+    return _found(path, lines, records)
+
+
+def _found(path: Path, lines: Sequence[bytes], records: Sequence[Record]) -> list[Record]:
+    """The chats that lines hold; raises DataError if there are none."""
     chats = [_read(line, record) for line, record in zip(lines, records, strict=True)]
     found = [chat for chat in chats if chat is not None]
     if not found:

@@ -52,7 +52,7 @@ def measure_curve(
         dense: loss of every example in nats per answer token, by the model to compare with (see `dense_losses`), such
             as the one before healing; None is this model with all neurons.
         seconds: about how long it may take, at the rate of the first prompts; None measures all examples, and
-            `LEAST_PROMPTS` are measured in any case.
+            `LEAST_PROMPTS` are measured in any case. Not where `dense` is given.
         seed: of the bootstrap.
         note: is told what it will take.
         progress: called with (tokens read, tokens to read).
@@ -65,26 +65,24 @@ def measure_curve(
     if len(examples) < LEAST_PROMPTS:
         raise DataError(f"{len(examples)} held-out prompts; measuring densities needs {LEAST_PROMPTS}, give more chats")
     names = list(selectors or (["learned"] if model.checkpoint.has_predictor else []) + ["activation", "static"])
-    keeps = {model.keep(density): density for density in sorted(densities)}
-    keeps = {keep: keeps[keep] for keep in sorted(keeps, reverse=True) if keep != model.checkpoint.widths}
-    if not keeps:
-        raise BudgetError(f"{model.checkpoint.path}: no density leaves a neuron out, its FFNs are too narrow")
+    keeps = distinct_keeps(model, densities)
     passes, show = 1 + len(names) * len(keeps), progress or (lambda done, total: None)
     examples, tokens = list(examples), [len(example.tokens) for example in examples]
 
-    start = time.perf_counter()
-    own = dense_losses(model, examples[:LEAST_PROMPTS])
-    rate = sum(tokens[:LEAST_PROMPTS]) / (time.perf_counter() - start)
-    if seconds is not None:
-        fitting = int(np.searchsorted(np.cumsum(tokens), seconds * rate / passes, side="right"))
-        examples = examples[: max(fitting, LEAST_PROMPTS)]
+    baseline = [] if dense is None else list(dense[: len(examples)])
+    if dense is None:
+        start = time.perf_counter()
+        baseline += dense_losses(model, examples[:LEAST_PROMPTS])
+        rate = sum(tokens[:LEAST_PROMPTS]) / (time.perf_counter() - start)
+        if seconds is not None:
+            fitting = int(np.searchsorted(np.cumsum(tokens), seconds * rate / passes, side="right"))
+            examples = examples[: max(fitting, LEAST_PROMPTS)]
+        note(
+            f"measuring what {len(keeps)} densities lose, on {len(examples)} held-out prompts with "
+            f"{', '.join(names)}: about {passes * sum(tokens[: len(examples)]) / rate:.0f} s"
+        )
+        baseline += dense_losses(model, examples[LEAST_PROMPTS:]) if len(examples) > LEAST_PROMPTS else []
     total = passes * sum(tokens[: len(examples)])
-    note(
-        f"measuring what {len(keeps)} densities lose, on {len(examples)} held-out prompts with "
-        f"{', '.join(names)}: about {total / rate:.0f} s"
-    )
-    own += dense_losses(model, examples[LEAST_PROMPTS:]) if len(examples) > LEAST_PROMPTS else []
-    baseline = list(own if dense is None else dense[: len(examples)])
     once, points = sum(tokens[: len(examples)]), list[CurvePoint]()
     for number, (keep, density) in enumerate(keeps.items()):
         before = once * (1 + number * len(names))
@@ -99,6 +97,19 @@ def measure_curve(
     points.sort(key=lambda point: names.index(point.selector))
     answers = sum(int(example.mask.sum()) for example in examples)
     return DensityCurve(tuple(points), tuple(example.key for example in examples), answers)
+
+
+def distinct_keeps(model: Model, densities: Sequence[float] = DENSITIES) -> dict[tuple[int, ...], float]:
+    """The densities that keep different neurons and leave some out, by what they keep, the highest first.
+
+    Raises:
+        BudgetError: for a density out of range, or if none leaves a neuron out.
+    """
+    keeps = {model.keep(density): density for density in sorted(densities)}
+    keeps = {keep: keeps[keep] for keep in sorted(keeps, reverse=True) if keep != model.checkpoint.widths}
+    if not keeps:
+        raise BudgetError(f"{model.checkpoint.path}: no density leaves a neuron out, its FFNs are too narrow")
+    return keeps
 
 
 def dense_losses(model: Model, examples: Sequence[Example]) -> list[float]:

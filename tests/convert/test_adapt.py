@@ -295,7 +295,7 @@ def test_a_damaged_record_is_refused(content: str, tmp_path: Path) -> None:
 
 
 def test_the_budget_gives_the_stages_behind_what_is_left() -> None:
-    budget, spent = Budget(10, STAGES), 0.0
+    budget, spent = Budget(10), 0.0
     for stage in STAGES:
         spent += budget.seconds(stage, spent)
     assert spent == pytest.approx(36000)
@@ -306,7 +306,7 @@ def test_the_budget_gives_the_stages_behind_what_is_left() -> None:
 
 
 def test_a_stage_ends_when_those_behind_it_need_the_time() -> None:
-    budget, spent = Budget(10, STAGES), 0.0
+    budget, spent = Budget(10), 0.0
     for stage in STAGES:
         spent += budget.seconds(stage, spent)
         assert budget.end(stage) == pytest.approx(spent)  # by the plan, neither earlier nor later

@@ -28,7 +28,7 @@ def prompts(files: Mapping[str, Path], note: Callable[[str], object]) -> list[Re
         return shipped_prompts()
     columns = []
     for name, file in files.items():
-        by_key = {record.key: record for record in reversed(read_records(file, name, report=note))}
+        by_key = {record.key: record for record in reversed(read_records(file, name, report=note, answers=False))}
         columns.append([by_key[key] for key in sorted(by_key, key=_place)])
     return in_turn(columns)
 
@@ -42,9 +42,27 @@ def write_domains(folder: Path, answers: Sequence[Record]) -> None:
         write_atomic(folder / f"{domain}.jsonl", _writer(text), DataError)
 
 
+def first_of_each(chats: Sequence[Record]) -> list[Record]:
+    """One chat of each prompt, whatever domain it is in."""
+    return list({chat.key: chat for chat in reversed(chats)}.values())[::-1]
+
+
+def training_files(folder: Path) -> dict[str, Path]:
+    """Those files of `write_domains` that hold a chat to train on."""
+    files = domain_files(folder).items()
+    return {
+        name: file for name, file in files if any(split(chat, HELD_OUT) == "train" for chat in read_records(file, name))
+    }
+
+
 def domain_files(folder: Path) -> dict[str, Path]:
     """What `write_domains` wrote, by domain."""
     return {file.stem: file for file in sorted(folder.glob("*.jsonl"))}
+
+
+def every_answer(folder: Path) -> list[Record]:
+    """All chats, the domains in turn."""
+    return in_turn([read_records(file, name) for name, file in domain_files(folder).items()])
 
 
 def held_out(folder: Path) -> list[Record]:

@@ -14,6 +14,7 @@ import mlx.core as mx
 from ifprune_mlx.checkpoint.density_curve import TOLERANCE, check_tolerance
 from ifprune_mlx.checkpoint.format import Quantization
 from ifprune_mlx.errors import DataError, IfpruneError
+from ifprune_mlx.eval.metrics import POOLED
 
 Stage = Literal["convert", "answers", "calibrate", "distill", "select", "heal", "evaluate"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -62,11 +63,15 @@ class AdaptConfig:
         if not (math.isfinite(self.hours) and 0 < self.hours <= _MOST_HOURS):
             raise IfpruneError(f"--hours {self.hours:g}: give a number above 0, such as 0.5 or 8")
         check_tolerance(self.tolerance)
+        if not self.output.name:
+            raise IfpruneError(f"--mlx-path {self.output}: give the name of a folder, such as my-model")
         if self.until not in STAGES:
             raise IfpruneError(f"--stages {self.until}: choose from {', '.join(STAGES)}")
         for name, file in self.data.items():
             if re.fullmatch(r"\w[\w-]*", name) is None:
                 raise DataError(f"--data {name}={file}: name the domain with letters, digits and -")
+            if name == POOLED:
+                raise DataError(f"--data {name}={file}: reports call all domains together so; choose another name")
             if not Path(file).is_file():
                 raise DataError(f"--data {name}={file}: no such file; give JSON lines of prompts")
 
@@ -82,10 +87,10 @@ class AdaptConfig:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What may not change when the same command goes on; hours, memory and the last stage may."""
+        """What may not change when the same command goes on; hours, memory, tolerance and the last stage may. Which
+        revision of the model it is, the job's record of its source says."""
         return {
             "model": str(self.model),
-            "revision": self.revision,
             "data": {name: str(file) for name, file in self.data.items()},
             "quantization": None if self.quantization is None else self.quantization.to_dict(),
             "dtype": None if self.dtype is None else str(self.dtype),

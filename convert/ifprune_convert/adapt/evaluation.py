@@ -12,7 +12,7 @@ from ifprune_mlx.checkpoint.budget import resolve_keep
 from ifprune_mlx.checkpoint.density_curve import DensityCurve
 from ifprune_mlx.checkpoint.format import Checkpoint
 from ifprune_mlx.data.tokenize import Example, encode_all
-from ifprune_mlx.eval.density_curve import LEAST_PROMPTS, dense_losses, measure_curve, set_curve
+from ifprune_mlx.eval.density_curve import LEAST_PROMPTS, dense_losses, distinct_keeps, measure_curve, set_curve
 from ifprune_mlx.eval.evaluation import Evaluation
 from ifprune_mlx.eval.losses import compare
 from ifprune_mlx.generation import stream_generate
@@ -22,7 +22,7 @@ from ifprune_mlx.train.static_prior import load_prior
 from ifprune_mlx.train.trainer import LEARNED_PRIOR
 
 from .answers import held_out
-from .config import Stage
+from .config import STAGES, Stage
 from .job import StageRecord
 from .plan import PASSES, sized
 from .report import Findings, Sample, write_report
@@ -31,6 +31,7 @@ from .workspace import Workspace
 _SAMPLES, _SAMPLE_TOKENS = 6, 96
 _MEASURED = {"learned": {"learned": "learned", "mismatched": "mismatched"}, "static": {"healed-static": "static"}}
 """Of each result: rows of the report, and what the evaluation of its checkpoint calls them."""
+_ROW = {"learned": "learned", "static": "healed-static"}  # of the report, by arm
 _COMPARED = 0.5  # the density of the report's comparison
 
 
@@ -61,8 +62,9 @@ def evaluate(ws: Workspace, record: StageRecord) -> None:
     by_domain: dict[str, list[Example]] = {}
     for example in examples:
         by_domain.setdefault(example.domain, []).append(example)
-    by_domain = {name: chats for name, chats in by_domain.items() if len(chats) > 1}
+    by_domain = {name: chats for name, chats in by_domain.items() if len(chats) > 1} or {"prompts": examples}
     with ws.loaded(ws.base) as (model, _):
+        ws.job.save()
         dense = dense_losses(model, examples)
         model.prior = load_prior(ws.measured / "prior.safetensors", list(model.checkpoint.widths))
         found = _compare(ws, model, by_domain, ("dense", "static"))
@@ -74,14 +76,12 @@ def evaluate(ws: Workspace, record: StageRecord) -> None:
             found = found.with_rows(measured, _MEASURED[name])
             if measured.overlap:
                 found = replace(found, matched=measured.matched, overlap=measured.overlap)
-            with ws.progress("densities", "tokens") as update:
-                few = examples[: max(LEAST_PROMPTS, len(examples) // 2)]
-                curves[name] = measure_curve(model, few, selectors=[name], dense=dense, progress=update)
+            few = examples[: max(LEAST_PROMPTS, len(examples) // 2)]
+            curves[name] = _curve(ws, record, name, model, few, dense)
     choices = {name: curve.choose(ws.config.tolerance)[0] for name, curve in curves.items()}
-    # The lower density wins, then the lower loss.
-    best = min(
-        choices, key=lambda name: (choices[name], found.nll("learned" if name == "learned" else "healed-static"))
-    )
+    # The lower density wins, then the lower loss. A predictor that has collapsed is none.
+    collapsed = collapse_reason(found)
+    best = "static" if collapsed is not None else min(choices, key=lambda name: (choices[name], found.nll(_ROW[name])))
     set_curve(ws.config.work / best, curves[best], choices[best], best)
     with ws.loaded(ws.config.work / best) as (model, tokenizer):
         shown = choices[best] if choices[best] < 1 else _COMPARED
@@ -98,18 +98,18 @@ def evaluate(ws: Workspace, record: StageRecord) -> None:
         chosen=best,
         density=choices[best],
         tolerance=ws.config.tolerance,
-        collapsed=collapse_reason(found),
+        collapsed=collapsed,
         samples=samples,
         shown=shown,
-        seconds=_seconds(ws),
-        sizes={stage: ws.job.stage(stage).size for stage in ws.config.stages},
+        seconds={stage: ws.job.stage(stage).seconds for stage in STAGES},
+        sizes=_done(ws),
         tokens=ws.job.stage("heal").figures.get("tokens", 0) + ws.job.stage("select").figures.get("tokens", 0),
         parameters=parameters,
         active=_active(ws, best, choices[best]),
         data="the prompts that ship" if not ws.config.data else ", ".join(map(str, ws.config.data.values())),
     )
     write_report(ws.config.work, findings, ws.note)
-    record.figures["chosen"] = best
+    record.figures |= {"chosen": best, "tolerance": ws.config.tolerance}
 
 
 def _decide(ws: Workspace, record: StageRecord, model: Model, examples: list[Example], sampling: float) -> None:
@@ -147,11 +147,30 @@ def _answers(
     return texts
 
 
-def _seconds(ws: Workspace) -> dict[Stage, float]:
-    """What each stage took; the one that is being done has no record yet."""
-    seconds = {stage: ws.job.stage(stage).seconds for stage in ws.config.stages}
-    seconds["evaluate"] += ws.job.seconds - sum(seconds.values())
-    return seconds
+def _curve(
+    ws: Workspace, record: StageRecord, name: str, model: Model, examples: Sequence[Example], dense: Sequence[float]
+) -> DensityCurve:
+    """What an arm loses at each density. Each is kept as soon as it is measured, for a job that is killed."""
+    kept = record.figures.setdefault("curves", {}).setdefault(name, {})
+    curves = []
+    with ws.progress("densities", "densities") as update:
+        densities = distinct_keeps(model).values()
+        for number, density in enumerate(densities):
+            if str(density) not in kept:
+                measured = measure_curve(model, examples, selectors=[name], densities=[density], dense=dense)
+                kept[str(density)] = measured.to_dict()
+                ws.job.save()
+            curves.append(DensityCurve.from_dict(kept[str(density)]))
+            update(number + 1, len(densities))
+    return replace(curves[0], points=tuple(point for curve in curves for point in curve.points))
+
+
+def _done(ws: Workspace) -> dict[Stage, int | None]:
+    """How much of each stage was done."""
+    sizes = {stage: ws.job.stage(stage).size for stage in STAGES}
+    sizes["calibrate"] = ws.job.stage("calibrate").figures["chats"]
+    sizes["select"], sizes["heal"] = (ws.job.stage(stage).figures["steps"] for stage in ("select", "heal"))
+    return sizes
 
 
 def _active(ws: Workspace, best: str, density: float) -> int:

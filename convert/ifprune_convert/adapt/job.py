@@ -52,11 +52,16 @@ class Job:
         self.folder, self._now = folder, now
         self._identity = dict(identity)
         self._stages: dict[str, StageRecord] = {}
+        self._running: tuple[StageRecord, float] | None = None  # and when it would have begun without a pause
         self._earlier, self._began, self._saved = 0.0, now(), now()
         if (folder / FILE).exists():
             self._restore()
         elif folder.exists() and any(folder.iterdir()):
             raise DataError(f"{folder}: is not of `ifprune adapt`; move it away, or give another --mlx-path")
+
+    def start_clock(self) -> None:
+        """What has passed so far does not count, such as a download."""
+        self._began = self._now()
 
     @property
     def seconds(self) -> float:
@@ -70,14 +75,14 @@ class Job:
     @contextmanager
     def working(self, name: str) -> Iterator[StageRecord]:
         """A stage is worked on; when the block ends without an exception, it is done."""
-        record, start = self.stage(name), self._now()
-        earlier = record.seconds
+        record = self.stage(name)
+        self._running = record, self._now() - record.seconds
         try:
             yield record
             record.done = True
         finally:
-            record.seconds = earlier + self._now() - start
             self.save()
+            self._running = None
 
     def tick(self) -> None:
         """Work goes on: keep the clock."""
@@ -88,6 +93,9 @@ class Job:
         """Write the file."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._saved = self._now()
+        if self._running is not None:
+            record, begun = self._running
+            record.seconds = self._now() - begun
         value = {
             "version": _VERSION,
             "identity": self._identity,

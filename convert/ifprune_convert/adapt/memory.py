@@ -100,7 +100,7 @@ class Shapes:
             ]
             for layer in layers
         ]
-        healed = linears[min(read_layers(len(specs)), len(layers) - 1) :]
+        healed = linears[min(read_layers(len(layers)), len(layers) - 1) :]
         # A family that computes keys and values otherwise is taken to have as many of them as hidden values.
         kv = sum(outputs for name, _, outputs in chain(*linears) if name.endswith(("k_proj", "v_proj")))
         sliced = {f"{spec.path}.{leaf}.weight" for spec in specs for leaf in spec.leaves}

@@ -48,25 +48,22 @@ class Budget:
     """Seconds for the stages that are still to come.
 
     Args:
-        hours: for the whole job.
-        stages: all of it, in order.
+        hours: for all stages. A job that ends early does not spend those of the others, which may follow.
     """
 
     hours: float
-    stages: Sequence[Stage]
 
     def seconds(self, stage: Stage, spent: float) -> float:
         """For a stage that begins after `spent` seconds of the job: its share of what is left, so that what one stage
         takes too much, all others give."""
-        coming = self.stages[self.stages.index(stage) :]
+        coming = STAGES[STAGES.index(stage) :]
         left = max(self.hours * 3600 - spent, 0.0)
         return left * SHARES[stage] / sum(SHARES[name] for name in coming)
 
     def end(self, stage: Stage) -> float:
         """Seconds of the job by which a stage has to end, so that those behind it get their shares."""
-        behind = self.stages[self.stages.index(stage) + 1 :]
-        share = sum(SHARES[name] for name in behind) / sum(SHARES[name] for name in self.stages)
-        return self.hours * 3600 * (1 - share)
+        behind = STAGES[STAGES.index(stage) + 1 :]
+        return self.hours * 3600 * (1 - sum(SHARES[name] for name in behind))
 
 
 def sized(stage: Stage, seconds: float, per_second: float) -> int:
@@ -75,28 +72,31 @@ def sized(stage: Stage, seconds: float, per_second: float) -> int:
     return max(least, min(most, int(seconds * per_second)))
 
 
-def planned(hours: float, stages: Sequence[Stage], flops: float, parameters: int) -> dict[Stage, int]:
+def planned(hours: float, flops: float, parameters: int, prompts: int) -> dict[Stage, int]:
     """How much of each stage there is likely to be time for.
 
     Args:
         flops: floating-point operations a second that this machine was measured to do in matrix products.
         parameters: of the model.
+        prompts: that there are to answer.
     """
-    rates = {stage: flops / cost for stage, cost in _costs(parameters).items()}
-    return {
-        stage: sized(stage, hours * 3600 * _share(stage, stages), rates[stage]) for stage in stages if stage in rates
-    }
+    costs = _costs(parameters)
+    amounts = {stage: sized(stage, hours * 3600 * SHARES[stage], flops / cost) for stage, cost in costs.items()}
+    amounts["answers"] = min(amounts["answers"], prompts)
+    amounts["calibrate"] = min(amounts["calibrate"], amounts["answers"])
+    return amounts
 
 
 def least_seconds(stages: Sequence[Stage], flops: float, parameters: int) -> float:
-    """What the least of every stage is likely to take, as `planned` takes its arguments."""
+    """What the least of these stages is likely to take, as `planned` takes its arguments."""
     costs = _costs(parameters)
     return sum(BOUNDS[stage][0] * costs[stage] / flops for stage in stages if stage in costs)
 
 
 def longest_chat(hours: float, flops: float, parameters: int) -> int:
     """Most tokens of a chat, as `planned` takes its arguments."""
-    return _SHORT if planned(hours, STAGES, flops, parameters)["answers"] < _FEW else _LONG
+    answers = sized("answers", hours * 3600 * SHARES["answers"], flops / _costs(parameters)["answers"])
+    return _SHORT if answers < _FEW else _LONG
 
 
 def _costs(parameters: int) -> Mapping[Stage, float]:
@@ -145,15 +145,11 @@ def plan_lines(
         f"{room / 1e9:.1f} GB that weights may take"
     ]
     for stage in stages:
-        seconds = hours * 3600 * _share(stage, stages)
+        seconds = hours * 3600 * SHARES[stage]
         amount = f"about {amounts[stage]} {UNITS[stage]}" if stage in amounts else ""
         gigabytes = f"{needs[stage].memory / 1e9:.1f} GB"
         lines.append(f"  {stage:10}{duration(seconds):>10} {gigabytes:>8}  {amount:20}  {does[stage]}")
     return lines
-
-
-def _share(stage: Stage, stages: Sequence[Stage]) -> float:
-    return SHARES[stage] / sum(SHARES[name] for name in stages)
 
 
 def duration(seconds: float) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ifprune_convert.card import CARD, write_card
 from ifprune_convert.pipeline import Options, check_output
-from ifprune_convert.upload import upload
+from ifprune_convert.upload import check_upload, upload
 from ifprune_mlx.checkpoint.atomic_write import new_folder
 from ifprune_mlx.checkpoint.format import Checkpoint
 from ifprune_mlx.checkpoint.format_writer import write_manifest
@@ -62,7 +62,11 @@ def finish(ws: Workspace) -> Adaptation:
 
 def published(ws: Workspace) -> bool:
     """Whether the result of this very job is in its place already."""
-    known = ws.job.stage(ws.config.until).figures.get("id")
+    record = ws.job.stage(ws.config.until)
+    known = record.figures.get("id")
+    if record.done and record.figures.get("tolerance", ws.config.tolerance) != ws.config.tolerance:
+        record.done = False  # the default is chosen anew, from what was measured
+        return False
     try:
         return known is not None and Checkpoint.open(ws.config.output).id == known
     except IfpruneError:
@@ -73,9 +77,15 @@ def result(ws: Workspace) -> Adaptation:
     """What is in its place now, uploaded if it is to be."""
     config, page = ws.config, None
     checkpoint = Checkpoint.open(config.output)
-    if config.upload_repo is not None:
+    figures = ws.job.stage(config.until).figures
+    if config.upload_repo is not None and figures.get("uploaded") == [config.upload_repo, checkpoint.id]:
+        page = figures["page"]
+    elif config.upload_repo is not None:
         ws.note(f"uploading {checkpoint.disk_bytes / 1e6:.0f} MB to {config.upload_repo}")
+        check_upload(config.upload_repo)
         page = upload(checkpoint, config.upload_repo)
+        figures |= {"uploaded": [config.upload_repo, checkpoint.id], "page": page}
+        ws.job.save()
     report = config.output / REPORT
     return Adaptation(checkpoint, report if report.is_file() else None, ws.job.seconds, page)
 

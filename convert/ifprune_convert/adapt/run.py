@@ -7,13 +7,16 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
 
 from ifprune_convert.folder_lock import alone
+from ifprune_convert.model_cache import stamps_of
 from ifprune_convert.pipeline import check_output
 from ifprune_convert.readers import open_source
-from ifprune_convert.readers.hub import locate_source
+from ifprune_convert.readers.hub import locate_source, parse_source
 from ifprune_convert.upload import check_upload
-from ifprune_mlx.checkpoint.hub import hub_name
+from ifprune_mlx.checkpoint.hub import hub_name, list_repository
 from ifprune_mlx.device import this_device
 from ifprune_mlx.errors import DataError, IfpruneError, SourceError
 from ifprune_mlx.train.evaluation import ProgressDisplay
@@ -58,19 +61,17 @@ def adapt(
     Raises:
         IfpruneError: naming what cannot be used or written. What is done is kept.
     """
-    ws = Workspace(config, progress, note, now, sizes or {})
-    done = published(ws)
-    if not done:
-        check_output(config.output, config.overwrite)
-    if config.upload_repo is not None:
-        check_upload(config.upload_repo)
-    if done:
-        return result(ws)
 
     def busy() -> None:
         raise DataError(f"{config.work}: another process works on it; wait for it, or end it")
 
     with alone(config.work, busy):
+        ws = Workspace(config, progress, note, now, sizes or {})
+        if published(ws):
+            return result(ws)
+        check_output(config.output, config.overwrite)
+        if config.upload_repo is not None:
+            check_upload(config.upload_repo)
         try:
             return _go_on(ws)
         except IfpruneError:
@@ -82,19 +83,36 @@ def adapt(
 def _go_on(ws: Workspace) -> Adaptation:
     """Do what is left."""
     job = ws.job
+    available = len(prompts(ws.config.data, lambda line: None))  # files that hold none are refused before a download
+    _check_download(ws)
     _locate(ws)
+    job.start_clock()
     _check_source(ws)
     if job.stage("convert").done:
         ws.note(f"{ws.config.work}: goes on after {duration(job.seconds)} of work")
-    else:
-        prompts(ws.config.data, lambda line: None)  # files that hold none are refused before the long work
-        _print_plan(ws)
+    _plan(ws, available)
     for stage in ws.config.stages:
         if not job.stage(stage).done:
             with job.working(stage) as record:
                 _DO[stage](ws, record)
             ws.note(f"{stage}: done in {duration(record.seconds)} ({duration(job.seconds)} so far)")
     return finish(ws)
+
+
+def _check_download(ws: Workspace) -> None:
+    """Raise IfpruneError, before a download, for a model of the hub whose weights alone do not fit."""
+    name, _ = parse_source(str(ws.config.model))
+    if name is None or Path(ws.config.model).expanduser().exists():
+        return
+    with suppress(SourceError):  # without the hub, what was downloaded is looked at
+        repository = list_repository(name, ws.config.revision, SourceError)
+        least = int((repository.parameters or 0) * (ws.options.bits or 4) / 8)
+        most = min(this_device().usable, ws.config.memory or this_device().usable)
+        if least > most:
+            raise IfpruneError(
+                f"{name}: its weights would take {least / 1e9:.3g} GB, and {most / 1e9:.3g} GB may be used; quantize "
+                "with -q, or take a smaller model"
+            )
 
 
 def _locate(ws: Workspace) -> None:
@@ -115,8 +133,7 @@ def _check_source(ws: Workspace) -> None:
     """Refuse to go on with another source than the job began with."""
     now: object = hub_name(ws.source)  # with the commit
     if now is None:
-        files = [ws.source] if ws.source.is_file() else sorted(ws.source.glob("*"))
-        now = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()}
+        now = [list(stamp) for stamp in stamps_of(ws.source)]
     begun = ws.job.stage("convert")
     if not begun.done:  # whatever of it there is will be made again
         begun.figures["source"] = now
@@ -127,25 +144,33 @@ def _check_source(ws: Workspace) -> None:
         )
 
 
-def _print_plan(ws: Workspace) -> None:
-    """Say what will be done, or that it does not fit."""
-    config, usable = ws.config, this_device().usable
+def _plan(ws: Workspace, available: int) -> None:
+    """Say what will be done, or that it does not fit.
+
+    Args:
+        available: prompts that there are.
+    """
+    config, usable, job = ws.config, this_device().usable, ws.job
+    stages = [stage for stage in config.stages if not job.stage(stage).done]
+    if not stages:
+        return
     source = open_source(ws.source, trust_remote_code=config.trust_remote_code)
     parameters = sum(math.prod(shape) for shape in source.shapes.values())
     rate = machine_rate(ws.now)
-    amounts = planned(config.hours, config.stages, rate, parameters)
-    ws.set_length(config.max_seq_length or longest_chat(config.hours, rate, parameters))
+    amounts = planned(config.hours, rate, parameters, available)
     shapes = Shapes.of(source, ws.options)
-    found = needs(shapes, ws.length, amounts.get("calibrate", 0))
+    if not job.stage("convert").done:
+        ws.describe(config.max_seq_length or longest_chat(config.hours, rate, parameters), shapes.layers)
+    found = needs(shapes, ws.length, amounts["calibrate"])
     # A job that ends early writes its result twice as well.
-    disk = max(found[stage].disk for stage in config.stages)
+    disk = max(found[stage].disk for stage in stages)
     disk += 0 if "evaluate" in config.stages else 2 * shapes.weights
-    _check_fits(ws, found, disk, usable)
+    _check_fits(ws, {stage: found[stage] for stage in stages}, disk, usable)
     model = f"{parameters / 1e9:.2g}B parameters, {rate / 1e12:.2g} TFLOP/s in matrix products on this machine"
-    for line in plan_lines(config.hours, config.stages, amounts, found, disk, model, usable):
+    for line in plan_lines(config.hours, stages, amounts, found, disk, model, usable):
         ws.note(line)
-    least = least_seconds(config.stages, rate, parameters)
-    if least > config.hours * 3600:
+    least = least_seconds(stages, rate, parameters)
+    if least > config.hours * 3600 - job.seconds:
         ws.note(f"--hours {config.hours:g} is short: the least that is of use takes about {duration(least)} here")
     ws.note(f"stages lie in {config.work}; the same command goes on after Ctrl-C")
 
@@ -153,7 +178,7 @@ def _print_plan(ws: Workspace) -> None:
 def _check_fits(ws: Workspace, found: Mapping[Stage, Need], disk: int, usable: int) -> None:
     """Raise IfpruneError if a stage needs more memory or disk than there is."""
     config = ws.config
-    stage = max(config.stages, key=lambda name: found[name].memory)
+    stage = max(found, key=lambda name: found[name].memory)
     memory, most = found[stage].memory, min(usable, config.memory or usable)
     if memory > most:
         raise IfpruneError(
@@ -161,7 +186,8 @@ def _check_fits(ws: Workspace, found: Mapping[Stage, Need], disk: int, usable: i
             "quantize with -q, or take a smaller model"
         )
     place = next(folder for folder in config.work.absolute().parents if folder.exists())
-    free = shutil.disk_usage(place).free
+    there = sum(file.stat().st_size for file in config.work.rglob("*") if file.is_file())
+    free = shutil.disk_usage(place).free + there
     if disk > free:
         raise SourceError(
             f"{ws.source}: the stages take up to {disk / 1e9:.3g} GB of disk, and {place} has {free / 1e9:.3g} GB "

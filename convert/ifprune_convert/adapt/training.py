@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import tempfile
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,25 +15,28 @@ import numpy as np
 
 from ifprune_mlx.checkpoint.budget import check_fits
 from ifprune_mlx.checkpoint.format import Checkpoint
+from ifprune_mlx.data.dataset import split
 from ifprune_mlx.data.own_answers import write_own_answers
 from ifprune_mlx.data.tokenize import encode_all
 from ifprune_mlx.errors import DataError
 from ifprune_mlx.eval.density_curve import LEAST_PROMPTS
 from ifprune_mlx.train import TrainConfig, train
 
-from .answers import HELD_OUT, domain_files, held_out, prompts, write_domains
+from .answers import HELD_OUT, every_answer, first_of_each, held_out, prompts, training_files, write_domains
 from .config import Stage
 from .job import StageRecord
 from .memory import HEAD_RANK, read_layers
 from .plan import BATCH, sized
 from .workspace import Workspace
 
-_PROBE_ANSWERS, _PROBE_CHATS = 64, 64  # a block of `own_answers`, a part of what `calibrate` measures
+_PROBE = 64  # a block of `own_answers`, and a part of what `calibrate` measures
 _PROBE_STEPS, _PROBE_BATCH = 2, 2
 _HEALING = 1.1  # times as long as a step that trains no adapters
 _LEAST_CHATS = 20  # to distil a predictor from
 _OVERRUN = 0.05  # of the hours: so much later than planned, training stops as it is
 _DENSITIES = "0.5,0.27"
+Mark = Callable[[int, int], None]
+"""Told (done, in all)."""
 
 
 def convert(ws: Workspace, record: StageRecord) -> None:
@@ -59,14 +62,15 @@ def answers(ws: Workspace, record: StageRecord) -> None:
         if record.size is None:
             size = ws.sizes.get("answers")
             if size is None:
-                start = ws.now()
-                with ws.progress("first answers", "answers") as update:
-                    write(file, records=wanted[:_PROBE_ANSWERS], progress=update)
-                rate = min(_PROBE_ANSWERS, len(wanted)) / (ws.now() - start)
-                size = sized("answers", ws.seconds("answers"), rate)
+
+                def first(count: int, mark: Mark) -> None:
+                    with ws.progress("first answers", "answers") as update:
+                        write(file, records=wanted[:count], progress=_both(update, mark))
+
+                size = sized("answers", ws.seconds("answers"), _rate(ws, record, first, len(wanted)))
             ws.decide(record, min(size, len(wanted)))
         with ws.progress("answers", "answers") as update:
-            found = write(file, records=wanted[: record.size], progress=update)
+            found = first_of_each(write(file, records=wanted[: record.size], progress=update))
         write_domains(ws.answers, found)
         apart = {chat.key for chat in held_out(ws.answers)}
         usable = [example.key for example in encode_all(tokenizer, found, length, lambda line: None)]
@@ -84,14 +88,44 @@ def calibrate(ws: Workspace, record: StageRecord) -> None:
     if record.size is None:
         size = ws.sizes.get("calibrate")
         if size is None:
-            marks: list[tuple[int, float]] = []
-            _measure(ws, "calibrate", _PROBE_CHATS, lambda done: marks.append((done, ws.now())))
-            (first, began), (last, ended) = marks[0], marks[-1]
-            rate = (last - first) / max(ended - began, 1e-9)
+            most = sum(split(chat, HELD_OUT) == "train" for chat in every_answer(ws.answers))
+            rate = _rate(ws, record, lambda count, mark: _measure(ws, "calibrate", count, mark), most)
             size = sized("calibrate", ws.seconds("calibrate"), rate)
         ws.decide(record, size)
     assert record.size is not None
     record.figures |= _measure(ws, "calibrate", record.size)
+
+
+def _rate(ws: Workspace, record: StageRecord, do: Callable[[int, Mark], object], most: int) -> float:
+    """Pieces a second, by doing the first ones; kept, since what was done before a kill is not done again.
+
+    Args:
+        do: does so many pieces, or what is left of them, and tells how many are done.
+        most: pieces that there are.
+    """
+    count = 0
+    while "rate" not in record.figures:
+        count, marks = min(count + _PROBE, most), list[tuple[int, float]]()
+
+        def mark(done: int, total: int, marks: list[tuple[int, float]] = marks) -> None:
+            marks.append((done, ws.now()))
+
+        do(count, mark)
+        (first, began), (last, ended) = marks[0], marks[-1]
+        if 2 * (last - first) >= _PROBE or count == most:
+            record.figures["rate"] = (last - first) / max(ended - began, 1e-9) or 1e9  # all are there
+    ws.job.save()
+    return float(record.figures["rate"])
+
+
+def _both(update: Mark, mark: Mark) -> Mark:
+    """Tells two."""
+
+    def tell(done: int, total: int) -> None:
+        update(done, total)
+        mark(done, total)
+
+    return tell
 
 
 def distill(ws: Workspace, record: StageRecord) -> None:
@@ -101,23 +135,15 @@ def distill(ws: Workspace, record: StageRecord) -> None:
     record.figures |= _measure(ws, "distill", size)
 
 
-def _measure(
-    ws: Workspace, stage: Any, chats: int, mark: Callable[[int], object] = lambda done: None
-) -> dict[str, Any]:
+def _measure(ws: Workspace, stage: Any, chats: int, mark: Mark = lambda done, total: None) -> dict[str, Any]:
     """Train's stages `calibrate` and `distill`, which share what they measure."""
-    layers = read_layers(len(Checkpoint.open(ws.base).layout.ffns))
+    layers = read_layers(ws.layers)
     config = replace(_training(ws, stage, ws.measured), layers=layers, rank=HEAD_RANK, chats=chats)
 
     @contextmanager
     def shown(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
         with ws.progress(label, unit) as update:
-
-            def both(done: int, total: int) -> None:
-                update(done, total)
-                if label == "measure":
-                    mark(done)
-
-            yield both
+            yield _both(update, mark) if label == "measure" else update
 
     return dict(train(config, progress=shown, report=lambda line: None).figures)
 
@@ -139,11 +165,10 @@ def select(ws: Workspace, record: StageRecord) -> None:
 def heal(ws: Workspace, record: StageRecord) -> None:
     """Train adapters for both, on the same batches; not in the layers that the predictor reads with, or it would read
     what it was not trained on (docs/log.md, 2026-11-29)."""
-    layers = len(Checkpoint.open(ws.base).layout.ffns)
     config = replace(
         _training(ws, "sft", ws.healed),
         start=ws.selected,
-        num_layers=max(1, layers - read_layers(layers)),
+        num_layers=max(1, ws.layers - read_layers(ws.layers)),
         teacher=0.5,
         learning_rate=7e-4,
         head_learning_rate=1e-4,
@@ -157,7 +182,7 @@ def _training(ws: Workspace, stage: Any, output: Path) -> TrainConfig:
     """What all stages of training have in common."""
     return TrainConfig(
         output=output,
-        data=domain_files(ws.answers),
+        data=training_files(ws.answers),
         model=ws.base,
         stage=stage,
         selector=("learned", "static-learned"),
@@ -197,10 +222,12 @@ def _step_seconds(ws: Workspace, stage: Stage, config: TrainConfig) -> float:
     """What a step takes: as many seconds as the stage before needed, or by a probe on few chats."""
     if stage == "heal":
         return _HEALING * float(np.median(_seconds(ws.selected)))
-    with tempfile.TemporaryDirectory(dir=ws.config.work) as folder:
-        probe = replace(config, output=Path(folder) / "probe", iters=_PROBE_STEPS, batch_size=_PROBE_BATCH)
-        train(probe, progress=ws.progress, report=lambda line: None)
-        return _seconds(probe.output)[-1] * config.batch_size / _PROBE_BATCH
+    probe = replace(config, output=ws.config.work / "probe", iters=_PROBE_STEPS, batch_size=_PROBE_BATCH)
+    shutil.rmtree(probe.output, ignore_errors=True)  # of a probe that was killed
+    train(probe, progress=ws.progress, report=lambda line: None)
+    seconds = _seconds(probe.output)[-1]
+    shutil.rmtree(probe.output)
+    return seconds * config.batch_size / _PROBE_BATCH
 
 
 def _seconds(run: Path) -> list[float]:

@@ -47,7 +47,7 @@ class Workspace:
     ) -> None:
         self.config, self.note, self.now, self.sizes, self._show = config, note, now, sizes, progress
         self.job = Job(config.work, config.identity, now)
-        self.budget = Budget(config.hours, config.stages)
+        self.budget = Budget(config.hours)
         self.answers = config.work / "answers"
         self.source = Path()
 
@@ -68,9 +68,15 @@ class Workspace:
         """Most tokens of a chat, as the plan decided."""
         return int(self.job.stage("convert").figures["length"])
 
-    def set_length(self, length: int) -> None:
-        """Decide it, for all stages and after every kill."""
-        self.job.stage("convert").figures["length"] = length
+    @property
+    def layers(self) -> int:
+        """Of the model."""
+        return int(self.job.stage("convert").figures["layers"])
+
+    def describe(self, length: int, layers: int) -> None:
+        """Keep what stages have to agree on, also after a kill."""
+        self.job.stage("convert").figures |= {"length": length, "layers": layers}
+        self.job.save()
 
     @property
     def base(self) -> Path:
