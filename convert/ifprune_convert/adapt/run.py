@@ -133,7 +133,8 @@ def _check_source(ws: Workspace) -> None:
     """Refuse to go on with another source than the job began with."""
     now: object = hub_name(ws.source)  # with the commit
     if now is None:
-        now = [list(stamp) for stamp in stamps_of(ws.source)]
+        # One that is not there is refused by the plan.
+        now = [list(stamp) for stamp in stamps_of(ws.source)] if ws.source.exists() else []
     begun = ws.job.stage("convert")
     if not begun.done:  # whatever of it there is will be made again
         begun.figures["source"] = now
