@@ -184,7 +184,7 @@ class Session:
         self._check_idle()
         if self.policy == "task":
             raise IfpruneError(
-                "the selection is fixed in this conversation; start one without --selection or --task to select"
+                "the selection is fixed in this conversation; give another policy to select (in a chat: /policy auto)"
             )
         self.selection = None
         self._instruction = instruction
@@ -195,6 +195,23 @@ class Session:
         self.model.check(selection)
         self.selection = selection
         self.dense = False
+
+    def set_policy(self, policy: str) -> None:
+        """Select by another policy from the next message on. `task` keeps the selection in use, for every message;
+        any other gives up a selection that was fixed.
+
+        Raises:
+            IfpruneError: for an unknown policy, or for `task` where there is no selection.
+        """
+        self._check_idle()
+        if policy not in POLICIES:
+            raise IfpruneError(f"unknown policy {policy!r}; choose one of {', '.join(POLICIES)}")
+        if policy == "task" and self.selection is None:
+            raise IfpruneError("policy 'task' needs a fixed selection; use one first, or choose another policy")
+        if self.policy == "task" and policy != "task":
+            self.selection, self._instruction = None, None
+            self.selector = self.selector or make_selector(self.model, None, seed=self._seed)
+        self.policy = policy
 
     def move_to(
         self,
@@ -264,7 +281,10 @@ class Session:
         """Change the budget. The next message selects again; with `first` and `system`, by the same instruction."""
         self._check_idle()
         if self.policy == "task":
-            raise IfpruneError("the selection is fixed in this conversation, and its density with it")
+            raise IfpruneError(
+                "the selection is fixed in this conversation, and its density with it; give another policy to select "
+                "(in a chat: /policy auto)"
+            )
         self.keep = self.model.keep(density, active_parameters, memory)
         self.selection = None
         if self.policy not in ("first", "system"):

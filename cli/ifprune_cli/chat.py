@@ -378,7 +378,7 @@ class _Conversation:
                 own = self._session.model.checkpoint.layout.density
                 note(
                     f"[below the model's own density, {own:.2f}: repetition penalty {penalty}; "
-                    "--repetition-penalty 1 turns it off]",
+                    "--repetition-penalty 1 at the start turns it off]",
                     dim=True,
                 )
                 self._told_penalty = True

@@ -113,7 +113,7 @@ class Commands:
         return []
 
     def describe(self) -> str:
-        """What selects, how much it keeps, and the policy unless it is `first`."""
+        """What selects, how much it keeps, and the policy unless it is `first` without a predictor."""
         session, model = self.session, self.session.model
         if session.dense:
             return f"dense, all {parameters(model.total_parameters)} parameters"
@@ -122,7 +122,8 @@ class Commands:
         else:
             assert session.selector is not None  # without a selection one chooses it
             keep, who = session.keep, session.selector.name
-        policy = "" if session.policy == "first" else f"\npolicy {session.policy}"
+        plain = session.policy == "first" and who != "learned"  # with a predictor another policy is the default
+        policy = "" if plain else f"\npolicy {session.policy}"
         return f"{who} selector, {self._share(keep)}{policy}"
 
     def _help(self, argument: str) -> None:
@@ -153,9 +154,7 @@ class Commands:
             return
         if argument not in _POLICIES:
             raise IfpruneError(f"unknown policy {shortened(argument, 20)}; choose {', '.join(_POLICIES)}")
-        if session.policy == "task":
-            raise IfpruneError("the selection is fixed in this conversation; start one without --selection or --task")
-        session.policy = argument
+        session.set_policy(argument)
         session.dense = False
         note(f"policy {argument}: {_POLICIES[argument]}")
 
@@ -168,11 +167,9 @@ class Commands:
                 )
             session.reselect(argument or None)
             session.dense = False
-            held = self._held() if argument else ""
-            note(f"selects anew at the next message, by {'this text' if argument else 'it'}{held}")
+            note(f"selects anew at the next message, by {'this text' if argument else 'it'}")
             return
-        session.use(Selection.load(_path(argument)))
-        note(f"uses {self._selection_line()}{self._held()}")
+        self._use(Selection.load(_path(argument)), "")
 
     def _task(self, argument: str) -> None:
         store = TaskStore(self.session.model.checkpoint)
@@ -180,16 +177,15 @@ class Commands:
             names = ", ".join(task.name for task in store.tasks())
             note(f"tasks: {names}" if names else "no tasks yet; `ifprune select --prompt TEXT --save NAME` saves one")
             return
-        self.session.use(store.load(argument))
-        note(f"uses task {argument}: {self._selection_line()}{self._held()}")
+        self._use(store.load(argument), f"task {argument}: ")
 
-    def _held(self) -> str:
-        """Give up a policy by which the next message would select by itself, whatever was given now; says so."""
-        policy = self.session.policy
-        if policy not in ("turn", "auto"):
-            return ""
-        self.session.policy = "first"
-        return f"; it stays, and /policy {policy} lets messages select again"
+    def _use(self, selection: Selection, what: str) -> None:
+        """Answer with this selection until another policy is asked for."""
+        session, before = self.session, self.session.policy
+        session.use(selection)
+        session.set_policy("task")
+        back = "" if before == "task" else f"; /policy {before} lets messages select again"
+        note(f"uses {what}{self._selection_line()}{back}")
 
     def _density(self, argument: str) -> None:
         session = self.session
@@ -205,7 +201,7 @@ class Commands:
             raise IfpruneError(f"density {shortened(argument, 20)!r} is not a number; write it like 0.5") from exc
         session.set_budget(density=density)
         session.dense = False
-        note(f"{self._share(session.keep)}; the next message selects")
+        note(f"{self._share(session.keep)}, from the next message on")
 
     def _dense(self, argument: str) -> None:
         if argument not in ("", "on", "off"):

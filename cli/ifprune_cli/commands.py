@@ -43,7 +43,7 @@ _EXAMPLES = {
     "chat": (
         "ifprune chat",
         "ifprune chat --model Qwen/Qwen2.5-1.5B-Instruct --density 0.9",
-        "ifprune chat --model ~/Downloads/model.gguf --policy auto",
+        "ifprune chat --model ~/Downloads/model.gguf --density 0.7",
     ),
     "generate": (
         'ifprune generate "Write a haiku about tea."',

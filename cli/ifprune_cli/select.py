@@ -129,6 +129,8 @@ def select(
     if outputs.save_to is not None:
         selection.save(outputs.save_to)
     if outputs.save is not None:
+        if outputs.save.lower() in {task.name.lower() for task in store.tasks() if not task.shipped}:
+            note(f"replaces the task {outputs.save} that there was")
         store.save(outputs.save, selection)
     if outputs.plot is not None:
         _draw(outputs.plot, text, selection, others, [*map(str, files), *texts])

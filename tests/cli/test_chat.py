@@ -108,7 +108,7 @@ def test_commands_say_what_they_did(piped: Piped) -> None:
     said = "\n".join(notes(done))
     for words in (
         "density 0.88, 0.1M of 0.1M parameters active",
-        "density 0.25, 0.1M of 0.1M parameters active; the next message selects",
+        "density 0.25, 0.1M of 0.1M parameters active, from the next message on",
         "dense, all 0.1M parameters",
         "activation selector, density 0.25",
         "system prompt: be brief",
@@ -247,8 +247,8 @@ def test_saved_selections(piped: Piped) -> None:
     assert len(errors(done)) == 2
     assert (piped.saved("a.json")["policy"], piped.saved("a.json")["selection"]["hash"]) == ("task", wanted)
     done = piped("one", f"/select {file}", "two", f"/save {a}", options=("--policy", "turn"))
-    assert any("it stays, and /policy turn lets messages select again" in line for line in notes(done))
-    assert (piped.saved("a.json")["policy"], piped.saved("a.json")["selection"]["hash"]) == ("first", wanted)
+    assert any("/policy turn lets messages select again" in line for line in notes(done))
+    assert (piped.saved("a.json")["policy"], piped.saved("a.json")["selection"]["hash"]) == ("task", wanted)
 
 
 def test_named_tasks(piped: Piped) -> None:
@@ -260,7 +260,8 @@ def test_named_tasks(piped: Piped) -> None:
     }
     done = piped("one", "/task", "/task maths", "two", f"/save {a}", "/task ../maths", "/task nope")
     assert "tasks: maths, poetry" in notes(done)
-    assert f"uses task maths: {wanted['maths']}, activation, density 0.50" in notes(done)
+    said = f"uses task maths: {wanted['maths']}, activation, density 0.50; /policy first lets messages select again"
+    assert said in notes(done)
     assert piped.saved("a.json")["selection"]["hash"] == wanted["maths"]
     bad, unknown = errors(done)
     assert "'../maths' cannot name a task" in bad
@@ -275,11 +276,16 @@ def test_named_tasks(piped: Piped) -> None:
     assert (piped.saved("a.json")["policy"], piped.saved("a.json")["selection"]["hash"]) == ("task", wanted["maths"])
     for policy in ("turn", "auto"):
         done = piped("one", "/task maths", "two", f"/save {a}", options=("--policy", policy))
-        assert any(f"it stays, and /policy {policy} lets messages select again" in line for line in notes(done))
-        assert (piped.saved("a.json")["policy"], piped.saved("a.json")["selection"]["hash"]) == (
-            "first",
-            wanted["maths"],
-        )
+        assert any(f"/policy {policy} lets messages select again" in line for line in notes(done))
+        state = piped.saved("a.json")
+        assert (state["policy"], state["selection"]["hash"]) == ("task", wanted["maths"])
+    # Also after `/reset`, until another policy is asked for, whether it was given at the start or in the chat.
+    for given in ((), ("--task", "maths")):
+        lines = ("/task maths", "one", "/reset", "two", f"/save {a}", "/policy turn", "three", "/reset", "four")
+        done = piped(*lines, options=given)
+        state = piped.saved("a.json")
+        assert (state["policy"], state["selection"]["hash"]) == ("task", wanted["maths"])
+        assert not errors(done)
 
 
 def test_a_given_task_goes_before_what_was_saved(piped: Piped) -> None:

@@ -265,7 +265,9 @@ def test_where_the_penalty_is_on_by_itself(tiny: tuple[Model, Any]) -> None:
 
 
 def test_the_penalty_is_said_once(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    said = "below the model's own density, 0.90: repetition penalty 1.1; --repetition-penalty 1 turns it off"
+    said = (
+        "below the model's own density, 0.90: repetition penalty 1.1; --repetition-penalty 1 at the start turns it off"
+    )
     with Terminal(tiny_checkpoint, tmp_path / "cache", "-m", "4") as terminal:
         for keys in ("hello\r", "/density 0.25\r", "hello\r", "hello\r"):
             terminal.expect(PROMPT)

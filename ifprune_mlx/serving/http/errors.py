@@ -138,6 +138,8 @@ def _validation_error(exc: RequestValidationError) -> RequestError:
     elif kind in ("union_tag_invalid", "literal_error"):
         values = context.get("expected_tags") or context["expected"]
         reason = f"must be {'one of ' if ', ' in values or ' or ' in values else ''}{values}"
+    elif kind == "extra_forbidden":
+        reason = "is unknown"
     elif kind in ("too_short", "string_too_short"):
         reason = "is empty"
     elif kind in ("too_long", "string_too_long"):

@@ -88,7 +88,12 @@ LogitBias = Annotated[
 
 
 class SelectionOptions(Schema):
-    """The neurons that compute a request; null takes the default. `task` names a saved selection."""
+    """The neurons that compute a request; null takes the default. `task` names a saved selection.
+
+    What it does not know is refused, unlike in a client's body: a misspelt name would be an experiment gone wrong.
+    """
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
     task: str | None = None
     selector: Literal["learned", "activation", "static", "random"] | None = None

@@ -113,6 +113,7 @@ CASES = {
     "selector": chat("ifprune.selector: must be one of", ifprune={"selector": "best"}),
     "learned without predictor": chat("no trained predictor", ifprune={"selector": "learned"}),
     "policy": chat("ifprune.policy: must be one of", ifprune={"policy": "always"}),
+    "a misspelt option": chat("ifprune.densty: is unknown", ifprune={"densty": 0.5}),
     "task": chat("no task 'nothing'", ifprune={"task": "nothing"}),
     "task path": chat("no task '../../etc/passwd'", ifprune={"task": "../../etc/passwd"}),
     "task and density": chat("excludes ifprune.task", ifprune={"task": "a", "density": 0.5}),
