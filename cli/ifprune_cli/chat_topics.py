@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ifprune_mlx import Selection, TaskStore
 from ifprune_mlx.errors import TaskError
-from ifprune_mlx.session import SWITCH_BELOW
+
+_NEARLY = 0.75  # agreement from which a selection is called by a task's name
 
 
 def change(store: TaskStore, old: Selection, new: Selection) -> str:
@@ -15,14 +16,13 @@ def change(store: TaskStore, old: Selection, new: Selection) -> str:
 
 
 def _name(store: TaskStore, selection: Selection) -> str | None:
-    """The task that a selection agrees with best, if it agrees as well as policy `auto` asks."""
-    best, name = SWITCH_BELOW, None
+    """The task that a selection nearly is, of those that keep as many neurons: a smaller one is part of many."""
+    best, name = _NEARLY, None
     for task in store.tasks():
         try:
             saved = store.load(task.name)
         except TaskError:  # a damaged file is told of where it is used
             continue
-        fewer, more = sorted((selection, saved), key=lambda each: each.density)
-        if (agreement := fewer.agreement(more)) >= best:
+        if saved.keep == selection.keep and (agreement := selection.agreement(saved)) >= best:
             best, name = agreement, task.name
     return name
