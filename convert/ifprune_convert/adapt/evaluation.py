@@ -64,7 +64,6 @@ def evaluate(ws: Workspace, record: StageRecord) -> None:
         by_domain.setdefault(example.domain, []).append(example)
     by_domain = {name: chats for name, chats in by_domain.items() if len(chats) > 1} or {"prompts": examples}
     with ws.loaded(ws.base) as (model, _):
-        ws.job.save()
         dense = dense_losses(model, examples)
         model.prior = load_prior(ws.measured / "prior.safetensors", list(model.checkpoint.widths))
         found = _compare(ws, model, by_domain, ("dense", "static"))
@@ -76,8 +75,8 @@ def evaluate(ws: Workspace, record: StageRecord) -> None:
             found = found.with_rows(measured, _MEASURED[name])
             if measured.overlap:
                 found = replace(found, matched=measured.matched, overlap=measured.overlap)
-            few = examples[: max(LEAST_PROMPTS, len(examples) // 2)]
-            curves[name] = _curve(ws, record, name, model, few, dense)
+            densities = list(distinct_keeps(model).values())
+        curves[name] = _curve(ws, record, name, densities, examples[: max(LEAST_PROMPTS, len(examples) // 2)], dense)
     choices = {name: curve.choose(ws.config.tolerance)[0] for name, curve in curves.items()}
     # The lower density wins, then the lower loss. A predictor that has collapsed is none.
     collapsed = collapse_reason(found)
@@ -148,16 +147,22 @@ def _answers(
 
 
 def _curve(
-    ws: Workspace, record: StageRecord, name: str, model: Model, examples: Sequence[Example], dense: Sequence[float]
+    ws: Workspace,
+    record: StageRecord,
+    name: str,
+    densities: Sequence[float],
+    examples: Sequence[Example],
+    dense: Sequence[float],
 ) -> DensityCurve:
     """What an arm loses at each density. Each is kept as soon as it is measured, for a job that is killed."""
     kept = record.figures.setdefault("curves", {}).setdefault(name, {})
     curves = []
     with ws.progress("densities", "densities") as update:
-        densities = distinct_keeps(model).values()
         for number, density in enumerate(densities):
             if str(density) not in kept:
-                measured = measure_curve(model, examples, selectors=[name], densities=[density], dense=dense)
+                # Loaded anew: rounding depends on where the selections before have moved the neurons.
+                with ws.loaded(ws.config.work / name, shown=False) as (model, _):
+                    measured = measure_curve(model, examples, selectors=[name], densities=[density], dense=dense)
                 kept[str(density)] = measured.to_dict()
                 ws.job.save()
             curves.append(DensityCurve.from_dict(kept[str(density)]))

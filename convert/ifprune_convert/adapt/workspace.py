@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -122,9 +122,9 @@ class Workspace:
             convert(self.source, folder, replace(options, overwrite=folder.exists()), report, lambda line: None)
 
     @contextmanager
-    def loaded(self, folder: Path) -> Iterator[tuple[Model, TokenizerWrapper]]:
-        """A checkpoint's model and tokenizer, for a while."""
-        with self.progress("load", "FFNs") as update:
+    def loaded(self, folder: Path, *, shown: bool = True) -> Iterator[tuple[Model, TokenizerWrapper]]:
+        """A checkpoint's model and tokenizer, for a while; `shown` displays how far loading is."""
+        with self.progress("load", "FFNs") if shown else nullcontext() as update:
             model, tokenizer = load(folder, memory=self.config.memory, progress=update)
         try:
             yield model, tokenizer
