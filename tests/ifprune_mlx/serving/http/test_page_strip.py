@@ -73,6 +73,7 @@ def test_a_dense_stream_has_no_selection_to_say(held: Served) -> None:
 
 def test_what_other_clients_select_is_not_in_the_difference(tab: Any, held: Served) -> None:
     tab.goto(held.url)
+    tab.select_option("#choice", "first")  # `auto` keeps what is live, whoever selected it
     ask(tab, "Hello there")
     other = {"messages": HELLO, "max_tokens": 2, "ifprune": {"density": 0.25}}
     httpx.post(held.url + CHAT, json=other, timeout=60)
@@ -85,7 +86,6 @@ def test_what_other_clients_select_is_not_in_the_difference(tab: Any, held: Serv
 def test_the_selection_of_a_conversation_that_was_left_is_not_shown(tab: Any, page_server: str) -> None:
     """It may come after another one was opened."""
     tab.goto(page_server)
-    tab.select_option("#choice", "first")  # `auto` keeps what is live, whoever selected it
     tab.select_option("#choice", "turn")
     for count, text in enumerate(("one", "two, about something else"), 1):
         ask(tab, text)
