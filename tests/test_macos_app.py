@@ -65,7 +65,7 @@ def window(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The app's window, without a model. It is closed at the end, and must end its thread then."""
     monkeypatch.syspath_prepend(str(SOURCES))
     # Tiny models say the same token for ever; who tests that an answer is stopped needs a long one.
-    monkeypatch.setattr("ifprune_cli.chat_repetition.LoopFinder.feed", lambda self, token: False)
+    monkeypatch.setattr("ifprune_cli.repetition.LoopFinder.feed", lambda self, token: False)
     application = QtWidgets.QApplication.instance() or QtWidgets.QApplication([])
     from ifprune_chat.window import Window
 
@@ -391,7 +391,7 @@ def test_a_damaged_chat_is_said_in_a_line(chat: Any, tmp_path: Path) -> None:
 
 
 def test_a_loop_is_ended_with_a_line(chat: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ifprune_cli.chat_repetition.LoopFinder.feed", lambda self, token: True)
+    monkeypatch.setattr("ifprune_cli.repetition.LoopFinder.feed", lambda self, token: True)
     say(chat, "Hello there")
     assert said(chat).endswith(" [ended: it was repeating itself; a higher density may help]")
     assert "tokens/s" in chat.figures.text()

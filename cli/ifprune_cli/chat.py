@@ -7,7 +7,6 @@ and nothing else.
 from __future__ import annotations
 
 import io
-import math
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -33,6 +32,7 @@ from .options import (
     SystemPromptOption,
     TemplateVariablesOption,
     check_exclusive,
+    repetition_penalty_option,
     selection_option,
 )
 from .ranks import join, leads, leave
@@ -53,22 +53,8 @@ class _Sampling(Sampling):
     prefill_step_size: PrefillStepOption = 512
     repetition_penalty: Annotated[
         Optional[float],
-        typer.Option(
-            "--repetition-penalty",
-            metavar="X",
-            rich_help_panel="Sampling",
-            help="Make the last 64 tokens this much less likely to come again, such as 1.1; 1 is off.  [default: 1; on "
-            "a terminal 1.1, where the density is below the checkpoint's own]",
-        ),
+        repetition_penalty_option("1; on a terminal 1.1, where the density is below the checkpoint's own"),
     ] = None
-
-    def arguments(self) -> dict[str, Any]:
-        """As of all commands; the chat itself sets the penalty, since the density may change."""
-        from ifprune_mlx import IfpruneError
-
-        if self.repetition_penalty is not None and not 0 < self.repetition_penalty < math.inf:
-            raise IfpruneError(f"--repetition-penalty {self.repetition_penalty}: give a number above 0, such as 1.1")
-        return super().arguments()
 
 
 @dataclass(frozen=True)
@@ -335,7 +321,7 @@ class _Conversation:
         from ifprune_mlx.chat_template import thinking_in_chats
 
         from .chat_answer import AnswerWriter
-        from .chat_repetition import LoopFinder
+        from .repetition import LoopFinder
 
         session, stats, looped = self._session, None, False
         live = session.model.selection
@@ -369,7 +355,7 @@ class _Conversation:
 
     def _set_penalty(self) -> None:
         """Use the repetition penalty for the next answer; say so where nobody asked for it."""
-        from .chat_repetition import PENALTY, below_own_density, penalize
+        from .repetition import PENALTY, below_own_density, penalizing
 
         penalty = 1.0 if self._penalty is None else self._penalty
         if self._penalty is None and self._editor is not None and below_own_density(self._session):
@@ -382,7 +368,7 @@ class _Conversation:
                     dim=True,
                 )
                 self._told_penalty = True
-        penalize(self._session, penalty)
+        self._session.options["logits_processors"] = penalizing(penalty)
 
     def _switched(self, live: Selection | None, stats: Stats) -> str:
         """What the answer changed of the selection that was live before; empty if nothing."""

@@ -13,6 +13,7 @@ from ifprune_mlx import ChatFileError, IfpruneError, Selection, Session, TaskSto
 from ifprune_mlx.checkpoint.hub import cached_checkpoints
 from ifprune_mlx.checkpoint.regular_file import read_json_object
 
+from .chat_topics import saved_as
 from .console import note, parameters, report, shortened
 from .loading import EMBEDDED
 from .ranks import once
@@ -150,7 +151,8 @@ class Commands:
     def _policy(self, argument: str) -> None:
         session = self.session
         if not argument:
-            note(f"policy {session.policy}: {_POLICIES.get(session.policy, 'a fixed selection, for all messages')}")
+            fixed = f"a fixed selection, for all messages: {self._selection_line()}"
+            note(f"policy {session.policy}: {_POLICIES.get(session.policy, fixed)}")
             return
         if argument not in _POLICIES:
             raise IfpruneError(f"unknown policy {shortened(argument, 20)}; choose {', '.join(_POLICIES)}")
@@ -185,13 +187,13 @@ class Commands:
         session.use(selection)
         session.set_policy("task")
         back = "" if before == "task" else f"; /policy {before} lets messages select again"
-        note(f"uses {what}{self._selection_line()}{back}")
+        note(f"uses {what}{_words(selection)}{back}")
 
     def _density(self, argument: str) -> None:
         session = self.session
         if not argument:
             live = session.selection
-            note(self._share(session.keep))
+            note(self._share(session.keep) + (", once /dense off" if session.dense else ""))
             if live is not None and live.keep != session.keep:
                 note(f"the selection in use: {self._share(live.keep)}")
             return
@@ -231,7 +233,8 @@ class Commands:
             return "none: dense"
         if selection is None:
             return "at the next message"
-        return f"{selection.hash}, {selection.selector}, density {selection.density:.2f}"
+        name = saved_as(TaskStore(session.model.checkpoint), selection)
+        return f"{f'task {name}: ' if name else ''}{_words(selection)}"
 
     def _system(self, argument: str) -> None:
         session = self.session
@@ -273,6 +276,10 @@ class Commands:
         density = sum(keep) / sum(spec.d_ffn for spec in checkpoint.layout.ffns)
         active = parameters(checkpoint.active_parameters(keep))
         return f"density {density:.2f}, {active} of {parameters(checkpoint.parameters)} parameters active"
+
+
+def _words(selection: Selection) -> str:
+    return f"{selection.hash}, {selection.selector}, density {selection.density:.2f}"
 
 
 def _path(argument: str) -> Path:

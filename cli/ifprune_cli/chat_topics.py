@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import suppress
+
 from ifprune_mlx import Selection, TaskStore
 from ifprune_mlx.errors import TaskError
 
@@ -15,14 +18,21 @@ def change(store: TaskStore, old: Selection, new: Selection) -> str:
     return text if before == after else f"{text} ({before or 'other'} -> {after or 'other'})"
 
 
+def saved_as(store: TaskStore, selection: Selection) -> str | None:
+    """The task whose selection this is."""
+    return next((name for name, saved in _saved(store) if saved.hash == selection.hash), None)
+
+
 def _name(store: TaskStore, selection: Selection) -> str | None:
     """The task that a selection nearly is, of those that keep as many neurons: a smaller one is part of many."""
-    best, name = _NEARLY, None
-    for task in store.tasks():
-        try:
-            saved = store.load(task.name)
-        except TaskError:  # a damaged file is told of where it is used
-            continue
+    best, found = _NEARLY, None
+    for name, saved in _saved(store):
         if saved.keep == selection.keep and (agreement := selection.agreement(saved)) >= best:
-            best, name = agreement, task.name
-    return name
+            best, found = agreement, name
+    return found
+
+
+def _saved(store: TaskStore) -> Iterator[tuple[str, Selection]]:
+    for task in store.tasks():
+        with suppress(TaskError):  # a damaged file is told of where it is used
+            yield task.name, store.load(task.name)

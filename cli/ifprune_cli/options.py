@@ -5,6 +5,7 @@ The dataclasses are option groups (see option_groups.py): a command takes them a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -192,6 +193,17 @@ MinPOption = Annotated[
 ]
 TopKOption = Annotated[int, _sampling("--top-k", help="Sample among this many tokens; 0 is off.")]
 SeedOption = Annotated[int, _sampling("--seed", min=0, max=2**32 - 1, help="Seed sampling and the random selector.")]
+
+
+def repetition_penalty_option(default: str) -> Any:
+    """`--repetition-penalty`; `default` says in words what holds where it is not given."""
+    return _sampling(
+        "--repetition-penalty",
+        metavar="X",
+        help=f"Make the last 64 tokens this much less likely to come again, such as 1.1; 1 is off.  [default: {default}]",
+    )
+
+
 PrefillStepOption = Annotated[int, _cache("--prefill-step-size", min=1, help="Read this many prompt tokens at a time.")]
 SystemPromptOption = Annotated[
     Optional[str],
@@ -411,6 +423,7 @@ class Sampling:
     min_p: MinPOption = 0.0
     top_k: TopKOption = 0
     seed: SeedOption = 0
+    repetition_penalty: Annotated[Optional[float], repetition_penalty_option("1")] = None
     max_kv_size: Annotated[
         Optional[int],
         _cache(
@@ -441,6 +454,8 @@ class Sampling:
         from ifprune_mlx.errors import IfpruneError
         from ifprune_mlx.generation import make_sampler
 
+        from .repetition import penalizing
+
         sampler = make_sampler(self.temp, top_p=self.top_p, min_p=self.min_p, top_k=self.top_k)
         if self.kv_bits not in (None, 2, 3, 4, 6, 8) or self.kv_group_size not in (32, 64, 128):
             raise IfpruneError(
@@ -448,6 +463,9 @@ class Sampling:
             )
         if self.kv_bits is not None and self.max_kv_size is not None:
             raise IfpruneError("--kv-bits and --max-kv-size exclude each other: mlx-lm cannot quantize a bounded cache")
+        penalty = self.repetition_penalty
+        if penalty is not None and not 0 < penalty < math.inf:
+            raise IfpruneError(f"--repetition-penalty {penalty}: give a number above 0, such as 1.1")
         mx.random.seed(self.seed)
         options: dict[str, Any] = {
             "sampler": sampler,
@@ -455,6 +473,8 @@ class Sampling:
             "max_kv_size": self.max_kv_size,
             "prefill_step_size": self.prefill_step_size,
         }
+        if penalty is not None:
+            options["logits_processors"] = penalizing(penalty)
         if self.kv_bits is not None:
             options |= {"kv_bits": self.kv_bits, "kv_group_size": self.kv_group_size, "quantized_kv_start": 0}
         return options

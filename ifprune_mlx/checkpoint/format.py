@@ -37,6 +37,7 @@ PREDICTOR_SETTINGS = "ifprune_predictor"
 """The key of a predictor's settings in the metadata of its head."""
 SECTION = "ifpruning"
 _SHARED = re.compile(r"(^|\.)(self_attn|embed_tokens|lm_head)\.")  # weights that `parallel.sharding` deals out
+_GIVE_A_MODEL = "give a model: its folder, a GGUF file or a hub id such as mlx-community/Qwen3-4B-4bit"
 _MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
 ORDERS = ("frequency",)
 SELECTOR_NAMES = ("learned", "activation", "static", "random")
@@ -197,10 +198,10 @@ class Checkpoint:
             if is_gguf(path):
                 raise not_converted(path, "is a GGUF file, no IFP checkpoint yet")
             what = "is a file" if path.is_file() else "no such folder"
-            raise CheckpointError(f"{path}: {what}; give the folder of an IFP checkpoint (see `ifprune convert`)")
+            raise CheckpointError(f"{path}: {what}; {_GIVE_A_MODEL}")
         config_file = path / "config.json"
         if not config_file.is_file():
-            raise CheckpointError(f"{path}: has no config.json; give the folder of an IFP checkpoint")
+            raise CheckpointError(f"{path}: has no config.json, so no model is in it; {_GIVE_A_MODEL}")
         check_ordinary(path, CheckpointError)
         config = read_json_object(config_file)
         if SECTION not in config and not (path / MANIFEST).exists():

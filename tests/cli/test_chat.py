@@ -267,6 +267,12 @@ def test_named_tasks(piped: Piped) -> None:
     assert "'../maths' cannot name a task" in bad
     assert "no task nope" in unknown
     assert "it has maths, poetry" in unknown
+    # Who asks is told which it is.
+    done = piped("/task maths", "/policy", "/stats", "/dense on", "/density")
+    live = f"task maths: {wanted['maths']}, activation, density 0.50"
+    assert f"policy task: a fixed selection, for all messages: {live}" in notes(done)
+    assert f"selection   {live}" in [line.strip() for line in notes(done)]
+    assert notes(done)[-2].endswith("parameters active, once /dense off")
     # From the beginning, and it stays, until another is asked for.
     done = piped("/density", "one", "/reset", "/density 0.9", "two", f"/save {a}", options=("--task", "poetry"))
     assert notes(done)[0].startswith("density 0.25, ")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from wcwidth import wcswidth
 
-from ifprune_cli.chat_repetition import LoopFinder, below_own_density, penalize
+from ifprune_cli.repetition import LoopFinder, below_own_density, penalizing
 from ifprune_cli.chat_topics import change
 from ifprune_mlx import Model, Session, TaskStore
 from tests.cli.process import run_here
@@ -243,10 +243,10 @@ def test_the_penalty_is_mlx_lms(tiny: tuple[Model, Any]) -> None:
 
     plain, ours = Session(*tiny), Session(*tiny)
     once = plain.ask("hello", max_tokens=40)
-    penalize(ours, 1.0)
+    ours.options["logits_processors"] = penalizing(1.0)
     assert ours.ask("hello", max_tokens=40) == once
     ours.reset()
-    penalize(ours, 1.5)
+    ours.options["logits_processors"] = penalizing(1.5)
     processors = make_logits_processors(repetition_penalty=1.5, repetition_context_size=64)
     wanted = Session(*tiny, logits_processors=processors).ask("hello", max_tokens=40)
     assert ours.ask("hello", max_tokens=40) == wanted != once
@@ -282,8 +282,7 @@ def test_a_pipe_gets_what_the_model_says(tiny_checkpoint: Path, tiny: tuple[Mode
     assert done.stdout == Session(*tiny, density=0.25).ask("hello", max_tokens=300) + "\n"
     assert "penalty" not in done.stderr
     done = run_here("chat", "--model", tiny_checkpoint, "-m", "40", "--repetition-penalty", "1.5", stdin=b"hello")
-    asked = Session(*tiny)
-    penalize(asked, 1.5)
+    asked = Session(*tiny, logits_processors=penalizing(1.5))
     assert done.stdout == asked.ask("hello", max_tokens=40) + "\n"
 
 

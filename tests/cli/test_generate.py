@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlx_lm.sample_utils import make_logits_processors
 
 from ifprune_mlx import Model, generate
 from tests.cli.process import run, run_here
@@ -113,6 +114,22 @@ def test_sampling_is_repeatable_by_its_seed(command: Command) -> None:
     options = ("--prompt", "hello", "--temp", "1.5", "--top-k", "50", "--json", "--seed")
     one, same, other = (answer(command(*options, seed))["text"] for seed in ("1", "1", "2"))
     assert one == same != other
+
+
+def test_a_repetition_penalty(command: Command, tiny: tuple[Model, Any]) -> None:
+    """mlx-lm's, over the last 64 tokens; none unless it is asked for."""
+    options = ("--prompt", "hello", "-m", "40", "--json")
+    plain, off, on = (
+        answer(command(*options, *more))["text"]
+        for more in ((), ("--repetition-penalty", "1"), ("--repetition-penalty", "1.5"))
+    )
+    processors = make_logits_processors(repetition_penalty=1.5, repetition_context_size=64)
+    wanted = generate(*tiny, [{"role": "user", "content": "hello"}], max_tokens=40, logits_processors=processors)
+    assert (plain, on) == (off, wanted)
+    assert on != plain
+    done = run_here("generate", "--model", tiny[0].checkpoint.path, *options, "--repetition-penalty", "0")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "--repetition-penalty 0.0: give a number above 0, such as 1.1" in done.stderr
 
 
 def test_a_saved_selection_is_used_as_it_is(command: Command, tiny_checkpoint: Path, tmp_path: Path) -> None:

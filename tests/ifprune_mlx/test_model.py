@@ -97,7 +97,7 @@ def test_a_gguf_file_is_refused_with_what_to_do(tmp_path: Path) -> None:
 
 def test_a_name_that_is_no_folder_and_no_repository_is_refused() -> None:
     for name in ("/nowhere/at/all", "./nowhere", "nowhere", "a/b/c"):
-        with pytest.raises(CheckpointError, match="no such folder; give the folder of an IFP checkpoint"):
+        with pytest.raises(CheckpointError, match="no such folder; give a model: its folder, a GGUF file or a hub id"):
             load(name)
 
 

@@ -18,7 +18,7 @@ import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from PySide6.QtCore import QObject, Signal, SignalInstance, Slot
 
-from ifprune_cli.chat_repetition import PENALTY, LoopFinder, below_own_density, penalize
+from ifprune_cli.repetition import PENALTY, LoopFinder, below_own_density, penalize
 from ifprune_convert.embedded import ensure_embedded
 from ifprune_convert.model_cache import cached_models, ensure_converted, names_dense_model
 from ifprune_mlx import IfpruneError, Model, PromptError, Session, Stats, TaskStore, load

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from ifprune_mlx import Session
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ifprune_mlx import Session
 
 # mlx-lm's penalty as it is used where none is asked for, and how many of the last tokens it counts.
 PENALTY, _CONTEXT = 1.1, 64
@@ -10,13 +13,14 @@ PENALTY, _CONTEXT = 1.1, 64
 _LONGEST_RUN, _TIMES, _LEAST = 128, 4, 96
 
 
-def penalize(session: Session, penalty: float) -> None:
-    """Let the session's next answers use mlx-lm's repetition penalty; 1 is none."""
+def penalizing(penalty: float) -> list[Any]:
+    """Logits processors with mlx-lm's repetition penalty; 1 is none."""
     from mlx_lm.sample_utils import make_logits_processors
 
-    session.options["logits_processors"] = make_logits_processors(
+    processors: list[Any] = make_logits_processors(
         repetition_penalty=None if penalty == 1 else penalty, repetition_context_size=_CONTEXT
     )
+    return processors
 
 
 def below_own_density(session: Session) -> bool:
