@@ -200,7 +200,8 @@ def repetition_penalty_option(default: str) -> Any:
     return _sampling(
         "--repetition-penalty",
         metavar="X",
-        help=f"Make the last 64 tokens this much less likely to come again, such as 1.1; 1 is off.  [default: {default}]",
+        help="Make the last 64 tokens this much less likely to come again, such as 1.1; 1 is off.  "
+        f"[default: {default}]",
     )
 
 

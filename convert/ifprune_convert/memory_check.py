@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING
 from ifprune_mlx.checkpoint.density_curve import TOLERANCE
 from ifprune_mlx.checkpoint.ffn_spec import FFNSpec
 from ifprune_mlx.checkpoint.format import Quantization
+from ifprune_mlx.checkpoint.hub import list_repository
 from ifprune_mlx.device import Device, this_device
-from ifprune_mlx.errors import BudgetError
+from ifprune_mlx.errors import BudgetError, SourceError
 
 from .calibrate import SHIPPED
 from .packing import Packing, bits_per_weight, quantization_of
@@ -73,6 +75,18 @@ def converted_bytes(source: Source, options: Options, specs: Sequence[FFNSpec], 
         bits = plain if how is None or leaf != "weight" or len(shape) < 2 else bits_per_weight(how)
         total += math.prod(shape) * bits / 8
     return int(total)
+
+
+def least_hub_bytes(name: str, revision: str | None = None, bits: float | None = None) -> int:
+    """Bytes that the weights of a repository of the hub take at least; 0 where the hub says nothing of them.
+
+    Args:
+        bits: a weight; None: as few as a conversion can be asked for.
+    """
+    with suppress(SourceError):
+        repository = list_repository(name, revision, SourceError)
+        return int((repository.parameters or 0) * (bits or bits_per_weight(_SMALLEST)) / 8)
+    return 0
 
 
 def _command(source: Path, out: Path, options: Options) -> str:

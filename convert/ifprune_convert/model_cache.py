@@ -31,8 +31,8 @@ from ifprune_mlx.sparse.ffn_detection import find_ffns
 from .calibrate import shipped_examples
 from .embedded import cache_folder
 from .folder_lock import alone
-from .memory_check import converted_bytes
-from .packing import bits_per_weight, plan, quantization_of
+from .memory_check import converted_bytes, least_hub_bytes
+from .packing import plan, quantization_of
 from .pipeline import Note, Options, Report, convert
 from .readers import open_source
 from .readers.hub import locate_source, parse_source
@@ -342,11 +342,9 @@ def choose_options(source: Source, device: Device, *, cpu: bool) -> tuple[Option
 
 def _check_hub_fits(place: _Place, device: Device, asks_less: bool) -> None:
     """Raise BudgetError, before the download, for a model of the hub that does not fit even with four bits a weight."""
-    with suppress(SourceError):  # without the hub, what was downloaded is looked at
-        repository = list_repository(place.name.partition(":")[0], None, SourceError)
-        least = int((repository.parameters or 0) * bits_per_weight(quantization_of("affine", None, None)) / 8)
-        if least > device.usable and not asks_less:
-            raise _too_large(place.model, least, device)
+    least = least_hub_bytes(place.name.partition(":")[0])
+    if least > device.usable and not asks_less:
+        raise _too_large(place.model, least, device)
 
 
 def _too_large(model: str, size: int, device: Device) -> BudgetError:

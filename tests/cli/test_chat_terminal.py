@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from wcwidth import wcswidth
 
-from ifprune_cli.repetition import LoopFinder, below_own_density, penalizing
 from ifprune_cli.chat_topics import change
+from ifprune_cli.repetition import LoopFinder, below_own_density, penalizing
 from ifprune_mlx import Model, Session, TaskStore
 from tests.cli.process import run_here
 from tests.cli.terminal import ANSWER, PROMPT, PROMPT_LEFT, Terminal

@@ -112,3 +112,8 @@ def last_stage(named: str | None) -> Stage:
         if name not in STAGES:
             raise IfpruneError(f"--stages {named}: {name or 'nothing'} is no stage; choose from {', '.join(STAGES)}")
     return max((stage for stage in STAGES if stage in names), key=STAGES.index)
+
+
+def read_layers(layers: int) -> int:
+    """How many first layers the predictor reads with; those behind them are healed."""
+    return max(1, layers * 2 // 5)

@@ -24,6 +24,7 @@ from ifprune_mlx.train.trainer import LEARNED_PRIOR
 from .answers import held_out
 from .config import STAGES, Stage
 from .job import StageRecord
+from .kept_evaluation import from_json, to_json
 from .plan import PASSES, sized
 from .report import Findings, Sample, write_report
 from .workspace import Workspace
@@ -66,12 +67,12 @@ def evaluate(ws: Workspace, record: StageRecord) -> None:
     with ws.loaded(ws.base) as (model, _):
         dense = dense_losses(model, examples)
         model.prior = load_prior(ws.measured / "prior.safetensors", list(model.checkpoint.widths))
-        found = _compare(ws, model, by_domain, ("dense", "static"))
+        found = _compare(ws, record, "base", model, by_domain, ("dense", "static"))
         parameters = model.total_parameters
     curves: dict[str, DensityCurve] = {}
     for name in arms:
         with ws.loaded(ws.config.work / name) as (model, _):
-            measured = _compare(ws, model, by_domain, _MEASURED[name].values())
+            measured = _compare(ws, record, name, model, by_domain, _MEASURED[name].values())
             found = found.with_rows(measured, _MEASURED[name])
             if measured.overlap:
                 found = replace(found, matched=measured.matched, overlap=measured.overlap)
@@ -183,6 +184,19 @@ def _active(ws: Workspace, best: str, density: float) -> int:
     return checkpoint.active_parameters(resolve_keep(checkpoint, density=density))
 
 
-def _compare(ws: Workspace, model: Model, data: Mapping[str, list[Example]], rows: Iterable[str]) -> Evaluation:
-    with ws.progress("evaluate", "tokens") as update:
-        return compare(model, data, list(rows), model.keep(_COMPARED), progress=update)
+def _compare(
+    ws: Workspace,
+    record: StageRecord,
+    name: str,
+    model: Model,
+    data: Mapping[str, list[Example]],
+    rows: Iterable[str],
+) -> Evaluation:
+    """The report's rows of a model, by their names in an evaluation; kept by the model's name, for a job that is
+    killed."""
+    kept = record.figures.setdefault("rows", {})
+    if name not in kept:
+        with ws.progress("evaluate", "tokens") as update:
+            kept[name] = to_json(compare(model, data, list(rows), model.keep(_COMPARED), progress=update))
+        ws.job.save()
+    return from_json(kept[name])

@@ -22,7 +22,7 @@ from ifprune_mlx.checkpoint.format import Quantization
 from ifprune_mlx.sparse.ffn_detection import find_ffns
 from ifprune_mlx.tokenizer import embedding_rows
 
-from .config import Stage
+from .config import Stage, read_layers
 
 PROGRAM = 90_000_000
 """Bytes of Python and its libraries."""
@@ -160,11 +160,6 @@ class Shapes:
     def reading(self, tokens: int) -> int:
         """Bytes of the widest layer's activations, where none is kept for later ones."""
         return tokens * self.size * (3 * self.widest + 4 * self.width)
-
-
-def read_layers(layers: int) -> int:
-    """How many first layers the predictor reads with; those behind them are healed."""
-    return max(1, layers * 2 // 5)
 
 
 def needs(shapes: Shapes, length: int, chats: int) -> Mapping[Stage, Need]:

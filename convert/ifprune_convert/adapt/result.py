@@ -110,14 +110,15 @@ def _halfway(ws: Workspace) -> Options:
 
 def _early(ws: Workspace) -> Path:
     """A checkpoint of what the stages so far gave, with its curve, where answers are held out, and defaults from it."""
+    if not ws.job.stage("answers").done:
+        return ws.base
     folder = ws.config.work / "early"
     ws.convert_to(folder, _halfway(ws))
-    if ws.job.stage("answers").done:
-        with ws.loaded(folder) as (model, tokenizer):
-            examples = encode_all(tokenizer, held_out(ws.answers), ws.length, lambda line: None)
-            with ws.progress("densities", "tokens") as update:
-                curve = measure_curve(model, examples, seconds=_CURVE_SECONDS, progress=update)
-        set_curve(folder, curve, *curve.choose(ws.config.tolerance))
+    with ws.loaded(folder) as (model, tokenizer):
+        examples = encode_all(tokenizer, held_out(ws.answers), ws.length, lambda line: None)
+        with ws.progress("densities", "tokens") as update:
+            curve = measure_curve(model, examples, seconds=_CURVE_SECONDS, progress=update)
+    set_curve(folder, curve, *curve.choose(ws.config.tolerance))
     return folder
 
 

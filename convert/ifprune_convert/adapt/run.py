@@ -7,16 +7,16 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 
 from ifprune_convert.folder_lock import alone
+from ifprune_convert.memory_check import least_hub_bytes
 from ifprune_convert.model_cache import stamps_of
 from ifprune_convert.pipeline import check_output
 from ifprune_convert.readers import open_source
 from ifprune_convert.readers.hub import locate_source, parse_source
 from ifprune_convert.upload import check_upload
-from ifprune_mlx.checkpoint.hub import hub_name, list_repository
+from ifprune_mlx.checkpoint.hub import hub_name
 from ifprune_mlx.device import this_device
 from ifprune_mlx.errors import DataError, IfpruneError, SourceError
 from ifprune_mlx.train.evaluation import ProgressDisplay
@@ -104,15 +104,13 @@ def _check_download(ws: Workspace) -> None:
     name, _ = parse_source(str(ws.config.model))
     if name is None or Path(ws.config.model).expanduser().exists():
         return
-    with suppress(SourceError):  # without the hub, what was downloaded is looked at
-        repository = list_repository(name, ws.config.revision, SourceError)
-        least = int((repository.parameters or 0) * (ws.options.bits or 4) / 8)
-        most = min(this_device().usable, ws.config.memory or this_device().usable)
-        if least > most:
-            raise IfpruneError(
-                f"{name}: its weights would take {least / 1e9:.3g} GB, and {most / 1e9:.3g} GB may be used; quantize "
-                "with -q, or take a smaller model"
-            )
+    least = least_hub_bytes(name, ws.config.revision, ws.options.bits)
+    most = min(this_device().usable, ws.config.memory or this_device().usable)
+    if least > most:
+        raise IfpruneError(
+            f"{name}: its weights would take {least / 1e9:.3g} GB, and {most / 1e9:.3g} GB may be used; quantize "
+            "with -q, or take a smaller model"
+        )
 
 
 def _locate(ws: Workspace) -> None:

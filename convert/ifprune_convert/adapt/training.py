@@ -23,9 +23,9 @@ from ifprune_mlx.eval.density_curve import LEAST_PROMPTS
 from ifprune_mlx.train import TrainConfig, train
 
 from .answers import HELD_OUT, every_answer, first_of_each, held_out, prompts, training_files, write_domains
-from .config import Stage
+from .config import Stage, read_layers
 from .job import StageRecord
-from .memory import HEAD_RANK, read_layers
+from .memory import HEAD_RANK
 from .plan import BATCH, sized
 from .workspace import Workspace
 
