@@ -75,10 +75,11 @@ class ActiveSelection:
             state.selection_key = DENSE if params.dense else EXCLUSIVE
             return
         keep = model.keep(params.density, params.active_parameters)
-        selection = self._run_selector(state, name, keep).selection
-        live = self.selection
-        if params.policy == "auto" and live is not None and live.keep == keep:
-            selection = live if selection.agreement(live) >= SWITCH_BELOW else selection
+        selection: Selection | None = None
+        for text in (*state.request.earlier, state.request.instruction):  # earlier ones are cached
+            own = self._run_selector(state, name, keep, text).selection
+            selection = own if selection is None or own.agreement(selection) < SWITCH_BELOW else selection
+        assert selection is not None  # there is an instruction
         state.selection, state.selection_key = selection, selection.hash
 
     def prefill_dense(self, state: RequestState) -> tuple[list[Any], int]:
@@ -92,7 +93,7 @@ class ActiveSelection:
         """
         params = state.request.selection_params
         keep = self._model.keep(params.density, params.active_parameters)
-        selected = self._run_selector(state, _ACTIVATION, keep)
+        selected = self._run_selector(state, _ACTIVATION, keep, state.request.instruction)
         state.selection = selected.selection
         assert selected.history is not None
         return selected.history.kv, len(selected.history.tokens)
@@ -129,7 +130,7 @@ class ActiveSelection:
         self.trusted = True
         return seconds
 
-    def _run_selector(self, state: RequestState, name: str, keep: tuple[int, ...]) -> Selected:
+    def _run_selector(self, state: RequestState, name: str, keep: tuple[int, ...], text: str) -> Selected:
         def check(done: int, total: int) -> None:
             if self._model.agreed(state.stopped):
                 raise EngineClosedError
@@ -146,9 +147,9 @@ class ActiveSelection:
                 selector = SharedSelector(name, ranks, reader, everywhere=True)
         try:
             tokens = request.instruction_tokens or request.tokens
-            return selector.select(Instruction(request.instruction, tokens, progress=check), keep)
+            return selector.select(Instruction(text, tokens, progress=check), keep)
         finally:
-            state.select_s = time.monotonic() - start
+            state.select_s += time.monotonic() - start
 
 
 class _InstructionReader(ActivationSelector):

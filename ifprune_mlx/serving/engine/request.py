@@ -42,9 +42,10 @@ class SelectionParams:
     """How a request's neurons are selected.
 
     All policies select by `Request.instruction`: the first user message for `first`, the last one for `turn` and
-    `auto`, the system prompt and the tools' names for `system`. `auto` keeps the live selection if both keep the same
-    number of neurons and their agreement is `ifprune_mlx.session.SWITCH_BELOW` or more. The selector `activation`
-    reads the whole prompt and always selects, but for `system` it reads `Request.instruction` alone.
+    `auto`, the system prompt and the tools' names for `system`. `auto` goes through the conversation's user messages:
+    from one to the next the selection stays if their agreement is `ifprune_mlx.session.SWITCH_BELOW` or more. So it is
+    the same whoever else asks. The selector `activation` reads the whole prompt and always selects, but for `system` it
+    reads `Request.instruction` alone.
     """
 
     selector: str | None = None  # `learned`, `activation`, `static` or `random`; None takes the checkpoint's default
@@ -93,6 +94,7 @@ class Request:
     logprobs: int | None = None  # top alternatives per token, 0 to 20; None gives no log-probabilities
     continues: bool = False  # the answer continues the prompt's text, and is no message of its own
     grammar: Grammar | None = None  # the answer must satisfy it
+    earlier: tuple[str, ...] = ()  # the user messages before the instruction, oldest first, for policy `auto`
     # The instruction's tokens where policy `system` selects by it alone; the selector `activation` reads them.
     instruction_tokens: tuple[int, ...] = ()
     thinking: Thinking | None = None  # stop strings do not count within thoughts
@@ -106,6 +108,7 @@ def to_rank(request: Request) -> dict[str, Any]:
     return {
         "tokens": request.tokens,
         "instruction": request.instruction,
+        "earlier": request.earlier,
         "instruction_tokens": request.instruction_tokens,
         "max_tokens": request.max_tokens,
         "params": {field.name: getattr(params, field.name) for field in fields(params) if field.name != "selection"},
@@ -125,6 +128,7 @@ def from_rank(told: dict[str, Any]) -> Request:
         SelectionParams(**told["params"], selection=fixed),
         SamplingParams(),
         told["max_tokens"],
+        earlier=tuple(told["earlier"]),
         instruction_tokens=tuple(told["instruction_tokens"]),
     )
 

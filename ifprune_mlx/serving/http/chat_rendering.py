@@ -106,6 +106,7 @@ class Prompt(NamedTuple):
     continues: bool = False  # the answer continues the prompt's text
     thinking: Thinking | None = None  # None if no thoughts can come
     budget: ThinkingBudget | None = None
+    earlier: tuple[str, ...] = ()  # see `Request`
 
 
 class ChatRenderer:
@@ -197,7 +198,7 @@ class ChatRenderer:
             tokens = encode_text(tokenizer, plain_text(tokenizer, messages) + begun)
         check_prompt(self._model, tokens)
         end = tokenizer.tool_call_end if tools.offered and tools.single else None
-        instruction, read = self._read_by_selector(conversation, policy)
+        instruction, read, earlier = self._read_by_selector(conversation, policy)
         prompt = Prompt(
             tuple(tokens),
             instruction,
@@ -206,16 +207,21 @@ class ChatRenderer:
             continues=bool(begun) or not tokenizer.has_chat_template,
             thinking=thinking,
             budget=None if thinking is None else self._budget(thinking, options),
+            earlier=earlier,
         )
         return [prompt]
 
-    def _read_by_selector(self, conversation: Conversation, policy: str) -> tuple[str, tuple[int, ...]]:
-        """The instruction, and its tokens if policy `system` selects by it alone."""
+    def _read_by_selector(
+        self, conversation: Conversation, policy: str
+    ) -> tuple[str, tuple[int, ...], tuple[str, ...]]:
+        """The instruction; its tokens if policy `system` selects by it alone; and what `auto` reads before it."""
         if policy == "system" and (stable := _stable_part(conversation)):
-            return stable, tuple(encode_text(self._tokenizer, stable, add_special_tokens=False))
+            return stable, tuple(encode_text(self._tokenizer, stable, add_special_tokens=False)), ()
         messages = conversation.messages
-        users = [message for message in messages if message["role"] == "user"] or messages
-        return users[-1 if policy in ("turn", "auto") else 0]["content"], ()
+        users = [message["content"] for message in messages if message["role"] == "user"]
+        first, *others = users or [messages[0]["content"], messages[-1]["content"]]
+        last = others[-1] if others and policy in ("turn", "auto") else first
+        return last, (), tuple([first, *others][:-1]) if policy == "auto" else ()
 
     def knows(self, variable: str) -> bool:
         """Whether the chat template uses a variable."""

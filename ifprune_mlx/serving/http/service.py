@@ -164,6 +164,7 @@ class Service:
                 instruction_tokens=prompt.instruction_tokens,
                 grammar=prompt.grammar,
                 continues=prompt.continues,
+                earlier=prompt.earlier,
                 thinking=prompt.thinking,
                 thinking_budget=prompt.budget,
             )

@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
-import numpy as np
+import pytest
 
-from ifprune_mlx import Selection
 from ifprune_mlx.serving.engine.engine import Engine
 from ifprune_mlx.serving.engine.request import RequestOutput, SelectionParams
 from tests.ifprune_mlx.serving.engine.engines import (
     CHOICES,
-    WIDTHS,
     A,
     B,
     Tiny,
@@ -90,19 +88,20 @@ def test_a_stream_of_live_requests_does_not_starve_another_selection(tiny: Tiny)
         assert engine.counters().switches <= 3
 
 
-def test_auto_keeps_a_live_selection_that_agrees(tiny: Tiny) -> None:
-    near = SelectionParams(selector="static", density=0.5, policy="auto")
+def test_auto_goes_through_a_conversation_whoever_else_asks(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From one message to the next a selection stays if it agrees enough; what is live does not matter."""
+    auto = SelectionParams(selector="random", density=0.5, policy="auto")
+    texts = ("one", "two", "three")
     with serving(tiny) as engine:
-        _, first = ask(engine, make_request(selection_params=replace(near, policy="turn")))
-        ids = [list(ids) for ids in tiny[0].selection.ids]
-        spare = [next(i for i in range(128) if i not in layer) for layer in ids]
-        close = Selection(
-            tuple(np.array(sorted([*layer[1:], one]), np.int32) for layer, one in zip(ids, spare, strict=True)),
-            WIDTHS,
-            "static",
-        )
-        assert ask(engine, make_request(selection=close))[1].selection == close.hash
-        assert ask(engine, make_request(selection_params=near))[1].selection == close.hash
-        assert ask(engine, make_request(selection_params=replace(near, policy="turn")))[1].selection == first.selection
-        # Another density is another matter, however much it has in common.
-        assert ask(engine, make_request(selection_params=replace(near, density=0.25)))[1].density == 0.25
+
+        def chosen(*said: str, policy: str = "auto") -> str | None:
+            params = replace(auto, policy=policy)
+            request = replace(make_request(selection_params=params), instruction=said[-1], earlier=said[:-1])
+            ask(engine, make_request(selection=A))  # another client's
+            return ask(engine, request)[1].selection
+
+        alone = [chosen(text, policy="turn") for text in texts]
+        assert len(set(alone)) == 3
+        for below, expected in ((2.0, alone), (-2.0, alone[:1] * 3)):
+            monkeypatch.setattr("ifprune_mlx.serving.engine.active_selection.SWITCH_BELOW", below)
+            assert [chosen(*texts[: count + 1]) for count in range(3)] == expected
