@@ -1,13 +1,15 @@
 """What this process holds in memory, and the most that it held.
 
 On macOS that is the physical footprint, as Activity Monitor shows it: the resident size there counts files that were
-merely read, and may leave out pages that only the GPU wrote. It can trail what was freed by a few seconds.
+merely read, and may leave out pages that only the GPU wrote. It can trail what was freed by a few seconds. On Linux it
+is what no file stands behind. The most is there of all pages, since the system keeps no other figure.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -28,7 +30,8 @@ def resident() -> int:
     if found := footprint():
         return found[0]
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        status = Path("/proc/self/status").read_text()
+        return 1024 * sum(map(int, re.findall(r"^Rss(?:Anon|Shmem):\s*(\d+) kB", status, re.MULTILINE)))
     except OSError:
         command = ["ps", "-o", "rss=", "-p", str(os.getpid())]
         return 1024 * int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

@@ -28,13 +28,16 @@ def test_logits_and_greedy_answers_are_those_of_one_process(count: int, tmp_path
     check(jobs, count, tmp_path)
 
 
+@pytest.mark.parametrize("bits", [None, 4])
 def test_smollm2_on_two_ranks(
-    smollm2_base: Path, smollm2_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    smollm2_base: Path, smollm2_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int | None
 ) -> None:
-    """Its 9 heads do not come out even, so that its layers are dealt out; half of its weights are on each rank."""
-    packed = tmp_path / "4bit"
-    convert(open_source(smollm2_gguf), packed, Options(Quantization(32, 4, "affine")))
-    # Under arbitrary selections its logits differ by 3e-4 even between the two residencies of one process.
+    """Its 9 heads do not come out even, so that its layers are dealt out. With 4 bits each of 30 passes of seven tokens
+    takes many seconds on a CPU."""
+    checkpoint = smollm2_base
+    if bits is not None:
+        checkpoint = tmp_path / "packed"
+        convert(open_source(smollm2_gguf), checkpoint, Options(Quantization(32, bits, "affine")))
+    # Its logits differ by 2e-3 even between the two residencies of one process: they order a layer's neurons otherwise.
     monkeypatch.setenv(SENSIBLE, "1")
-    jobs = [(residency, folder) for folder in (smollm2_base, packed) for residency in ("ram", "ssd")]
-    check(jobs, 2, tmp_path)
+    check([("ram", checkpoint), ("ssd", checkpoint)], 2, tmp_path, tolerance=None, limit=3600)

@@ -61,7 +61,7 @@ def test_the_policy_says_which_message_selects(served: Served) -> None:
     assert chosen("first", "one", "ok", "two") == chosen("first", "one")
     assert chosen("turn", "one", "ok", "two") == chosen("first", "two")
     assert chosen("first", "one") != chosen("first", "two")
-    # Arbitrary selections have nothing in common, so that each message is another topic; without one before, it selects.
+    # Arbitrary selections have nothing in common, so that each message is another topic.
     assert chosen("auto", "one", "ok", "two") == chosen("auto", "two") == chosen("first", "two")
 
 
