@@ -5,7 +5,6 @@ The dataclasses are option groups (see option_groups.py): a command takes them a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -465,8 +464,8 @@ class Sampling:
         if self.kv_bits is not None and self.max_kv_size is not None:
             raise IfpruneError("--kv-bits and --max-kv-size exclude each other: mlx-lm cannot quantize a bounded cache")
         penalty = self.repetition_penalty
-        if penalty is not None and not 0 < penalty < math.inf:
-            raise IfpruneError(f"--repetition-penalty {penalty}: give a number above 0, such as 1.1")
+        if penalty is not None and not 0.01 <= penalty <= 100:
+            raise IfpruneError(f"--repetition-penalty {penalty}: give a number from 0.01 to 100, such as 1.1")
         mx.random.seed(self.seed)
         options: dict[str, Any] = {
             "sampler": sampler,

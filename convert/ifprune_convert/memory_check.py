@@ -81,7 +81,7 @@ def least_hub_bytes(name: str, revision: str | None = None, bits: float | None =
     """Bytes that the weights of a repository of the hub take at least; 0 where the hub says nothing of them.
 
     Args:
-        bits: a weight; None: as few as a conversion can be asked for.
+        bits: a weight; None: as few as are chosen where none are asked for.
     """
     with suppress(SourceError):
         repository = list_repository(name, revision, SourceError)

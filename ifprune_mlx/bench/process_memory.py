@@ -14,6 +14,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,14 @@ def resident() -> int:
     """Bytes of this process in memory now."""
     if found := footprint():
         return found[0]
-    try:
+    kilobytes: list[str] = []
+    with suppress(OSError):
         status = Path("/proc/self/status").read_text()
-        return 1024 * sum(map(int, re.findall(r"^Rss(?:Anon|Shmem):\s*(\d+) kB", status, re.MULTILINE)))
-    except OSError:
+        kilobytes = re.findall(r"^Rss(?:Anon|Shmem):\s*(\d+) kB", status, re.MULTILINE)
+    if not kilobytes:
         command = ["ps", "-o", "rss=", "-p", str(os.getpid())]
-        return 1024 * int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        kilobytes = [subprocess.run(command, capture_output=True, text=True, check=True).stdout]
+    return 1024 * sum(map(int, kilobytes))
 
 
 def most_resident() -> int:

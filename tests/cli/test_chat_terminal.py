@@ -286,8 +286,8 @@ def test_a_pipe_gets_what_the_model_says(tiny_checkpoint: Path, tiny: tuple[Mode
     assert done.stdout == asked.ask("hello", max_tokens=40) + "\n"
 
 
-@pytest.mark.parametrize("given", ["0", "-1", "nan", "inf"])
+@pytest.mark.parametrize("given", ["0", "-1", "1e-300", "101", "nan", "inf"])
 def test_penalties_that_are_none(tiny_checkpoint: Path, given: str) -> None:
     done = run_here("chat", "--model", tiny_checkpoint, "--repetition-penalty", given, stdin=b"hello")
     assert (done.returncode, done.stdout) == (1, "")
-    assert "give a number above 0" in done.stderr
+    assert "give a number from 0.01 to 100" in done.stderr

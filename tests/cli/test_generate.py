@@ -129,7 +129,7 @@ def test_a_repetition_penalty(command: Command, tiny: tuple[Model, Any]) -> None
     assert on != plain
     done = run_here("generate", "--model", tiny[0].checkpoint.path, *options, "--repetition-penalty", "0")
     assert (done.returncode, done.stdout) == (1, "")
-    assert "--repetition-penalty 0.0: give a number above 0, such as 1.1" in done.stderr
+    assert "--repetition-penalty 0.0: give a number from 0.01 to 100, such as 1.1" in done.stderr
 
 
 def test_a_saved_selection_is_used_as_it_is(command: Command, tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -161,9 +161,9 @@ def _plan(ws: Workspace, available: int) -> None:
     if not job.stage("convert").done:
         ws.describe(config.max_seq_length or longest_chat(config.hours, rate, parameters), shapes.layers)
     found = needs(shapes, ws.length, amounts["calibrate"])
-    # A job that ends early writes its result twice as well.
     disk = max(found[stage].disk for stage in stages)
-    disk += 0 if "evaluate" in config.stages else 2 * shapes.weights
+    if "evaluate" not in config.stages:  # the result in its place, and before it one of what was trained so far
+        disk += shapes.weights * (1 if config.until == "convert" else 2)
     _check_fits(ws, {stage: found[stage] for stage in stages}, disk, usable)
     model = f"{parameters / 1e9:.2g}B parameters, {rate / 1e12:.2g} TFLOP/s in matrix products on this machine"
     for line in plan_lines(config.hours, stages, amounts, found, disk, model, usable):

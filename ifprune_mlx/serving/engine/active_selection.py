@@ -28,7 +28,7 @@ from ifprune_mlx.serving.engine.request import (
     SelectionParams,
 )
 from ifprune_mlx.serving.engine.scheduler import EXCLUSIVE
-from ifprune_mlx.session import SWITCH_BELOW
+from ifprune_mlx.serving.engine.topics import Topics
 
 _ACTIVATION = "activation"
 
@@ -51,6 +51,7 @@ class ActiveSelection:
         self.key, self.since = DENSE, 0.0
         self.switches = 0
         self.trusted = False
+        self._topics = Topics(model.checkpoint.widths)
 
     def resume(self) -> None:
         """Start from the model's active selection, as others may have used the model."""
@@ -61,7 +62,8 @@ class ActiveSelection:
     def select(self, state: RequestState) -> None:
         """Set a request's selection key, and its selection unless `prefill_dense` will find it.
 
-        A selector may leave the model dense; `activate` and `restore` undo that.
+        It runs one selector at most. Policy `auto` may need several calls, and sets the key in the last one. A selector
+        may leave the model dense; `activate` and `restore` undo that.
 
         The parameters have passed `check_selecting`.
         """
@@ -75,12 +77,24 @@ class ActiveSelection:
             state.selection_key = DENSE if params.dense else EXCLUSIVE
             return
         keep = model.keep(params.density, params.active_parameters)
-        selection: Selection | None = None
-        for text in (*state.request.earlier, state.request.instruction):  # earlier ones are cached
-            own = self._run_selector(state, name, keep, text).selection
-            selection = own if selection is None or own.agreement(selection) < SWITCH_BELOW else selection
-        assert selection is not None  # there is an instruction
+        if params.policy == "auto":
+            self._follow(state, name, keep)
+            return
+        selection = self._run_selector(state, name, keep, state.request.instruction).selection
         state.selection, state.selection_key = selection, selection.hash
+
+    def _follow(self, state: RequestState, name: str, keep: tuple[int, ...]) -> None:
+        """Go on by one message of the conversation; after the last one the request has selected."""
+        texts = (*state.request.earlier, state.request.instruction)
+        if not state.followed:
+            state.followed, state.selection = self._topics.come_to(name, keep, texts)
+        if state.followed < len(texts):
+            state.followed += 1
+            own = self._run_selector(state, name, keep, texts[state.followed - 1]).selection
+            state.selection = self._topics.follow(name, keep, texts[: state.followed], state.selection, own)
+        if state.followed == len(texts):
+            assert state.selection is not None
+            state.selection_key = state.selection.hash
 
     def prefill_dense(self, state: RequestState) -> tuple[list[Any], int]:
         """Find a request's selection with the activation selector, which reads the prompt densely.

@@ -226,6 +226,7 @@ class RequestState:
     # Requests of one key share KV caches and batches: the selection's hash, `dense`, or `scheduler.EXCLUSIVE` for a
     # request that runs alone. Empty until the request has selected.
     selection_key: str = ""
+    followed: int = 0  # messages that policy `auto` has gone through; `selection` is the one after these
     serial: int = -1  # names it to other ranks
     uid: int = -1  # of its sequence in the decoder, once it runs
     constraint: Constraint | None = None  # of its answer, once it runs

@@ -219,9 +219,9 @@ class ChatRenderer:
             return stable, tuple(encode_text(self._tokenizer, stable, add_special_tokens=False)), ()
         messages = conversation.messages
         users = [message["content"] for message in messages if message["role"] == "user"]
-        first, *others = users or [messages[0]["content"], messages[-1]["content"]]
-        last = others[-1] if others and policy in ("turn", "auto") else first
-        return last, (), tuple([first, *others][:-1]) if policy == "auto" else ()
+        users = users or [messages[0]["content"], messages[-1]["content"]]
+        last = users[-1 if policy in ("turn", "auto") else 0]
+        return last, (), tuple(text for text in users[:-1] if text.strip()) if policy == "auto" else ()
 
     def knows(self, variable: str) -> bool:
         """Whether the chat template uses a variable."""

@@ -49,7 +49,7 @@ def test_macos_says_the_physical_footprint(monkeypatch: pytest.MonkeyPatch) -> N
     assert (resident(), most_resident()) == (7_000_000_000, 9_000_000_000)
 
 
-def test_without_that_call_it_is_the_resident_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_that_call_it_is_what_the_system_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also on a Mac whose library has no such call, and where it fails; there, the peak is in bytes."""
     here = resident()
     monkeypatch.setattr(process_memory, "_proc_pid_rusage", lambda: lambda *given: -1)
@@ -63,8 +63,16 @@ def test_without_that_call_it_is_the_resident_size(monkeypatch: pytest.MonkeyPat
         assert kilobytes <= most_resident() < 2 * kilobytes
 
 
-def test_without_proc_it_is_what_ps_says(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("says", [None, "Name:\tpython\nVmRSS:\t9 kB\n"])
+def test_without_proc_it_is_what_ps_says(monkeypatch: pytest.MonkeyPatch, says: str | None) -> None:
+    """Which counts files as well."""
+
+    def read_text(self: Path) -> str:
+        if says is None:
+            raise FileNotFoundError(2, "not here")
+        return says
+
     here = resident()
     monkeypatch.setattr(process_memory, "footprint", lambda: None)
-    monkeypatch.setattr(Path, "read_text", lambda self: (_ for _ in ()).throw(FileNotFoundError(2, "not here")))
-    assert 0.5 < resident() / here < 2
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert 0.9 * here < resident() < here + 10**9

@@ -18,7 +18,7 @@ import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from PySide6.QtCore import QObject, Signal, SignalInstance, Slot
 
-from ifprune_cli.repetition import PENALTY, LoopFinder, below_own_density, penalize
+from ifprune_cli.repetition import PENALTY, LoopFinder, below_own_density, penalizing
 from ifprune_convert.embedded import ensure_embedded
 from ifprune_convert.model_cache import cached_models, ensure_converted, names_dense_model
 from ifprune_mlx import IfpruneError, Model, PromptError, Session, Stats, TaskStore, load
@@ -217,7 +217,7 @@ class Worker(QObject):
         if session is None or self.stop.is_set():
             return None, ""
         stats, loops, loop = None, LoopFinder(), False
-        penalize(session, PENALTY if below_own_density(session) else 1)
+        session.options["logits_processors"] = penalizing(PENALTY if below_own_density(session) else 1)
 
         def show_selection() -> None:
             if session is self._session:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
-
-import pytest
 
 from ifprune_mlx.serving.engine.engine import Engine
-from ifprune_mlx.serving.engine.request import RequestOutput, SelectionParams
+from ifprune_mlx.serving.engine.request import RequestOutput
 from tests.ifprune_mlx.serving.engine.engines import (
     CHOICES,
     A,
     B,
     Tiny,
     alone,
-    ask,
     make_request,
     outputs_of,
     prompt,
@@ -86,22 +82,3 @@ def test_a_stream_of_live_requests_does_not_starve_another_selection(tiny: Tiny)
     with serving(tiny, patience=0.1, concurrency=4) as engine:
         asyncio.run(crowd(engine))
         assert engine.counters().switches <= 3
-
-
-def test_auto_goes_through_a_conversation_whoever_else_asks(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From one message to the next a selection stays if it agrees enough; what is live does not matter."""
-    auto = SelectionParams(selector="random", density=0.5, policy="auto")
-    texts = ("one", "two", "three")
-    with serving(tiny) as engine:
-
-        def chosen(*said: str, policy: str = "auto") -> str | None:
-            params = replace(auto, policy=policy)
-            request = replace(make_request(selection_params=params), instruction=said[-1], earlier=said[:-1])
-            ask(engine, make_request(selection=A))  # another client's
-            return ask(engine, request)[1].selection
-
-        alone = [chosen(text, policy="turn") for text in texts]
-        assert len(set(alone)) == 3
-        for below, expected in ((2.0, alone), (-2.0, alone[:1] * 3)):
-            monkeypatch.setattr("ifprune_mlx.serving.engine.active_selection.SWITCH_BELOW", below)
-            assert [chosen(*texts[: count + 1]) for count in range(3)] == expected
