@@ -17,7 +17,6 @@ from ifprune_convert.readers import open_source
 from ifprune_convert.readers.hub import locate_source, parse_source
 from ifprune_convert.upload import check_upload
 from ifprune_mlx.checkpoint.hub import hub_name
-from ifprune_mlx.device import this_device
 from ifprune_mlx.errors import DataError, IfpruneError, SourceError
 from ifprune_mlx.train.evaluation import ProgressDisplay
 
@@ -105,10 +104,9 @@ def _check_download(ws: Workspace) -> None:
     if name is None or Path(ws.config.model).expanduser().exists():
         return
     least = least_hub_bytes(name, ws.config.revision, ws.options.bits)
-    most = min(this_device().usable, ws.config.memory or this_device().usable)
-    if least > most:
+    if least > ws.room:
         raise IfpruneError(
-            f"{name}: its weights would take {least / 1e9:.3g} GB, and {most / 1e9:.3g} GB may be used; quantize "
+            f"{name}: its weights would take {least / 1e9:.3g} GB, and {ws.room / 1e9:.3g} GB may be used; quantize "
             "with -q, or take a smaller model"
         )
 
@@ -149,7 +147,7 @@ def _plan(ws: Workspace, available: int) -> None:
     Args:
         available: prompts that there are.
     """
-    config, usable, job = ws.config, this_device().usable, ws.job
+    config, job = ws.config, ws.job
     stages = [stage for stage in config.stages if not job.stage(stage).done]
     if not stages:
         return
@@ -164,9 +162,9 @@ def _plan(ws: Workspace, available: int) -> None:
     disk = max(found[stage].disk for stage in stages)
     if "evaluate" not in config.stages:  # the result in its place, and before it one of what was trained so far
         disk += shapes.weights * (1 if config.until == "convert" else 2)
-    _check_fits(ws, {stage: found[stage] for stage in stages}, disk, usable)
+    _check_fits(ws, {stage: found[stage] for stage in stages}, disk)
     model = f"{parameters / 1e9:.2g}B parameters, {rate / 1e12:.2g} TFLOP/s in matrix products on this machine"
-    for line in plan_lines(config.hours, stages, amounts, found, disk, model, usable):
+    for line in plan_lines(config.hours, stages, amounts, found, disk, model, ws.room):
         ws.note(line)
     least = least_seconds(stages, rate, parameters)
     if least > config.hours * 3600 - job.seconds:
@@ -174,11 +172,11 @@ def _plan(ws: Workspace, available: int) -> None:
     ws.note(f"stages lie in {config.work}; the same command goes on after Ctrl-C")
 
 
-def _check_fits(ws: Workspace, found: Mapping[Stage, Need], disk: int, usable: int) -> None:
+def _check_fits(ws: Workspace, found: Mapping[Stage, Need], disk: int) -> None:
     """Raise IfpruneError if a stage needs more memory or disk than there is."""
     config = ws.config
     stage = max(found, key=lambda name: found[name].memory)
-    memory, most = found[stage].memory, min(usable, config.memory or usable)
+    memory, most = found[stage].memory, ws.room
     if memory > most:
         raise IfpruneError(
             f"{ws.source}: stage {stage} needs about {memory / 1e9:.3g} GB, and {most / 1e9:.3g} GB may be used; "

@@ -13,6 +13,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ifprune_convert.calibrate import shipped_examples
 from ifprune_convert.pipeline import Options, convert
 from ifprune_mlx.data.dataset import Record
+from ifprune_mlx.device import this_device
 from ifprune_mlx.model import Model, load
 from ifprune_mlx.train.evaluation import ProgressDisplay
 
@@ -62,6 +63,12 @@ class Workspace:
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
         )
+
+    @property
+    def room(self) -> int:
+        """Bytes that weights may take."""
+        usable = this_device().usable
+        return min(usable, self.config.memory or usable)
 
     @property
     def length(self) -> int:
