@@ -3,8 +3,8 @@
     python scripts/make_shipped_prompts.py --data DATA_FOLDER --out ifprune_mlx/data/prompts.jsonl
 
 Sources and licences stand in ifprune_mlx/data/PROMPTS.md: MIT, Apache-2.0, BSD, CC-BY and ODC-By; nothing that is
-share-alike, and nothing of T0, whose texts keep terms of their own. Left out are prompts of scripts/held_out and of the
-calibration chats, and what shares anything with scripts/held_out/unseen.
+share-alike, nothing of T0, whose texts keep terms of their own, and nothing of GPTeacher, which GPT-4 wrote. Left out
+are prompts of scripts/held_out and of the calibration chats, and what shares anything with scripts/held_out/unseen.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ def general(data: TrainingData) -> dict[str, Iterable[Chat]]:
     ]
     instructions = json.loads((data / "raschka/instruction-data.json").read_text(encoding="utf-8"))
     seeds = lines(data / "self_instruct/seed_tasks.jsonl")
-    roleplay = data / "gpteacher/roleplay-simple-deduped-roleplay-instruct.json"
     reasoning: list[Chat] = []
     for name in ("creak", "ecqa", "qasc", "sensemaking", "strategyqa"):
         records = json.loads((data / f"flan_cot/{name}_train.json").read_text(encoding="utf-8"))
@@ -48,7 +47,6 @@ def general(data: TrainingData) -> dict[str, Iterable[Chat]]:
         "seeds": [
             (f"{r['instruction']}\n{r['instances'][0]['input']}".strip(), r["instances"][0]["output"]) for r in seeds
         ],
-        "roleplay": [joined(r, "response") for r in json.loads(roleplay.read_text(encoding="utf-8"))],
         "reasoning": reasoning,
         "evals": chain.from_iterable(evals(data)),
         "translation": map(translation, lines(data / "tldr/tldr_parallel.jsonl")),
@@ -87,7 +85,8 @@ def main() -> None:
     ]
     seen = {record.key for record in known}
     domains: list[list[dict[str, str]]] = []
-    for domain, sources in {"code": code(data), "maths": maths(data), "general": general(data)}.items():
+    programs = {name: chats for name, chats in code(data).items() if name != "codegen"}
+    for domain, sources in {"code": programs, "maths": maths(data), "general": general(data)}.items():
         columns = [[(name, text) for text in usable(chats, seen, unseen)] for name, chats in sources.items()]
         chosen = list(islice(in_turn(columns), OF_A_DOMAIN))
         domains.append([{"domain": domain, "source": name, "prompt": text} for name, text in chosen])
