@@ -305,6 +305,20 @@ def test_the_budget_gives_the_stages_behind_what_is_left() -> None:
     assert late < budget.seconds("heal", 36000 * SHARES["convert"])
 
 
+def test_few_hours_leave_each_stage_its_least() -> None:
+    """The rest is divided over the others by their shares; a stage that takes too much takes it from these."""
+    budget = Budget(0.25, {"answers": 100.0, "heal": 30.0, "evaluate": 300.0})
+    assert sum(budget.parts.values()) == pytest.approx(900)
+    assert budget.parts["evaluate"] == 300.0
+    assert budget.parts["select"] / budget.parts["heal"] == pytest.approx(SHARES["select"] / SHARES["heal"])
+    assert budget.parts["answers"] == pytest.approx(600 * SHARES["answers"] / (1 - SHARES["evaluate"]))
+    assert budget.end("heal") == pytest.approx(600)
+    assert budget.seconds("heal", 500) == pytest.approx(100)
+    assert budget.seconds("heal", 700) == 0
+    assert budget.seconds("evaluate", 700) == pytest.approx(200)
+    assert Budget(0.01, {"answers": 100.0, "evaluate": 300.0}).parts["evaluate"] == 300.0
+
+
 def test_a_stage_ends_when_those_behind_it_need_the_time() -> None:
     budget, spent = Budget(10), 0.0
     for stage in STAGES:

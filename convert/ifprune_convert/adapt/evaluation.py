@@ -25,11 +25,11 @@ from .answers import held_out
 from .config import STAGES, Stage
 from .job import StageRecord
 from .kept_evaluation import from_json, to_json
-from .plan import PASSES, sized
+from .plan import PASSES, SAMPLES, sized
 from .report import Findings, Sample, write_report
 from .workspace import Workspace
 
-_SAMPLES, _SAMPLE_TOKENS = 6, 96
+_SAMPLE_TOKENS = 96
 _MEASURED = {"learned": {"learned": "learned", "mismatched": "mismatched"}, "static": {"healed-static": "static"}}
 """Of each result: rows of the report, and what the evaluation of its checkpoint calls them."""
 _ROW = {"learned": "learned", "static": "healed-static"}  # of the report, by arm
@@ -138,12 +138,12 @@ def _answers(
     """Greedy answers to the first held-out prompts, of all domains, with all neurons or at a density."""
     texts = []
     with ws.progress("sample answers", "answers") as update:
-        for number, chat in enumerate(examples[:_SAMPLES]):
+        for number, chat in enumerate(examples[: SAMPLES // 2]):
             message = [{"role": "user", "content": chat.instruction}]
             budget: dict[str, Any] = {"dense": True} if density is None else {"density": density}
             steps = stream_generate(model, tokenizer, message, max_tokens=_SAMPLE_TOKENS, **budget)
             texts.append("".join(response.text for response in steps))
-            update(number + 1, min(_SAMPLES, len(examples)))
+            update(number + 1, min(SAMPLES // 2, len(examples)))
     return texts
 
 

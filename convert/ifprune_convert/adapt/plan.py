@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 from .config import STAGES, Stage
 from .memory import Need
@@ -30,6 +31,8 @@ the stages behind it; with less, a stage gives nothing worth having."""
 PASSES = 16
 """Over a prompt in `evaluate`: six for the rows of the report, seven for 14 densities on half of the prompts, and what
 selecting takes."""
+SAMPLES = 12
+"""Answers that `evaluate` puts into the report, six of them dense."""
 BATCH = 4
 """Chats of a step. Many small steps do more for a head that begins with a regression than few large ones."""
 _SHORT, _LONG = 144, 256  # most tokens of a chat
@@ -49,21 +52,37 @@ class Budget:
 
     Args:
         hours: for all stages. A job that ends early does not spend those of the others, which may follow.
+        least: seconds that the least of a stage takes. Where few hours make its share less, it gets so much.
     """
 
     hours: float
+    least: Mapping[Stage, float] = field(default_factory=dict)
+
+    @cached_property
+    def parts(self) -> Mapping[Stage, float]:
+        """Seconds of each stage, if none takes more."""
+        short: dict[Stage, float] = {}
+        while True:
+            others = [stage for stage in STAGES if stage not in short]
+            left = max(self.hours * 3600 - sum(short.values()), 0.0)
+            parts = short | {stage: left * SHARES[stage] / sum(map(SHARES.__getitem__, others)) for stage in others}
+            found = {stage: self.least.get(stage, 0.0) for stage in others if parts[stage] < self.least.get(stage, 0.0)}
+            if not found:
+                return parts
+            short |= found
 
     def seconds(self, stage: Stage, spent: float) -> float:
         """For a stage that begins after `spent` seconds of the job: its share of what is left, so that what one stage
-        takes too much, all others give."""
+        takes too much, all others give; but the least of those behind it stays theirs."""
         coming = STAGES[STAGES.index(stage) :]
         left = max(self.hours * 3600 - spent, 0.0)
-        return left * SHARES[stage] / sum(SHARES[name] for name in coming)
+        share = left * self.parts[stage] / (sum(self.parts[name] for name in coming) or 1.0)
+        return max(min(share, left - sum(self.least.get(name, 0.0) for name in coming[1:])), 0.0)
 
     def end(self, stage: Stage) -> float:
-        """Seconds of the job by which a stage has to end, so that those behind it get their shares."""
+        """Seconds of the job by which a stage has to end, so that those behind it get their parts."""
         behind = STAGES[STAGES.index(stage) + 1 :]
-        return self.hours * 3600 * (1 - sum(SHARES[name] for name in behind))
+        return max(self.hours * 3600 - sum(self.parts[name] for name in behind), 0.0)
 
 
 def sized(stage: Stage, seconds: float, per_second: float) -> int:
@@ -72,25 +91,28 @@ def sized(stage: Stage, seconds: float, per_second: float) -> int:
     return max(least, min(most, int(seconds * per_second)))
 
 
-def planned(hours: float, flops: float, parameters: int, prompts: int) -> dict[Stage, int]:
+def planned(budget: Budget, flops: float, parameters: int, prompts: int) -> dict[Stage, int]:
     """How much of each stage there is likely to be time for.
 
     Args:
+        budget: what the stages may take.
         flops: floating-point operations a second that this machine was measured to do in matrix products.
         parameters: of the model.
         prompts: that there are to answer.
     """
     costs = _costs(parameters)
-    amounts = {stage: sized(stage, hours * 3600 * SHARES[stage], flops / cost) for stage, cost in costs.items()}
+    amounts = {stage: sized(stage, budget.parts[stage], flops / cost) for stage, cost in costs.items()}
     amounts["answers"] = min(amounts["answers"], prompts)
     amounts["calibrate"] = min(amounts["calibrate"], amounts["answers"])
     return amounts
 
 
-def least_seconds(stages: Sequence[Stage], flops: float, parameters: int) -> float:
-    """What the least of these stages is likely to take, as `planned` takes its arguments."""
+def least_seconds(flops: float, parameters: int) -> dict[Stage, float]:
+    """What the least of each stage is likely to take, as `planned` takes its arguments."""
     costs = _costs(parameters)
-    return sum(BOUNDS[stage][0] * costs[stage] / flops for stage in stages if stage in costs)
+    least = {stage: BOUNDS[stage][0] * cost / flops for stage, cost in costs.items()}
+    least["evaluate"] += SAMPLES * costs["answers"] / flops
+    return least
 
 
 def longest_chat(hours: float, flops: float, parameters: int) -> int:
@@ -113,7 +135,7 @@ def _costs(parameters: int) -> Mapping[Stage, float]:
 
 
 def plan_lines(
-    hours: float,
+    budget: Budget,
     stages: Sequence[Stage],
     amounts: Mapping[Stage, int],
     needs: Mapping[Stage, Need],
@@ -124,6 +146,7 @@ def plan_lines(
     """The plan for a person, before anything is done.
 
     Args:
+        budget: what the stages may take.
         amounts: of `planned`.
         needs: of each stage.
         disk: bytes that stages and result take at most.
@@ -141,14 +164,13 @@ def plan_lines(
     }
     memory = max(needs[stage].memory for stage in stages)
     lines = [
-        f"plan: {hours:g} h, {model}; up to {disk / 1e9:.1f} GB of disk, and {memory / 1e9:.1f} GB of memory of the "
-        f"{room / 1e9:.1f} GB that weights may take"
+        f"plan: {budget.hours:g} h, {model}; up to {disk / 1e9:.1f} GB of disk, and {memory / 1e9:.1f} GB of memory "
+        f"of the {room / 1e9:.1f} GB that weights may take"
     ]
     for stage in stages:
-        seconds = hours * 3600 * SHARES[stage]
         amount = f"about {amounts[stage]} {UNITS[stage]}" if stage in amounts else ""
         gigabytes = f"{needs[stage].memory / 1e9:.1f} GB"
-        lines.append(f"  {stage:10}{duration(seconds):>10} {gigabytes:>8}  {amount:20}  {does[stage]}")
+        lines.append(f"  {stage:10}{duration(budget.parts[stage]):>10} {gigabytes:>8}  {amount:20}  {does[stage]}")
     return lines
 
 

@@ -25,7 +25,7 @@ from .config import AdaptConfig, Stage
 from .evaluation import evaluate
 from .job import StageRecord
 from .memory import Need, Shapes, needs
-from .plan import duration, least_seconds, longest_chat, machine_rate, plan_lines, planned
+from .plan import Budget, duration, least_seconds, longest_chat, machine_rate, plan_lines, planned
 from .result import Adaptation, finish, published, result
 from .training import answers, calibrate, convert, distill, heal, select
 from .workspace import Workspace
@@ -154,7 +154,9 @@ def _plan(ws: Workspace, available: int) -> None:
     source = open_source(ws.source, trust_remote_code=config.trust_remote_code)
     parameters = sum(math.prod(shape) for shape in source.shapes.values())
     rate = machine_rate(ws.now)
-    amounts = planned(config.hours, rate, parameters, available)
+    least = least_seconds(rate, parameters)
+    ws.budget = Budget(config.hours, least)
+    amounts = planned(ws.budget, rate, parameters, available)
     shapes = Shapes.of(source, ws.options)
     if not job.stage("convert").done:
         ws.describe(config.max_seq_length or longest_chat(config.hours, rate, parameters), shapes.layers)
@@ -164,11 +166,11 @@ def _plan(ws: Workspace, available: int) -> None:
         disk += shapes.weights * (1 if config.until == "convert" else 2)
     _check_fits(ws, {stage: found[stage] for stage in stages}, disk)
     model = f"{parameters / 1e9:.2g}B parameters, {rate / 1e12:.2g} TFLOP/s in matrix products on this machine"
-    for line in plan_lines(config.hours, stages, amounts, found, disk, model, ws.room):
+    for line in plan_lines(ws.budget, stages, amounts, found, disk, model, ws.room):
         ws.note(line)
-    least = least_seconds(stages, rate, parameters)
-    if least > config.hours * 3600 - job.seconds:
-        ws.note(f"--hours {config.hours:g} is short: the least that is of use takes about {duration(least)} here")
+    needed = sum(least.get(stage, 0.0) for stage in stages)
+    if needed > config.hours * 3600 - job.seconds:
+        ws.note(f"--hours {config.hours:g} is short: the least that is of use takes about {duration(needed)} here")
     ws.note(f"stages lie in {config.work}; the same command goes on after Ctrl-C")
 
 
