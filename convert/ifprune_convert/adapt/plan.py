@@ -31,6 +31,8 @@ the stages behind it; with less, a stage gives nothing worth having."""
 PASSES = 16
 """Over a prompt in `evaluate`: six for the rows of the report, seven for 14 densities on half of the prompts, and what
 selecting takes."""
+FIRST_CHATS = 64
+"""That `convert` reads for a first prior."""
 SAMPLES = 12
 """Answers that `evaluate` puts into the report, six of them dense."""
 BATCH = 4
@@ -110,9 +112,10 @@ def planned(budget: Budget, flops: float, parameters: int, prompts: int) -> dict
 def least_seconds(flops: float, parameters: int) -> dict[Stage, float]:
     """What the least of each stage is likely to take, as `planned` takes its arguments."""
     costs = _costs(parameters)
-    least = {stage: BOUNDS[stage][0] * cost / flops for stage, cost in costs.items()}
-    least["evaluate"] += SAMPLES * costs["answers"] / flops
-    return least
+    least = {stage: BOUNDS[stage][0] * cost for stage, cost in costs.items()}
+    least["convert"] = FIRST_CHATS * 2 * _chat(parameters)
+    least["evaluate"] += SAMPLES * costs["answers"]
+    return {stage: cost / flops for stage, cost in least.items()}
 
 
 def longest_chat(hours: float, flops: float, parameters: int) -> int:
@@ -124,7 +127,7 @@ def longest_chat(hours: float, flops: float, parameters: int) -> int:
 def _costs(parameters: int) -> Mapping[Stage, float]:
     """Operations of one answer, chat, step or prompt. How far each stage stays below the rate of large products was
     measured with a model of 135M parameters (docs/log.md)."""
-    chat = 150 * 2 * parameters  # one pass over a short chat
+    chat = _chat(parameters)
     return {
         "answers": 6 * chat,
         "calibrate": 3 * chat,
@@ -132,6 +135,11 @@ def _costs(parameters: int) -> Mapping[Stage, float]:
         "heal": BATCH * 2 * 3 * chat * 1.3,
         "evaluate": PASSES * chat * 1.8,
     }
+
+
+def _chat(parameters: int) -> float:
+    """Operations of one pass over a short chat."""
+    return 150 * 2 * parameters
 
 
 def plan_lines(

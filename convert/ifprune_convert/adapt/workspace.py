@@ -19,9 +19,7 @@ from ifprune_mlx.train.evaluation import ProgressDisplay
 
 from .config import AdaptConfig, Stage
 from .job import Job, StageRecord
-from .plan import Budget
-
-_FIRST_CHATS = 64
+from .plan import FIRST_CHATS, Budget
 
 
 class Workspace:
@@ -117,7 +115,7 @@ class Workspace:
     def first_chats(self) -> list[Record]:
         """Chats for a first prior, which stands until the model's own answers give a better one: of all sources."""
         chats = shipped_examples()  # source by source
-        return chats[:: max(len(chats) // self.sizes.get("convert", _FIRST_CHATS), 1)]
+        return chats[:: max(len(chats) // self.sizes.get("convert", FIRST_CHATS), 1)]
 
     def convert_to(self, folder: Path, options: Options) -> None:
         """Convert the source into a folder of the job, again if it was there."""
