@@ -20,6 +20,8 @@ from ifprune_mlx.selection.selectors import Instruction, make_selector
 from tests.ifprune_mlx.reference import greedy, logits, random_selection
 
 PROMPT = [5, 17, 200, 9, 33, 41, 8]
+# "<|im_start|>user\nWrite a poem about the sea.<|im_end|>\n<|im_start|>assistant\n" in SmolLM2's tokens.
+MESSAGE = [1, 4093, 198, 19161, 253, 8216, 563, 260, 3426, 30, 2, 198, 1, 520, 9531, 198]
 SWITCHES = 20
 FEWER = "IFPRUNE_TEST_SWITCHES"
 SENSIBLE = "IFPRUNE_TEST_SENSIBLE"
@@ -28,9 +30,10 @@ SENSIBLE = "IFPRUNE_TEST_SENSIBLE"
 def walk(model: Model) -> dict[str, np.ndarray]:
     """Logits and greedy answers after 20 arbitrary switches, and what the activation selector chooses.
 
-    With `SENSIBLE`, selections are near the prior's: a real model without its most needed neurons answers with logits
-    that the last bit of a sum changes.
+    With `SENSIBLE`, selections are near the prior's and the prompt is a message: without its most needed neurons, or on
+    arbitrary tokens, a real model answers with logits that the last bit of a sum changes.
     """
+    prompt = MESSAGE if os.environ.get(SENSIBLE) else PROMPT
     widths = model.checkpoint.widths
     generator = np.random.default_rng(7)
     found: dict[str, np.ndarray] = {}
@@ -38,16 +41,16 @@ def walk(model: Model) -> dict[str, np.ndarray]:
         keep = [int(generator.integers(width // 4, width // 2)) for width in widths]
         near = os.environ.get(SENSIBLE)
         model.switch(near_prior(model, keep, step) if near else random_selection(widths, keep, step))
-        found[f"logits.{step}"] = logits(model, PROMPT, () if step % 10 else (3,))
+        found[f"logits.{step}"] = logits(model, prompt, () if step % 10 else (3,))
         if step % 10 == 0:
-            found[f"greedy.{step}"] = np.array(greedy(model.module, PROMPT, 6))
+            found[f"greedy.{step}"] = np.array(greedy(model.module, prompt, 6))
     if model.residency == "ram":
         selector = make_selector(model, "activation")
-        chosen: Selection = selector.select(Instruction("", tuple(PROMPT)), model.keep(0.5)).selection
+        chosen: Selection = selector.select(Instruction("", tuple(prompt)), model.keep(0.5)).selection
         for layer, ids in enumerate(chosen.ids):
             found[f"activation.{layer}"] = ids
         model.switch(None)
-        found["logits.dense"] = logits(model, PROMPT)
+        found["logits.dense"] = logits(model, prompt)
     return found
 
 
