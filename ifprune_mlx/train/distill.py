@@ -75,33 +75,34 @@ def distill(
 class _RidgeProblem:
     """Regression of log importance y `[n, neurons]` on features x `[n, features]`, over some of the chats.
 
-    y is never held as a whole, but made FFN by FFN from the half-precision targets; what all penalties share is its
-    Gram matrix over chats, `[n, n]`.
+    y is never held as a whole, but made FFN by FFN from the half-precision targets. All penalties share the singular
+    value decomposition of the features, z = U S V', in whose basis a ridge is diagonal, and y's Gram matrix in U. So
+    nothing is larger than chats or features, whichever are fewer, by the other.
     """
 
     def __init__(self, x: Floats, targets: Targets, rows: Rows) -> None:
         self._targets, self._rows = targets, rows
         self.x_mean = x[rows].mean(axis=0)
         self.x_scale = x[rows].std(axis=0) + 1e-6
-        self._z = ((x[rows] - self.x_mean) / self.x_scale).astype(np.float64)
-        self._gram = np.zeros((len(rows), len(rows)))
+        z = ((x[rows] - self.x_mean) / self.x_scale).astype(np.float64)
+        self._u, self._s, self._v = np.linalg.svd(z, full_matrices=False)
+        gram = np.zeros((len(rows), len(rows)))
         means = []
         for y in log_importance(targets, rows):
             means.append(y.mean(axis=0))
             centred = y - means[-1]
-            self._gram += centred @ centred.T
+            gram += centred @ centred.T
+        self._gram = self._u.T @ gram @ self._u
         self.y_mean = np.concatenate(means)
 
     def fit(self, penalty: float, rank: int) -> _Ridge:
         """The best fit of that rank under a penalty, given as a share of the features' mean variance."""
-        z = self._z
-        normal = z.T @ z + penalty * len(z) * np.eye(z.shape[1])
-        factor = np.linalg.cholesky(normal)
-        project = np.linalg.solve(factor, z.T)  # [features, n]; times y, the whitened fit
-        # Right singular vectors of the whitened fit `project @ y`, through its small side.
-        values, vectors = np.linalg.eigh(project @ self._gram @ project.T)
+        size = np.sqrt(self._s**2 + penalty * len(self._rows))  # of the normal matrix's square root
+        shrink = self._s / size
+        # Right singular vectors of the whitened fit `shrink U' y`, through its small side.
+        values, vectors = np.linalg.eigh(shrink[:, None] * self._gram * shrink)
         top = vectors[:, np.argsort(values)[::-1][: min(rank, len(values))]]
-        towards = (top.T @ project).astype(np.float32)  # [r, n]
+        towards = (self._u @ (shrink[:, None] * top)).T.astype(np.float32)  # [r, n]
         scale = np.zeros((len(towards), 1))
         parts = []
         start = 0
@@ -111,7 +112,9 @@ class _RidgeProblem:
             scale += (parts[-1].astype(np.float64) ** 2).sum(axis=1, keepdims=True)
         scale = np.maximum(np.sqrt(scale), 1e-12)
         v = (np.concatenate(parts, axis=1) / scale).T.astype(np.float32)
-        w = (np.linalg.solve(factor.T, top) * scale.T).T.astype(np.float32)
+        w = (self._v.T @ (top / size[:, None]) * scale.T).T.astype(np.float32)
+        missing = min(rank, w.shape[1]) - len(w)  # where chats are fewer, the rest of the inner layer says nothing
+        w, v = np.pad(w, ((0, missing), (0, 0))), np.pad(v, ((0, 0), (0, missing)))
         return _Ridge(self.x_mean, self.x_scale, self.y_mean, w, v)
 
 

@@ -189,8 +189,10 @@ def _memory(shapes: Shapes, length: int, chats: int) -> dict[Stage, int]:
     on_one_chat = chosen + shapes.activations(length, share) + losses + learning
     # Of two arms weights, moments and gradients; first values and zeros; and a new gradient with its rows.
     adapting = 12 * adapter + _cast(shapes, length)
-    # Features of the regression, twice the width: their normal matrix, its factor and eigenvectors, in float64.
-    square = 8 * (2 * shapes.width) ** 2
+    # The regression's features, twice the width, in float64: they, their singular vectors and LAPACK's copies; what all
+    # chats have in common, in the basis of these vectors.
+    features, inner = 2 * shapes.width, min(chats, 2 * shapes.width)
+    regression = 8 * (2 * features * (chats + inner) + 4 * chats * inner + 3 * inner**2)
     return {
         # Converting comes first, then chats are read.
         "convert": max(_moving(shapes), weights + _reading_chats(shapes)),
@@ -203,7 +205,7 @@ def _memory(shapes: Shapes, length: int, chats: int) -> dict[Stage, int]:
         ),
         "distill": weights
         + targets
-        + max(6 * square + 8 * chats * (2 * chats + 6 * shapes.width), 4 * HEAD_RANK * _FLOAT * shapes.neurons)
+        + max(regression, 4 * HEAD_RANK * _FLOAT * shapes.neurons)
         + of_one_ffn,
         # A step has no activations any more, but a head's old and new weights, moments and gradients.
         "select": weights + max(on_one_chat, 9 * head),
