@@ -403,6 +403,8 @@ class _Conversation:
 
     def _ending(self, stats: Stats, looped: bool) -> str:
         """Why the answer ends where it does, if not of itself."""
+        if looped and self._session.dense:
+            return "\n[ended: the answer was repeating itself]"
         if looped:
             # A selection made for another topic is the likelier reason.
             help_ = "/policy auto, which selects for each topic," if self._told else "a higher /density"

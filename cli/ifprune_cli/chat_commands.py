@@ -158,7 +158,8 @@ class Commands:
             raise IfpruneError(f"unknown policy {shortened(argument, 20)}; choose {', '.join(_POLICIES)}")
         session.set_policy(argument)
         session.dense = False
-        note(f"policy {argument}: {_POLICIES[argument]}")
+        stays = argument in ("first", "system") and session.selection is not None
+        note(f"policy {argument}: {'the selection in use stays, until /reset' if stays else _POLICIES[argument]}")
 
     def _select(self, argument: str) -> None:
         session = self.session
@@ -222,7 +223,9 @@ class Commands:
             note(f"  prompt      {stats.prompt_tokens - stats.reused_tokens} of {stats.prompt_tokens} tokens read anew")
         note(f"  selection   {self._selection_line()}")
         note(f"  policy      {session.policy}, {session.on_switch} on a switch")
-        note(f"  context     {len(history.tokens)} tokens" + (f" of {limit}" if limit else ""))
+        unread = " are read at the next message" if session.messages and not history.tokens else ""
+        read = f"{_turns(len(session.messages) // 2)}{unread}" if unread else f"{len(history.tokens)} tokens"
+        note(f"  context     {read}" + (f" of {limit}" if limit and not unread else ""))
         spans = ", ".join(f"{span.tokens} tokens {span.computed_by[:8]}" for span in history.spans)
         note(f"  KV cache    {spans or 'empty'}")
 

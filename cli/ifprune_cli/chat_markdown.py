@@ -40,8 +40,10 @@ def _line_end(state: StateInline, silent: bool) -> bool:
     return True
 
 
-# HTML is shown as it is written.
-_PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
+# HTML is shown as it is written, and so is where a link leads that stands elsewhere.
+_PARSER = (
+    MarkdownIt("commonmark", {"html": False, "maxNesting": 100}).enable(["strikethrough", "table"]).disable("reference")
+)
 _PARSER.inline.ruler.at("newline", _line_end)
 # Colours of the terminal's own palette, which can be read on its background, whatever that is.
 _THEME = Theme({"markdown.code": "cyan", "markdown.h1": "bold underline", "markdown.h2": "bold"})
@@ -78,7 +80,7 @@ class _Markdown(Markdown):
 
     def __init__(self, tokens: list[Token], style: str) -> None:
         super().__init__("", style=style, hyperlinks=False)  # so that an address is always seen
-        self.parsed = tokens
+        self.parsed = _with_empty_items(tokens)
 
 
 class MarkdownStream:
@@ -114,12 +116,12 @@ class MarkdownStream:
         blocks = _blocks(_PARSER.parse(self._text))
         if not blocks:
             return
-        rendered = [self._render(block) for block in blocks]
-        shown = [each for each in rendered if each]  # a "#" is a title without words
+        source = self._text.splitlines(keepends=True)
+        rendered = [self._render(block) or self._as_written(block, source) for block in blocks]
+        shown = [each for each in rendered if each]
         lines = [line for number, each in enumerate(shown) for line in ([""] if number else []) + each]
         if lines or self._drawn:
             self._draw(lines or [""])
-        source = self._text.splitlines(keepends=True)
         begin = (blocks[-1][0].map or [0])[0]
         # Its first line tells whether it is a block of its own: a "1" may become the next item of a list.
         if len(blocks) > 1 and source[begin].endswith("\n"):
@@ -130,10 +132,16 @@ class MarkdownStream:
             draw("\r\n")
             self._text, self._drawn = opening, []
 
+    @property
+    def _width(self) -> int:
+        """A column stays free for characters that the terminal draws wider than Rich believes."""
+        return max(self._console.width - 1, 1)
+
     def _render(self, block: list[Token]) -> list[str]:
-        """A block's lines, without empty ones around it."""
-        # A column stays free for characters that the terminal draws wider than Rich believes.
-        options = self._console.options.update(width=max(self._console.width - 1, 1), height=None)
+        """A block's lines, without empty ones around it; none if the terminal is too narrow for it."""
+        if 2 * max(token.level for token in block) > self._width // 2:  # lists in lists, each with an indent
+            return []
+        options = self._console.options.update(width=self._width, height=None)
         rendered = self._console.render_lines(_Markdown(block, self._style), options, pad=False)
         lines = [self._line(line) for line in rendered]
         while lines and not lines[0]:
@@ -141,6 +149,15 @@ class MarkdownStream:
         while lines and not lines[-1]:
             del lines[-1]
         return lines
+
+    def _as_written(self, block: list[Token], source: Sequence[str]) -> list[str]:
+        """The lines of a block that Rich shows nothing of, or not all."""
+        if block[0].type == "heading_open":  # a "#" is a title without words
+            return []
+        first, end = block[0].map or [0, 0]
+        text = Text("".join(source[first:end]).rstrip(), "" if self._style == "none" else self._style)
+        options = self._console.options.update(width=self._width)
+        return [self._line(line) for line in self._console.render_lines(text, options, pad=False)]
 
     def _line(self, line: Iterable[Segment]) -> str:
         """One line with the terminal's codes for its styles, and no spaces at its end."""
@@ -173,6 +190,21 @@ class MarkdownStream:
             draw("\r\n".join([lines[same][len(old[same]) :], *lines[same + 1 :]]))
         else:
             draw(("\r\n" if old else "") + "\r\n".join(lines[same:]))
+
+
+def _with_empty_items(tokens: Sequence[Token]) -> list[Token]:
+    """With a space in each item of a list that has nothing else: Rich leaves these out, and an answer may be "42."."""
+    found: list[Token] = []
+    for token in tokens:
+        if token.type == "list_item_close" and found[-1].type == "list_item_open":
+            space = Token("text", "", 0, content="\u00a0")
+            found += [
+                Token("paragraph_open", "p", 1),
+                Token("inline", "", 0, content=space.content, children=[space]),
+                Token("paragraph_close", "p", -1),
+            ]
+        found.append(token)
+    return found
 
 
 def _blocks(tokens: Iterable[Token]) -> list[list[Token]]:

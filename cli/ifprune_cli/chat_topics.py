@@ -12,8 +12,11 @@ _NEARLY = 0.75  # agreement from which a selection is called by a task's name
 
 
 def change(store: TaskStore, old: Selection, new: Selection) -> str:
-    """Such as `15 % new (code -> recipe)`; the names are those of the saved tasks that the two are nearly."""
+    """Such as `15 % new (code -> recipe)`; the names are those of the saved tasks that the two are nearly. If they keep
+    different numbers of neurons, the densities are said instead."""
     text = f"{100 * (1 - new.overlap(old)):.0f} % new"
+    if new.keep != old.keep:
+        return f"{text}, density {old.density:.2f} -> {new.density:.2f}"
     before, after = _name(store, old), _name(store, new)
     return text if before == after else f"{text} ({before or 'other'} -> {after or 'other'})"
 

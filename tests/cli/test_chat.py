@@ -212,6 +212,19 @@ def test_load_option_and_what_goes_before_it(piped: Piped) -> None:
     assert (done.returncode, len(errors(done)), done.stdout) == (1, 1, "")
 
 
+def test_what_stays_is_said(piped: Piped) -> None:
+    """The selection under a policy that selects once, and the turns of a chat that was loaded."""
+    a = piped.folder / "a.json"
+    done = piped("/policy first", "one", "/policy turn", "/policy system", "/reset", "/policy first")
+    said = [line for line in notes(done) if line.startswith("policy ")]
+    first, system = "the first message selects, for the whole conversation", "the selection in use stays, until /reset"
+    turn = "policy turn: every message selects"
+    assert said == [f"policy first: {first}", turn, f"policy system: {system}", f"policy first: {first}"]
+    piped("one", "two", f"/save {a}")
+    told = [line.strip() for line in notes(piped(f"/load {a}", "/stats"))]
+    assert "context     2 turns are read at the next message" in told
+
+
 def test_a_damaged_saved_chat_changes_nothing(piped: Piped) -> None:
     a, b, damaged = (piped.folder / name for name in ("a.json", "b.json", "damaged.json"))
     piped("one", f"/save {a}")

@@ -199,3 +199,25 @@ def test_what_waits_is_drawn_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None
         assert terminal.getvalue() == ""
         stream.finish()
     assert terminal.seen == ["some words"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("4.", "4"),
+        ("The answer is:\n\n42.", "42"),
+        ("7)", "7"),
+        ("1. a\n2.\n3. c", "2"),
+        ("- \n- b", "•"),
+        ("[1]: https://example.com/a", "https://example.com/a"),
+        ("1. 1. 2. 3. 4. 5. 6. 7. 8. 9. 10. 11. 12. 13. 14. 15. 16. 17. 18. 19. 20. 21. end", "end"),
+        ("> ", ">"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("seed", [None, 1])
+def test_nothing_of_an_answer_vanishes(
+    monkeypatch: pytest.MonkeyPatch, text: str, words: str, seed: int | None
+) -> None:
+    seen = shown(text, monkeypatch, seed=seed).seen
+    assert any(words in line for line in seen), seen

@@ -16,6 +16,7 @@ from ifprune_mlx import Model, Session, TaskStore
 from tests.cli.process import run_here
 from tests.cli.terminal import ANSWER, PROMPT, PROMPT_LEFT, Terminal
 from tests.ifprune_mlx.generating import A, B
+from tests.ifprune_mlx.reference import random_selection
 from tests.tiny import write_checkpoint
 
 # In the chat's process, a logits processor makes the model say what a file holds.
@@ -182,13 +183,14 @@ def test_a_change_of_topic_is_told(tiny_checkpoint: Path, tmp_path: Path) -> Non
 
 
 def test_two_selections_in_words(tiny: tuple[Model, Any]) -> None:
-    store = TaskStore(tiny[0].checkpoint)
-    assert change(store, A, B) == f"{100 * (1 - B.overlap(A)):.0f} % new"
+    store, other = TaskStore(tiny[0].checkpoint), random_selection(A.widths, A.keep, seed=5)
+    assert change(store, A, other) == f"{100 * (1 - other.overlap(A)):.0f} % new"
     store.save("a", A)
-    assert change(store, A, B).endswith(" % new (a -> other)")
+    assert change(store, A, other).endswith(" % new (a -> other)")
     assert change(store, A, A) == "0 % new"
-    store.save("b", B).write_bytes(b"damaged")
-    assert change(store, B, A).endswith(" % new (other -> a)")
+    store.save("b", other).write_bytes(b"damaged")
+    assert change(store, other, A).endswith(" % new (other -> a)")
+    assert change(store, A, B).endswith(f" % new, density {A.density:.2f} -> {B.density:.2f}")
 
 
 def test_commands_for_files_policies_and_models(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -203,10 +203,7 @@ def _memory(shapes: Shapes, length: int, chats: int) -> dict[Stage, int]:
             shapes.activations(length, 1.0) + _FLOAT * length * shapes.neurons + 3 * shapes.logits(length),
             targets + of_one_ffn,
         ),
-        "distill": weights
-        + targets
-        + max(regression, 4 * HEAD_RANK * _FLOAT * shapes.neurons)
-        + of_one_ffn,
+        "distill": weights + targets + max(regression, 4 * HEAD_RANK * _FLOAT * shapes.neurons) + of_one_ffn,
         # A step has no activations any more, but a head's old and new weights, moments and gradients.
         "select": weights + max(on_one_chat, 9 * head),
         "heal": weights + max(on_one_chat + adapting, 9 * head + 14 * adapter),
