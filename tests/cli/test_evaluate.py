@@ -294,8 +294,11 @@ BAD = {
     "no name": (["evaluate", "--data", "{code}"], ("NAME=FILE",)),
     "a name twice": (["evaluate", "--data", CODE, "--data", CODE], ("given twice",)),
     "no such file": (["evaluate", "--data", "x={folder}/none.jsonl"], ("none.jsonl", "cannot be read")),
-    "no such model": (["evaluate", "--data", CODE, "--model", "{folder}/none"], ("none", "IFP checkpoint")),
-    "no such arm": (["evaluate", "--data", CODE, "--healed-static", "{folder}/none"], ("none", "IFP checkpoint")),
+    "no such model": (["evaluate", "--data", CODE, "--model", "{folder}/none"], ("none", "give a model: its folder")),
+    "no such arm": (
+        ["evaluate", "--data", CODE, "--healed-static", "{folder}/none"],
+        ("none", "give a model: its folder"),
+    ),
     "an arm of other tokens": (["evaluate", "--data", CODE, "--healed-dense", "{other}"], ("other tokens",)),
     "a folder that is none": (["evaluate", "--data", CODE, "--json", "{folder}/none/x.json"], ("no such folder",)),
     "an unknown selector": (["evaluate", "--data", CODE, "--selectors", "dense,statik"], ("'statik'", "static-own")),

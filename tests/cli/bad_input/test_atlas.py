@@ -72,7 +72,7 @@ def learned_without_a_predictor(at: Place) -> Bad:
 
 @case
 def no_such_model(at: Place) -> Bad:
-    return Bad([*atlas(at), "--model", at / "none"], (str(at / "none"), "IFP checkpoint"))
+    return Bad([*atlas(at), "--model", at / "none"], (str(at / "none"), "give a model: its folder"))
 
 
 # Where the charts go.

@@ -90,13 +90,13 @@ def plain_model_folder(at: Place) -> Bad:
 
 @case
 def missing_model_folder(at: Place) -> Bad:
-    return Bad(at.generate(at / "nowhere"), (str(at / "nowhere"), "no such folder", "ifprune convert"))
+    return Bad(at.generate(at / "nowhere"), (str(at / "nowhere"), "no such folder", "give a model: its folder"))
 
 
 @case
 def file_as_model(at: Place) -> Bad:
     file = at.sound / "config.json"
-    return Bad(at.generate(file), (str(file), "is a file", "give the folder"))
+    return Bad(at.generate(file), (str(file), "is a file", "give a model: its folder"))
 
 
 @case
