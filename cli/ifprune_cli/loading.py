@@ -156,23 +156,34 @@ def _check_memory(
         resolve_keep(checkpoint, **limits, residency=residency, float_bytes=float_bytes)
 
 
-def _warn_far_below(checkpoint: Checkpoint, selector: str | None, limits: dict[str, Any]) -> None:
-    """Say in one line what a density far below the checkpoint's own was measured to lose."""
+def _warn_far_below(
+    checkpoint: Checkpoint,
+    selector: str | None,
+    limits: dict[str, Any],
+    residency: str,
+    float_bytes: int | None,
+) -> None:
+    """Say in one line what a density far below the checkpoint's own was measured to lose, and that a budget of memory
+    asks for such a density."""
     from ifprune_mlx.checkpoint.budget import resolve_keep
 
-    asked = {name: limits[name] for name in ("density", "active_parameters")}
-    curve = checkpoint.curve
-    if curve is None or not any(asked.values()):
+    curve, asked = checkpoint.curve, limits["density"] or limits["active_parameters"]
+    if limits["memory"] is None and not (asked and curve):
         return
-    neurons = sum(checkpoint.widths)
-    density, own = (sum(resolve_keep(checkpoint, **given)) / neurons for given in (asked, {}))
+    keep = resolve_keep(checkpoint, **limits, residency=residency, float_bytes=float_bytes)
+    density, own = (sum(each) / sum(checkpoint.widths) for each in (keep, resolve_keep(checkpoint)))
     if density >= _FAR * own:
+        return
+    room = "" if asked else ", which is what --memory leaves room for,"
+    far = f"density {density:.2f}{room} is far below this checkpoint's own, {own:.2f}"
+    if curve is None:
+        note(f"{far}: answers may fall apart")
         return
     name = selector or checkpoint.layout.selector
     point = curve.best(density, [name] if name in curve.selectors else None)
     note(
-        f"density {density:.2f} is far below this checkpoint's own, {own:.2f}: with selector {point.selector}, density "
-        f"{point.density:g} lost {point.lost:.2f} nats per answer token (95 %: {point.low:.2f} to {point.high:.2f})"
+        f"{far}: with selector {point.selector}, density {point.density:g} lost {point.lost:.2f} nats per answer token "
+        f"(95 %: {point.low:.2f} to {point.high:.2f})"
     )
 
 
@@ -286,7 +297,8 @@ def _opened(
     selector = None if choice.selector is None else choice.selector.value
     kept, selector = budget.on(checkpoint, selector, residency)
     _check_memory(checkpoint, residency, float_bytes, kept, selection, choice.dense)
-    _warn_far_below(checkpoint, selector, limits)  # not of what the curve chose by a given tolerance
+    if selection is None and not choice.dense:  # and not of what the curve chose by a given tolerance
+        _warn_far_below(checkpoint, selector, limits, residency, float_bytes)
     loaded, tokenizer = _load(checkpoint, model, limits["memory"], joined)
     if ranks.leads():  # which has the selector
         selecting.apply(loaded)

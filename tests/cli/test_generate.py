@@ -110,6 +110,14 @@ def test_budgets_are_kept(command: Command) -> None:
     assert (half["density"], half["selector"]) == (0.5, "static")
 
 
+def test_a_budget_of_memory_that_asks_for_a_low_density_says_so(command: Command) -> None:
+    low = command("--prompt", "hello", "--selector", "static", "--memory", "250KB").stderr
+    words = "density 0.31, which is what --memory leaves room for, is far below this checkpoint's own, 0.88"
+    assert low.splitlines()[0] == f"{words}: answers may fall apart"
+    assert "far below" not in command("--prompt", "hello", "--selector", "static", "--memory", "350KB").stderr
+    assert "far below" not in command("--prompt", "hello", "--selector", "static", "--density", "0.3").stderr
+
+
 def test_sampling_is_repeatable_by_its_seed(command: Command) -> None:
     options = ("--prompt", "hello", "--temp", "1.5", "--top-k", "50", "--json", "--seed")
     one, same, other = (answer(command(*options, seed))["text"] for seed in ("1", "1", "2"))
