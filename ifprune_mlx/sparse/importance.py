@@ -39,6 +39,8 @@ class ImportanceRecorder:
         total, group = squares.sum(axis=-1, keepdims=True), self._leaves[index].group
         if group is not None:  # the others have the rest of the row
             total = mx.distributed.all_sum(total, group=group)
+            # At once: nothing else orders this sum and those of the layers, and every rank has to do them in one order.
+            mx.eval(total)
         squares = squares / mx.maximum(total, 1e-20)
         if self.token_weights is not None:
             squares = squares * self.token_weights[:, None]
